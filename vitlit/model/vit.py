@@ -5,6 +5,7 @@ N = (H / P)(W / P) the number of patches. Parameter names are timm's.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -112,7 +113,8 @@ class ViT(nn.Module):
     """The Vision Transformer: (B, C, H, W) -> logits (B, num_classes), or features (B, D) without a head.
 
     The forward pass is `embed` -> `encode` -> `pool` -> `head`, each of which can be called alone. `config` holds
-    every constructor argument as a plain value: `ViT(**vit.config)` is the same network.
+    every constructor argument as a plain value: `ViT(**vit.config)` is the same network. `classes` and `preprocess`
+    are filled by `vitlit.load`.
 
     Args:
         image_size: pixels, an int or (height, width).
@@ -171,6 +173,8 @@ class ViT(nn.Module):
             raise UserError(f"heads {heads} do not divide the width {width}")
         self.patch_size = patch_size
         self.width = width
+        self.classes: list[str] = []
+        self.preprocess: Callable[..., Tensor] | None = None
         self.grid = self.grid_of(height, breadth)
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, width)

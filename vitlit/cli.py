@@ -1,0 +1,130 @@
+"""The command line: `vitlit ...`."""
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+import vitlit
+from vitlit.errors import UserError
+
+HELP = f"""\
+vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
+
+  vitlit fit --config CONFIG [--KEY VALUE ...]      train; the same command again continues an unfinished run
+  vitlit validate|test RUN [--KEY VALUE ...]        evaluate a run's best checkpoint on its val or test split
+  vitlit predict RUN PHOTOS... --out FILE.csv       classify images: files, or folders searched to their depth
+  vitlit data NAME OUT                              write a data set as an image folder; digits works offline
+  vitlit config [NAME]                              print a shipped config, or list them
+
+validate, test and predict take --config CONFIG in RUN's place.
+
+  vitlit fit --help                     every key
+  vitlit fit --model.help Finetune      the keys of a stage: Pretrain, Finetune
+  vitlit fit --config CONFIG --print_config=skip_default
+
+VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a config name classes of your own.
+"""
+
+STAGES = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"vitlit {vitlit.__version__}")
+        return 0
+    try:
+        return dispatch(argv)
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("VITLIT_DEBUG") == "1":
+            raise
+        print(f"vitlit: error: {message}", file=sys.stderr)
+        return 2
+
+
+def dispatch(argv: list[str]) -> int:
+    """Import what a command needs, and run it."""
+    command, arguments = argv[0], argv[1:]
+    if command in STAGES:
+        command_line: Callable[[str, list[str]], int] = import_module("vitlit.fit").run
+        return command_line(command, arguments)
+    if command in COMMANDS:
+        return COMMANDS[command](arguments)
+    near = get_close_matches(command, [*STAGES, *COMMANDS], 1)
+    raise UserError(
+        f"no command {command!r}" + (f"; did you mean {near[0]}?" if near else "; vitlit --help lists them")
+    )
+
+
+def explain(error: BaseException) -> str | None:
+    """The line for an error that is the user's, wherever in the chain of causes it is; None for a bug."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            # A data-loading worker hands on the whole traceback as text.
+            return " ".join(str(seen).rsplit("UserError: ", 1)[-1].split())
+        if type(seen).__name__ == "MisconfigurationException":
+            return " ".join(str(seen).split())
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def data(arguments: list[str]) -> int:
+    """`vitlit data NAME OUT`"""
+    from vitlit.data import sources
+
+    if len(arguments) != 2 or arguments[0].startswith("-"):
+        if arguments in (["-h"], ["--help"]):
+            print("vitlit data NAME OUT\n\nWrite a data set as OUT/{train,val}/CLASS/*. NAME is one of")
+            print(" ".join(sources.NAMES))
+            return 0
+        raise UserError("usage: vitlit data NAME OUT; NAME is one of " + " ".join(sources.NAMES))
+    sources.write(arguments[0], Path(arguments[1]))
+    return 0
+
+
+def config(arguments: list[str]) -> int:
+    """`vitlit config [NAME]`"""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n")
+        print("\n".join(f"  {name}" for name in shipped()))
+        return 0
+    print(find_config(arguments[0]).read_text(), end="")
+    return 0
+
+
+COMMANDS = {"data": data, "config": config}
+
+
+def configs() -> Path:
+    """The folder of the shipped configs: in the package, or beside it in a checkout."""
+    package = Path(vitlit.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped() -> list[str]:
+    """The names of the shipped configs."""
+    return sorted(str(path.relative_to(configs()).with_suffix("")) for path in configs().rglob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A config by its path, or by the name of a shipped one.
+
+    Raises:
+        UserError: there is neither.
+    """
+    for path in (Path(name), configs() / name, configs() / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    near = get_close_matches(name, shipped(), 1)
+    hint = f"; did you mean {near[0]}?" if near else "; `vitlit config` lists the shipped ones"
+    raise UserError(f"config {name} does not exist{hint}")

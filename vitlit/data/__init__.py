@@ -1,0 +1,21 @@
+"""Folders of images as batches. Imported lazily: reading weights needs the transforms, but not Lightning."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitlit.data.module import ImageFolderData
+    from vitlit.data.transforms import Preprocess
+
+__all__ = ["ImageFolderData", "Preprocess"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ImageFolderData":
+        from vitlit.data.module import ImageFolderData
+
+        return ImageFolderData
+    if name == "Preprocess":
+        from vitlit.data.transforms import Preprocess
+
+        return Preprocess
+    raise AttributeError(f"module 'vitlit.data' has no attribute {name!r}")

@@ -1,0 +1,84 @@
+"""What happens between the decoder and the model, on uint8 tensors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from vitlit.data.decode import decode
+
+Transform = Callable[[Tensor], Tensor]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What an image goes through before the model at evaluation. It is stored with the weights.
+
+    Calling it on paths, or on uint8 tensors (3, H, W), gives the model's input (B, 3, height, width), float32.
+
+    Args:
+        image_size: (height, width) of the model's input, pixels.
+        crop_ratio: the share of the resized image's side that the central crop keeps.
+        interpolation: of the antialiased resize.
+        mean: by channel, of images scaled to [0, 1].
+        std: by channel, likewise.
+    """
+
+    image_size: tuple[int, int]
+    crop_ratio: float = 0.875
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Resize and crop centrally: uint8 (3, H, W) -> uint8 (3, height, width).
+
+        The image is resized, its aspect kept, until it just covers image_size / crop_ratio.
+        """
+        height, width = (round(side / self.crop_ratio) for side in self.image_size)
+        rows, columns = image.shape[-2:]
+        if rows * width <= columns * height:  # rows bind; torchvision's Resize rounds the other side down, too
+            size = [height, max(self.image_size[1], int(height * columns / rows))]
+        else:
+            size = [max(self.image_size[0], int(width * rows / columns)), width]
+        image = F.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
+        return F.center_crop(image, list(self.image_size))
+
+    def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 (B, 3, H, W) -> normalised (B, 3, H, W) of `dtype`, on the images' device."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)
+
+    def __call__(self, images: str | Path | Tensor | Sequence[str | Path | Tensor]) -> Tensor:
+        if isinstance(images, str | Path | Tensor):
+            images = [images]
+        tensors = [image if isinstance(image, Tensor) else decode(image) for image in images]
+        return self.normalise(torch.stack([self.crop(tensor) for tensor in tensors]))
+
+
+def train_transform(
+    image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float, interpolation: Interpolation
+) -> Transform:
+    """Random resized crop and horizontal flip: uint8 (3, H, W) -> uint8 (3, height, width).
+
+    Args:
+        image_size: (height, width), pixels.
+        crop_scale: the crop's area as a share of the image's, drawn between these two.
+        flip: the probability of a horizontal flip.
+        interpolation: of the antialiased resize.
+    """
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                image_size, scale=crop_scale, interpolation=InterpolationMode(interpolation), antialias=True
+            ),
+            v2.RandomHorizontalFlip(flip),
+        ]
+    )

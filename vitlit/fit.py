@@ -1,0 +1,403 @@
+"""`vitlit fit|validate|test|predict`: the Lightning CLI, told what a run is."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
+from lightning.pytorch.utilities import rank_zero_only
+
+from vitlit import callbacks
+from vitlit.cli import find_config
+from vitlit.data import ImageFolderData, sources
+from vitlit.data.folder import find_classes
+from vitlit.data.module import parse_share
+from vitlit.errors import UserError
+from vitlit.loggers import CSV, Wandb
+from vitlit.model import ViT
+from vitlit.run import Decision, RunFolder, RunOptions, agree, rank
+from vitlit.stages import Stage
+from vitlit.stages.record import check_class_paths, trusted
+from vitlit.weights.checkpoint import Weights, locate, open_checkpoint, read
+
+QUIET = (
+    r".*LeafSpec.*",  # lightning 2.6 with torch 2.15
+    r".*does not have many workers.*",
+    r".*smaller than the logging interval.*",
+    r".*exists and is not empty.*",
+    r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
+    r".*does not have `?num_workers.*",
+)
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run fit, validate, test or predict and return the exit code."""
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=trusted())
+    line = CommandLine.read(command, arguments)
+    try:
+        CLI(line)
+    except callbacks.Interrupted as stop:
+        rank_zero_only(print)(f"{stop}; the same command continues the run", flush=True)
+        return 128 + stop.signal
+    return 0
+
+
+class CommandLine:
+    """Arguments in the order that makes flags win over config files, and what they say beside the keys.
+
+    Attributes:
+        arguments: for the parser, configs first.
+        config: the last config's path, which names the run.
+        photos: what `predict` is given.
+    """
+
+    def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str]) -> None:
+        paths = [str(find_config(name)) for name in configs]
+        for path in paths:
+            check_class_paths(load_yaml(path))
+        self.command, self.config, self.photos = command, paths[-1] if paths else None, [Path(p) for p in photos]
+        self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
+
+    @classmethod
+    def read(cls, command: str, arguments: list[str]) -> "CommandLine":
+        """Sort arguments into configs, flags and what is neither.
+
+        Raises:
+            UserError: a config does not exist, or a folder that should be a run's is none.
+        """
+        configs: list[str] = []
+        flags: list[str] = []
+        others: list[str] = []
+        parts = iter(arguments)
+        for part in parts:
+            name, equals, value = part.partition("=")
+            if name in ("-c", "--config"):
+                configs.append(value if equals else next(parts, ""))
+            elif part.startswith("--"):
+                flags.append(part)
+                if not equals and name not in ("--help", "--print_config"):
+                    flags += [value for value in [next(parts, None)] if value is not None]
+            elif part.startswith("-"):
+                flags.append(part)
+            else:
+                others.append(part)
+        if command != "fit" and not configs and others:
+            folder = Path(others.pop(0))
+            if not (folder / "config.yaml").is_file():
+                raise UserError(f"{folder} is not the folder of a run: it holds no config.yaml")
+            configs = [str(folder / "config.yaml")]
+            flags = ["--run.root", str(folder.absolute().parent), "--run.name", folder.absolute().name, *flags]
+        if others and command != "predict":
+            raise UserError(f"what is {others[0]!r}? {command} takes --config CONFIG and --KEY VALUE")
+        return cls(command, configs, flags, others)
+
+
+def load_yaml(path: str) -> Any:
+    """A config's content; UserError where it is no YAML."""
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line, and that takes no abbreviation of a key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        noise = (
+            "Does not validate",
+            "Subtypes:",
+            "Errors:",
+            "Expected a <class 'NoneType'>",
+            "Given value",
+            "- Expected a <class 'NoneType'>",
+        )
+        lines = [line.strip(" -") for line in message.splitlines() if not line.strip().startswith(noise)]
+        text = " ".join(" ".join(lines).split())
+        raise UserError(text + self.suggestion(text)) from ex
+
+    def suggestion(self, text: str) -> str:
+        """The nearest key to one that a message calls unknown."""
+        wrong = re.search(r"(?:Unrecognized arguments:|Key|Option) ['\"]?-*([\w.]+)['\"]? ?(?:is not|$|.*)", text, re.I)
+        if wrong is None or not re.search("unrecognized|not expected|not accepted|nested key", text, re.I):
+            return ""
+        near = get_close_matches(wrong[1], sorted(set(self.keys())), 1, 0.7)
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def keys(self) -> Iterator[str]:
+        """Every key, whole and by its last part."""
+        for action in self._actions:
+            if action.dest and action.dest != "help":
+                yield action.dest
+                yield action.dest.rsplit(".", 1)[-1]
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer, whose precision is `auto` unless given.
+
+    Args:
+        precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
+    """
+
+    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
+        accelerator = kwargs.get("accelerator", "auto")
+        gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+        if precision == "auto":
+            mixed = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+            precision = mixed if gpu and torch.cuda.is_available() else "32-true"  # type: ignore[assignment]
+        elif not gpu and str(precision) in ("16-true", "16-mixed", "16", "half"):
+            raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
+        super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
+
+
+class CLI(LightningCLI):
+    """The Lightning CLI over the two stages and image folders."""
+
+    def __init__(self, line: CommandLine) -> None:
+        self.line = line
+        super().__init__(
+            Stage,
+            ImageFolderData,
+            save_config_callback=None,
+            trainer_class=Trainer,
+            trainer_defaults={"enable_model_summary": False},
+            seed_everything_default=0,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            args=line.arguments,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunOptions, "run")
+        if self.line.command == "predict":
+            parser.add_argument(
+                "--out", type=str, default=None, help="the CSV file; predictions.csv in the run's folder"
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's settings silently win over the config; `complete` compares them."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config)
+        self.dump = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        for beside in ("config", "ckpt_path", "out", "weights_only"):
+            self.dump.pop(beside, None)
+        self.dump["run"].update(name=self.folder.name, overwrite=False)
+        self.dry = self.subcommand == "fit" and bool(config.trainer.fast_dev_run)
+        if self.subcommand == "fit":
+            self.decide(config)
+        elif not config.ckpt_path:
+            config.ckpt_path = str(locate(self.folder.path))
+        self.complete(config)
+
+    def decide(self, config: Any) -> None:
+        """Begin the run, continue it, or say that it is complete; rank 0 decides for all."""
+        if rank() == 0 and config.data.root == "data/digits" and not Path(config.data.root).exists():
+            sources.write("digits", Path(config.data.root))
+        decision = Decision("begin", "")
+        if not self.dry:
+            own = self.folder.decide(self.dump, config.run.overwrite) if rank() == 0 else None
+            decision = agree(own, config.run.root)
+        if decision.action == "finished":
+            rank_zero_only(print)(
+                f"the run {self.folder.path} is complete; more --trainer.max_epochs or --trainer.max_steps "
+                "continue it, --run.overwrite true begins it again"
+            )
+            raise SystemExit(0)
+        config.ckpt_path = config.ckpt_path or decision.checkpoint or None
+        if decision.action == "continue":
+            rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
+
+    def complete(self, config: Any) -> None:
+        """Fill in what follows from the data and from the weights, and refuse what contradicts them."""
+        model, arguments, data = config.model, config.model.init_args, config.data
+        weights = None
+        if config.ckpt_path:
+            path = Path(config.ckpt_path)
+            made_by = open_checkpoint(path).get("hyper_parameters", {}).get("_class_path", "")
+            if made_by.rsplit(".", 1)[-1] != model.class_path.rsplit(".", 1)[-1]:
+                raise UserError(
+                    f"{path} holds a {made_by.rsplit('.', 1)[-1]}, but the config asks for a "
+                    f"{model.class_path.rsplit('.', 1)[-1]}; to start from its weights give --model.init_from"
+                )
+            weights = read(path)
+        elif arguments.get("init_from"):
+            weights = read(arguments.init_from)
+        self.classes = weights.classes if weights and config.ckpt_path else []
+
+        if weights is not None:
+            for name in ("mean", "std", "interpolation"):
+                made_with = weights.preprocess.get(name)
+                given = data[name] if not isinstance(data[name], list) else tuple(data[name])
+                if given is not None and made_with is not None and given != made_with:
+                    raise UserError(
+                        f"data.{name} is {given}, but {weights.path} was made with {made_with}; leave it out"
+                    )
+                data[name] = made_with if given is None else given
+        self.complete_loggers(config.trainer, config.run.overwrite)
+        self.complete_vit(arguments, data.image_size, weights, fresh_head=not config.ckpt_path)
+        classes = len(self.classes or find_classes(Path(data.root), parse_share(data.holdout)))
+        for owner, key in (
+            (arguments, "model.num_classes"),
+            (arguments.get("objective"), "model.objective.num_classes"),
+        ):
+            owner = owner.get("init_args") if owner is not None and "class_path" in owner else owner
+            if owner is not None and "num_classes" in owner:
+                if owner.num_classes not in (None, classes):
+                    raise UserError(f"{key} is {owner.num_classes}, but the data has {classes} classes; leave it out")
+                owner.num_classes = classes
+        if data.seed is None:
+            data.seed = config.seed_everything
+
+    def complete_loggers(self, trainer: Any, overwrite: bool) -> None:
+        """Let W&B's loggers, one unless the config says otherwise, keep their run in the run's folder."""
+        if trainer.logger in (None, True):
+            trainer.logger = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            if logger and logger.class_path.endswith(".Wandb"):
+                about = logger.init_args
+                about.save_dir = about.get("save_dir") or str(self.folder.path)
+                about.name = about.get("name") or self.folder.name
+                about.id = about.get("id") or (None if overwrite else self.folder.wandb_id())
+
+    def complete_vit(self, arguments: Any, image_size: Any, weights: Weights | None, fresh_head: bool) -> None:
+        """Give the ViT the data's image size and compare it with the weights, or take it from them."""
+        size = list(image_size) if isinstance(image_size, list | tuple) else image_size
+        if arguments.get("vit") is None:
+            if weights is None:
+                raise UserError("finetuning needs --model.init_from (a run folder or a checkpoint file) or --model.vit")
+            config = {**weights.config, "num_classes": 0, "hidden_dim": None}
+            arguments.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
+        vit = arguments.vit.init_args
+        if vit.image_size not in (224, size) and weights is None:  # 224 is the constructor's default
+            raise UserError(
+                f"model.vit.image_size is {vit.image_size} and data.image_size {size}; give the latter alone"
+            )
+        vit.image_size = size
+        build = ViT.from_preset if arguments.vit.class_path.endswith("from_preset") else ViT
+        with torch.device("meta"):
+            own = build(**vit.as_dict()).config
+        if own["num_classes"]:
+            raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
+        if weights is None:
+            return
+        free = {"num_classes", "hidden_dim", "dropout", "attention_dropout", *(["image_size"] if fresh_head else [])}
+        for name, value in weights.config.items():
+            if name not in free and own.get(name) != value:
+                raise UserError(f"{weights.path} was made with {name}={value}, but the config says {own.get(name)}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
+        self.datamodule.classes = self.classes
+        self.datamodule.photos = self.line.photos
+        bar = self.config[self.subcommand].trainer.enable_progress_bar is not False
+        terminal = sys.stdout.isatty()
+        extra: list[Any] = [callbacks.Bar() if terminal else callbacks.Lines()] if bar else []
+        if self.subcommand == "fit" and not self.dry:
+            extra += self.keepers()
+        elif self.subcommand == "predict":
+            out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
+            extra.append(callbacks.Predictions(out, self.datamodule.split("predict"), self.classes))
+        self.trainer_defaults["callbacks"] = extra
+        return super().instantiate_trainer(
+            logger=False,
+            default_root_dir=str(self.folder.path),
+            enable_progress_bar=bar and terminal,
+            enable_checkpointing=self.subcommand == "fit" and not self.dry,
+        )
+
+    def keepers(self) -> list[Any]:
+        """The callbacks that keep what a training run makes."""
+        monitor = self.config.fit.run.monitor
+        measured = [f"val/{name}" for name in self.model.measures["val"]]
+        if monitor not in measured:
+            raise UserError(f"run.monitor {monitor} is not among {' '.join(measured)}")
+        folder, mode = self.folder.best.parent, "min" if monitor.endswith("loss") else "max"
+        self.best = ModelCheckpoint(
+            folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True
+        )
+        last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+        return [
+            callbacks.Interrupt(self.folder.last),
+            callbacks.Tracking(self.dump),
+            callbacks.Mistakes(),
+            self.best,
+            last,
+        ]
+
+    def after_instantiate_classes(self) -> None:
+        self.datamodule.check(self.subcommand, self.trainer.world_size)
+
+    def before_fit(self) -> None:
+        data, vit = self.datamodule, self.model.vit
+        rank_zero_only(print)(
+            f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
+            f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
+            f"{len(data.classes)} classes; {len(data.split('train')) // data.batch_size:,} steps an epoch",
+            flush=True,
+        )
+        if self.dry:
+            return
+        if rank() == 0:
+            self.folder.begin(self.dump, self.config.fit.run.overwrite)
+        given = self.config_init.fit.trainer.logger
+        loggers = given if isinstance(given, list) else [given] if given else []
+        for logger in loggers:
+            if isinstance(logger, Wandb) and rank() == 0:
+                self.folder.keep_wandb_id(str(logger.version))
+        self.trainer.loggers = [*loggers, CSV(self.folder.path)]
+
+    def after_fit(self) -> None:
+        if self.dry or rank() != 0:
+            return
+        self.folder.finish(self.trainer.global_step)
+        rows = {"steps": f"{self.trainer.global_step:,}"}
+        if self.best.best_model_score is not None:
+            score = float(self.best.best_model_score)
+            percent = "loss" not in str(self.best.monitor)
+            rows[f"best {self.best.monitor}"] = f"{100 * score:.2f} %" if percent else f"{score:.4f}"
+            rows["checkpoint"] = str(self.folder.best)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, Wandb):
+                rows["W&B"] = logger.closing_line() or "disabled"
+                logger.close()
+        pretrained = type(self.model).__name__ == "Pretrain"
+        rows["next"] = (
+            f"vitlit fit --config configs/finetune.yaml --model.init_from {self.folder.path}"
+            if pretrained
+            else f"vitlit predict {self.folder.path} PHOTOS --out predictions.csv"
+        )
+        print(f"\n{self.folder.path} is complete")
+        for name, value in rows.items():
+            print(f"  {name:<14} {value}")
+
+    def after_predict(self) -> None:
+        trainer: Any = self.trainer
+        writer = next(c for c in trainer.callbacks if isinstance(c, callbacks.Predictions))
+        rank_zero_only(print)(f"{writer.out}: {len(writer.index):,} images")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        return {**kwargs, "return_predictions": False} if subcommand == "predict" else kwargs

@@ -1,0 +1,327 @@
+"""Where the numbers of a run go: `metrics.csv` beside the checkpoints, and Weights & Biases."""
+
+import csv
+import io
+import os
+import secrets
+import shlex
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageOps
+
+from vitlit.errors import UserError
+
+ONLINE_WITHIN = 15  # seconds until a run without an answer from the server goes on offline
+UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
+PICTURE_SIDE = 256
+WHOLE_CONFUSION = 50  # classes, and pairs where there are more classes
+
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+Row = dict[str, str]
+
+
+class CSV(Logger):
+    """Writes `folder/metrics.csv`: one row per step, on disk as soon as it is logged, appended to on resume.
+
+    Numbers are written in full precision, so that a run that was interrupted and continued (see `cut`) leaves the
+    same bytes as one that was not.
+
+    Args:
+        folder: The run's folder; made if it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] = []
+        self._last: Row = {}
+        self._start = self._end = 0  # the last row's bytes in the file
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the run's config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Adds a row, or adds to the last row if it is of the same step (None: the last row's step)."""
+        if not self._columns:
+            self._write(*self._read())
+        at = self._last.get("step", "0") if step is None else str(step)
+        more = self._last.get("step") == at
+        row = {**(self._last if more else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
+        if new := [name for name in row if name not in self._columns]:
+            rows = self._read()[1]
+            self._write([*self._columns, *new], [*(rows[:-1] if more else rows), row])
+            return
+        line = _line([row.get(name, "") for name in self._columns])
+        start = self._start if more else self._end
+        with self.path.open("r+b") as file:
+            file.seek(start)
+            file.write(line)
+            file.truncate()
+        self._last, self._start, self._end = row, start, start + len(line)
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Drops the rows after `step`: those that a run will log again which continues from there."""
+        if not self.path.exists():
+            return
+        columns, rows = self._read()
+        rows = [row for row in rows if int(row["step"]) <= step]
+        self._write([name for name in columns if name == "step" or any(row[name] for row in rows)], rows)
+
+    def _read(self) -> tuple[list[str], list[Row]]:
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
+        rows = list(reader)
+        return list(reader.fieldnames or ["step"]), rows
+
+    def _write(self, columns: list[str], rows: list[Row]) -> None:
+        lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name("metrics.csv.tmp")
+        draft.write_bytes(b"".join(lines))
+        os.replace(draft, self.path)
+        self._columns, self._last = columns, rows[-1] if rows else {}
+        self._end = sum(map(len, lines))
+        self._start = self._end - len(lines[-1])
+
+
+def _cell(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    return repr(float(value) if isinstance(value, float) else int(value))
+
+
+def _line(cells: Sequence[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+class Mistake(NamedTuple):
+    """One image that was classified wrongly; `probability` is the one given to the wrong class."""
+
+    path: str
+    label: int
+    prediction: int
+    probability: float
+
+
+class Wandb(WandbLogger):
+    """A Weights & Biases run that never asks a question, never waits for a network and says in one line where it is.
+
+    Without a key, or where the server does not answer within 15 seconds, the run is kept on disk and
+    `closing_line` is the command that uploads it.
+
+    Args:
+        project: `WANDB_PROJECT`, or "vitlit", where it is not given.
+        entity: The user or team that the run belongs to.
+        group: The group of runs that it belongs to.
+        tags: Its tags.
+        name: The name shown for it.
+        id: Its id; give the `version` of a run to continue it. A new one where it is not given.
+        save_dir: Its files go to `save_dir/wandb`; the working directory where it is not given.
+        mode: auto is `WANDB_MODE` where that is set, else online with a key and offline without.
+        pictures: Whether `log_mistakes` adds the (shrunk) images.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        name: str | None = None,
+        id: str | None = None,
+        save_dir: str | Path | None = None,
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        pictures: bool = True,
+    ) -> None:
+        patience = {"init_timeout": ONLINE_WITHIN, "finish_timeout": UPLOAD_WITHIN, "finish_timeout_raises": True}
+        super().__init__(
+            project=project or os.environ.get("WANDB_PROJECT") or "vitlit",
+            entity=entity,
+            group=group,
+            tags=tags,
+            name=name,
+            id=id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),  # a sweep's agent sets WANDB_RUN_ID
+            save_dir=save_dir or os.environ.get("WANDB_DIR") or ".",
+            settings={"silent": True, **patience},
+        )
+        del self._wandb_init["anonymous"]  # its mere presence makes wandb warn
+        self.mode = mode
+        self.pictures = pictures
+        self.folder: Path | None = None  # the run's files, once it has begun
+        self._url: str | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run, begun at the first use; a stand-in that does nothing on ranks other than 0."""
+        if self._experiment is None:
+            self._begin()
+        return self._experiment
+
+    def _begin(self) -> None:
+        why = ""
+        if wandb.run is None and getattr(self, "_attach_id", None) is None:
+            why = self._init()
+        run = super().experiment  # begun above, or by the caller
+        self._id = run.id
+        if run.disabled:
+            print("W&B: disabled")
+            return
+        self.folder = Path(run.sync_dir).absolute()
+        # Tables wait for `wandb sync` beside the run, by default in the home directory of this machine.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.parent))
+        self._url = None if run.offline else run.url
+        reason = f" ({why})" if why else ""
+        print(f"W&B: offline{reason}; afterwards: {self.closing_line()}" if run.offline else f"W&B: online, {run.url}")
+
+    def _init(self) -> str:
+        """Begins a run; returns why it is offline if that is not what was asked for."""
+        # wandb's own telemetry holds up the end of a process without a network by tens of seconds.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
+        mode, why = self._decide()
+        if mode == "online":
+            self._wandb_init.update(mode=mode, resume="allow")
+            try:
+                _ = super().experiment
+                return ""
+            except Exception as error:  # whatever became of the network, the training goes on
+                mode, why = "offline", str(error).partition("\n")[0]
+                wandb.teardown()  # the failed attempt still holds the run's id
+        self._wandb_init.update(mode=mode, resume=None)
+        _ = super().experiment
+        return why
+
+    def _decide(self) -> tuple[str, str]:
+        """The mode to begin in, and why if it is not the one that was asked for."""
+        given = os.environ.get("WANDB_MODE")
+        if given and given not in MODES:
+            raise UserError(f"WANDB_MODE={given}: it is online, offline or disabled")
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        was = settings.mode  # without WANDB_MODE that of the command `wandb offline`
+        mode = MODES.get(given or was, "online") if self.mode == "auto" else self.mode
+        if mode != "online":
+            return mode, ""
+        settings.mode = "online"  # or a WANDB_MODE that was overruled would hide the key
+        try:
+            return ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
+        except wandb.Error as error:
+            return "offline", str(error)
+        finally:
+            settings.mode = was
+
+    def closing_line(self) -> str | None:
+        """The command that uploads an offline run (every part of one that was continued), or an online run's URL."""
+        if self.folder is None or self._url is not None:
+            return self._url
+        return _sync(*sorted(self.folder.parent.glob(f"offline-run-*-{self.version}")))
+
+    @rank_zero_only
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the run, so that its files are whole and another may begin in this process.
+
+        Args:
+            exit_code: Other than 0 for a run that failed.
+        """
+        if self._experiment is None:
+            return
+        run, self._experiment = self._experiment, None
+        try:
+            run.finish(exit_code)
+        except TimeoutError:
+            print(f"W&B: not all was uploaded; afterwards: {_sync(Path(run.sync_dir).absolute())}")
+        if self._url is None:
+            wandb.teardown()  # `finish` returns before an offline run's last rows are on disk
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: `log_config` stores the whole config."""
+
+    @rank_zero_only
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Stores the resolved config under the one key `config`."""
+        self.experiment.config.update({"config": config}, allow_val_change=True)
+
+    @rank_zero_only
+    def log_classes(self, classes: list[str]) -> None:
+        """Stores the class names, in the order of their labels, under the key `classes`."""
+        self.experiment.config.update({"classes": classes}, allow_val_change=True)
+
+    @rank_zero_only
+    def log_mistakes(
+        self, classes: list[str], labels: Sequence[int], predictions: Sequence[int], worst: Sequence[Mistake]
+    ) -> None:
+        """Logs the tables `mistakes` and `confusion`: once, at the end, for all images of an evaluation.
+
+        Args:
+            classes: The class names, in the order of their labels.
+            labels: The true label of each image.
+            predictions: The predicted label of each image.
+            worst: The mistakes to show.
+        """
+        rows: list[list[Any]] = [[m.path, classes[m.label], classes[m.prediction], m.probability] for m in worst]
+        columns: list[str | int] = ["path", "label", "prediction", "probability"]
+        if self.pictures:
+            columns = ["image", *columns]
+            rows = [[_picture(mistake.path), *row] for mistake, row in zip(worst, rows, strict=True)]
+        counts = [list(row) for row in confusion_rows(classes, labels, predictions)]
+        self.experiment.log(
+            {
+                "mistakes": wandb.Table(columns=columns, data=rows),
+                "confusion": wandb.Table(columns=["label", "prediction", "count"], data=counts),
+            }
+        )
+
+
+def _sync(*folders: Path) -> str:
+    here = Path.cwd()
+    return shlex.join(["wandb", "sync", *(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)])
+
+
+def _picture(path: str) -> wandb.Image | None:
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            return wandb.Image(ImageOps.exif_transpose(picture).convert("RGB"), file_type="jpg")
+    except OSError:  # not a file of its own, or damaged: the row goes without
+        return None
+
+
+def confusion_rows(classes: list[str], labels: Sequence[int], predictions: Sequence[int]) -> list[tuple[str, str, int]]:
+    """Counts (label, prediction) pairs: every cell of the matrix up to 50 classes, else the 50 most confused pairs.
+
+    Raises:
+        ValueError: There are more labels than predictions, or fewer.
+    """
+    counts = Counter((int(a), int(b)) for a, b in zip(labels, predictions, strict=True))
+    if len(classes) <= WHOLE_CONFUSION:
+        cells = [(a, b) for a in range(len(classes)) for b in range(len(classes))]
+    else:
+        confused = [pair for pair in counts if pair[0] != pair[1]]
+        cells = sorted(confused, key=lambda pair: (-counts[pair], pair))[:WHOLE_CONFUSION]
+    return [(classes[a], classes[b], counts[a, b]) for a, b in cells]

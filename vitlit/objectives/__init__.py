@@ -1,0 +1,6 @@
+"""What a ViT is asked to learn, one idea a file. Torch only."""
+
+from vitlit.objectives.objective import Objective, Step
+from vitlit.objectives.supervised import Supervised
+
+__all__ = ["Objective", "Step", "Supervised"]

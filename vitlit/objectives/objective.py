@@ -1,0 +1,36 @@
+"""What a ViT is asked to learn: a batch in, a `Step` out."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from vitlit.model import ViT
+
+
+class Step(NamedTuple):
+    """What an objective makes of one batch.
+
+    Attributes:
+        loss: the mean over the batch, a scalar.
+        logits: (B, classes) where there are classes to be right about, else None.
+        logs: further scalars to log, by name.
+    """
+
+    loss: Tensor
+    logits: Tensor | None = None
+    logs: dict[str, Tensor] = {}  # noqa: RUF012
+
+
+class Objective(nn.Module):
+    """Base class of the objectives.
+
+    The constructor receives the headless ViT, to give it a head or to size parts of its own. It must not keep it:
+    the stage owns the ViT and passes it at every call, so that a parameter has one name in a checkpoint.
+    """
+
+    def __init__(self, vit: ViT) -> None:
+        super().__init__()
+
+    def forward(self, vit: ViT, batch: Any) -> Step:
+        """Compute the loss of a batch (images (B, C, H, W), labels (B,), ...)."""
+        raise NotImplementedError

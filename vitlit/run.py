@@ -1,0 +1,212 @@
+"""The folder of a run: `ROOT/NAME/`, and whether a command begins, continues or has finished it."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from vitlit.errors import UserError
+
+# Settings of how a run is computed, not of what: they may differ when it is continued.
+FREE = (
+    "ckpt_path",
+    "data.micro_batch",
+    "data.num_workers",
+    "data.pin_memory",
+    "data.prefetch",
+    "run.overwrite",
+    "run.root",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.enable_*",
+    "trainer.logger*",
+    "trainer.num_nodes",
+    "trainer.num_sanity_val_steps",
+    "trainer.profiler",
+    "trainer.strategy",
+    "weights_only",
+)
+LONGER = ("trainer.max_epochs", "trainer.max_steps")
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept and by what it is judged.
+
+    Args:
+        name: its folder below the root; the config's name unless given.
+        root: the folder of all runs.
+        overwrite: delete what is in the run's folder and begin again.
+        monitor: the metric whose best checkpoint is kept; the highest, or the lowest of a loss.
+    """
+
+    name: str | None = None
+    root: str = "runs"
+    overwrite: bool = False
+    monitor: str = "val/top1"
+
+
+class Decision(NamedTuple):
+    """What to do with a run.
+
+    Attributes:
+        action: begin it, continue it, or nothing since it is finished.
+        checkpoint: where it is continued from, else empty.
+    """
+
+    action: Literal["begin", "continue", "finished"]
+    checkpoint: str
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Args:
+        options: the run's.
+        config: the path of its config, which names it where the options do not.
+
+    Raises:
+        UserError: the name would lead out of the root.
+    """
+
+    def __init__(self, options: RunOptions, config: str | None) -> None:
+        name = options.name or Path(config or "run").stem
+        if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+            name += f"-{os.environ['WANDB_RUN_ID']}"
+        if name in ("", ".", "..") or "/" in name or os.sep in name:
+            raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
+        self.name = name
+        self.path = Path(options.root) / name
+        self.config = self.path / "config.yaml"
+        self.marker = self.path / "finished.json"
+        self.last = self.path / "checkpoints" / "last.ckpt"
+        self.best = self.path / "checkpoints" / "best.ckpt"
+        self._wandb_id = self.path / "wandb" / "run-id"
+
+    def decide(self, config: dict[str, Any], overwrite: bool) -> Decision:
+        """Compare a config with what is in the folder.
+
+        Raises:
+            UserError: the folder holds a run of another config, or something that is no run.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return Decision("begin", "")
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is not empty and holds no run; give another --run.name")
+        if overwrite:
+            return Decision("begin", "")
+        before = flatten(yaml.safe_load(self.config.read_text()))
+        after = flatten(config)
+        differing = sorted(
+            key
+            for key in before.keys() | after.keys()
+            if before.get(key) != after.get(key) and not any(fnmatchcase(key, free) for free in FREE)
+        )
+        if self.marker.is_file() and any(longer(before.get(key), after.get(key)) for key in LONGER):
+            differing = [key for key in differing if key not in LONGER]
+            extended = True
+        else:
+            extended = False
+        if differing:
+            listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise UserError(
+                f"the run {self.path} was made with another config ({listed}{more}); "
+                "give another --run.name, or --run.overwrite true to begin again"
+            )
+        if self.marker.is_file() and not extended:
+            return Decision("finished", "")
+        return Decision("continue", str(self.last)) if self.last.is_file() else Decision("begin", "")
+
+    def begin(self, config: dict[str, Any], overwrite: bool) -> None:
+        """Make the folder, empty where it is overwritten, and write the config into it.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            if overwrite and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.marker.unlink(missing_ok=True)
+            self._write(self.config, yaml.safe_dump(config, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror}; give another --run.root") from error
+
+    def wandb_id(self) -> str | None:
+        """The id of the W&B run that this run logs to, where it has begun one."""
+        return self._wandb_id.read_text() if self._wandb_id.is_file() else None
+
+    def keep_wandb_id(self, name: str) -> None:
+        """Remember the W&B run, so that it is continued with this run."""
+        self._wandb_id.parent.mkdir(exist_ok=True)
+        self._write(self._wandb_id, name)
+
+    def finish(self, step: int) -> None:
+        """Mark the run as finished at a step."""
+        self._write(self.marker, json.dumps({"step": step}) + "\n")
+
+    def _write(self, path: Path, text: str) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; an empty branch is None, as an absent one."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def longer(before: int | None, after: int | None) -> bool:
+    """Whether the second limit of training allows more than the first; None and -1 are no limit."""
+    if before in (None, -1):
+        return False
+    return after in (None, -1) or int(after or 0) > int(before or 0)
+
+
+def rank() -> int:
+    """This process's rank as its launcher gives it, 0 for the one that decides."""
+    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
+
+
+def agree(decision: Decision | None, root: str) -> Decision:
+    """Hand rank 0's decision to every rank; the others pass None and wait for it.
+
+    Ranks that Lightning launches inherit it; under torchrun it goes through the agent's store, under SLURM through a
+    file in the root, named by the job's step.
+    """
+    if decision is None and "VITLIT_DECISION" in os.environ:
+        return Decision(*json.loads(os.environ["VITLIT_DECISION"]))
+    if decision is not None:
+        os.environ["VITLIT_DECISION"] = json.dumps(decision)
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) == 1:
+        assert decision is not None
+        return decision
+    from torch.distributed import FileStore, Store, TCPStore
+
+    store: Store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        key = f"vitlit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    elif "SLURM_JOB_ID" in os.environ:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+        store, key = FileStore(str(Path(root) / f".launch-{'-'.join(step)}"), -1), "decision"
+    else:
+        raise UserError(
+            "several processes were started by neither torchrun, SLURM nor trainer.devices; use one of them"
+        )
+    if decision is not None:
+        store.set(key, json.dumps(decision))
+    return Decision(*json.loads(store.get(key)))

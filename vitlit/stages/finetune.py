@@ -1,0 +1,63 @@
+"""The finetuning stage."""
+
+from functools import partial
+from typing import Self
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.objectives import Supervised
+from vitlit.optim import OptimizerFactory, Schedule
+from vitlit.stages.stage import Stage
+from vitlit.weights import load_weights, read
+
+
+class Finetune(Stage):
+    """Train a ViT from given weights, with a fresh head, on classification (2010.11929, section 3.2).
+
+    Args:
+        vit: the architecture, without a head; that of the weights unless given.
+        init_from: the weights to start from, a run folder or a checkpoint file. Where the resolution differs the
+            position table is resampled. It is read when training starts, never again.
+        num_classes: the command line fills it from the data.
+        freeze: train the head alone (linear probe).
+        optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
+            peak.
+        schedule: of the learning rate, by optimiser step.
+
+    Raises:
+        UserError: neither vit nor init_from is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        vit: ViT | None = None,
+        init_from: str | None = None,
+        num_classes: int | None = None,
+        freeze: bool = False,
+        optimizer: OptimizerFactory,
+        schedule: Schedule = Schedule(),
+    ) -> None:
+        if vit is None:
+            if init_from is None:
+                raise UserError("finetuning needs model.init_from (a run folder or a checkpoint file) or model.vit")
+            vit = ViT(**{**read(init_from).config, "num_classes": 0, "hidden_dim": None})
+        head = partial(Supervised, num_classes=num_classes, head="finetune")
+        super().__init__(vit, head, optimizer, schedule, {"num_classes": num_classes, "freeze": freeze})
+        self.init_from, self.freeze_encoder = init_from, freeze
+        if freeze:
+            self.vit.requires_grad_(False)
+            self.vit.head.requires_grad_(True)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+            report = load_weights(self.vit, self.init_from, skip=["head*"])
+            rank_zero_only(print)(f"weights of {self.init_from}: {report}")
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.freeze_encoder:  # a frozen encoder gives features: no dropout in it
+            self.vit.eval()
+        return self

@@ -1,0 +1,28 @@
+"""The pretraining stage."""
+
+from collections.abc import Callable
+
+from vitlit.model import ViT
+from vitlit.objectives import Objective
+from vitlit.optim import OptimizerFactory, Schedule
+from vitlit.stages.stage import Stage
+
+
+class Pretrain(Stage):
+    """Train a ViT from its initialisation on an objective.
+
+    Args:
+        vit: without a head; the objective gives it one.
+        objective: makes the objective of the ViT, such as partial(Supervised, num_classes=10).
+        optimizer: makes the optimizer of parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
+        schedule: of the learning rate, by optimiser step.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        objective: Callable[[ViT], Objective],
+        optimizer: OptimizerFactory,
+        schedule: Schedule = Schedule(),
+    ) -> None:
+        super().__init__(vit, objective, optimizer, schedule, {"objective": objective})

@@ -1,0 +1,73 @@
+"""Objects as plain values, so that a checkpoint rebuilds its stage and holds nothing that could be executed."""
+
+import functools
+import inspect
+import os
+from dataclasses import asdict
+from typing import Any
+
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.optim import Schedule
+
+# Where a class named in a config or a checkpoint may come from; VITLIT_TRUST adds packages of your own.
+TRUSTED = ("vitlit", "torch.optim", "torchmetrics", "lightning.pytorch", "lightning.fabric")
+
+
+def trusted() -> list[str]:
+    """Packages and modules whose classes may be named in a config or a checkpoint."""
+    return [*TRUSTED, *(name for name in os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())]
+
+
+def describe(value: Any) -> Any:
+    """Turn an object into `{class_path, init_args}` of plain values, as a config would name it.
+
+    Plain values stay as they are; a ViT is described by its config, a factory must be a class or a
+    `functools.partial` of one.
+
+    Raises:
+        UserError: it is something else, such as a lambda.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, dict):
+        return {key: describe(item) for key, item in value.items()}
+    if isinstance(value, ViT):
+        headless = {**value.config, "num_classes": 0, "hidden_dim": None}
+        return {"class_path": "vitlit.model.ViT", "init_args": headless}
+    if inspect.isclass(value):
+        return {"class_path": _path_of(value)}
+    if isinstance(value, Schedule):
+        return asdict(value)
+    if isinstance(value, functools.partial):
+        # jsonargparse makes a partial of its own instantiator, with the class among the arguments.
+        classes = [item for item in (value.func, *value.args) if inspect.isclass(item)]
+        if len(classes) == 1:
+            return {"class_path": _path_of(classes[0]), "init_args": describe(dict(value.keywords))}
+    raise UserError(
+        f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one, such as "
+        "partial(torch.optim.AdamW, lr=1e-3)"
+    )
+
+
+def check_class_paths(value: Any) -> None:
+    """Raise UserError where a class path in these values lies outside the trusted packages."""
+    if isinstance(value, dict):
+        for key in ("class_path", "_class_path", "_instantiator"):
+            path = value.get(key)
+            if path is not None and "." in str(path) and not str(path).startswith(tuple(f"{t}." for t in trusted())):
+                raise UserError(
+                    f"class {path} is outside the packages that may be named ({' '.join(trusted())}); "
+                    "if you trust it, set VITLIT_TRUST to its package"
+                )
+        for item in value.values():
+            check_class_paths(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_class_paths(item)
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,189 @@
+"""What the two stages share: steps, metrics, optimiser, and what a checkpoint says of itself."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from vitlit.data.stream import seed_step
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.objectives import Objective
+from vitlit.optim import OptimizerFactory, Schedule, parameter_groups
+from vitlit.stages.record import check_class_paths, describe
+from vitlit.weights.checkpoint import open_checkpoint
+
+
+class Stage(LightningModule):
+    """A ViT, an objective, an optimizer and a schedule. `Pretrain` and `Finetune` are the two that are used.
+
+    Args:
+        vit: without a head; the objective gives it one.
+        objective: makes the objective of the ViT.
+        optimizer: makes the optimizer of parameter groups.
+        schedule: of the learning rate, by optimiser step.
+        arguments: the constructor arguments that a checkpoint records beside these.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        objective: Callable[[ViT], Objective],
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        arguments: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        record = {"vit": vit, "optimizer": optimizer, "schedule": schedule, **arguments}
+        # Lightning rebuilds the stage from these with jsonargparse: {class_path, init_args} become objects again.
+        self.hparams.update(
+            {name: describe(value) for name, value in record.items()},
+            _class_path=f"vitlit.stages.{type(self).__name__}",
+            _instantiator="lightning.pytorch.cli.instantiate_module",
+        )
+        self.vit = vit
+        self.objective = objective(vit)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.measures = nn.ModuleDict({"val": self._metrics(), "test": self._metrics()})
+        self._window: list[Tensor] = []
+        self._rate = 0.0
+        self._clock, self._images = 0.0, 0
+
+    def _metrics(self) -> nn.ModuleDict:
+        metrics: dict[str, Metric] = {"loss": MeanMetric()}
+        classes = self.vit.config["num_classes"]
+        if classes:
+            metrics["top1"] = MulticlassAccuracy(classes, average="micro")
+            metrics["top1_macro"] = MulticlassAccuracy(classes, average="macro")
+        if classes > 5:
+            metrics["top5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+        return nn.ModuleDict(metrics)
+
+    @property
+    def data(self) -> Any:
+        """The trainer's data module, None where it was given loaders."""
+        trainer: Any = self.trainer
+        return trainer.datamodule
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(images)
+
+    def configure_optimizers(self) -> Any:
+        trainer: Any = self.trainer
+        total = trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
+        if not trainer.fast_dev_run:
+            self.schedule.check(int(total))
+        optimizer = self.optimizer(parameter_groups([self.vit, self.objective]))
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, int(total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Training
+
+    def on_train_start(self) -> None:
+        self._window.clear()
+        self._restart_clock()
+
+    def on_train_epoch_start(self) -> None:
+        self._restart_clock()
+
+    def on_validation_end(self) -> None:
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._clock, self._images = time.perf_counter(), 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed = getattr(self.data, "seed", 0)
+        seed_step(seed, self.trainer.global_step, len(self._window), self.global_rank)
+        self._rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler moves on before the batch ends
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        step = self.objective(self.vit, batch)
+        self._window.append(step.loss.detach())
+        self._logs = step.logs
+        return step.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._images += len(batch[0]) * self.trainer.world_size
+        if len(self._window) < self.trainer.accumulate_grad_batches:
+            return
+        loss = torch.stack(self._window).mean()
+        self._window.clear()
+        trainer: Any = self.trainer
+        step = trainer.global_step
+        if step == trainer.max_steps:
+            trainer.should_stop = True  # in the midst of an epoch Lightning would end without a validation
+        if step % trainer.log_every_n_steps and not trainer.is_last_batch:
+            return
+        mean = trainer.strategy.reduce(loss, reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        if not math.isfinite(mean.item()):
+            raise UserError(
+                f"the training loss is {mean.item()} at step {step}; lower the learning rate, clip gradients "
+                f"(trainer.gradient_clip_val) or use more precision, and start again"
+            )
+        elapsed = time.perf_counter() - self._clock
+        self.log("train/loss", mean, prog_bar=True)
+        self.log("train/lr", self._rate)
+        self.log("train/images_per_second", self._images / elapsed, prog_bar=True)
+        for name, value in self._logs.items():
+            self.log(f"train/{name}", value)
+        self._restart_clock()
+
+    # Evaluation: every image counts once, on any number of devices, so the numbers come from torchmetrics alone.
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        return self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        return self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: Any) -> dict[str, Tensor] | None:
+        step = self.objective(self.vit, batch)
+        size = len(batch[0])
+        metrics = self.measures[split]
+        assert isinstance(metrics, nn.ModuleDict)
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            if name == "loss":
+                metric.update(step.loss, size)
+            else:
+                metric.update(step.logits, batch[1])
+            self.log(f"{split}/{name}", metric, prog_bar=name == "top1", batch_size=size)
+        return None if step.logits is None else {"probabilities": step.logits.float().softmax(-1)}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities (B, num_classes), float32."""
+        return self.vit(batch[0]).float().softmax(-1)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self.data
+        preprocess = getattr(data, "preprocess", None)
+        checkpoint["vitlit"] = {
+            "vit": dict(self.vit.config),
+            "classes": list(getattr(data, "classes", [])),
+            "preprocess": asdict(preprocess) if preprocess else {},
+        }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Rebuild a stage from its checkpoint. Nothing in the file is executed.
+
+        Raises:
+            UserError: the file cannot be read, or names a class outside the trusted packages.
+        """
+        check_class_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
