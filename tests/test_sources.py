@@ -144,7 +144,8 @@ def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_leftovers_of_a_killed_command_are_not_mixed_in(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial/train/stale").mkdir(parents=True)
+    (tmp_path / "out.partial/train/7").mkdir(parents=True)
+    (tmp_path / "out.partial/train/7/stale.png").write_bytes(b"cut short")
     sources.write("digits", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(digits)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

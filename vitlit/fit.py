@@ -1,13 +1,10 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI, told what a run is."""
 
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -19,7 +16,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
-from vitlit.cli import find_config
+from vitlit.arguments import CommandLine, Parser
 from vitlit.data import ImageFolderData, sources
 from vitlit.data.folder import find_classes
 from vitlit.data.module import parse_share
@@ -28,7 +25,7 @@ from vitlit.loggers import CSV, Wandb
 from vitlit.model import ViT
 from vitlit.run import Decision, RunFolder, RunOptions, agree, rank
 from vitlit.stages import Stage
-from vitlit.stages.record import check_class_paths, trusted
+from vitlit.stages.record import trusted
 from vitlit.weights.checkpoint import Weights, locate, open_checkpoint, read
 
 QUIET = (
@@ -45,7 +42,8 @@ def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=trusted())
     line = CommandLine.read(command, arguments)
     try:
@@ -54,99 +52,6 @@ def run(command: str, arguments: list[str]) -> int:
         rank_zero_only(print)(f"{stop}; the same command continues the run", flush=True)
         return 128 + stop.signal
     return 0
-
-
-class CommandLine:
-    """Arguments in the order that makes flags win over config files, and what they say beside the keys.
-
-    Attributes:
-        arguments: for the parser, configs first.
-        config: the last config's path, which names the run.
-        photos: what `predict` is given.
-    """
-
-    def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str]) -> None:
-        paths = [str(find_config(name)) for name in configs]
-        for path in paths:
-            check_class_paths(load_yaml(path))
-        self.command, self.config, self.photos = command, paths[-1] if paths else None, [Path(p) for p in photos]
-        self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
-
-    @classmethod
-    def read(cls, command: str, arguments: list[str]) -> "CommandLine":
-        """Sort arguments into configs, flags and what is neither.
-
-        Raises:
-            UserError: a config does not exist, or a folder that should be a run's is none.
-        """
-        configs: list[str] = []
-        flags: list[str] = []
-        others: list[str] = []
-        parts = iter(arguments)
-        for part in parts:
-            name, equals, value = part.partition("=")
-            if name in ("-c", "--config"):
-                configs.append(value if equals else next(parts, ""))
-            elif part.startswith("--"):
-                flags.append(part)
-                if not equals and name not in ("--help", "--print_config"):
-                    flags += [value for value in [next(parts, None)] if value is not None]
-            elif part.startswith("-"):
-                flags.append(part)
-            else:
-                others.append(part)
-        if command != "fit" and not configs and others:
-            folder = Path(others.pop(0))
-            if not (folder / "config.yaml").is_file():
-                raise UserError(f"{folder} is not the folder of a run: it holds no config.yaml")
-            configs = [str(folder / "config.yaml")]
-            flags = ["--run.root", str(folder.absolute().parent), "--run.name", folder.absolute().name, *flags]
-        if others and command != "predict":
-            raise UserError(f"what is {others[0]!r}? {command} takes --config CONFIG and --KEY VALUE")
-        return cls(command, configs, flags, others)
-
-
-def load_yaml(path: str) -> Any:
-    """A config's content; UserError where it is no YAML."""
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, and that takes no abbreviation of a key."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        noise = (
-            "Does not validate",
-            "Subtypes:",
-            "Errors:",
-            "Expected a <class 'NoneType'>",
-            "Given value",
-            "- Expected a <class 'NoneType'>",
-        )
-        lines = [line.strip(" -") for line in message.splitlines() if not line.strip().startswith(noise)]
-        text = " ".join(" ".join(lines).split())
-        raise UserError(text + self.suggestion(text)) from ex
-
-    def suggestion(self, text: str) -> str:
-        """The nearest key to one that a message calls unknown."""
-        wrong = re.search(r"(?:Unrecognized arguments:|Key|Option) ['\"]?-*([\w.]+)['\"]? ?(?:is not|$|.*)", text, re.I)
-        if wrong is None or not re.search("unrecognized|not expected|not accepted|nested key", text, re.I):
-            return ""
-        near = get_close_matches(wrong[1], sorted(set(self.keys())), 1, 0.7)
-        return f"; did you mean {near[0]}?" if near else ""
-
-    def keys(self) -> Iterator[str]:
-        """Every key, whole and by its last part."""
-        for action in self._actions:
-            if action.dest and action.dest != "help":
-                yield action.dest
-                yield action.dest.rsplit(".", 1)[-1]
 
 
 class Trainer(LightningTrainer):
@@ -244,7 +149,11 @@ class CLI(LightningCLI):
                     f"{model.class_path.rsplit('.', 1)[-1]}; to start from its weights give --model.init_from"
                 )
             weights = read(path)
-        elif arguments.get("init_from"):
+        elif "init_from" in arguments:
+            if arguments.init_from is None:
+                raise UserError(
+                    "finetuning starts from weights: give --model.init_from a run folder or a checkpoint file"
+                )
             weights = read(arguments.init_from)
         self.classes = weights.classes if weights and config.ckpt_path else []
 
@@ -287,8 +196,7 @@ class CLI(LightningCLI):
         """Give the ViT the data's image size and compare it with the weights, or take it from them."""
         size = list(image_size) if isinstance(image_size, list | tuple) else image_size
         if arguments.get("vit") is None:
-            if weights is None:
-                raise UserError("finetuning needs --model.init_from (a run folder or a checkpoint file) or --model.vit")
+            assert weights is not None  # only Finetune may leave it out
             config = {**weights.config, "num_classes": 0, "hidden_dim": None}
             arguments.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
         vit = arguments.vit.init_args

@@ -98,7 +98,7 @@ class RunFolder:
             return Decision("begin", "")
         if not self.config.is_file():
             raise UserError(f"{self.path} is not empty and holds no run; give another --run.name")
-        if overwrite:
+        if overwrite or not self.last.is_file():  # without a checkpoint there is nothing to lose
             return Decision("begin", "")
         before = flatten(yaml.safe_load(self.config.read_text()))
         after = flatten(config)
@@ -121,7 +121,7 @@ class RunFolder:
             )
         if self.marker.is_file() and not extended:
             return Decision("finished", "")
-        return Decision("continue", str(self.last)) if self.last.is_file() else Decision("begin", "")
+        return Decision("continue", str(self.last))
 
     def begin(self, config: dict[str, Any], overwrite: bool) -> None:
         """Make the folder, empty where it is overwritten, and write the config into it.

@@ -190,7 +190,7 @@ class ImageFolderData(LightningDataModule):
         gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=workers,
             pin_memory=gpu if self.pin_memory is None else self.pin_memory,

@@ -224,18 +224,17 @@ class ViT(nn.Module):
             num_classes: outputs; 0 removes the head, and `vit(images)` gives the features.
             hidden_dim: hidden units of the pretraining head; the width unless given.
         """
-        self.config["num_classes"] = num_classes
-        self.config["hidden_dim"] = None
+        if kind not in ("pretrain", "finetune"):
+            raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
+        hidden_dim = (hidden_dim or self.width) if kind == "pretrain" and num_classes else None
+        self.config.update(num_classes=num_classes, hidden_dim=hidden_dim)
         if num_classes == 0:
             self.head = nn.Identity()
-        elif kind == "pretrain":
-            self.config["hidden_dim"] = hidden_dim = hidden_dim or self.width
+        elif hidden_dim is not None:
             self.head = tanh_head(self.width, hidden_dim, num_classes)
-        elif kind == "finetune":
-            self.head = linear_head(self.width, num_classes)
         else:
-            raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
-        self.head.to(self.cls_token.device)
+            self.head = linear_head(self.width, num_classes)
+        self.head.to(self.cls_token)  # its device and dtype
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image, in patches; UserError where the patch size does not divide it."""
@@ -250,7 +249,7 @@ class ViT(nn.Module):
         """
         positions = resample(self.pos_embed, self.grid, self.grid_of(*images.shape[-2:]))
         patches = self.patch_embed(images)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.pos_drop(tokens + positions)
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -276,7 +275,7 @@ def init_weights(vit: ViT) -> None:
     """Initialise all but the head as google-research/vision_transformer does (`models_vit.py`).
 
     Queries, keys and values are three Xavier-uniform matrices: one draw over the fused matrix would have the wrong
-    fan. The position table is a truncated normal.
+    fan.
     """
     patches = vit.patch_embed.proj
     lecun = math.sqrt(1 / math.prod(patches.weight.shape[1:])) / 0.87962566103423978  # std of N(0, 1) cut at 2
