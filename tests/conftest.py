@@ -1,0 +1,102 @@
+"""What the tests share: real digits, a small ViT's flags, and the command line in a forked child."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a child forked from a process with OpenMP threads would hang
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).parent.parent
+
+# configs/pretrain.yaml made small: 6 steps of a ViT that computes in no time.
+SMALL = (
+    "--config",
+    str(REPOSITORY / "configs" / "pretrain.yaml"),
+    *"--model.vit.width 16 --model.vit.depth 2 --model.vit.heads 2 --model.vit.mlp_dim 32".split(),
+    *"--model.schedule.warmup 2 --data.batch_size 16 --data.num_workers 0 --data.image_size 16".split(),
+    *"--trainer.logger false --trainer.max_steps 6 --trainer.log_every_n_steps 1".split(),
+)
+
+
+class Result(NamedTuple):
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def forked(function: Callable[[], int], cwd: Path) -> Result:
+    """Run a function in a forked child, in a folder, with its own output: an import costs seconds, a fork nothing."""
+    files = [cwd / ".stdout", cwd / ".stderr"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(cwd)
+            for number, file in enumerate(files, start=1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.stdin = open(os.devnull)
+            code = function()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return Result(os.waitstatus_to_exitcode(status), *(file.read_text() for file in files))
+
+
+@pytest.fixture
+def vitlit(tmp_path: Path) -> Callable[..., Result]:
+    """`vitlit ARGUMENTS` in a child and a folder of its own."""
+
+    def call(*arguments: object, cwd: Path = tmp_path) -> Result:
+        import vitlit.fit
+        from vitlit.cli import main
+
+        assert vitlit.fit
+        return forked(lambda: main([str(argument) for argument in arguments]), cwd)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real handwritten digits as an image folder, 1,438 for training and 359 for validation."""
+    from vitlit.data import sources
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    sources.write("digits", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def few(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the digits: 40 training images in 4 classes, 11 validation images, one class of them with 2."""
+    root = tmp_path_factory.mktemp("data") / "few"
+    for split, counts in (("train", (10, 10, 10, 10)), ("val", (3, 3, 3, 2))):
+        for label, count in enumerate(counts):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for image in sorted((digits / split / str(label)).iterdir())[:count]:
+                (folder / image.name).write_bytes(image.read_bytes())
+    return root

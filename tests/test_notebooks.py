@@ -1,0 +1,20 @@
+"""The notebooks run from top to bottom, and come to what they say."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(
+        str(output.get("text", "")) for cell in notebook.cells for output in cell.get("outputs", []) if cell.source
+    )
+    assert float(printed.rsplit("top-1 ", 1)[1].split(" %")[0]) > 90
