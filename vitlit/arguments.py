@@ -1,16 +1,18 @@
 """The arguments of fit, validate, test and predict: their order, their errors, and what they may name."""
 
 import re
-from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim import Optimizer
 
 from vitlit.cli import find_config
 from vitlit.errors import UserError
+from vitlit.objectives import Objective
+from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
@@ -23,6 +25,7 @@ class CommandLine:
         arguments: for the parser, configs first.
         config: the last config's path, which names the run.
         photos: what `predict` is given.
+        launched: whether training has begun, from where on ranks may differ.
     """
 
     def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str]) -> None:
@@ -30,6 +33,7 @@ class CommandLine:
         for path in paths:
             check_class_paths(load_yaml(path))
         self.command, self.config, self.photos = command, paths[-1] if paths else None, [Path(p) for p in photos]
+        self.launched = False
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
     @classmethod
@@ -48,8 +52,9 @@ class CommandLine:
             name, equals, value = part.partition("=")
             follows = bool(rest) and not rest[0].startswith("--") and not equals and name not in BARE
             if name in ("-c", "--config"):
-                if follows:
-                    value = rest.pop(0)
+                value = rest.pop(0) if follows else value
+                if not value:
+                    raise UserError(f"{name} needs a config: its path, or a name that `vitlit config` lists")
                 configs.append(value)
             elif part.startswith("-"):
                 flags += [part, rest.pop(0)] if follows else [part]
@@ -67,11 +72,34 @@ class CommandLine:
 
 
 def load_yaml(path: str) -> Any:
-    """A config's content; UserError where it is no YAML."""
+    """A config's content; UserError where it is no YAML, or no mapping."""
     try:
-        return yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else " ".join(str(error).split())
+        raise UserError(f"config {path} is not YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
+    return content
+
+
+# What jsonargparse says, and what a user reads: applied one after the other to the whole message, on one line.
+NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path")
+WORDING = (
+    (r"Type .* expects a function or a callable class: ", ""),
+    (r"\.* Got value: Namespace\(.*", ""),
+    (r"\.* Got value: ", ", not "),
+    (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
+    (r"typing\.Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " or ")),
+    (r"(has no attribute '\w+').*", r"\1"),
+    (r"Expected an? ", "expected "),
+    (r"Problem with given class_path '[^']*': ", ""),
+    (r"(?:Option|Sub\w+ '\w+' does not accept option) '([\w.]+)'(?: is not accepted)?", r"no key \1"),
+    (r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"no key \1.\2"),
+    (r"unrecognized arguments: -*([\w.]+).*", r"no key \1"),
+    (r'Parser key "([\w.]+)":(?: ([\w.]+):(?= ))?', lambda found: ".".join(filter(None, found.groups())) + ":"),
+)
 
 
 class Parser(LightningArgumentParser):
@@ -81,32 +109,52 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        noise = (
-            "Does not validate",
-            "Subtypes:",
-            "Errors:",
-            "Expected a <class 'NoneType'>",
-            "Given value",
-            "- Expected a <class 'NoneType'>",
-        )
-        lines = [line.strip(" -") for line in message.splitlines() if not line.strip().startswith(noise)]
-        text = " ".join(" ".join(lines).split())
-        denied = re.search(r"Importing '([^']+)' is not allowed", text)
+        denied = re.search(r"Importing '([^']+)' is not allowed", message)
         if denied:
             check_class_paths({"class_path": denied[1]})
-        raise UserError(text + self.suggestion(text)) from ex
+        required = re.search(r"arguments are required: (\w+)\.model", message)
+        if required:
+            run = "" if required[1] == "fit" else " or the folder of a run"
+            raise UserError(f"{required[1]} needs --config CONFIG{run}; `vitlit config` lists the shipped ones") from ex
+        text = plain(message)
+        parser = getattr(ex, "subcommand_parser", self)
+        raise UserError(text + parser.suggestion(text)) from ex
 
     def suggestion(self, text: str) -> str:
-        """The nearest key to the one that a message calls unknown."""
-        wrong = re.findall(r"(?:unrecognized arguments: -*|[Kk]ey ['\"]|Option ')([\w.]+)", text)
-        if not wrong or "did you mean" in text or not re.search("unrecognized|not expected|not accepted", text):
+        """The nearest name to the one that a message calls unknown."""
+        wrong = re.search(r"no (key|class|attribute) '?([\w.]+?)(?:\.(?:class_path|init_args).*)?'?$", text)
+        if not wrong:
             return ""
-        near = get_close_matches(wrong[-1], sorted(set(self.keys())), 1, 0.7)
-        return f"; did you mean {near[0]}?" if near else ""
+        names = self.keys() if wrong[1] == "key" else self.classes()
+        near = get_close_matches(wrong[2], names, 1, 0.7)
+        return f"; did you mean {names[near[0]]}?" if near else ""
 
-    def keys(self) -> Iterator[str]:
-        """Every key, whole and by its last part."""
-        for action in self._actions:
-            if action.dest and action.dest != "help":
-                yield action.dest
-                yield action.dest.rsplit(".", 1)[-1]
+    def keys(self) -> dict[str, str]:
+        """Every key by itself and by its last part."""
+        keys = [action.dest for action in self._actions if action.dest and action.dest != "help"]
+        return {key.rsplit(".", 1)[-1]: key for key in keys} | {key: key for key in keys}
+
+    @staticmethod
+    def classes() -> dict[str, str]:
+        """The classes that a config usually names."""
+        return {c.__name__: c.__name__ for base in (Stage, Objective, Optimizer) for c in base.__subclasses__()}
+
+
+def plain(message: str) -> str:
+    """A message of jsonargparse's on one line, without what only its authors understand."""
+    given = re.search(r"Given value: (.+)", message)
+    lines = [line.strip(" -") for line in message.splitlines()]
+    lines = [line for line in lines if not line.startswith(NOISE)]
+    choices = [line.removeprefix("Expected a ") for line in lines if line.startswith("Expected a ")]
+    unknown = [choice.rsplit(" ", 1)[-1] for choice in choices if choice.startswith("dot import path string")]
+    if given or unknown:
+        lines = [line for line in lines if not line.startswith("Expected a ")]
+        if unknown and not (given and given[1] == unknown[0] and len(choices) > 1):
+            lines.append(f"no class {unknown[0]}")
+        elif given:
+            choices = ["class" if choice.startswith("dot import path string") else choice for choice in choices]
+            lines.append(f"expected {' or '.join(choices)}, not {given[1]}")
+    text = " ".join(" ".join(lines).split())
+    for pattern, words in WORDING:
+        text = re.sub(pattern, words, text)
+    return text

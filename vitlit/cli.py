@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(argv)
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("VITLIT_DEBUG") == "1":
@@ -117,14 +119,15 @@ def shipped() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """A config by its path, or by the name of a shipped one.
+    """A config by its path, or by the name of a shipped one, which `configs/NAME.yaml` is in any folder.
 
     Raises:
         UserError: there is neither.
     """
-    for path in (Path(name), configs() / name, configs() / f"{name}.yaml"):
+    known = name.removeprefix("configs/").removesuffix(".yaml")
+    for path in (Path(name), configs() / f"{known}.yaml"):
         if path.is_file():
             return path
-    near = get_close_matches(name, shipped(), 1)
+    near = get_close_matches(known, shipped(), 1)
     hint = f"; did you mean {near[0]}?" if near else "; `vitlit config` lists the shipped ones"
     raise UserError(f"config {name} does not exist{hint}")

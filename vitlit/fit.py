@@ -4,29 +4,31 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from vitlit import callbacks
 from vitlit.arguments import CommandLine, Parser
+from vitlit.completion import complete, starting_weights
 from vitlit.data import ImageFolderData, sources
-from vitlit.data.folder import find_classes
-from vitlit.data.module import parse_share
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
-from vitlit.model import ViT
 from vitlit.run import Decision, RunFolder, RunOptions, agree, rank
-from vitlit.stages import Stage
+from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
-from vitlit.weights.checkpoint import Weights, locate, open_checkpoint, read
+from vitlit.trainer import Trainer
+from vitlit.weights.checkpoint import locate
+
+DIGITS = "data/digits"  # the root that is made where it is missing
 
 QUIET = (
     r".*LeafSpec.*",  # lightning 2.6 with torch 2.15
@@ -48,28 +50,14 @@ def run(command: str, arguments: list[str]) -> int:
     line = CommandLine.read(command, arguments)
     try:
         CLI(line)
+    except UserError:
+        if rank() and not line.launched:
+            return 2  # rank 0 has the same to say
+        raise
     except callbacks.Interrupted as stop:
         rank_zero_only(print)(f"{stop}; the same command continues the run", flush=True)
         return 128 + stop.signal
     return 0
-
-
-class Trainer(LightningTrainer):
-    """Lightning's Trainer, whose precision is `auto` unless given.
-
-    Args:
-        precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
-    """
-
-    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
-        accelerator = kwargs.get("accelerator", "auto")
-        gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-        if precision == "auto":
-            mixed = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-            precision = mixed if gpu and torch.cuda.is_available() else "32-true"  # type: ignore[assignment]
-        elif not gpu and str(precision) in ("16-true", "16-mixed", "16", "half"):
-            raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
-        super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
 
 
 class CLI(LightningCLI):
@@ -116,11 +104,13 @@ class CLI(LightningCLI):
             self.decide(config)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        self.complete(config)
+        weights = starting_weights(config)
+        self.classes = complete(config, weights)
+        self.complete_loggers(config.trainer, config.run.overwrite)
 
     def decide(self, config: Any) -> None:
         """Begin the run, continue it, or say that it is complete; rank 0 decides for all."""
-        if rank() == 0 and config.data.root == "data/digits" and not Path(config.data.root).exists():
+        if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
             sources.write("digits", Path(config.data.root))
         decision = Decision("begin", "")
         if not self.dry:
@@ -136,51 +126,6 @@ class CLI(LightningCLI):
         if decision.action == "continue":
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
-    def complete(self, config: Any) -> None:
-        """Fill in what follows from the data and from the weights, and refuse what contradicts them."""
-        model, arguments, data = config.model, config.model.init_args, config.data
-        weights = None
-        if config.ckpt_path:
-            path = Path(config.ckpt_path)
-            made_by = open_checkpoint(path).get("hyper_parameters", {}).get("_class_path", "")
-            if made_by.rsplit(".", 1)[-1] != model.class_path.rsplit(".", 1)[-1]:
-                raise UserError(
-                    f"{path} holds a {made_by.rsplit('.', 1)[-1]}, but the config asks for a "
-                    f"{model.class_path.rsplit('.', 1)[-1]}; to start from its weights give --model.init_from"
-                )
-            weights = read(path)
-        elif "init_from" in arguments:
-            if arguments.init_from is None:
-                raise UserError(
-                    "finetuning starts from weights: give --model.init_from a run folder or a checkpoint file"
-                )
-            weights = read(arguments.init_from)
-        self.classes = weights.classes if weights and config.ckpt_path else []
-
-        if weights is not None:
-            for name in ("mean", "std", "interpolation"):
-                made_with = weights.preprocess.get(name)
-                given = data[name] if not isinstance(data[name], list) else tuple(data[name])
-                if given is not None and made_with is not None and given != made_with:
-                    raise UserError(
-                        f"data.{name} is {given}, but {weights.path} was made with {made_with}; leave it out"
-                    )
-                data[name] = made_with if given is None else given
-        self.complete_loggers(config.trainer, config.run.overwrite)
-        self.complete_vit(arguments, data.image_size, weights, fresh_head=not config.ckpt_path)
-        classes = len(self.classes or find_classes(Path(data.root), parse_share(data.holdout)))
-        for owner, key in (
-            (arguments, "model.num_classes"),
-            (arguments.get("objective"), "model.objective.num_classes"),
-        ):
-            owner = owner.get("init_args") if owner is not None and "class_path" in owner else owner
-            if owner is not None and "num_classes" in owner:
-                if owner.num_classes not in (None, classes):
-                    raise UserError(f"{key} is {owner.num_classes}, but the data has {classes} classes; leave it out")
-                owner.num_classes = classes
-        if data.seed is None:
-            data.seed = config.seed_everything
-
     def complete_loggers(self, trainer: Any, overwrite: bool) -> None:
         """Let W&B's loggers, one unless the config says otherwise, keep their run in the run's folder."""
         if trainer.logger in (None, True):
@@ -191,31 +136,6 @@ class CLI(LightningCLI):
                 about.save_dir = about.get("save_dir") or str(self.folder.path)
                 about.name = about.get("name") or self.folder.name
                 about.id = about.get("id") or (None if overwrite else self.folder.wandb_id())
-
-    def complete_vit(self, arguments: Any, image_size: Any, weights: Weights | None, fresh_head: bool) -> None:
-        """Give the ViT the data's image size and compare it with the weights, or take it from them."""
-        size = list(image_size) if isinstance(image_size, list | tuple) else image_size
-        if arguments.get("vit") is None:
-            assert weights is not None  # only Finetune may leave it out
-            config = {**weights.config, "num_classes": 0, "hidden_dim": None}
-            arguments.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
-        vit = arguments.vit.init_args
-        if vit.image_size not in (224, size) and weights is None:  # 224 is the constructor's default
-            raise UserError(
-                f"model.vit.image_size is {vit.image_size} and data.image_size {size}; give the latter alone"
-            )
-        vit.image_size = size
-        build = ViT.from_preset if arguments.vit.class_path.endswith("from_preset") else ViT
-        with torch.device("meta"):
-            own = build(**vit.as_dict()).config
-        if own["num_classes"]:
-            raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
-        if weights is None:
-            return
-        free = {"num_classes", "hidden_dim", "dropout", "attention_dropout", *(["image_size"] if fresh_head else [])}
-        for name, value in weights.config.items():
-            if name not in free and own.get(name) != value:
-                raise UserError(f"{weights.path} was made with {name}={value}, but the config says {own.get(name)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.classes = self.classes
@@ -259,6 +179,7 @@ class CLI(LightningCLI):
         self.datamodule.check(self.subcommand, self.trainer.world_size)
 
     def before_fit(self) -> None:
+        self.line.launched = True
         data, vit = self.datamodule, self.model.vit
         rank_zero_only(print)(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
@@ -291,15 +212,15 @@ class CLI(LightningCLI):
             if isinstance(logger, Wandb):
                 rows["W&B"] = logger.closing_line() or "disabled"
                 logger.close()
-        pretrained = type(self.model).__name__ == "Pretrain"
-        rows["next"] = (
-            f"vitlit fit --config configs/finetune.yaml --model.init_from {self.folder.path}"
-            if pretrained
-            else f"vitlit predict {self.folder.path} PHOTOS --out predictions.csv"
-        )
-        print(f"\n{self.folder.path} is complete")
+        rows["next"] = f"vitlit predict {self.folder.path} PHOTOS --out predictions.csv"
+        if isinstance(self.model, Pretrain):
+            rows["next"] = f"vitlit fit --config finetune --model.init_from {self.folder.path}"
+            if str(self.datamodule.root) != DIGITS:
+                rows["next"] += f" --data.root {self.datamodule.root} --run.name {self.folder.name}-finetuned"
+        table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
-            print(f"  {name:<14} {value}")
+            table.add_row(name, Text(value, overflow="fold"))
+        Console(soft_wrap=True).print(f"\n[bold]{self.folder.path} is complete[/bold]", table, highlight=False)
 
     def after_predict(self) -> None:
         trainer: Any = self.trainer

@@ -48,9 +48,10 @@ def _folders(root: Path) -> list[str]:
 
 
 def _images(root: Path, below: str = "") -> list[str]:
-    """Paths of all images under root / below, relative to root, sorted."""
+    """Paths of all images under root / below, relative to root, sorted. Hidden files and folders do not count."""
     found = []
-    for folder, _, files in os.walk(root / below, followlinks=True):
+    for folder, folders, files in os.walk(root / below, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(folder, root)
         found += [
             os.path.normpath(os.path.join(relative, file))

@@ -138,7 +138,7 @@ class ImageFolderData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
-        self.check(stage, self.trainer.world_size)
+        self.check(TrainerFn(stage).value, self.trainer.world_size)  # Lightning's stage prints as TrainerFn.TESTING
         if stage == "fit":
             _, accumulate = self.plan(self.trainer.world_size)
             if self.trainer.accumulate_grad_batches not in (1, accumulate):

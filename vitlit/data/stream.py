@@ -58,15 +58,25 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
     Raises:
         UserError: they do not divide evenly; the message names the nearest global batch that does.
     """
-    accumulate = 1 if micro_batch is None else -(-batch_size // (world_size * micro_batch))
-    unit = world_size * accumulate
-    if batch_size % unit:
-        nearest = max(1, round(batch_size / unit)) * unit
-        parts = f"{world_size} devices" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
+    if batch_size < 1 or (micro_batch is not None and micro_batch < 1):
+        raise UserError(f"data.batch_size {batch_size} and data.micro_batch {micro_batch} must be at least 1")
+
+    def accumulation(size: int) -> int:
+        return 1 if micro_batch is None else -(-size // (world_size * micro_batch))
+
+    accumulate = accumulation(batch_size)
+    if batch_size % (world_size * accumulate):
+        sizes = range(world_size, 2 * batch_size + world_size, world_size)
+        nearest = min(
+            (size for size in sizes if size % (world_size * accumulation(size)) == 0),
+            key=lambda size: abs(size - batch_size),
+        )
+        parts = f"{world_size} device{'s' if world_size > 1 else ''}"
+        parts += f" x {accumulate} micro-batches" if accumulate > 1 else ""
         raise UserError(
             f"data.batch_size {batch_size} does not divide over {parts}; the nearest that does is {nearest}"
         )
-    return batch_size // unit, accumulate
+    return batch_size // (world_size * accumulate), accumulate
 
 
 class TrainStream(DistributedSampler[Any]):

@@ -18,6 +18,8 @@ class Finetune(Stage):
 
     Args:
         vit: the architecture, without a head; that of the weights unless given.
+        image_size: pixels, an int or (height, width), where the architecture is that of the weights; theirs unless
+            given. The command line takes data.image_size.
         init_from: the weights to start from, a run folder or a checkpoint file. Where the resolution differs the
             position table is resampled. It is read when training starts, never again.
         num_classes: the command line fills it from the data.
@@ -27,13 +29,14 @@ class Finetune(Stage):
         schedule: of the learning rate, by optimiser step.
 
     Raises:
-        UserError: neither vit nor init_from is given.
+        UserError: neither vit nor init_from is given, or both vit and image_size are.
     """
 
     def __init__(
         self,
         *,
         vit: ViT | None = None,
+        image_size: int | tuple[int, int] | None = None,
         init_from: str | None = None,
         num_classes: int | None = None,
         freeze: bool = False,
@@ -43,7 +46,10 @@ class Finetune(Stage):
         if vit is None:
             if init_from is None:
                 raise UserError("finetuning needs model.init_from (a run folder or a checkpoint file) or model.vit")
-            vit = ViT(**{**read(init_from).config, "num_classes": 0, "hidden_dim": None})
+            config = {**read(init_from).config, "num_classes": 0, "hidden_dim": None}
+            vit = ViT(**{**config, "image_size": image_size or config["image_size"]})
+        elif image_size is not None:
+            raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
         head = partial(Supervised, num_classes=num_classes, head="finetune")
         super().__init__(vit, head, optimizer, schedule, {"num_classes": num_classes, "freeze": freeze})
         self.init_from, self.freeze_encoder = init_from, freeze

@@ -1,0 +1,104 @@
+"""What a config leaves out since it follows from the data or the weights: filled in, and contradictions refused."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from vitlit.data.folder import find_classes
+from vitlit.data.module import parse_share
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.weights.checkpoint import Weights, open_checkpoint, read
+
+
+def starting_weights(config: Namespace) -> Weights | None:
+    """The weights that a command begins with: a checkpoint's of its own stage, else those of model.init_from.
+
+    Raises:
+        UserError: the checkpoint is another stage's, or a finetuning has no weights to start from.
+    """
+    arguments = config.model.init_args
+    if config.ckpt_path:
+        path = Path(config.ckpt_path)
+        made_by = open_checkpoint(path).get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
+        wanted = config.model.class_path.rsplit(".", 1)[-1]
+        if made_by != wanted:
+            raise UserError(
+                f"{path} holds a {made_by}, but the config asks for a {wanted}; "
+                "to start from its weights give --model.init_from"
+            )
+        return read(path)
+    if "init_from" not in arguments:
+        return None
+    if arguments.init_from is None:
+        raise UserError("finetuning starts from weights: give --model.init_from a run folder or a checkpoint file")
+    return read(arguments.init_from)
+
+
+def complete(config: Namespace, weights: Weights | None) -> list[str]:
+    """Fill in preprocessing, seed, architecture and the number of classes.
+
+    Returns:
+        The class names of the checkpoint, none where the head is new.
+
+    Raises:
+        UserError: a value that is given contradicts the data or the weights.
+    """
+    model, data = config.model.init_args, config.data
+    classes = weights.classes if weights is not None and config.ckpt_path else []
+    if data.seed is None:
+        data.seed = int(config.seed_everything)
+    if weights is not None:
+        complete_preprocess(data, weights)
+    complete_vit(model, data.image_size, weights, new=not config.ckpt_path)
+    count = len(classes or find_classes(Path(data.root), parse_share(data.holdout)))
+    complete_classes(model, "model", count)
+    if "objective" in model:
+        complete_classes(model.objective.init_args, "model.objective", count)
+    return classes
+
+
+def complete_preprocess(data: Namespace, weights: Weights) -> None:
+    """Take mean, std and interpolation from the weights."""
+    for name in ("mean", "std", "interpolation"):
+        made_with = weights.preprocess.get(name)
+        given = tuple(data[name]) if isinstance(data[name], list) else data[name]
+        if None not in (given, made_with) and given != made_with:
+            raise UserError(f"data.{name} is {given}, but {weights.path} was made with {made_with}; leave it out")
+        data[name] = made_with if given is None else given
+
+
+def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bool) -> None:
+    """Give the ViT the data's image size; compare its architecture with the weights', or take theirs."""
+    size = list(image_size) if isinstance(image_size, list | tuple) else image_size
+    if model.get("image_size") is not None:
+        raise UserError("model.image_size follows from data.image_size; leave it out")
+    if model.vit is None:
+        assert weights is not None  # only Finetune may leave it out
+        config = {**weights.config, "num_classes": 0, "hidden_dim": None, "image_size": size}
+        model.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
+    vit = model.vit.init_args
+    if vit.image_size not in (224, size):  # 224 is the constructor's default
+        raise UserError(f"model.vit.image_size is {vit.image_size} and data.image_size {size}; give the latter alone")
+    if vit.get("num_classes"):
+        raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
+    vit.image_size = size
+    build = ViT.from_preset if model.vit.class_path.endswith("from_preset") else ViT
+    with torch.device("meta"):
+        own = build(**vit.as_dict()).config
+    free = {"num_classes", "hidden_dim", "dropout", "attention_dropout"} | ({"image_size"} if new else set())
+    for name, value in (weights.config if weights is not None else {}).items():
+        if name not in free and own.get(name) != value:
+            raise UserError(f"{weights.path} was made with {name}={value}, but the config says {own.get(name)}")  # type: ignore[union-attr]
+
+
+def complete_classes(arguments: Namespace, key: str, count: int) -> None:
+    """Fill in num_classes, where there is such an argument."""
+    if "num_classes" in arguments:
+        if arguments.num_classes not in (None, count):
+            raise UserError(
+                f"{key}.num_classes is {arguments.num_classes}, but the data has {count} classes; leave it out"
+            )
+        arguments.num_classes = count

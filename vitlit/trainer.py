@@ -1,0 +1,36 @@
+"""Lightning's Trainer with automatic precision."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
+
+from vitlit.errors import UserError
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer, whose precision is `auto` unless given.
+
+    Args:
+        precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
+
+    Raises:
+        UserError: a GPU is asked for, or a precision that needs one, and there is none.
+    """
+
+    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
+        accelerator = kwargs.get("accelerator", "auto")
+        gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+        if precision == "auto":
+            mixed = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+            precision = mixed if gpu else "32-true"  # type: ignore[assignment]
+        elif not gpu and str(precision) in ("16-true", "16-mixed", "16"):
+            raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
+        try:
+            super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
+        except MisconfigurationException as error:
+            if "backend found" in str(error):
+                raise UserError(f"trainer.accelerator {accelerator}: no GPU is found; use cpu or auto") from error
+            raise
