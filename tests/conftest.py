@@ -6,10 +6,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a child forked from a process w
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not spoil it for forked children
 
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,18 +67,23 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
     return Result(os.waitstatus_to_exitcode(status), *(file.read_text() for file in files))
 
 
+def command(*arguments: object, cwd: Path, before: Callable[[], object] = lambda: None) -> Result:
+    """`vitlit ARGUMENTS` in a child and a folder, where `before` may change the code or the environment."""
+    import vitlit.fit
+    from vitlit.cli import main
+
+    def run() -> int:
+        before()
+        return main([str(argument) for argument in arguments])
+
+    assert vitlit.fit
+    return forked(run, cwd)
+
+
 @pytest.fixture
 def vitlit(tmp_path: Path) -> Callable[..., Result]:
     """`vitlit ARGUMENTS` in a child and a folder of its own."""
-
-    def call(*arguments: object, cwd: Path = tmp_path) -> Result:
-        import vitlit.fit
-        from vitlit.cli import main
-
-        assert vitlit.fit
-        return forked(lambda: main([str(argument) for argument in arguments]), cwd)
-
-    return call
+    return partial(command, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +107,12 @@ def few(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for image in sorted((digits / split / str(label)).iterdir())[:count]:
                 (folder / image.name).write_bytes(image.read_bytes())
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `runs/pretrain` is complete. A test reads it, or copies it first."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = command("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, cwd=folder)
+    assert result.code == 0, result.err
+    return folder

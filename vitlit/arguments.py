@@ -23,17 +23,18 @@ class CommandLine:
 
     Attributes:
         arguments: for the parser, configs first.
-        config: the last config's path, which names the run.
+        config: the first config's path, which names the run.
         photos: what `predict` is given.
+        exact: whether the folder of a run was given.
         launched: whether training has begun, from where on ranks may differ.
     """
 
-    def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str]) -> None:
+    def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str], exact: bool) -> None:
         paths = [str(find_config(name)) for name in configs]
         for path in paths:
             check_class_paths(load_yaml(path))
-        self.command, self.config, self.photos = command, paths[-1] if paths else None, [Path(p) for p in photos]
-        self.launched = False
+        self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
+        self.exact, self.launched = exact, False
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
     @classmethod
@@ -46,6 +47,7 @@ class CommandLine:
         configs: list[str] = []
         flags: list[str] = []
         others: list[str] = []
+        exact = False
         rest = list(arguments)
         while rest:
             part = rest.pop(0)
@@ -65,10 +67,14 @@ class CommandLine:
             if not (folder / "config.yaml").is_file():
                 raise UserError(f"{folder} is not the folder of a run: it holds no config.yaml")
             configs = [str(folder / "config.yaml")]
-            flags = ["--run.root", str(folder.absolute().parent), "--run.name", folder.absolute().name, *flags]
+            where = {"run.root": folder.absolute().parent, "run.name": folder.absolute().name}
+            # The run's machine need not be this one.
+            here = {"trainer.num_nodes": 1, "trainer.strategy": "auto", "trainer.devices": 1}
+            flags = [part for key, value in {**where, **here}.items() for part in (f"--{key}", str(value))] + flags
+            exact = True
         if others and command != "predict":
             raise UserError(f"what is {others[0]!r}? {command} takes --config CONFIG and --KEY VALUE")
-        return cls(command, configs, flags, others)
+        return cls(command, configs, flags, others, exact)
 
 
 def load_yaml(path: str) -> Any:

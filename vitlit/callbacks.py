@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor
 
 from vitlit.data.folder import Index
+from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb
 
 
@@ -31,8 +32,8 @@ class Interrupted(Exception):
 class Interrupt(Callback):
     """On SIGTERM or SIGINT finish the step, save `checkpoint` and raise Interrupted on every rank.
 
-    It replaces Lightning's handling, which saves nothing, exits 0, and hangs where one rank alone is signalled. A
-    second SIGINT stops at once.
+    A step that ends an epoch is finished once the epoch is validated. It replaces Lightning's handling, which saves
+    nothing, exits 0, and hangs where one rank alone is signalled. A second SIGINT stops at once.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -41,6 +42,13 @@ class Interrupt(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.received_sigterm:  # by Lightning's handler, before there was anything to save
+            raise Interrupted(signal.SIGTERM, trainer.global_step)
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # where max_steps is given, Lightning would count that epoch once more
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
 
@@ -49,19 +57,41 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
         self.received = number
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
             return
         if trainer.strategy.reduce_boolean_decision(self.received != 0, all=False):
-            trainer.save_checkpoint(self.checkpoint)
+            if batch_idx:  # at an epoch's first, the checkpoint of the epoch before is the newest there can be
+                progress = trainer.fit_loop.epoch_loop.batch_progress
+                progress.total.ready -= 1  # the continued run begins this batch again
+                progress.current.ready -= 1
+                progress.is_last_batch = False
+                trainer.save_checkpoint(self.checkpoint)
             raise Interrupted(self.received or signal.SIGTERM, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+class Best(ModelCheckpoint):
+    """Keep the weights with the best metric in `folder`/best.ckpt, also where the folder was moved meanwhile.
+
+    Args:
+        folder: of the checkpoints.
+        monitor: the metric; the lowest is best of a loss, else the highest.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        mode = "min" if monitor.endswith("loss") else "max"
+        super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = str(Path(str(self.dirpath)) / "best.ckpt")  # Lightning forgets the best score of another folder
+        moved = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here}
+        kept = dict(zip([here], state_dict["best_k_models"].values(), strict=False))
+        super().load_state_dict({**state_dict, **moved, "best_k_models": kept})
 
 
 class Tracking(Callback):
@@ -109,8 +139,8 @@ class Mistakes(Callback):
         if outputs is not None and len(batch) > 2:
             _, labels, indices = batch
             probability, prediction = outputs["probabilities"].max(-1)
-            rows = torch.stack([indices.double(), labels.double(), prediction.double(), probability.double()], 1)
-            self._rows.append(rows.cpu())
+            columns = (indices, labels, prediction, probability)
+            self._rows.append(torch.stack([column.cpu().double() for column in columns], 1))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = torch.cat(gather(trainer, self._rows) or [torch.empty(0, 4)])
@@ -138,7 +168,16 @@ class Predictions(Callback):
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
         self.out, self.index, self.classes = out, index, classes
+        self._partial = out.with_name(out.name + ".partial")
         self._rows: list[Tensor] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._partial.touch()
+            except OSError as error:
+                raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
     def on_predict_batch_end(
         self,
@@ -149,9 +188,9 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        probabilities, classes = outputs.topk(min(5, outputs.shape[-1]))
+        probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
         rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
-        self._rows.append(torch.cat([batch[2].double()[:, None], rows], 1).cpu())
+        self._rows.append(torch.cat([batch[2].cpu().double()[:, None], rows], 1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = torch.cat(gather(trainer, self._rows))
@@ -160,15 +199,13 @@ class Predictions(Callback):
         rows = rows[rows[:, 0].argsort()]
         head = ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.out.with_name(self.out.name + ".partial")
-        with partial.open("w", newline="") as file:
+        with self._partial.open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(head)
             for index, *pairs in rows.tolist():
                 cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
                 table.writerow([self.index.path(int(index)), *cells])
-        os.replace(partial, self.out)
+        os.replace(self._partial, self.out)
 
 
 def gather(trainer: Trainer, rows: list[Tensor]) -> list[Tensor]:

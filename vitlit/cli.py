@@ -42,8 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(argv)
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning exits with 1 on Ctrl-C, and with 0 on a SIGTERM in the midst of an evaluation.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
+        if type(stop).__name__ == "SIGTERMException":
+            return 143
+        raise
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("VITLIT_DEBUG") == "1":
@@ -56,6 +61,9 @@ def dispatch(argv: list[str]) -> int:
     """Import what a command needs, and run it."""
     command, arguments = argv[0], argv[1:]
     if command in STAGES:
+        # OpenMP's threads spin while they wait, and where data workers share their cores a step takes ten times as
+        # long. It is read when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         command_line: Callable[[str, list[str]], int] = import_module("vitlit.fit").run
         return command_line(command, arguments)
     if command in COMMANDS:

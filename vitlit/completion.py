@@ -13,8 +13,12 @@ from vitlit.model import ViT
 from vitlit.weights.checkpoint import Weights, open_checkpoint, read
 
 
-def starting_weights(config: Namespace) -> Weights | None:
+def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
     """The weights that a command begins with: a checkpoint's of its own stage, else those of model.init_from.
+
+    Args:
+        config: the command's.
+        fitting: whether training goes on from the checkpoint, for which it needs the optimizer's state.
 
     Raises:
         UserError: the checkpoint is another stage's, or a finetuning has no weights to start from.
@@ -22,13 +26,14 @@ def starting_weights(config: Namespace) -> Weights | None:
     arguments = config.model.init_args
     if config.ckpt_path:
         path = Path(config.ckpt_path)
-        made_by = open_checkpoint(path).get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
+        checkpoint = open_checkpoint(path)
+        made_by = checkpoint.get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
         wanted = config.model.class_path.rsplit(".", 1)[-1]
         if made_by != wanted:
-            raise UserError(
-                f"{path} holds a {made_by}, but the config asks for a {wanted}; "
-                "to start from its weights give --model.init_from"
-            )
+            remedy = "give --model.init_from to start from its weights" if wanted == "Finetune" else "give another"
+            raise UserError(f"{path} holds a {made_by}, but the config asks for a {wanted}; {remedy}")
+        if fitting and "optimizer_states" not in checkpoint:
+            raise UserError(f"{path} holds weights alone; continue from last.ckpt, or start from it (model.init_from)")
         return read(path)
     if "init_from" not in arguments:
         return None
@@ -90,8 +95,15 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         own = build(**vit.as_dict()).config
     free = {"num_classes", "hidden_dim", "dropout", "attention_dropout"} | ({"image_size"} if new else set())
     for name, value in (weights.config if weights is not None else {}).items():
-        if name not in free and own.get(name) != value:
-            raise UserError(f"{weights.path} was made with {name}={value}, but the config says {own.get(name)}")  # type: ignore[union-attr]
+        if name not in free and pair(own.get(name)) != pair(value):
+            path = weights.path if weights is not None else ""
+            key = "data.image_size" if name == "image_size" else f"model.vit.{name}"
+            raise UserError(f"{key} is {own.get(name)}, but {path} was made with {value}; leave it out or give {value}")
+
+
+def pair(value: Any) -> Any:
+    """An image size of either form as [height, width]; other values as they are."""
+    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def complete_classes(arguments: Namespace, key: str, count: int) -> None:

@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.markup import escape
 
 from vitlit import callbacks
 from vitlit.arguments import CommandLine, Parser
@@ -36,8 +35,13 @@ QUIET = (
     r".*smaller than the logging interval.*",
     r".*exists and is not empty.*",
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
-    r".*does not have `?num_workers.*",
 )
+
+OURS = {
+    "default_root_dir": "the run's folder is run.root and run.name",
+    "enable_checkpointing": "best.ckpt and last.ckpt are always kept",
+    "max_time": "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM",
+}
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -55,7 +59,8 @@ def run(command: str, arguments: list[str]) -> int:
             return 2  # rank 0 has the same to say
         raise
     except callbacks.Interrupted as stop:
-        rank_zero_only(print)(f"{stop}; the same command continues the run", flush=True)
+        same = "the same command without --run.overwrite" if "--run.overwrite" in arguments else "the same command"
+        rank_zero_only(print)(f"{stop}; {same} continues the run", flush=True)
         return 128 + stop.signal
     return 0
 
@@ -92,30 +97,45 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's settings silently win over the config; `complete` compares them."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        ours = {"weights_only", "return_predictions"}  # always true, and always false
+        return {command: skipped | ours for command, skipped in LightningCLI.subcommands().items()}
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config)
-        self.dump = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-        for beside in ("config", "ckpt_path", "out", "weights_only"):
-            self.dump.pop(beside, None)
-        self.dump["run"].update(name=self.folder.name, overwrite=False)
-        self.dry = self.subcommand == "fit" and bool(config.trainer.fast_dev_run)
+        self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
+        self.keeps = self.subcommand == "fit" and not config.trainer.fast_dev_run
         if self.subcommand == "fit":
             self.decide(config)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        weights = starting_weights(config)
-        self.classes = complete(config, weights)
-        self.complete_loggers(config.trainer, config.run.overwrite)
+        self.classes = complete(config, starting_weights(config, fitting=self.subcommand == "fit"))
+        self.resolved = self.plain(config)
+        if not self.keeps:  # evaluation needs neither the training's loggers nor its callbacks
+            config.trainer.logger, config.trainer.callbacks = False, None
+        self.complete_loggers(config)
+
+    def plain(self, config: Any) -> dict[str, Any]:
+        """The config as plain values, without what is no setting of the run."""
+        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        for beside in ("config", "ckpt_path", "out"):
+            plain.pop(beside, None)
+        plain["run"].update(name=self.folder.name, overwrite=False)
+        return plain
 
     def decide(self, config: Any) -> None:
         """Begin the run, continue it, or say that it is complete; rank 0 decides for all."""
+        for key, why in OURS.items():
+            if config.trainer[key] is not None:
+                raise UserError(f"trainer.{key} is not for a config: {why}")
         if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
             sources.write("digits", Path(config.data.root))
+        self.asked = self.plain(config)
         decision = Decision("begin", "")
-        if not self.dry:
-            own = self.folder.decide(self.dump, config.run.overwrite) if rank() == 0 else None
-            decision = agree(own, config.run.root)
+        if self.keeps:
+            own = self.folder.decide(self.asked, config.run.overwrite) if rank() == 0 else None
+            decision = agree(own, self.folder.path)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete; more --trainer.max_epochs or --trainer.max_steps "
@@ -126,8 +146,9 @@ class CLI(LightningCLI):
         if decision.action == "continue":
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
-    def complete_loggers(self, trainer: Any, overwrite: bool) -> None:
+    def complete_loggers(self, config: Any) -> None:
         """Let W&B's loggers, one unless the config says otherwise, keep their run in the run's folder."""
+        trainer = config.trainer
         if trainer.logger in (None, True):
             trainer.logger = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
@@ -135,7 +156,7 @@ class CLI(LightningCLI):
                 about = logger.init_args
                 about.save_dir = about.get("save_dir") or str(self.folder.path)
                 about.name = about.get("name") or self.folder.name
-                about.id = about.get("id") or (None if overwrite else self.folder.wandb_id())
+                about.id = about.get("id") or (self.folder.wandb_id() if config.ckpt_path else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.classes = self.classes
@@ -143,8 +164,8 @@ class CLI(LightningCLI):
         bar = self.config[self.subcommand].trainer.enable_progress_bar is not False
         terminal = sys.stdout.isatty()
         extra: list[Any] = [callbacks.Bar() if terminal else callbacks.Lines()] if bar else []
-        if self.subcommand == "fit" and not self.dry:
-            extra += self.keepers()
+        if self.keeps:
+            extra += self.training_callbacks()
         elif self.subcommand == "predict":
             out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
             extra.append(callbacks.Predictions(out, self.datamodule.split("predict"), self.classes))
@@ -153,23 +174,21 @@ class CLI(LightningCLI):
             logger=False,
             default_root_dir=str(self.folder.path),
             enable_progress_bar=bar and terminal,
-            enable_checkpointing=self.subcommand == "fit" and not self.dry,
+            enable_checkpointing=self.keeps,
         )
 
-    def keepers(self) -> list[Any]:
+    def training_callbacks(self) -> list[Any]:
         """The callbacks that keep what a training run makes."""
         monitor = self.config.fit.run.monitor
         measured = [f"val/{name}" for name in self.model.measures["val"]]
         if monitor not in measured:
             raise UserError(f"run.monitor {monitor} is not among {' '.join(measured)}")
-        folder, mode = self.folder.best.parent, "min" if monitor.endswith("loss") else "max"
-        self.best = ModelCheckpoint(
-            folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True
-        )
+        folder = self.folder.best.parent
+        self.best = callbacks.Best(folder, monitor)
         last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
         return [
             callbacks.Interrupt(self.folder.last),
-            callbacks.Tracking(self.dump),
+            callbacks.Tracking(self.resolved),
             callbacks.Mistakes(),
             self.best,
             last,
@@ -187,10 +206,10 @@ class CLI(LightningCLI):
             f"{len(data.classes)} classes; {len(data.split('train')) // data.batch_size:,} steps an epoch",
             flush=True,
         )
-        if self.dry:
+        if not self.keeps:
             return
         if rank() == 0:
-            self.folder.begin(self.dump, self.config.fit.run.overwrite)
+            self.folder.begin(self.asked, self.config.fit.run.overwrite)
         given = self.config_init.fit.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given else []
         for logger in loggers:
@@ -199,7 +218,7 @@ class CLI(LightningCLI):
         self.trainer.loggers = [*loggers, CSV(self.folder.path)]
 
     def after_fit(self) -> None:
-        if self.dry or rank() != 0:
+        if not self.keeps or rank() != 0:
             return
         self.folder.finish(self.trainer.global_step)
         rows = {"steps": f"{self.trainer.global_step:,}"}
@@ -217,10 +236,10 @@ class CLI(LightningCLI):
             rows["next"] = f"vitlit fit --config finetune --model.init_from {self.folder.path}"
             if str(self.datamodule.root) != DIGITS:
                 rows["next"] += f" --data.root {self.datamodule.root} --run.name {self.folder.name}-finetuned"
-        table = Table.grid(padding=(0, 2))
+        console = Console(soft_wrap=True, highlight=False)  # a command must stay on one line
+        console.print(f"\n[bold]{escape(str(self.folder.path))} is complete[/bold]")
         for name, value in rows.items():
-            table.add_row(name, Text(value, overflow="fold"))
-        Console(soft_wrap=True).print(f"\n[bold]{self.folder.path} is complete[/bold]", table, highlight=False)
+            console.print(f"  [dim]{name:<14}[/dim] {escape(value)}")
 
     def after_predict(self) -> None:
         trainer: Any = self.trainer
@@ -228,5 +247,5 @@ class CLI(LightningCLI):
         rank_zero_only(print)(f"{writer.out}: {len(writer.index):,} images")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}  # execute nothing
         return {**kwargs, "return_predictions": False} if subcommand == "predict" else kwargs

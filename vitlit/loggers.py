@@ -34,7 +34,7 @@ class CSV(Logger):
     """Writes `folder/metrics.csv`: one row per step, on disk as soon as it is logged, appended to on resume.
 
     Numbers are written in full precision, so that a run that was interrupted and continued (see `cut`) leaves the
-    same bytes as one that was not.
+    same rows as one that was not, but for the speed.
 
     Args:
         folder: The run's folder; made if it is not there.
@@ -130,7 +130,7 @@ class Mistake(NamedTuple):
 
 
 class Wandb(WandbLogger):
-    """A Weights & Biases run that never asks a question, never waits for a network and says in one line where it is.
+    """A Weights & Biases run that never asks a question, never hangs and says in one line where it is.
 
     Without a key, or where the server does not answer within 15 seconds, the run is kept on disk and
     `closing_line` is the command that uploads it.

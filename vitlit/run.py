@@ -14,12 +14,10 @@ from vitlit.errors import UserError
 
 # Settings of how a run is computed, not of what: they may differ when it is continued.
 FREE = (
-    "ckpt_path",
     "data.micro_batch",
     "data.num_workers",
     "data.pin_memory",
     "data.prefetch",
-    "run.overwrite",
     "run.root",
     "trainer.accelerator",
     "trainer.devices",
@@ -29,7 +27,6 @@ FREE = (
     "trainer.num_sanity_val_steps",
     "trainer.profiler",
     "trainer.strategy",
-    "weights_only",
 )
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
@@ -69,15 +66,17 @@ class RunFolder:
     Args:
         options: the run's.
         config: the path of its config, which names it where the options do not.
+        exact: whether the name is that of a run that is there; else a W&B sweep's run id is appended.
 
     Raises:
         UserError: the name would lead out of the root.
     """
 
-    def __init__(self, options: RunOptions, config: str | None) -> None:
+    def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
         name = options.name or Path(config or "run").stem
-        if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
-            name += f"-{os.environ['WANDB_RUN_ID']}"
+        trial = f"-{os.environ.get('WANDB_RUN_ID')}"
+        if "WANDB_SWEEP_ID" in os.environ and not exact and not name.endswith(trial):
+            name += trial
         if name in ("", ".", "..") or "/" in name or os.sep in name:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
         self.name = name
@@ -94,13 +93,13 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run of another config, or something that is no run.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return Decision("begin", "")
         if not self.config.is_file():
-            raise UserError(f"{self.path} is not empty and holds no run; give another --run.name")
+            raise UserError(f"{self.path} holds something else than a run; give another --run.name")
         if overwrite or not self.last.is_file():  # without a checkpoint there is nothing to lose
             return Decision("begin", "")
-        before = flatten(yaml.safe_load(self.config.read_text()))
+        before = flatten(yaml.safe_load(self.config.read_text()) or {})
         after = flatten(config)
         differing = sorted(
             key
@@ -136,7 +135,9 @@ class RunFolder:
             self.marker.unlink(missing_ok=True)
             self._write(self.config, yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
-            raise UserError(f"cannot write into {self.path}: {error.strerror}; give another --run.root") from error
+            raise UserError(
+                f"cannot write into {self.path}: {error.strerror or error}; give another --run.root"
+            ) from error
 
     def wandb_id(self) -> str | None:
         """The id of the W&B run that this run logs to, where it has begun one."""
@@ -180,11 +181,11 @@ def rank() -> int:
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
 
 
-def agree(decision: Decision | None, root: str) -> Decision:
-    """Hand rank 0's decision to every rank; the others pass None and wait for it.
+def agree(decision: Decision | None, run: Path) -> Decision:
+    """Hand rank 0's decision on a run to every rank; the others pass None and wait for it.
 
     Ranks that Lightning launches inherit it; under torchrun it goes through the agent's store, under SLURM through a
-    file in the root, named by the job's step.
+    file in the run's root, named by the job's step.
     """
     if decision is None and "VITLIT_DECISION" in os.environ:
         return Decision(*json.loads(os.environ["VITLIT_DECISION"]))
@@ -198,11 +199,11 @@ def agree(decision: Decision | None, root: str) -> Decision:
     store: Store
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        key = f"vitlit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        key = f"vitlit/{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     elif "SLURM_JOB_ID" in os.environ:
-        Path(root).mkdir(parents=True, exist_ok=True)
+        run.parent.mkdir(parents=True, exist_ok=True)
         step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
-        store, key = FileStore(str(Path(root) / f".launch-{'-'.join(step)}"), -1), "decision"
+        store, key = FileStore(str(run.parent / f".launch-{'-'.join(step)}"), -1), str(run)
     else:
         raise UserError(
             "several processes were started by neither torchrun, SLURM nor trainer.devices; use one of them"

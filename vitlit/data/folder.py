@@ -67,6 +67,8 @@ def scan_photos(photos: list[Path]) -> Index:
     Raises:
         UserError: a path does not exist, or no image is found.
     """
+    if not photos:
+        raise UserError("predict needs images: files, or folders of them")
     found: list[str] = []
     for photo in photos:
         if not photo.exists():

@@ -1,6 +1,7 @@
 """ImageNet-style folders as a LightningDataModule."""
 
 import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class ImageFolderData(LightningDataModule):
 
     def __init__(
         self,
-        root: str = "data/digits",
+        root: str,
         image_size: int | tuple[int, int] = 224,
         batch_size: int = 256,
         micro_batch: int | None = None,
@@ -75,6 +76,7 @@ class ImageFolderData(LightningDataModule):
         self._train: Index | None = None
         self._held: Index | None = None
         self._splits: dict[str, Index] = {}
+        self._entered = 0  # the step that a continued run begins with
 
     def scan(self) -> None:
         """Find classes and training images, once.
@@ -95,7 +97,9 @@ class ImageFolderData(LightningDataModule):
             UserError: there is no such split.
         """
         if name == "predict":
-            return scan_photos(self.photos or [self.root])
+            if name not in self._splits:
+                self._splits[name] = scan_photos(self.photos)
+            return self._splits[name]
         if name == "train" or self.holdout or not self.classes:
             self.scan()
         if name == "train":
@@ -106,7 +110,8 @@ class ImageFolderData(LightningDataModule):
         if name not in self._splits:
             folder = self.root / name
             if not folder.is_dir():
-                remedy = "; --data.holdout 10% holds out a part of the training images" if name == "val" else ""
+                remedy = "; --data.holdout 10% holds out a part of the training images"
+                remedy = remedy if name == "val" else "; `vitlit validate` evaluates on val"
                 raise UserError(f"{self.root} has no folder {name}{remedy}")
             index = self._splits[name] = scan_split(folder, self.classes)
             missing = [c for i, c in enumerate(self.classes) if i not in set(index.labels.tolist())]
@@ -134,12 +139,16 @@ class ImageFolderData(LightningDataModule):
             self.plan(world_size)
         name = {"fit": "val", "validate": "val"}.get(stage, stage)
         if len(self.split(name)) < world_size:
-            raise UserError(f"the {name} split has {len(self.split(name))} images, fewer than the {world_size} devices")
+            raise UserError(
+                f"the {name} split has {len(self.split(name))} images, fewer than the {world_size} devices; "
+                "give --trainer.devices 1"
+            )
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
         self.check(TrainerFn(stage).value, self.trainer.world_size)  # Lightning's stage prints as TrainerFn.TESTING
         if stage == "fit":
+            self._entered = 0
             _, accumulate = self.plan(self.trainer.world_size)
             if self.trainer.accumulate_grad_batches not in (1, accumulate):
                 raise UserError(
@@ -158,7 +167,8 @@ class ImageFolderData(LightningDataModule):
             len(index),
             self.batch_size,
             self.seed,
-            lambda: trainer.global_step,
+            # Lightning makes the first iterator, and workers begin, before it restores the global step.
+            lambda: max(trainer.global_step, self._entered),
             trainer.global_rank,
             trainer.world_size,
         )
@@ -186,7 +196,9 @@ class ImageFolderData(LightningDataModule):
         assert self.trainer is not None
         workers = self.num_workers
         if workers is None:
-            workers = max(1, len(os.sched_getaffinity(0)) // max(1, self.trainer.num_devices))
+            affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
+            cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+            workers = max(1, cores // max(1, self.trainer.num_devices))
         gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
@@ -196,6 +208,7 @@ class ImageFolderData(LightningDataModule):
             pin_memory=gpu if self.pin_memory is None else self.pin_memory,
             prefetch_factor=self.prefetch if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=leave_signals,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,10 +232,17 @@ class ImageFolderData(LightningDataModule):
                     f"the checkpoint's run had {name} {state_dict[name]}, this one has {value}: "
                     "it cannot be continued, only started from (model.init_from)"
                 )
+        self._entered = state_dict["step"]
 
     def _stream_of(self) -> dict[str, int]:
         """What the order of samples depends on, beside the step."""
         return {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}
+
+
+def leave_signals(worker: int) -> None:
+    """Let the main process alone act on signals: one to the process group must not end its data workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def brief(names: list[str]) -> str:

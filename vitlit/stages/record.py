@@ -34,18 +34,18 @@ def describe(value: Any) -> Any:
         return [describe(item) for item in value]
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
-    if isinstance(value, ViT):
+    if type(value) is ViT:
         headless = {**value.config, "num_classes": 0, "hidden_dim": None}
         return {"class_path": "vitlit.model.ViT", "init_args": headless}
     if inspect.isclass(value):
-        return {"class_path": _path_of(value)}
+        return {"class_path": path_of(value)}
     if isinstance(value, Schedule):
         return asdict(value)
     if isinstance(value, functools.partial):
         # jsonargparse makes a partial of its own instantiator, with the class among the arguments.
         classes = [item for item in (value.func, *value.args) if inspect.isclass(item)]
         if len(classes) == 1:
-            return {"class_path": _path_of(classes[0]), "init_args": describe(dict(value.keywords))}
+            return {"class_path": path_of(classes[0]), "init_args": describe(dict(value.keywords))}
     raise UserError(
         f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one, such as "
         "partial(torch.optim.AdamW, lr=1e-3)"
@@ -69,5 +69,5 @@ def check_class_paths(value: Any) -> None:
             check_class_paths(item)
 
 
-def _path_of(cls: type) -> str:
+def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

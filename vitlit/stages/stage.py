@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Objective
 from vitlit.optim import OptimizerFactory, Schedule, parameter_groups
-from vitlit.stages.record import check_class_paths, describe
+from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights.checkpoint import open_checkpoint
 
 
@@ -47,10 +47,10 @@ class Stage(LightningModule):
         # Lightning rebuilds the stage from these with jsonargparse: {class_path, init_args} become objects again.
         self.hparams.update(
             {name: describe(value) for name, value in record.items()},
-            _class_path=f"vitlit.stages.{type(self).__name__}",
+            _class_path=path_of(type(self)),
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
-        self.vit = vit
+        self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule = optimizer, schedule
         self.measures = nn.ModuleDict({"val": self._metrics(), "test": self._metrics()})
@@ -91,6 +91,7 @@ class Stage(LightningModule):
     # Training
 
     def on_train_start(self) -> None:
+        self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
         self._restart_clock()
 
@@ -178,6 +179,17 @@ class Stage(LightningModule):
             "preprocess": asdict(preprocess) if preprocess else {},
         }
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts a device's micro-batches, of which a step may have another number in a continued run.
+        if self._trainer is None or not checkpoint["global_step"]:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        before = progress["total"]["processed"] // checkpoint["global_step"]
+        for counts in (progress["total"], progress["current"]):
+            ready = counts["ready"]
+            whole = ready // before * self.trainer.accumulate_grad_batches
+            counts.update({name: whole - (ready - count) for name, count in counts.items()})
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Rebuild a stage from its checkpoint; `Stage` finds out which it is. Nothing in the file is executed.
@@ -188,8 +200,16 @@ class Stage(LightningModule):
         record = open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
         check_class_paths(record)
         # Lightning would ask for the arguments of `cls`, whatever the record says.
-        made_by = str(record.get("_class_path")).rsplit(".", 1)[-1]
-        kind: Any = next((stage for stage in Stage.__subclasses__() if stage.__name__ == made_by), cls)
+        made_by = str(record.get("_class_path"))
+        kind: Any = next((stage for stage in kinds(Stage) if path_of(stage) == made_by), cls)
         if not issubclass(kind, cls):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
-        return super(Stage, kind).load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+        found: Any = super(Stage, kind)
+        return found.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
+
+def kinds(stage: type[Stage]) -> Iterator[type[Stage]]:
+    """A stage and all that are derived from it."""
+    yield stage
+    for derived in stage.__subclasses__():
+        yield from kinds(derived)

@@ -1,5 +1,6 @@
 """The door for weights: into a ViT, with a report."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class LoadReport(NamedTuple):
         return ", ".join(f"{len(names)} {kind}" for kind, names in self._asdict().items() if names)
 
 
-def load_weights(vit: ViT, path: str | Path, skip: tuple[str, ...] | list[str] = ()) -> LoadReport:
+def load_weights(vit: ViT, path: str | Path, skip: str | Sequence[str] = ()) -> LoadReport:
     """Load weights into a ViT. Whatever is not allowed by `skip` must match.
 
     A position table of another grid is resampled (2010.11929, section 3.2).
@@ -42,7 +43,7 @@ def load_weights(vit: ViT, path: str | Path, skip: tuple[str, ...] | list[str] =
     Args:
         vit: changed in place, unless an error is raised.
         path: a run folder or a checkpoint file.
-        skip: shell patterns of tensor names that are left alone, such as `head*`.
+        skip: shell patterns of tensor names that are left alone, one or several, such as `head*`.
 
     Raises:
         UserError: the file cannot be read, or a tensor is missing, unexpected or of another shape; the first is named
@@ -50,7 +51,8 @@ def load_weights(vit: ViT, path: str | Path, skip: tuple[str, ...] | list[str] =
     """
     weights = read(path)
     own = vit.state_dict()
-    skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in skip)}
+    globs = [skip] if isinstance(skip, str) else skip
+    skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}
     state = {name: tensor for name, tensor in weights.state.items() if name not in skipped}
     resampled = []
     with torch.device("meta"):

@@ -1,0 +1,701 @@
+"""The command line: what works, and each mistake as one line."""
+
+import csv
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL, Result
+from PIL import Image
+from test_loggers import recorded
+
+from vitlit import load
+from vitlit.stages import Stage
+
+Command = Callable[..., Result]
+FINETUNE = (
+    *"fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24".split(),
+    *"--model.schedule.warmup 2 --trainer.logger false --trainer.max_steps 2 --data.root".split(),
+)
+
+
+def refused(result: Result, *words: object, code: int = 2) -> None:
+    """It is one line, with these words in it, and exit code 2."""
+    assert result.code == code, result.err
+    assert result.err.startswith("vitlit: error: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert str(word) in result.err
+
+
+def done(result: Result) -> str:
+    """It worked, and nothing was complained about; what it printed."""
+    assert result.code == 0, result.err
+    assert not result.err
+    return result.out
+
+
+def columns(run: Path) -> set[str]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return set(next(csv.reader(file)))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measured(out: str) -> dict[str, float]:
+    """The numbers in the table that an evaluation prints, by the metric's name without its split."""
+    return {name: float(value) for name, value in re.findall(r"(?:val|test)/(\w+)\W+?([\d.]+)", out)}
+
+
+def saved(run: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    return config
+
+
+def shipped(folder: Path, old: str, new: str) -> Path:
+    """configs/pretrain.yaml with a change."""
+    text = Path(SMALL[1]).read_text()
+    assert old in text
+    path = folder / "changed.yaml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.fixture
+def data(few: Path, tmp_path: Path) -> Path:
+    """A copy of the few images, to be spoilt."""
+    return Path(shutil.copytree(few, tmp_path / "images"))
+
+
+@pytest.fixture
+def work(trained: Path, tmp_path: Path) -> Path:
+    """A folder of one's own in which runs/pretrain is complete."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+# Images that are not as they must be.
+
+
+def spoil_nothing_there(root: Path) -> str:
+    shutil.rmtree(root)
+    return "is not a folder"
+
+
+def spoil_empty(root: Path) -> str:
+    shutil.rmtree(root)
+    root.mkdir()
+    return "--data.holdout 10%"
+
+
+def spoil_no_classes(root: Path) -> str:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    return "holds no class folders"
+
+
+def spoil_empty_class(root: Path) -> str:
+    for image in (root / "train" / "2").iterdir():
+        image.unlink()
+    return "train/2 holds no image"
+
+
+def spoil_flat_val(root: Path) -> str:
+    for image in list((root / "val").glob("*/*")):
+        image.rename(root / "val" / f"{image.parent.name}-{image.name}")
+    for folder in [path for path in (root / "val").iterdir() if path.is_dir()]:
+        folder.rmdir()
+    return "images but no class folders"
+
+
+def spoil_strange_val_class(root: Path) -> str:
+    (root / "val" / "zebra").mkdir()
+    return "'zebra'"
+
+
+def spoil_no_val(root: Path) -> str:
+    shutil.rmtree(root / "val")
+    return "--data.holdout 10%"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_nothing_there,
+        spoil_empty,
+        spoil_no_classes,
+        spoil_empty_class,
+        spoil_flat_val,
+        spoil_strange_val_class,
+        spoil_no_val,
+    ],
+)
+def test_folders_laid_out_otherwise_are_refused_before_anything_is_written(
+    vitlit: Command, data: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
+    remedy = spoil(data)
+    refused(vitlit("fit", *SMALL, "--data.root", data), data, remedy)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_class_without_validation_images_is_said_in_one_line(vitlit: Command, data: Path) -> None:
+    shutil.rmtree(data / "val" / "3")
+    out = done(vitlit("fit", *SMALL, "--data.root", data))
+    assert [line for line in out.splitlines() if "no image of" in line] == [
+        f"{data}/val has no image of 1 classes, '3' among them"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("text.png", 0), ("text.png", 2), ("cut.png", 0), ("cut.jpg", 0), ("cut.jpg", 2)]
+)
+def test_an_image_that_cannot_be_read_is_named(vitlit: Command, data: Path, kind: str, workers: int) -> None:
+    original = min((data / "train" / "1").iterdir())
+    spoilt = original.with_name(kind)
+    if kind == "text.png":
+        spoilt.write_text("not an image")
+    else:
+        Image.open(original).resize((64, 64)).save(spoilt)
+        spoilt.write_bytes(spoilt.read_bytes()[: spoilt.stat().st_size // 2])
+    original.unlink()
+    refused(vitlit("fit", *SMALL, "--data.root", data, "--data.num_workers", workers), f"read the image {spoilt}:")
+
+
+# Flags and configs.
+
+MISTAKES = {
+    "--data.batch_sise 8": ["no key data.batch_sise; did you mean data.batch_size?"],
+    "--batch_size 8": ["no key batch_size; did you mean data.batch_size?"],
+    "--trainer.max_step 8": ["no key trainer.max_step; did you mean trainer.max_steps?"],
+    "--trainer.logg false": ["no key trainer.logg; did you mean trainer.logger?"],  # no abbreviations
+    "--model.vit.widht 8": ["model.vit: no key widht; did you mean width?"],
+    "--model.schedule.warmupp 8": ["no key schedule.warmupp; did you mean schedule.warmup?"],
+    "--model.optimizer.weight_decai 8": ["model.optimizer: no key weight_decai; did you mean weight_decay?"],
+    "--model.optimizer AdanW": ["no class AdanW; did you mean AdamW?"],
+    "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
+    "--model Pretrian": ["no class Pretrian; did you mean Pretrain?"],
+    "--data.batch_size many": ["data.batch_size: expected int, not many"],
+    "--model.vit.width wide": ["model.vit.width: expected int, not wide"],
+    "--model.optimizer.lr fast": ["model.optimizer.lr: expected float or class, not fast"],
+    "--data.interpolation cubic": ["data.interpolation: expected 'bilinear' or 'bicubic', not cubic"],
+    "--data.image_size [8,8,8]": ["data.image_size: expected int or tuple with 2 elements, not [8, 8, 8]"],
+    "--data.num_workers": ["--data.num_workers: expected one argument"],
+    "stray": ["what is 'stray'?"],
+    "--config": ["--config needs a config"],
+    "--config pretrian": ["config pretrian does not exist; did you mean pretrain?"],
+    "--config configs/pretrian.yaml": ["config configs/pretrian.yaml does not exist; did you mean pretrain?"],
+    "--config nosuch": ["config nosuch does not exist", "`vitlit config`"],
+    "--data.batch_size 64": ["data.batch_size 64 is more than the 40 training images"],
+    "--data.batch_size 15 --trainer.devices 2 --trainer.accelerator cpu": ["data.batch_size 15", "2 devices", "is 16"],
+    "--data.batch_size 10 --data.micro_batch 4": ["data.batch_size 10", "3 micro-batches", "the nearest"],
+    "--data.batch_size 0": ["data.batch_size 0"],
+    "--data.micro_batch 0": ["data.micro_batch 0"],
+    "--data.image_size 20": ["patch size 8 does not divide the image size 20 x 20"],
+    "--data.holdout 100%": ["data.holdout 100% is not a share such as 10% or 0.1"],
+    "--data.holdout ten": ["data.holdout ten is not a share"],
+    "--model.vit.heads 3": ["heads 3 do not divide the width 16"],
+    "--model.vit.num_classes 4": ["model.vit.num_classes", "leave it out"],
+    "--model.objective.num_classes 5": ["num_classes is 5, but the data has 4 classes"],
+    "--run.monitor val/top-1": ["run.monitor val/top-1", "val/top1 "],
+    "--run.monitor val/top5": ["run.monitor val/top5"],  # there are 4 classes
+    "--run.name a/b": ["run.name 'a/b'", "run.root"],
+    "--run.name ..": ["run.name '..'", "run.root"],
+    "--ckpt_path missing.ckpt": ["missing.ckpt does not exist"],
+    "--trainer.precision 16-mixed --trainer.accelerator cpu": ["trainer.precision 16-mixed", "bf16-mixed or 32-true"],
+    "--trainer.precision bf17": ["trainer.precision: expected 'auto' or", "not bf17"],
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistaken_flag_is_refused_before_anything_is_written(
+    vitlit: Command, few: Path, tmp_path: Path, flags: str
+) -> None:
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags.split()), *MISTAKES[flags])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("batch_size:", "batch_sise:", "no key data.batch_sise; did you mean data.batch_size?"),
+        ("patch_size:", "patch_sise:", "model.vit: no key patch_sise; did you mean patch_size?"),
+        ("seed_everything", "seed_everythin", "no key seed_everythin; did you mean seed_everything?"),
+        ("{warmup:", "{warmupp:", "no key schedule.warmupp; did you mean schedule.warmup?"),
+        ("AdamW", "AdanW", "did you mean AdamW?"),
+        ("class_path: Supervised", "class_path: Supervized", "no class Supervized; did you mean Supervised?"),
+        ("class_path: Pretrain", "class_path: Pretrian", "no class Pretrian; did you mean Pretrain?"),
+        ("seed_everything: 0", "seed_everything: [", "is not YAML: line "),
+    ],
+)
+def test_a_mistake_in_a_config_is_refused_as_that_in_a_flag(
+    vitlit: Command, few: Path, tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    refused(vitlit("fit", "--config", shipped(tmp_path, old, new), "--data.root", few), words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"- a\n- b\n", b"\xff\xfe\x00"])
+def test_a_config_that_is_none_is_named(vitlit: Command, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    refused(vitlit("fit", "--config", "mine.yaml"), "config mine.yaml ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(vitlit: Command, few: Path) -> None:
+    refused(vitlit("fit", *SMALL, "--data.root", few, "--trainer.accelerator", "gpu"), "gpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--trainer.max_steps -1 --trainer.max_epochs -1", "training has no end"),
+        ("--model.schedule.warmup 6", "model.schedule.warmup is 6 steps but training has only 6"),
+    ],
+)
+def test_a_training_that_cannot_end_well_is_refused_before_it_begins(
+    vitlit: Command, few: Path, tmp_path: Path, flags: str, words: str
+) -> None:
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags.split()), words, "trainer.max_steps")
+    assert not (tmp_path / "runs" / "pretrain" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "fit"])
+def test_a_command_without_a_config_says_what_it_takes(vitlit: Command, command: str) -> None:
+    refused(vitlit(command), f"{command} needs --config CONFIG")
+
+
+def test_a_flag_wins_over_a_config_that_stands_after_it(vitlit: Command, few: Path, tmp_path: Path) -> None:
+    done(vitlit("fit", *SMALL[2:], "--data.batch_size", 8, "--data.root", few, *SMALL[:2]))
+    assert saved(tmp_path / "runs" / "pretrain")["data"]["batch_size"] == 8
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain.yaml", "configs/pretrain.yaml"])
+def test_a_shipped_config_is_found_by_its_name_in_any_folder(vitlit: Command, tmp_path: Path, name: str) -> None:
+    refused(vitlit("fit", "--config", name, "--data.root", "nowhere"), "data.root nowhere")
+
+
+# What a config may not name.
+
+
+class Trap:
+    """A module that leaves a file behind when it is imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sprung = folder, folder / "sprung"
+        (folder / "evil.py").write_text(
+            f"open({str(self.sprung)!r}, 'w').close()\nimport torch\nclass Evil(torch.optim.SGD):\n    pass\n"
+        )
+
+    def set(self) -> None:
+        sys.path.insert(0, str(self.folder))
+
+    def trusted(self) -> None:
+        self.set()
+        os.environ["VITLIT_TRUST"] = "evil"
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Trap:
+    return Trap(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--model.optimizer", "evil.Evil"),
+        ("--model.optimizer", "{class_path: evil.Evil, init_args: {lr: 0.1}}"),
+        ("--model.optimizer.class_path", "evil.Evil"),
+        ("--model", "evil.Evil"),
+        ("--model.vit", "evil.Evil"),
+        ("--trainer.callbacks", "[{class_path: evil.Evil}]"),
+        ("--trainer.callbacks+", "evil.Evil"),
+        ("--trainer.logger", "evil.Evil"),
+    ],
+)
+def test_a_class_outside_the_trusted_packages_is_refused_unimported(
+    vitlit: Command, few: Path, trap: Trap, flag: str, value: str
+) -> None:
+    result = vitlit("fit", *SMALL, "--data.root", few, flag, value, before=trap.set)
+    refused(result, "class evil.Evil is outside", "VITLIT_TRUST")
+    assert not trap.sprung.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("class_path: torch.optim.AdamW", "class_path: evil.Evil"),
+        ("class_path: vitlit.loggers.Wandb", "class_path: evil.Evil"),
+        ("trainer:\n", "trainer:\n  callbacks: [{class_path: Lines, init_args: {a: [{class_path: evil.Evil}]}}]\n"),
+    ],
+)
+def test_a_class_in_a_config_outside_the_trusted_packages_is_refused_unimported(
+    vitlit: Command, few: Path, tmp_path: Path, trap: Trap, old: str, new: str
+) -> None:
+    result = vitlit("fit", "--config", shipped(tmp_path, old, new), "--data.root", few, before=trap.set)
+    refused(result, "class evil.Evil is outside", "VITLIT_TRUST")
+    assert not trap.sprung.exists()
+
+
+def test_a_function_in_a_trusted_module_that_comes_from_elsewhere_is_refused(vitlit: Command, few: Path) -> None:
+    for path in ("os.system", "vitlit.run.shutil.rmtree", "torch.optim.optimizer.functools.partial"):
+        refused(vitlit("fit", *SMALL, "--data.root", few, "--model.optimizer", path))
+
+
+def test_a_package_that_the_user_trusts_is_imported(vitlit: Command, few: Path, trap: Trap) -> None:
+    flags = ("--model.optimizer", "evil.Evil", "--model.optimizer.lr", 0.1)
+    done(vitlit("fit", *SMALL, "--data.root", few, *flags, before=trap.trusted))
+    assert trap.sprung.exists()
+
+
+# Bugs and help.
+
+
+def debug() -> None:
+    os.environ["VITLIT_DEBUG"] = "1"
+
+
+def bug() -> None:
+    def training_step(*arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    setattr(Stage, "training_step", training_step)  # noqa: B010
+
+
+def test_vitlit_debug_shows_a_mistakes_traceback(vitlit: Command) -> None:
+    result = vitlit("fit", *SMALL, "--data.root", "nowhere", before=debug)
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert "UserError: data.root nowhere" in result.err
+
+
+def test_a_bug_keeps_its_traceback(vitlit: Command, few: Path) -> None:
+    result = vitlit("fit", *SMALL, "--data.root", few, before=bug)
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert "RuntimeError: a bug" in result.err
+    assert "vitlit: error" not in result.err
+
+
+def test_help_version_and_unknown_commands_answer_without_torch() -> None:
+    code = """if True:
+        import sys
+        from vitlit.cli import main
+        codes = [main(a.split()) for a in ("", "--help", "--version", "fti", "frobnicate", "config", "config pretrain")]
+        print(codes, [name for name in ("torch", "lightning", "wandb", "numpy") if name in sys.modules])
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.endswith("[0, 0, 0, 2, 2, 0, 0] []\n"), result.stdout + result.stderr
+    assert result.stdout.count("vitlit fit --config CONFIG") == 2
+    errors = result.stderr.splitlines()
+    assert errors == [
+        "vitlit: error: no command 'fti'; did you mean fit?",
+        "vitlit: error: no command 'frobnicate'; vitlit --help lists them",
+    ]
+
+
+def test_config_lists_and_prints_what_is_shipped(vitlit: Command) -> None:
+    assert "\n  pretrain\n" in done(vitlit("config"))
+    assert done(vitlit("config", "pretrain")) == Path(SMALL[1]).read_text()
+    refused(vitlit("config", "pretrian"), "did you mean pretrain?")
+
+
+@pytest.mark.parametrize("arguments", [[], ["digits"], ["digits", "a", "b"], ["--out", "a"]])
+def test_data_says_how_it_is_used(vitlit: Command, arguments: list[str]) -> None:
+    refused(vitlit("data", *arguments), "usage: vitlit data NAME OUT", "cifar10")
+
+
+@pytest.mark.parametrize("skip", ["", "=skip_default"])
+def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, skip: str) -> None:
+    printed = done(vitlit("fit", *SMALL, "--data.root", few, f"--print_config{skip}"))
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert yaml.safe_load(printed)["data"]["batch_size"] == 16
+    done(vitlit("fit", "--config", "printed.yaml"))
+    assert (tmp_path / "runs" / "printed" / "finished.json").exists()
+
+
+# Training.
+
+
+@pytest.mark.parametrize(("classes", "top5"), [(2, False), (3, False), (6, True)])
+def test_metrics_have_their_names(vitlit: Command, digits: Path, tmp_path: Path, classes: int, top5: bool) -> None:
+    for split in ("train", "val"):
+        for label in range(classes):
+            (tmp_path / "part" / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "part" / split / str(label)).symlink_to(digits / split / str(label))
+    done(vitlit("fit", *SMALL, "--data.root", "part"))
+    names = {"train/loss", "train/lr", "train/images_per_second", "val/loss", "val/top1", "val/top1_macro"}
+    assert columns(tmp_path / "runs" / "pretrain") == {"step", "epoch"} | names | ({"val/top5"} if top5 else set())
+
+
+def test_one_class_is_refused(vitlit: Command, few: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "one" / split).mkdir(parents=True)
+        (tmp_path / "one" / split / "0").symlink_to(few / split / "0")
+    refused(vitlit("fit", *SMALL, "--data.root", "one", "--data.batch_size", 8), "at least 2")
+
+
+def test_bfloat16_trains(vitlit: Command, few: Path) -> None:
+    assert "is complete" in done(vitlit("fit", *SMALL, "--data.root", few, "--trainer.precision", "bf16-mixed"))
+
+
+@pytest.mark.parametrize("share", ["10%", "0.1"])
+def test_a_share_of_plain_class_folders_is_held_out(vitlit: Command, few: Path, share: str) -> None:
+    out = done(vitlit("fit", *SMALL, "--data.root", few / "train", "--data.holdout", share))
+    assert "36 training and 4 validation images, 4 classes" in out
+
+
+def test_digits_are_made_where_the_default_folder_is_missing(vitlit: Command, tmp_path: Path) -> None:
+    once = ("--trainer.max_steps", 1, "--model.schedule.warmup", 0)
+    assert "1,438 training and 359 validation images" in done(vitlit("fit", *SMALL, *once))
+    assert len(list((tmp_path / "data" / "digits" / "train").iterdir())) == 10
+
+
+def test_nothing_is_made_where_another_folder_is_missing_or_the_default_is_there(
+    vitlit: Command, tmp_path: Path
+) -> None:
+    refused(vitlit("fit", *SMALL, "--data.root", "data/digit"), "data/digit is not a folder")
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data" / "digits").mkdir(parents=True)
+    refused(vitlit("fit", *SMALL), "data/digits has no folder train")
+    assert not list((tmp_path / "data" / "digits").iterdir())
+
+
+def nan_at_step_3() -> None:
+    original = Stage.training_step
+
+    def training_step(self: Stage, batch: Any, index: int) -> torch.Tensor:
+        loss = original(self, batch, index)
+        return loss * math.nan if self.trainer.global_step == 3 else loss
+
+    setattr(Stage, "training_step", training_step)  # noqa: B010
+
+
+def test_a_loss_that_is_no_number_stops_a_run_whose_checkpoint_stays_sound(
+    vitlit: Command, few: Path, tmp_path: Path
+) -> None:
+    refused(vitlit("fit", *SMALL, "--data.root", few, before=nan_at_step_3), "training loss is nan", "learning rate")
+    checkpoint = torch.load(tmp_path / "runs" / "pretrain" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
+    vitlit: Command, few: Path, tmp_path: Path
+) -> None:
+    flags = ("--model.optimizer.lr", 1e30, "--model.schedule.warmup", 0)
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags), "training loss is nan")
+    assert not (tmp_path / "runs" / "pretrain" / "checkpoints").exists()
+
+
+# Checkpoints and weights.
+
+
+def junk(folder: Path) -> str:
+    (folder / "junk.ckpt").write_text("not a checkpoint" * 100)
+    return "junk.ckpt"
+
+
+def cut(folder: Path) -> str:
+    whole = (folder / "runs" / "pretrain" / "checkpoints" / "last.ckpt").read_bytes()
+    (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    return "cut.ckpt"
+
+
+def foreign(folder: Path) -> str:
+    torch.save({"weight": torch.zeros(2)}, folder / "foreign.ckpt")
+    return "foreign.ckpt"
+
+
+@pytest.mark.parametrize("make", [junk, cut, foreign])
+def test_a_file_that_is_no_checkpoint_is_named(
+    vitlit: Command, few: Path, work: Path, make: Callable[[Path], str]
+) -> None:
+    name = make(work)
+    refused(vitlit("fit", *SMALL, "--data.root", few, "--run.name", "b", "--ckpt_path", name), name, "checkpoint")
+    refused(vitlit(*FINETUNE, few, "--model.init_from", name), name, "checkpoint")
+    assert [path.name for path in (work / "runs").iterdir()] == ["pretrain"]
+
+
+LAST = "runs/pretrain/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model.vit.depth 3", ["depth=2", "3"]),
+        ("--data.image_size 32", ["image_size=16", "32"]),
+        ("--data.mean [0,0,0]", ["data.mean", "(0.5, 0.5, 0.5)"]),
+        ("--data.batch_size 8", ["batch_size 16", "8", "model.init_from"]),
+        ("--data.seed 5", ["seed 0", "5"]),
+    ],
+)
+def test_a_checkpoint_that_the_config_contradicts_is_refused(
+    vitlit: Command, few: Path, work: Path, flags: str, words: list[str]
+) -> None:
+    command = ("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, "--trainer.max_steps", 9)
+    refused(vitlit(*command, "--run.name", "b", "--ckpt_path", LAST, *flags.split()), *words)
+    assert not (work / "runs" / "b" / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_the_other_stage_is_refused(vitlit: Command, few: Path, work: Path) -> None:
+    refused(vitlit(*FINETUNE, few, "--ckpt_path", LAST), LAST, "holds a Pretrain", "Finetune", "--model.init_from")
+
+
+@pytest.mark.parametrize("source", ["runs/pretrain", LAST])
+def test_finetuning_starts_from_a_run_or_a_file_at_another_size(
+    vitlit: Command, few: Path, work: Path, source: str
+) -> None:
+    out = done(vitlit(*FINETUNE, few, "--model.init_from", source))
+    assert "3 x 3 patches" in out
+    assert f"weights of {source}: " in out
+    assert ", 1 resampled, " in out
+    assert (work / "runs" / "finetune" / "finished.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model.init_from missing", ["missing does not exist"]),
+        ("--model.init_from runs", ["runs holds no checkpoints"]),
+        ("--model.init_from null", ["--model.init_from"]),
+        ("--data.mean [0.1,0.2,0.3]", ["data.mean is (0.1, 0.2, 0.3)", "best.ckpt was made with (0.5, 0.5, 0.5)"]),
+        ("--data.image_size 20", ["patch size 8 does not divide"]),
+        (
+            "--model.vit vitlit.ViT --model.vit.patch_size 8 --model.vit.width 16 --model.vit.heads 2 "
+            "--model.vit.mlp_dim 32 --model.vit.depth 3",
+            ["best.ckpt was made with depth=2, but the config says 3"],
+        ),
+    ],
+)
+def test_finetuning_from_what_does_not_fit_is_refused(
+    vitlit: Command, few: Path, work: Path, flags: str, words: list[str]
+) -> None:
+    refused(vitlit(*FINETUNE, few, *flags.split()), *words)
+    assert not (work / "runs" / "finetune").exists()
+
+
+# Evaluation and prediction.
+
+
+def test_validation_of_a_run_gives_the_numbers_of_its_best_epoch(vitlit: Command, work: Path) -> None:
+    run = work / "runs" / "pretrain"
+    rows = [row for row in table(run / "metrics.csv") if row["val/top1"]]
+    best = max(rows, key=lambda row: float(row["val/top1"]))  # the first of them, where several are
+    (run / "checkpoints" / "last.ckpt").write_text("not needed")
+    numbers = measured(done(vitlit("validate", "runs/pretrain")))
+    assert numbers == pytest.approx({name: float(best[f"val/{name}"]) for name in ("loss", "top1", "top1_macro")})
+    assert measured(done(vitlit("validate", "--config", run / "config.yaml", "--data.batch_size", 4))) == pytest.approx(
+        numbers
+    )
+
+
+def test_testing_a_run_reads_its_test_folder(vitlit: Command, few: Path, work: Path) -> None:
+    refused(vitlit("test", "runs/pretrain"), "no folder test")
+    shutil.copytree(few, work / "tested")
+    shutil.copytree(few / "val", work / "tested" / "test")
+    shutil.rmtree(work / "tested" / "val")
+    assert measured(done(vitlit("test", "runs/pretrain", "--data.root", "tested"))) == pytest.approx(
+        measured(done(vitlit("validate", "runs/pretrain")))
+    )
+
+
+def test_what_is_no_run_cannot_be_evaluated(vitlit: Command, work: Path) -> None:
+    refused(vitlit("validate", "nowhere"), "nowhere is not the folder of a run")
+    refused(vitlit("predict", "runs", "a.png"), "runs is not the folder of a run")
+    shutil.rmtree(work / "runs" / "pretrain" / "checkpoints")
+    refused(vitlit("validate", "runs/pretrain"), "holds no checkpoints/best.ckpt")
+
+
+def test_predictions_are_those_of_the_loaded_network_in_the_order_given(vitlit: Command, few: Path, work: Path) -> None:
+    photos = [*sorted((few / "val").glob("*/*"))[::-3], few / "train" / "0" / "00000.png"]
+    done(vitlit("predict", "runs/pretrain", *photos, "--out", "out/classes.csv", "--data.batch_size", 2))
+    rows = table(work / "out" / "classes.csv")
+    assert [row["path"] for row in rows] == [str(photo) for photo in photos]
+
+    vit = load(work / "runs" / "pretrain")
+    assert vit.preprocess is not None
+    with torch.no_grad():
+        probabilities, order = vit(vit.preprocess(photos)).softmax(-1).sort(descending=True)
+    for row, expected, classes in zip(rows, probabilities.tolist(), order.tolist(), strict=True):
+        found = [float(row[f"probability{end}"]) for end in ("", "_2", "_3", "_4")]
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert [row[f"class{end}"] for end in ("", "_2", "_3", "_4")] == [vit.classes[i] for i in classes]
+
+
+def test_photos_are_files_flat_folders_and_trees(vitlit: Command, few: Path, work: Path) -> None:
+    flat = sorted((few / "val" / "1").iterdir())
+    tree = sorted((few / "val").glob("*/*"))
+    assert "14 images" in done(vitlit("predict", "runs/pretrain", few / "val" / "1", few / "val"))
+    rows = table(work / "runs" / "pretrain" / "predictions.csv")
+    assert [row["path"] for row in rows] == [str(photo) for photo in (*flat, *tree)]
+    assert list(rows[0]) == "path class probability class_2 probability_2 class_3 probability_3".split() + [
+        "class_4",
+        "probability_4",
+    ]  # there are 4 classes
+
+
+def test_five_of_ten_classes_are_predicted(vitlit: Command, digits: Path, tmp_path: Path) -> None:
+    done(vitlit("fit", *SMALL, "--data.root", digits, "--trainer.max_steps", 3))
+    done(vitlit("predict", "--out", "five.csv", "runs/pretrain", digits / "val" / "7"))
+    for row in table(tmp_path / "five.csv"):
+        likely = [float(row[f"probability{end}"]) for end in ("", "_2", "_3", "_4", "_5")]
+        assert likely == sorted(likely, reverse=True)
+        assert sum(likely) <= 1
+    assert len(row) == 11
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.png"], "missing.png does not exist"),
+        (["empty"], "no image under empty"),
+        (["notes.txt"], "cannot read the image notes.txt"),
+        (["empty", "--out", "notes.txt/a.csv"], ""),
+    ],
+)
+def test_photos_that_cannot_be_read_are_refused(vitlit: Command, work: Path, arguments: list[str], words: str) -> None:
+    (work / "empty").mkdir()
+    (work / "notes.txt").write_text("text")
+    refused(vitlit("predict", "runs/pretrain", *arguments), words)
+    assert not (work / "runs" / "pretrain" / "predictions.csv").exists()
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_any_is_made(
+    vitlit: Command, few: Path, work: Path
+) -> None:
+    (work / "notes.txt").write_text("text")
+    result = vitlit("predict", "runs/pretrain", few / "val", "--out", "notes.txt/a.csv")
+    refused(result, "cannot write notes.txt/a.csv", "--out")
+
+
+# Weights & Biases.
+
+
+def test_a_run_is_logged_to_wandb(vitlit: Command, few: Path, tmp_path: Path) -> None:
+    out = done(vitlit("fit", *SMALL, "--data.root", few, "--trainer.logger", "vitlit.loggers.Wandb"))
+    run = tmp_path / "runs" / "pretrain"
+    (logged,) = (run / "wandb").glob("offline-run-*")
+    assert f"wandb sync runs/pretrain/wandb/{logged.name}\n" in out
+    history, config = recorded(logged)
+    assert config["config"]["data"]["batch_size"] == 16
+    assert config["classes"] == ["0", "1", "2", "3"]
+    for row in table(run / "metrics.csv"):
+        for name in ("train/loss", "train/lr", "val/top1"):
+            if row[name]:
+                values = [r[name] for r in history if r.get("trainer/global_step") == int(row["step"]) and name in r]
+                assert values == pytest.approx([float(row[name])])
+    tables = {name for row in history for name in row if "/" not in name}
+    assert {"mistakes", "confusion"} <= {name.partition(".")[0] for name in tables}

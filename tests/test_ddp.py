@@ -1,0 +1,181 @@
+"""Two devices: the numbers, the weights and the samples of one, and one run folder however it is launched."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.multiprocessing import ProcessRaisedException
+
+from vitlit.data import ImageFolderData
+from vitlit.data.stream import order
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.objectives import Supervised
+from vitlit.optim import Schedule
+from vitlit.stages import Pretrain
+
+
+@pytest.fixture(autouse=True)
+def no_rank_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what a launcher tells its processes through the environment."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+class Record(Callback):
+    """Writes, from every rank, the samples of each step and what came of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.steps: dict[int, list[int]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.steps.setdefault(trainer.global_step, []).extend(batch[2].tolist())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        content = {"steps": self.steps, "weights": pl_module.state_dict(), "metrics": metrics}
+        torch.save(content, self.folder / f"rank{trainer.global_rank}.pt")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save(metrics, self.folder / f"val{trainer.global_rank}.pt")
+
+
+def stage_and_data(root: Path, **options: Any) -> tuple[Pretrain, ImageFolderData]:
+    torch.manual_seed(0)
+    vit = ViT(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_dim=32)
+    # A bias of the keys has no gradient: with a small eps Adam would blow its rounding errors up.
+    optimizer = partial(torch.optim.AdamW, lr=3e-3, eps=1e-4, weight_decay=0.1)
+    stage = Pretrain(vit, partial(Supervised, num_classes=4), optimizer, Schedule(warmup=1))
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    data = ImageFolderData(str(root), **{"image_size": 16, "batch_size": 8, "num_workers": 0, **options})
+    return stage, data
+
+
+def run(
+    what: str, root: Path, folder: Path, devices: int, precision: Any = "32-true", epochs: int = 2, **options: Any
+) -> None:
+    """Fit or validate on one device, or on two, which are forked; `folder` gets what Record writes."""
+    folder.mkdir()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto" if devices == 1 else "ddp_fork",
+        precision=precision,
+        max_epochs=epochs,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Record(folder)],
+    )
+    stage, data = stage_and_data(root, **options)
+    if what == "fit":
+        trainer.fit(stage, data)
+    else:
+        trainer.validate(stage, data, verbose=False)
+
+
+def read(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def test_validation_numbers_of_an_odd_set_are_those_of_one_device(few: Path, tmp_path: Path) -> None:
+    run("validate", few, tmp_path / "one", 1)
+    run("validate", few, tmp_path / "two", 2)
+    one = read(tmp_path / "one" / "val0.pt")
+    for rank in range(2):
+        two = read(tmp_path / "two" / f"val{rank}.pt")
+        assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-6)
+        assert two["val/top1"] == one["val/top1"]
+        assert two["val/top1_macro"] == pytest.approx(one["val/top1_macro"], abs=1e-6)
+    assert one["val/top1"] * 11 == pytest.approx(round(one["val/top1"] * 11), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "options"),
+    [("32-true", 1e-6, {}), ("64-true", 1e-10, {}), ("64-true", 1e-10, {"micro_batch": 2})],
+    ids=["float32", "float64", "accumulated"],
+)
+def test_two_devices_train_the_weights_of_one_on_the_same_samples(
+    precision: str, tolerance: float, options: dict[str, Any], few: Path, tmp_path: Path
+) -> None:
+    run("fit", few, tmp_path / "one", 1, precision)
+    run("fit", few, tmp_path / "two", 2, precision, **options)
+    one = read(tmp_path / "one" / "rank0.pt")
+    two = [read(tmp_path / "two" / f"rank{rank}.pt") for rank in range(2)]
+    for step in range(10):
+        expected = order(0, step // 5, 40)[step % 5 * 8 :][:8].tolist()
+        assert one["steps"][step] == two[0]["steps"][step] + two[1]["steps"][step] == expected
+    for name, tensor in one["weights"].items():
+        assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])
+        assert (two[0]["weights"][name] - tensor).abs().max() < tolerance
+    for name in ("train/loss", "val/loss"):
+        assert two[0]["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-6)
+    assert two[0]["metrics"]["train/lr"] == one["metrics"]["train/lr"]
+    start = stage_and_data(few)[0].state_dict()
+    assert any((one["weights"][name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+def test_fewer_validation_images_than_devices_are_refused(few: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split, labels in (("train", "0123"), ("val", "0")):
+        for label in labels:
+            (root / split / label).mkdir(parents=True)
+            for image in sorted((few / split / label).iterdir())[: 5 if split == "train" else 1]:
+                (root / split / label / image.name).symlink_to(image)
+    message = "the val split has 1 images, fewer than the 2 devices"
+    with pytest.raises(UserError, match=message):
+        ImageFolderData(str(root), batch_size=8).check("fit", 2)
+    with pytest.raises(ProcessRaisedException, match=f"UserError: {message}"):
+        run("fit", root, tmp_path / "two", 2)
+
+
+@pytest.fixture
+def console_script(tmp_path: Path) -> Path:
+    """The installed `vitlit`, or one like it where the package is not installed."""
+    installed = Path(sys.executable).with_name("vitlit")
+    if installed.exists():
+        return installed
+    script = tmp_path / "bin" / "vitlit"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom vitlit.cli import main\n\nsys.exit(main())\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_torchrun_and_the_console_script_leave_the_same_run(few: Path, tmp_path: Path, console_script: Path) -> None:
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [str(console_script), "fit", *SMALL, "--data.root", str(few), *devices]
+    # As a user's shell has it: nothing of this process that tells a rank.
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "MASTER" not in name}
+    weights = []
+    launch: Callable[..., Any] = partial(subprocess.run, capture_output=True, text=True, timeout=200, env=environment)
+    for name, launcher in (("torchrun", torchrun), ("script", [])):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = launch([*launcher, *command], cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("runs/pretrain is complete") == 1
+        assert [path.name for path in (folder / "runs").iterdir()] == ["pretrain"]
+        assert (folder / "runs" / "pretrain" / "finished.json").read_text() == '{"step": 6}\n'
+        checkpoint = read(folder / "runs" / "pretrain" / "checkpoints" / "last.ckpt")
+        assert checkpoint["global_step"] == 6
+        weights.append(checkpoint["state_dict"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

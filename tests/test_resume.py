@@ -1,0 +1,198 @@
+"""A run that is interrupted and continued is, bit for bit, the run that was not."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from vitlit.data import ImageFolderData
+from vitlit.data.stream import order
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.objectives import Supervised
+from vitlit.optim import Schedule
+from vitlit.stages import Pretrain
+
+EPOCHS, STEPS = 3, 5  # 40 images by 8
+
+
+class Recorder(Callback):
+    """The indices of every step's samples; a checkpoint and the end where it is told to stop."""
+
+    def __init__(self, stop: int | None, checkpoint: Path | None) -> None:
+        self.stop, self.checkpoint = stop, checkpoint
+        self.steps: dict[int, list[int]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.steps.setdefault(trainer.global_step, []).extend(batch[2].tolist())
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.stop is not None and trainer.global_step == self.stop and self.stop % STEPS:
+            self._end(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.stop:
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        assert self.checkpoint is not None
+        trainer.save_checkpoint(self.checkpoint)
+        raise KeyboardInterrupt
+
+
+class Outcome(NamedTuple):
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    steps: dict[int, list[int]]
+
+
+def run(
+    root: Path,
+    stop: int | None = None,
+    checkpoint: Path | None = None,
+    source: Path | None = None,
+    epochs: int = EPOCHS,
+    **options: Any,
+) -> Outcome:
+    """Train with dropout and augmentation, from the checkpoint `source`, up to step `stop` and its `checkpoint`."""
+    torch.manual_seed(0 if source is None else 12345)  # of the initial weights; nothing else may depend on it
+    vit = ViT(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_dim=32, dropout=0.2, attention_dropout=0.1)
+    optimizer = partial(torch.optim.AdamW, lr=5e-3)
+    stage = Pretrain(vit, partial(Supervised, num_classes=4), optimizer, Schedule(warmup=3))
+    recorder = Recorder(stop, checkpoint)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[recorder],
+        gradient_clip_val=1.0,
+    )
+    data = ImageFolderData(str(root), **{"image_size": 16, "batch_size": 8, "num_workers": 0, **options})
+    try:
+        trainer.fit(stage, data, ckpt_path=source, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        assert stop is not None
+    else:
+        assert stop is None
+        assert trainer.global_step == epochs * STEPS
+    weights = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
+    return Outcome(weights, trainer.optimizers[0].state_dict() if trainer.optimizers else {}, recorder.steps)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit, at any depth."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def whole(few: Path) -> Outcome:
+    """The run that nothing interrupts."""
+    return run(few)
+
+
+@pytest.fixture(scope="module")
+def whole_in_parts(few: Path) -> Outcome:
+    """The same in two micro-batches a step."""
+    return run(few, micro_batch=4)
+
+
+def test_an_uninterrupted_run_visits_each_epochs_order(whole: Outcome) -> None:
+    for epoch in range(EPOCHS):
+        visited = [index for step in range(STEPS) for index in whole.steps[epoch * STEPS + step]]
+        assert visited == order(0, epoch, 40).tolist()
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7, 10, 14], ids=["warm-up", "epoch", "middle", "second epoch", "last step"])
+def test_a_continued_run_is_the_uninterrupted_one(stop: int, few: Path, tmp_path: Path, whole: Outcome) -> None:
+    before = run(few, stop, tmp_path / "a.ckpt")
+    after = run(few, source=tmp_path / "a.ckpt")
+    assert sorted(after.steps) == list(range(stop, EPOCHS * STEPS))
+    assert {**before.steps, **after.steps} == whole.steps
+    assert_same(after.weights, whole.weights)
+    assert_same(after.optimizer, whole.optimizer)
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_a_continued_run_with_worker_processes_is_the_uninterrupted_one_without(
+    stop: int, few: Path, tmp_path: Path, whole: Outcome
+) -> None:
+    run(few, stop, tmp_path / "a.ckpt", num_workers=2)
+    after = run(few, source=tmp_path / "a.ckpt", num_workers=2)
+    assert all(after.steps[step] == whole.steps[step] for step in range(stop, EPOCHS * STEPS))
+    assert_same(after.weights, whole.weights)
+    assert_same(after.optimizer, whole.optimizer)
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_a_continued_run_with_accumulation_is_the_uninterrupted_one(
+    stop: int, few: Path, tmp_path: Path, whole: Outcome, whole_in_parts: Outcome
+) -> None:
+    run(few, stop, tmp_path / "a.ckpt", micro_batch=4)
+    after = run(few, source=tmp_path / "a.ckpt", micro_batch=4)
+    assert whole_in_parts.steps == whole.steps
+    assert all(after.steps[step] == whole.steps[step] for step in range(stop, EPOCHS * STEPS))
+    assert_same(after.weights, whole_in_parts.weights)
+    assert_same(after.optimizer, whole_in_parts.optimizer)
+
+
+def test_a_run_continued_twice_is_the_uninterrupted_one(few: Path, tmp_path: Path, whole: Outcome) -> None:
+    parts = [run(few, 4, tmp_path / "a.ckpt"), run(few, 9, tmp_path / "b.ckpt", source=tmp_path / "a.ckpt")]
+    parts.append(run(few, source=tmp_path / "b.ckpt"))
+    assert [sorted(part.steps) for part in parts] == [list(range(4)), list(range(4, 9)), list(range(9, 15))]
+    assert_same(parts[-1].weights, whole.weights)
+    assert_same(parts[-1].optimizer, whole.optimizer)
+
+
+def test_a_longer_run_of_a_finished_one_visits_the_next_epochs(few: Path, tmp_path: Path, whole: Outcome) -> None:
+    run(few, EPOCHS * STEPS, tmp_path / "a.ckpt")
+    longer = run(few, source=tmp_path / "a.ckpt", epochs=EPOCHS + 2)
+    assert sorted(longer.steps) == list(range(EPOCHS * STEPS, (EPOCHS + 2) * STEPS))
+    for epoch in (EPOCHS, EPOCHS + 1):
+        visited = [index for step in range(STEPS) for index in longer.steps[epoch * STEPS + step]]
+        assert visited == order(0, epoch, 40).tolist()
+    assert any(not torch.equal(longer.weights[name], whole.weights[name]) for name in whole.weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"batch_size": 4}, "run had batch_size 8, this one has 4"),
+        ({"holdout": "10%"}, "run had images 40, this one has 36"),
+        ({"seed": 1}, "run had seed 0, this one has 1"),
+    ],
+)
+def test_another_stream_of_samples_cannot_continue_a_run(
+    options: dict[str, Any], pattern: str, few: Path, tmp_path: Path
+) -> None:
+    run(few, 2, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=f"{pattern}: it cannot be continued, only started from"):
+        run(few, source=tmp_path / "a.ckpt", **options)
+
+
+@pytest.mark.parametrize(("first", "second"), [(8, 2), (4, 8), (2, 4)])
+@pytest.mark.parametrize("stop", [5, 7])
+def test_another_division_of_the_batch_may_continue_a_run(
+    stop: int, first: int, second: int, few: Path, tmp_path: Path, whole: Outcome
+) -> None:
+    run(few, stop, tmp_path / "a.ckpt", micro_batch=first)
+    after = run(few, source=tmp_path / "a.ckpt", micro_batch=second)
+    assert after.steps == {step: whole.steps[step] for step in range(stop, EPOCHS * STEPS)}

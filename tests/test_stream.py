@@ -1,0 +1,215 @@
+"""The order of samples: published hash values, permutations, and one global batch on any number of devices."""
+
+import numpy as np
+import pytest
+import torch
+
+from vitlit.data.stream import EvalShard, TrainStream, mix, order, seed_sample, seed_step, split_batch
+from vitlit.errors import UserError
+
+GAMMA = 0x9E3779B97F4A7C15
+WORD = 2**64
+
+
+def splitmix64(state: int) -> int:
+    """The reference in Python's integers (Steele, Lea and Flood 2014; Vigna's splitmix64.c)."""
+    z = (state + GAMMA) % WORD
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % WORD
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % WORD
+    return z ^ (z >> 31)
+
+
+def reference_mix(*values: int) -> int:
+    mixed = 0
+    for value in values:
+        mixed = splitmix64(mixed ^ (value % WORD))
+    return mixed
+
+
+def stream(
+    length: int, batch_size: int, position: int = 0, rank: int = 0, world_size: int = 1, seed: int = 3
+) -> list[tuple[int, int]]:
+    return list(TrainStream(length, batch_size, seed, lambda: position, rank, world_size))
+
+
+def test_mix_of_one_number_is_splitmix64s_published_output() -> None:
+    assert int(mix(0)[0]) == 0xE220A8397B1DCDAF
+    # The first four outputs for the seed 1234567, whose state grows by the golden gamma (Rosetta Code).
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [int(mix((1234567 + i * GAMMA) % WORD)[0]) for i in range(4)] == published
+
+
+@pytest.mark.parametrize("values", [(0, 0, 0), (1, 2, 3), (3, 2, 1), (0, 2**63, 7, 2**64 - 1), (-1, 5)])
+def test_mix_of_several_numbers_is_the_same_in_pythons_integers(values: tuple[int, ...]) -> None:
+    assert int(mix(*values)[0]) == reference_mix(*values)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.uint64])
+def test_mix_broadcasts_over_arrays_of_any_integer_type(kind: type) -> None:
+    mixed = mix(7, np.arange(5, dtype=kind), 2)
+    assert mixed.dtype == np.uint64
+    assert mixed.tolist() == [reference_mix(7, i, 2) for i in range(5)]
+
+
+def test_the_order_of_a_release_is_that_of_the_next() -> None:
+    # A run that is continued with another version must see the same samples: these constants may never change.
+    assert order(0, 0, 10).tolist() == [0, 1, 9, 4, 2, 3, 6, 8, 7, 5]
+    assert order(0, 1, 10).tolist() == [2, 1, 9, 5, 6, 3, 4, 8, 0, 7]
+    assert order(1, 0, 10).tolist() == [1, 6, 5, 4, 8, 3, 7, 9, 2, 0]
+    assert order(42, 7, 1_281_167)[:3].tolist() == [521897, 878162, 422210]
+
+
+@pytest.mark.parametrize("length", [1, 2, 97, 1000])
+def test_order_is_a_permutation_that_differs_by_epoch_and_seed(length: int) -> None:
+    orders = [order(seed, epoch, length) for seed in range(3) for epoch in range(3)]
+    for permutation in orders:
+        assert np.array_equal(np.sort(permutation), np.arange(length))
+    if length > 2:
+        assert len({tuple(permutation) for permutation in orders}) == len(orders)
+
+
+def test_every_sample_is_as_likely_to_come_first_and_every_pair_to_be_neighbours() -> None:
+    orders = np.array([order(0, epoch, 10) for epoch in range(2000)])
+    for position in (0, 9):
+        counts = np.bincount(orders[:, position], minlength=10)
+        assert ((counts - 200) ** 2 / 200).sum() < 27.88  # chi-square, 9 degrees of freedom, p = 0.001
+    pairs = np.bincount(orders[:, 0] * 10 + orders[:, 1], minlength=100).reshape(10, 10)
+    off_diagonal = pairs[~np.eye(10, dtype=bool)]
+    assert ((off_diagonal - 2000 / 90) ** 2 / (2000 / 90)).sum() < 135.98  # 89 degrees of freedom, p = 0.001
+
+
+def test_the_orders_of_neighbouring_epochs_and_seeds_are_uncorrelated() -> None:
+    base = order(0, 0, 5000)
+    for other in (order(0, 1, 5000), order(1, 0, 5000), order(1, 1, 5000)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_steps_global_batch_is_one_slice_of_the_order_on_any_number_of_devices(world_size: int) -> None:
+    length, batch_size = 43, 8
+    share = batch_size // world_size
+    ranks = [stream(length, batch_size, 0, rank, world_size) for rank in range(world_size)]
+    for step in range(length // batch_size):
+        together = [sample for rank in ranks for sample in rank[step * share : (step + 1) * share]]
+        expected = order(3, 0, length)[step * batch_size : (step + 1) * batch_size]
+        assert together == [(0, int(index)) for index in expected]
+
+
+def test_a_micro_batch_is_a_slice_of_its_steps_batch() -> None:
+    # The loader cuts a rank's stream into micro-batches in order: no window may reach into the next step's batch.
+    micro, accumulate = split_batch(12, 4, 1)
+    samples = stream(30, 12)
+    windows = [samples[i : i + micro * accumulate] for i in range(0, len(samples), micro * accumulate)]
+    assert [len(window) for window in windows] == [12, 12]
+    assert windows == [[(0, int(i)) for i in order(3, 0, 30)[s * 12 : s * 12 + 12]] for s in range(2)]
+
+
+def test_only_whole_batches_are_dealt_and_no_sample_twice_in_an_epoch() -> None:
+    loader = TrainStream(43, 8, 3, lambda: 0)
+    samples = list(loader)
+    assert len(samples) == len(loader) == 40
+    assert len(set(samples)) == 40
+    assert len(TrainStream(43, 8, 3, lambda: 0, 1, 2)) == 20
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("position", [0, 1, 4, 5, 7, 12])
+def test_entering_at_a_step_is_entering_the_endless_stream_there(position: int, world_size: int) -> None:
+    length, batch_size, steps = 43, 8, 5
+    for rank in range(world_size):
+        share = batch_size // world_size
+        endless = [s for e in range(5) for s in stream(length, batch_size, e * steps, rank, world_size)]
+        entered = stream(length, batch_size, position, rank, world_size)
+        assert entered == endless[position * share : (position + steps) * share]
+        assert entered[0][0] == position // steps
+
+
+def test_the_position_is_asked_for_at_every_epochs_start() -> None:
+    done = 0
+    loader = TrainStream(20, 5, 0, lambda: done)
+    first = list(loader)
+    done = 4
+    assert list(loader) != first
+    assert {epoch for epoch, _ in loader} == {1}
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 11, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_sees_every_image_once_on_any_number_of_devices(length: int, world_size: int) -> None:
+    shards = [EvalShard(length, rank, world_size) for rank in range(world_size)]
+    assert sorted(index for shard in shards for index in shard) == list(range(length))
+    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world_size", "expected"),
+    [
+        (256, None, 1, (256, 1)),
+        (256, None, 4, (64, 1)),
+        (256, 32, 4, (32, 2)),
+        (256, 64, 4, (64, 1)),
+        (256, 1000, 4, (64, 1)),
+        (256, 100, 2, (64, 2)),  # the micro-batch is a bound, not a size
+        (30, 7, 2, (5, 3)),
+        (6, 1, 2, (1, 3)),
+    ],
+)
+def test_a_batch_is_split_into_equal_parts_within_the_bound(
+    batch_size: int, micro_batch: int | None, world_size: int, expected: tuple[int, int]
+) -> None:
+    micro, accumulate = split_batch(batch_size, micro_batch, world_size)
+    assert (micro, accumulate) == expected
+    assert micro * accumulate * world_size == batch_size
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world_size"),
+    [(64, None, 3), (64, 24, 1), (1, None, 4), (7, 2, 1), (10, 3, 2), (10, 3, 1), (33, 8, 1)],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(
+    batch_size: int, micro_batch: int | None, world_size: int
+) -> None:
+    with pytest.raises(UserError, match=rf"data\.batch_size {batch_size} .* the nearest that does is \d+") as caught:
+        split_batch(batch_size, micro_batch, world_size)
+    fitting = []
+    for size in range(1, 200):
+        try:
+            split_batch(size, micro_batch, world_size)
+            fitting.append(size)
+        except UserError:
+            pass
+    nearest = int(str(caught.value).rsplit(" ", 1)[-1])
+    assert nearest in fitting
+    assert abs(nearest - batch_size) == min(abs(size - batch_size) for size in fitting)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch"), [(0, None), (-8, None), (8, 0), (8, -1)])
+def test_a_batch_of_nothing_is_refused(batch_size: int, micro_batch: int | None) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        split_batch(batch_size, micro_batch, 1)
+
+
+def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
+    def draw(seed: int, epoch: int, index: int) -> float:
+        seed_sample(seed, epoch, index)
+        return torch.rand(()).item()
+
+    torch.manual_seed(0)
+    first = draw(1, 2, 3)
+    torch.manual_seed(99)
+    assert draw(1, 2, 3) == first
+    assert len({draw(s, e, i) for s in range(3) for e in range(3) for i in range(3)}) == 27
+
+
+def test_draws_of_the_model_are_a_function_of_step_micro_batch_and_rank_and_not_those_of_a_sample() -> None:
+    def draw(*values: int) -> float:
+        seed_step(*values)
+        return torch.rand(()).item()
+
+    assert draw(0, 5, 0, 1) == draw(0, 5, 0, 1)
+    drawn = {draw(0, step, micro, rank) for step in range(3) for micro in range(3) for rank in range(3)}
+    assert len(drawn) == 27
+    for index in range(3):
+        seed_sample(0, 0, index)
+        assert torch.rand(()).item() not in drawn
