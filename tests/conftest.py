@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a child forked from a process w
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not spoil it for forked children
 
 import sys
 import traceback
@@ -26,9 +25,9 @@ REPOSITORY = Path(__file__).parent.parent
 SMALL = (
     "--config",
     str(REPOSITORY / "configs" / "pretrain.yaml"),
-    *"--model.vit.width 16 --model.vit.depth 2 --model.vit.heads 2 --model.vit.mlp_dim 32".split(),
-    *"--model.schedule.warmup 2 --data.batch_size 16 --data.num_workers 0 --data.image_size 16".split(),
-    *"--trainer.logger false --trainer.max_steps 6 --trainer.log_every_n_steps 1".split(),
+    *["--model.vit.width", "16", "--model.vit.depth", "2", "--model.vit.heads", "2", "--model.vit.mlp_dim", "32"],
+    *["--model.schedule.warmup", "2", "--data.batch_size", "16", "--data.num_workers", "0", "--data.image_size", "16"],
+    *["--trainer.logger", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"],
 )
 
 
@@ -50,10 +49,12 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
         code = 1
         try:
             os.chdir(cwd)
+            # A test before may have asked for a GPU, which torch holds against forked children that never use one.
+            setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # noqa: B010
             for number, file in enumerate(files, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.stdin = open(os.devnull)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             code = function()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +18,13 @@ from conftest import SMALL, Result
 from PIL import Image
 from test_loggers import recorded
 
-from vitlit import load
+from vitlit import __version__, load
+from vitlit.cli import HELP
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
-FINETUNE = (
-    *"fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24".split(),
-    *"--model.schedule.warmup 2 --trainer.logger false --trainer.max_steps 2 --data.root".split(),
-)
+FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
+FINETUNE += " --model.schedule.warmup 1 --trainer.logger false --data.root"
 
 
 def refused(result: Result, *words: object, code: int = 2) -> None:
@@ -159,9 +157,7 @@ def test_a_class_without_validation_images_is_said_in_one_line(vitlit: Command, 
     ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "workers"), [("text.png", 0), ("text.png", 2), ("cut.png", 0), ("cut.jpg", 0), ("cut.jpg", 2)]
-)
+@pytest.mark.parametrize(("kind", "workers"), [("text.png", 0), ("cut.png", 0), ("cut.jpg", 2)])
 def test_an_image_that_cannot_be_read_is_named(vitlit: Command, data: Path, kind: str, workers: int) -> None:
     original = min((data / "train" / "1").iterdir())
     spoilt = original.with_name(kind)
@@ -179,16 +175,13 @@ def test_an_image_that_cannot_be_read_is_named(vitlit: Command, data: Path, kind
 MISTAKES = {
     "--data.batch_sise 8": ["no key data.batch_sise; did you mean data.batch_size?"],
     "--batch_size 8": ["no key batch_size; did you mean data.batch_size?"],
-    "--trainer.max_step 8": ["no key trainer.max_step; did you mean trainer.max_steps?"],
     "--trainer.logg false": ["no key trainer.logg; did you mean trainer.logger?"],  # no abbreviations
     "--model.vit.widht 8": ["model.vit: no key widht; did you mean width?"],
     "--model.schedule.warmupp 8": ["no key schedule.warmupp; did you mean schedule.warmup?"],
-    "--model.optimizer.weight_decai 8": ["model.optimizer: no key weight_decai; did you mean weight_decay?"],
     "--model.optimizer AdanW": ["no class AdanW; did you mean AdamW?"],
     "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
     "--model Pretrian": ["no class Pretrian; did you mean Pretrain?"],
     "--data.batch_size many": ["data.batch_size: expected int, not many"],
-    "--model.vit.width wide": ["model.vit.width: expected int, not wide"],
     "--model.optimizer.lr fast": ["model.optimizer.lr: expected float or class, not fast"],
     "--data.interpolation cubic": ["data.interpolation: expected 'bilinear' or 'bicubic', not cubic"],
     "--data.image_size [8,8,8]": ["data.image_size: expected int or tuple with 2 elements, not [8, 8, 8]"],
@@ -197,18 +190,17 @@ MISTAKES = {
     "--config": ["--config needs a config"],
     "--config pretrian": ["config pretrian does not exist; did you mean pretrain?"],
     "--config configs/pretrian.yaml": ["config configs/pretrian.yaml does not exist; did you mean pretrain?"],
-    "--config nosuch": ["config nosuch does not exist", "`vitlit config`"],
     "--data.batch_size 64": ["data.batch_size 64 is more than the 40 training images"],
-    "--data.batch_size 15 --trainer.devices 2 --trainer.accelerator cpu": ["data.batch_size 15", "2 devices", "is 16"],
+    "--data.batch_size 15 --trainer.devices 2 --trainer.accelerator cpu": [
+        "data.batch_size 15",
+        "2 devices",
+        "the nearest",
+    ],
     "--data.batch_size 10 --data.micro_batch 4": ["data.batch_size 10", "3 micro-batches", "the nearest"],
-    "--data.batch_size 0": ["data.batch_size 0"],
-    "--data.micro_batch 0": ["data.micro_batch 0"],
     "--data.image_size 20": ["patch size 8 does not divide the image size 20 x 20"],
     "--data.holdout 100%": ["data.holdout 100% is not a share such as 10% or 0.1"],
-    "--data.holdout ten": ["data.holdout ten is not a share"],
     "--model.vit.heads 3": ["heads 3 do not divide the width 16"],
     "--model.vit.num_classes 4": ["model.vit.num_classes", "leave it out"],
-    "--model.objective.num_classes 5": ["num_classes is 5, but the data has 4 classes"],
     "--run.monitor val/top-1": ["run.monitor val/top-1", "val/top1 "],
     "--run.monitor val/top5": ["run.monitor val/top5"],  # there are 4 classes
     "--run.name a/b": ["run.name 'a/b'", "run.root"],
@@ -233,10 +225,8 @@ def test_a_mistaken_flag_is_refused_before_anything_is_written(
         ("batch_size:", "batch_sise:", "no key data.batch_sise; did you mean data.batch_size?"),
         ("patch_size:", "patch_sise:", "model.vit: no key patch_sise; did you mean patch_size?"),
         ("seed_everything", "seed_everythin", "no key seed_everythin; did you mean seed_everything?"),
-        ("{warmup:", "{warmupp:", "no key schedule.warmupp; did you mean schedule.warmup?"),
         ("AdamW", "AdanW", "did you mean AdamW?"),
         ("class_path: Supervised", "class_path: Supervized", "no class Supervized; did you mean Supervised?"),
-        ("class_path: Pretrain", "class_path: Pretrian", "no class Pretrian; did you mean Pretrain?"),
         ("seed_everything: 0", "seed_everything: [", "is not YAML: line "),
     ],
 )
@@ -282,7 +272,7 @@ def test_a_flag_wins_over_a_config_that_stands_after_it(vitlit: Command, few: Pa
     assert saved(tmp_path / "runs" / "pretrain")["data"]["batch_size"] == 8
 
 
-@pytest.mark.parametrize("name", ["pretrain", "pretrain.yaml", "configs/pretrain.yaml"])
+@pytest.mark.parametrize("name", ["pretrain", "configs/pretrain.yaml"])
 def test_a_shipped_config_is_found_by_its_name_in_any_folder(vitlit: Command, tmp_path: Path, name: str) -> None:
     refused(vitlit("fit", "--config", name, "--data.root", "nowhere"), "data.root nowhere")
 
@@ -317,11 +307,8 @@ def trap(tmp_path: Path) -> Trap:
     [
         ("--model.optimizer", "evil.Evil"),
         ("--model.optimizer", "{class_path: evil.Evil, init_args: {lr: 0.1}}"),
-        ("--model.optimizer.class_path", "evil.Evil"),
         ("--model", "evil.Evil"),
-        ("--model.vit", "evil.Evil"),
         ("--trainer.callbacks", "[{class_path: evil.Evil}]"),
-        ("--trainer.callbacks+", "evil.Evil"),
         ("--trainer.logger", "evil.Evil"),
     ],
 )
@@ -393,14 +380,12 @@ def test_help_version_and_unknown_commands_answer_without_torch() -> None:
     code = """if True:
         import sys
         from vitlit.cli import main
-        codes = [main(a.split()) for a in ("", "--help", "--version", "fti", "frobnicate", "config", "config pretrain")]
+        codes = [main(line.split()) for line in ("", "--help", "--version", "config pretrain", "fti", "frobnicate")]
         print(codes, [name for name in ("torch", "lightning", "wandb", "numpy") if name in sys.modules])
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.endswith("[0, 0, 0, 2, 2, 0, 0] []\n"), result.stdout + result.stderr
-    assert result.stdout.count("vitlit fit --config CONFIG") == 2
-    errors = result.stderr.splitlines()
-    assert errors == [
+    assert result.stdout == f"{HELP}{HELP}vitlit {__version__}\n{Path(SMALL[1]).read_text()}[0, 0, 0, 0, 2, 2] []\n"
+    assert result.stderr.splitlines() == [
         "vitlit: error: no command 'fti'; did you mean fit?",
         "vitlit: error: no command 'frobnicate'; vitlit --help lists them",
     ]
@@ -473,23 +458,32 @@ def test_nothing_is_made_where_another_folder_is_missing_or_the_default_is_there
     assert not list((tmp_path / "data" / "digits").iterdir())
 
 
-def nan_at_step_3() -> None:
-    original = Stage.training_step
+def no_number(where: str) -> Callable[[], None]:
+    """Spoil the loss of the fourth step, which ends the second epoch, or its gradient alone."""
 
-    def training_step(self: Stage, batch: Any, index: int) -> torch.Tensor:
-        loss = original(self, batch, index)
-        return loss * math.nan if self.trainer.global_step == 3 else loss
+    def before() -> None:
+        original = Stage.training_step
 
-    setattr(Stage, "training_step", training_step)  # noqa: B010
+        def training_step(self: Stage, batch: Any, index: int) -> torch.Tensor:
+            factor = math.nan if self.trainer.global_step == 3 else 1.0
+            if where == "loss":
+                return original(self, (batch[0] * factor, *batch[1:]), index)
+            return original(self, batch, index) * factor
+
+        setattr(Stage, "training_step", training_step)  # noqa: B010
+
+    return before
 
 
-def test_a_loss_that_is_no_number_stops_a_run_whose_checkpoint_stays_sound(
-    vitlit: Command, few: Path, tmp_path: Path
+@pytest.mark.parametrize(("where", "words"), [("loss", "training loss is nan"), ("gradient", "validation loss is nan")])
+def test_a_run_that_comes_to_no_number_stops_with_sound_checkpoints(
+    vitlit: Command, few: Path, tmp_path: Path, where: str, words: str
 ) -> None:
-    refused(vitlit("fit", *SMALL, "--data.root", few, before=nan_at_step_3), "training loss is nan", "learning rate")
-    checkpoint = torch.load(tmp_path / "runs" / "pretrain" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 2
-    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    refused(vitlit("fit", *SMALL, "--data.root", few, before=no_number(where)), words, "learning rate")
+    for name in ("last", "best"):
+        checkpoint = torch.load(tmp_path / "runs" / "pretrain" / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 2
+        assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
 
 
 def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
@@ -525,7 +519,7 @@ def test_a_file_that_is_no_checkpoint_is_named(
 ) -> None:
     name = make(work)
     refused(vitlit("fit", *SMALL, "--data.root", few, "--run.name", "b", "--ckpt_path", name), name, "checkpoint")
-    refused(vitlit(*FINETUNE, few, "--model.init_from", name), name, "checkpoint")
+    refused(vitlit(*FINETUNE.split(), few, "--model.init_from", name), name, "checkpoint")
     assert [path.name for path in (work / "runs").iterdir()] == ["pretrain"]
 
 
@@ -535,8 +529,8 @@ LAST = "runs/pretrain/checkpoints/last.ckpt"
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--model.vit.depth 3", ["depth=2", "3"]),
-        ("--data.image_size 32", ["image_size=16", "32"]),
+        ("--model.vit.depth 3", ["model.vit.depth is 3", "made with 2"]),
+        ("--data.image_size 32", ["data.image_size is 32", "made with 16"]),
         ("--data.mean [0,0,0]", ["data.mean", "(0.5, 0.5, 0.5)"]),
         ("--data.batch_size 8", ["batch_size 16", "8", "model.init_from"]),
         ("--data.seed 5", ["seed 0", "5"]),
@@ -551,14 +545,16 @@ def test_a_checkpoint_that_the_config_contradicts_is_refused(
 
 
 def test_a_checkpoint_of_the_other_stage_is_refused(vitlit: Command, few: Path, work: Path) -> None:
-    refused(vitlit(*FINETUNE, few, "--ckpt_path", LAST), LAST, "holds a Pretrain", "Finetune", "--model.init_from")
+    refused(
+        vitlit(*FINETUNE.split(), few, "--ckpt_path", LAST), LAST, "holds a Pretrain", "Finetune", "--model.init_from"
+    )
 
 
 @pytest.mark.parametrize("source", ["runs/pretrain", LAST])
 def test_finetuning_starts_from_a_run_or_a_file_at_another_size(
     vitlit: Command, few: Path, work: Path, source: str
 ) -> None:
-    out = done(vitlit(*FINETUNE, few, "--model.init_from", source))
+    out = done(vitlit(*FINETUNE.split(), few, "--model.init_from", source))
     assert "3 x 3 patches" in out
     assert f"weights of {source}: " in out
     assert ", 1 resampled, " in out
@@ -576,14 +572,14 @@ def test_finetuning_starts_from_a_run_or_a_file_at_another_size(
         (
             "--model.vit vitlit.ViT --model.vit.patch_size 8 --model.vit.width 16 --model.vit.heads 2 "
             "--model.vit.mlp_dim 32 --model.vit.depth 3",
-            ["best.ckpt was made with depth=2, but the config says 3"],
+            ["model.vit.depth is 3, but runs/pretrain/checkpoints/best.ckpt was made with 2"],
         ),
     ],
 )
 def test_finetuning_from_what_does_not_fit_is_refused(
     vitlit: Command, few: Path, work: Path, flags: str, words: list[str]
 ) -> None:
-    refused(vitlit(*FINETUNE, few, *flags.split()), *words)
+    refused(vitlit(*FINETUNE.split(), few, *flags.split()), *words)
     assert not (work / "runs" / "finetune").exists()
 
 
@@ -641,10 +637,8 @@ def test_photos_are_files_flat_folders_and_trees(vitlit: Command, few: Path, wor
     assert "14 images" in done(vitlit("predict", "runs/pretrain", few / "val" / "1", few / "val"))
     rows = table(work / "runs" / "pretrain" / "predictions.csv")
     assert [row["path"] for row in rows] == [str(photo) for photo in (*flat, *tree)]
-    assert list(rows[0]) == "path class probability class_2 probability_2 class_3 probability_3".split() + [
-        "class_4",
-        "probability_4",
-    ]  # there are 4 classes
+    names = "path class probability class_2 probability_2 class_3 probability_3 class_4 probability_4"
+    assert " ".join(rows[0]) == names  # there are 4 classes
 
 
 def test_five_of_ten_classes_are_predicted(vitlit: Command, digits: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Two devices: the numbers, the weights and the samples of one, and one run folder however it is launched."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,10 @@ class Record(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.steps: dict[int, list[int]] = {}
+        self.seen: list[int] = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
+        self.seen.extend(batch[2].tolist())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.steps.setdefault(trainer.global_step, []).extend(batch[2].tolist())
@@ -48,7 +53,7 @@ class Record(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save(metrics, self.folder / f"val{trainer.global_rank}.pt")
+        torch.save({"seen": self.seen, **metrics}, self.folder / f"val{trainer.global_rank}.pt")
 
 
 def stage_and_data(root: Path, **options: Any) -> tuple[Pretrain, ImageFolderData]:
@@ -99,8 +104,9 @@ def test_validation_numbers_of_an_odd_set_are_those_of_one_device(few: Path, tmp
     run("validate", few, tmp_path / "one", 1)
     run("validate", few, tmp_path / "two", 2)
     one = read(tmp_path / "one" / "val0.pt")
-    for rank in range(2):
-        two = read(tmp_path / "two" / f"val{rank}.pt")
+    ranks = [read(tmp_path / "two" / f"val{rank}.pt") for rank in range(2)]
+    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == one["seen"] == list(range(11))
+    for two in ranks:
         assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-6)
         assert two["val/top1"] == one["val/top1"]
         assert two["val/top1_macro"] == pytest.approx(one["val/top1_macro"], abs=1e-6)
@@ -162,7 +168,8 @@ def console_script(tmp_path: Path) -> Path:
 def test_torchrun_and_the_console_script_leave_the_same_run(few: Path, tmp_path: Path, console_script: Path) -> None:
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = [str(console_script), "fit", *SMALL, "--data.root", str(few), *devices]
+    config = shutil.copy(SMALL[1], tmp_path / "pretrain.yaml")  # each process reads it: nobody may edit it meanwhile
+    command = [str(console_script), "fit", "--config", str(config), *SMALL[2:], "--data.root", str(few), *devices]
     # As a user's shell has it: nothing of this process that tells a rank.
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "MASTER" not in name}
     weights = []

@@ -17,7 +17,7 @@ from conftest import SMALL, Result
 from torch.distributed import TCPStore
 
 from vitlit.errors import UserError
-from vitlit.run import Decision, RunFolder, RunOptions, agree, flatten, longer
+from vitlit.run import Decision, RunFolder, RunOptions, agree, exchange, flatten, longer
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
@@ -396,14 +396,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def agreed(decision: Decision, root: Path) -> list[Decision]:
+def agreed(decision: Decision, run: Path) -> list[Decision]:
     """What a rank that waits, and rank 0 that decides, take the decision to be."""
     heard: list[Decision] = []
-    other = threading.Thread(target=lambda: heard.append(agree(None, str(root))), daemon=True)
+    other = threading.Thread(target=lambda: heard.append(exchange(None, run)), daemon=True)
     other.start()
     time.sleep(0.1)
     assert not heard
-    own = agree(decision, str(root))
+    own = exchange(decision, run)
     other.join(10)
     del os.environ["VITLIT_DECISION"]
     return [*heard, own]
@@ -412,8 +412,8 @@ def agreed(decision: Decision, root: Path) -> list[Decision]:
 @pytest.mark.usefixtures("alone")
 def test_one_process_decides_for_those_that_lightning_launches(tmp_path: Path) -> None:
     decision = Decision("continue", "last.ckpt")
-    assert agree(decision, str(tmp_path)) == decision
-    assert agree(None, str(tmp_path)) == decision  # in the environment that they inherit
+    assert exchange(decision, tmp_path) == decision
+    assert exchange(None, tmp_path) == decision  # in the environment that they inherit
 
 
 @pytest.mark.usefixtures("alone")
@@ -436,13 +436,22 @@ def test_under_slurm_all_ranks_hear_the_decision_of_each_step(tmp_path: Path, mo
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "2")
     first, second = Decision("begin", ""), Decision("continue", "last.ckpt")
-    assert agreed(first, tmp_path / "runs") == [first, first]
+    assert agreed(first, tmp_path / "runs" / "a") == [first, first]
     monkeypatch.setenv("SLURM_STEP_ID", "1")
-    assert agreed(second, tmp_path / "runs") == [second, second]
+    assert agreed(second, tmp_path / "runs" / "a") == [second, second]
 
 
 @pytest.mark.usefixtures("alone")
 def test_processes_of_an_unknown_launcher_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun"):
-        agree(Decision("begin", ""), str(tmp_path))
+        exchange(Decision("begin", ""), tmp_path)
+
+
+def test_ranks_with_different_configs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITLIT_DECISION", "")  # forgotten afterwards
+    decided = agree(Decision("begin", ""), tmp_path, {"model": {"lr": 1e-3}})
+    assert decided.action == "begin"
+    assert agree(None, tmp_path, {"model": {"lr": 1e-3}}) == decided
+    with pytest.raises(UserError, match="different configs"):
+        agree(None, tmp_path, {"model": {"lr": 1e-2}})

@@ -129,8 +129,25 @@ def test_a_checkpoint_holds_plain_values_and_gives_the_stage_back(kind: Any, few
 
 def test_a_checkpoint_of_the_other_stage_is_refused(few: Path, tmp_path: Path) -> None:
     path = saved(pretrain(), few, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a\.ckpt holds a Pretrain, not a Finetune"):
+    with pytest.raises(UserError, match=r"a\.ckpt holds a \S*Pretrain, not a Finetune"):
         Finetune.load_from_checkpoint(path)
+
+
+class Derived(Pretrain):
+    """A stage of a user's own."""
+
+
+def test_a_stage_of_ones_own_loads_where_its_package_is_trusted(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Derived(ViT(**TINY), partial(Supervised, num_classes=4), partial(torch.optim.AdamW, lr=1e-3))
+    path = saved(stage, few, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=rf"{__name__}\.Derived is outside the packages that may be named"):
+        Stage.load_from_checkpoint(path)
+    monkeypatch.setenv("VITLIT_TRUST", __name__)
+    for again in (Derived.load_from_checkpoint(path), Stage.load_from_checkpoint(path)):
+        assert type(again) is Derived
+        assert distance(state_of(again), state_of(stage)) == 0
 
 
 def test_a_stage_that_was_loaded_trains_and_saves_again(few: Path, tmp_path: Path) -> None:

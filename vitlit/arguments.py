@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
-from torch.optim import Optimizer
+from torch import optim
 
 from vitlit.cli import find_config
 from vitlit.errors import UserError
@@ -118,10 +118,13 @@ class Parser(LightningArgumentParser):
         denied = re.search(r"Importing '([^']+)' is not allowed", message)
         if denied:
             check_class_paths({"class_path": denied[1]})
-        required = re.search(r"arguments are required: (\w+)\.model", message)
+        required = re.search(r"arguments are required: (\w+)\.(\S+\w)(.*\.model)?", message)
         if required:
-            run = "" if required[1] == "fit" else " or the folder of a run"
-            raise UserError(f"{required[1]} needs --config CONFIG{run}; `vitlit config` lists the shipped ones") from ex
+            command, key, model = required.groups()
+            if key != "model" and not model:
+                raise UserError(f"{command} needs --{key}") from ex
+            run = "" if command == "fit" else " or the folder of a run"
+            raise UserError(f"{command} needs --config CONFIG{run}; `vitlit config` lists the shipped ones") from ex
         text = plain(message)
         parser = getattr(ex, "subcommand_parser", self)
         raise UserError(text + parser.suggestion(text)) from ex
@@ -143,7 +146,8 @@ class Parser(LightningArgumentParser):
     @staticmethod
     def classes() -> dict[str, str]:
         """The classes that a config usually names."""
-        return {c.__name__: c.__name__ for base in (Stage, Objective, Optimizer) for c in base.__subclasses__()}
+        names = [*dir(optim), *(c.__name__ for base in (Stage, Objective) for c in base.__subclasses__())]
+        return {name: name for name in names if name[0].isupper()}
 
 
 def plain(message: str) -> str:
@@ -157,7 +161,7 @@ def plain(message: str) -> str:
         lines = [line for line in lines if not line.startswith("Expected a ")]
         if unknown and not (given and given[1] == unknown[0] and len(choices) > 1):
             lines.append(f"no class {unknown[0]}")
-        elif given:
+        elif given and choices:
             choices = ["class" if choice.startswith("dot import path string") else choice for choice in choices]
             lines.append(f"expected {' or '.join(choices)}, not {given[1]}")
     text = " ".join(" ".join(lines).split())

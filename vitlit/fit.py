@@ -135,7 +135,7 @@ class CLI(LightningCLI):
         decision = Decision("begin", "")
         if self.keeps:
             own = self.folder.decide(self.asked, config.run.overwrite) if rank() == 0 else None
-            decision = agree(own, self.folder.path)
+            decision = agree(own, self.folder.path, self.asked)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete; more --trainer.max_epochs or --trainer.max_steps "
@@ -203,7 +203,7 @@ class CLI(LightningCLI):
         rank_zero_only(print)(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{len(data.classes)} classes; {len(data.split('train')) // data.batch_size:,} steps an epoch",
+            f"{len(data.classes)} classes; {data.steps_per_epoch:,} steps an epoch",
             flush=True,
         )
         if not self.keeps:

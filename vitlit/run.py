@@ -1,5 +1,6 @@
 """The folder of a run: `ROOT/NAME/`, and whether a command begins, continues or has finished it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,10 +55,12 @@ class Decision(NamedTuple):
     Attributes:
         action: begin it, continue it, or nothing since it is finished.
         checkpoint: where it is continued from, else empty.
+        config: a digest of the config that was decided on.
     """
 
     action: Literal["begin", "continue", "finished"]
     checkpoint: str
+    config: str = ""
 
 
 class RunFolder:
@@ -181,7 +184,20 @@ def rank() -> int:
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
 
 
-def agree(decision: Decision | None, run: Path) -> Decision:
+def agree(decision: Decision | None, run: Path, config: dict[str, Any]) -> Decision:
+    """Hand rank 0's decision on a run to every rank; the others pass None and wait for it.
+
+    Raises:
+        UserError: a rank has another config than rank 0, as where the file was changed during the launch.
+    """
+    digest = hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+    decision = exchange(decision and decision._replace(config=digest), run)
+    if decision.config != digest:
+        raise UserError("the ranks were given different configs; launch them again")
+    return decision
+
+
+def exchange(decision: Decision | None, run: Path) -> Decision:
     """Hand rank 0's decision on a run to every rank; the others pass None and wait for it.
 
     Ranks that Lightning launches inherit it; under torchrun it goes through the agent's store, under SLURM through a

@@ -1,6 +1,7 @@
 """ImageNet-style folders: finding the images, their classes and the splits."""
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,12 @@ def _folders(root: Path) -> list[str]:
 def _images(root: Path, below: str = "") -> list[str]:
     """Paths of all images under root / below, relative to root, sorted. Hidden files and folders do not count."""
     found = []
+    seen = set()
     for folder, folders, files in os.walk(root / below, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        real = os.path.realpath(folder)
+        folders[:] = [name for name in folders if not name.startswith(".")] if real not in seen else []
+        files = files if real not in seen else []  # links may lead in a circle
+        seen.add(real)
         relative = os.path.relpath(folder, root)
         found += [
             os.path.normpath(os.path.join(relative, file))
@@ -148,11 +153,11 @@ def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Inde
     if not holdout:
         return classes, index, None
     held = np.zeros(len(index), bool)
+    drawn = mix(np.array([zlib.crc32(path) for path in index.paths]))  # by name: another class changes nothing
     for label, count in enumerate(counts):
-        start = int(counts[:label].sum())
-        shuffled = np.argsort(mix(label, np.arange(count)), kind="stable")
+        own = np.flatnonzero(index.labels == label)
         wanted = max(1, round(count * holdout)) if count > 1 else 0
-        held[start + shuffled[:wanted]] = True
+        held[own[np.argsort(drawn[own], kind="stable")[:wanted]]] = True
     return classes, index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 

@@ -133,6 +133,11 @@ class ImageFolderData(LightningDataModule):
             )
         return micro, accumulate
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in the training set."""
+        return len(self.split("train")) // self.batch_size
+
     def check(self, stage: str, world_size: int) -> None:
         """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
         if stage == "fit":
@@ -155,6 +160,10 @@ class ImageFolderData(LightningDataModule):
                     "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
                 )
             self.trainer.accumulate_grad_batches = accumulate
+            limit = self.trainer.limit_train_batches
+            batches = limit if isinstance(limit, int) else int(limit * accumulate * self.steps_per_epoch)
+            if batches % accumulate:
+                raise UserError(f"trainer.limit_train_batches must be a multiple of the {accumulate} of a step")
             # Lightning cannot know that the loader starts where the run is.
             warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 

@@ -61,6 +61,7 @@ class Finetune(Stage):
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             report = load_weights(self.vit, self.init_from, skip=["head*"])
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
+            self.init_from = None  # a second fit goes on
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

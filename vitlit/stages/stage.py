@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
@@ -59,7 +60,8 @@ class Stage(LightningModule):
         self._clock, self._images = 0.0, 0
 
     def _metrics(self) -> nn.ModuleDict:
-        metrics: dict[str, Metric] = {"loss": MeanMetric()}
+        # NaN stays NaN: by default it would be left out, and "disable" leaves out the weights (torchmetrics 1.9).
+        metrics: dict[str, Metric] = {"loss": MeanMetric(nan_strategy=math.nan)}
         classes = self.vit.config["num_classes"]
         if classes:
             metrics["top1"] = MulticlassAccuracy(classes, average="micro")
@@ -98,8 +100,24 @@ class Stage(LightningModule):
     def on_train_epoch_start(self) -> None:
         self._restart_clock()
 
+    def on_validation_epoch_end(self) -> None:
+        metrics = self.measures["val"]
+        assert isinstance(metrics, nn.ModuleDict)
+        loss = metrics["loss"]
+        assert isinstance(loss, MeanMetric)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.require_finite("validation", loss.compute())
+
     def on_validation_end(self) -> None:
         self._restart_clock()
+
+    def require_finite(self, kind: str, loss: Tensor) -> None:
+        """Raise UserError where training has come to no number, before a checkpoint is made of it."""
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"the {kind} loss is {loss.item()} at step {self.trainer.global_step}; lower the learning rate, clip "
+                "gradients (trainer.gradient_clip_val) or use more precision, and begin again (--run.overwrite true)"
+            )
 
     def _restart_clock(self) -> None:
         self._clock, self._images = time.perf_counter(), 0
@@ -129,11 +147,7 @@ class Stage(LightningModule):
             return
         mean = trainer.strategy.reduce(loss, reduce_op="mean")
         assert isinstance(mean, Tensor)
-        if not math.isfinite(mean.item()):
-            raise UserError(
-                f"the training loss is {mean.item()} at step {step}; lower the learning rate, clip gradients "
-                f"(trainer.gradient_clip_val) or use more precision, and start again"
-            )
+        self.require_finite("training", mean)
         elapsed = time.perf_counter() - self._clock
         self.log("train/loss", mean, prog_bar=True)
         self.log("train/lr", self._rate)
