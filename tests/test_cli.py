@@ -19,7 +19,8 @@ from PIL import Image
 from test_loggers import recorded
 
 from vitlit import __version__, load
-from vitlit.cli import HELP
+from vitlit.cli import HELP, explain
+from vitlit.errors import UserError
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
@@ -167,7 +168,9 @@ def test_an_image_that_cannot_be_read_is_named(vitlit: Command, data: Path, kind
         Image.open(original).resize((64, 64)).save(spoilt)
         spoilt.write_bytes(spoilt.read_bytes()[: spoilt.stat().st_size // 2])
     original.unlink()
-    refused(vitlit("fit", *SMALL, "--data.root", data, "--data.num_workers", workers), f"read the image {spoilt}:")
+    result = vitlit("fit", *SMALL, "--data.root", data, "--data.num_workers", workers)
+    refused(result)
+    assert result.err.startswith(f"vitlit: error: cannot read the image {spoilt}: ")
 
 
 # Flags and configs.
@@ -374,6 +377,14 @@ def test_a_bug_keeps_its_traceback(vitlit: Command, few: Path) -> None:
     assert "Traceback" in result.err
     assert "RuntimeError: a bug" in result.err
     assert "vitlit: error" not in result.err
+
+
+def test_a_mistake_is_found_behind_the_errors_that_it_caused() -> None:
+    bug, mistake = RuntimeError("a bug"), UserError("a\nmistake")
+    assert explain(bug) is None
+    bug.__cause__ = RuntimeError("another")
+    bug.__cause__.__context__ = mistake
+    assert explain(bug) == "a mistake"
 
 
 def test_help_version_and_unknown_commands_answer_without_torch() -> None:
@@ -667,12 +678,13 @@ def test_photos_that_cannot_be_read_are_refused(vitlit: Command, work: Path, arg
     assert not (work / "runs" / "pretrain" / "predictions.csv").exists()
 
 
+@pytest.mark.parametrize("out", ["notes.txt/a.csv", "runs"])
 def test_predictions_that_cannot_be_written_are_refused_before_any_is_made(
-    vitlit: Command, few: Path, work: Path
+    vitlit: Command, few: Path, work: Path, out: str
 ) -> None:
     (work / "notes.txt").write_text("text")
-    result = vitlit("predict", "runs/pretrain", few / "val", "--out", "notes.txt/a.csv")
-    refused(result, "cannot write notes.txt/a.csv", "--out")
+    refused(vitlit("predict", "runs/pretrain", few / "val", "--out", out), f"cannot write {out}: ", "another --out")
+    assert not list(work.glob("*.partial"))
 
 
 # Weights & Biases.

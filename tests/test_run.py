@@ -193,7 +193,6 @@ def test_a_config_that_a_run_left_repeats_it_bit_for_bit(vitlit: Command, finish
         (signal.SIGTERM, "training_step", 1, (0, 0)),  # ends an epoch
         (signal.SIGINT, "training_step", 2, (2, 2)),
         (signal.SIGTERM, "validation_step", 4, (2, 0)),
-        (signal.SIGKILL, "training_step", 3, (0, 2)),
     ],
 )
 def test_a_run_that_a_signal_ended_continues_bit_for_bit(
@@ -202,15 +201,12 @@ def test_a_run_that_a_signal_ended_continues_bit_for_bit(
     command = (*FIT, "--data.root", few, "--run.name", "stopped", "--data.num_workers")
     stopped = finished.parent / "stopped"
     result = vitlit(*command, workers[0], before=signalled(step, number, hook=hook))
-    if number == signal.SIGKILL:
-        assert result.code == -number
-    else:
-        assert result.code == 128 + number
-        at = checkpoint(stopped)["global_step"]
-        assert at == step + (hook == "training_step")
-        name = signal.Signals(number).name
-        assert f"stopped by {name} after step {at}; the same command continues the run" in result.out
-        assert not result.err
+    assert result.code == 128 + number
+    at = checkpoint(stopped)["global_step"]
+    assert at == step + (hook == "training_step")
+    name = signal.Signals(number).name
+    assert f"stopped by {name} after step {at}; the same command continues the run" in result.out
+    assert not result.err
     assert not (stopped / "finished.json").exists()
 
     result = vitlit(*command, workers[1])
@@ -222,6 +218,24 @@ def test_a_run_that_a_signal_ended_continues_bit_for_bit(
         assert differences(whole[key], parts[key], key) == []
     assert differences(checkpoint(finished, "best")["state_dict"], checkpoint(stopped, "best")["state_dict"]) == []
     assert rows(stopped) == rows(finished)
+
+
+def test_a_killed_run_continues_from_its_last_epoch_and_logs_no_step_twice(
+    vitlit: Command, few: Path, run: Path
+) -> None:
+    longer_epochs = (*FIT, "--data.root", few, "--data.batch_size", 8, "--trainer.max_steps", 10)  # 5 an epoch
+    assert vitlit(*longer_epochs, before=signalled(8, signal.SIGKILL)).code == -signal.SIGKILL
+    assert steps(run) == list(range(8))
+    assert vitlit(*longer_epochs).code == 0
+    assert steps(run) == list(range(10))
+
+
+def test_a_finished_run_that_is_stopped_while_made_longer_is_unfinished(vitlit: Command, few: Path, run: Path) -> None:
+    assert vitlit(*FIT, "--data.root", few, "--trainer.max_steps", 4).code == 0
+    assert vitlit(*FIT, "--data.root", few, before=signalled(4, signal.SIGTERM)).code == 143
+    assert not (run / "finished.json").exists()
+    assert "continuing" in vitlit(*FIT, "--data.root", few).out
+    assert steps(run) == list(range(6))
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(vitlit: Command, few: Path, run: Path) -> None:

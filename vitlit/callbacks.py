@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 import time
+from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,8 @@ class Predictions(Callback):
         if trainer.is_global_zero:
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
+                if self.out.is_dir():
+                    raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
                 self._partial.touch()
             except OSError as error:
                 raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
