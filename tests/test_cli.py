@@ -705,3 +705,26 @@ def test_a_run_is_logged_to_wandb(vitlit: Command, few: Path, tmp_path: Path) ->
                 assert values == pytest.approx([float(row[name])])
     tables = {name for row in history for name in row if "/" not in name}
     assert {"mistakes", "confusion"} <= {name.partition(".")[0] for name in tables}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--trainer.strategy", "ddpp", "ddpp"),
+        ("--trainer.accelerator", "tpux", "tpux"),
+        ("--trainer.devices", "two", "devices"),
+        ("--model.optimizer.lr", "-1", "learning rate"),
+        ("--model.schedule.warmup", "-6", "warmup -6"),
+        ("--data.num_workers", "-1", "num_workers -1"),
+        ("--data.crop_scale", "[2,3]", "crop_scale"),
+        ("--data.image_size", "0", "image size 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(vitlit: Command, few: Path, flag: str, value: str, words: str) -> None:
+    refused(vitlit("fit", *SMALL, "--data.root", few, flag, value), words)
+
+
+def test_a_run_without_validation_says_that_none_is_best(vitlit: Command, few: Path) -> None:
+    result = vitlit("fit", *SMALL, "--data.root", few, "--trainer.limit_val_batches", 0)
+    assert result.code == 0, result.err
+    assert "none is best" in result.out

@@ -443,3 +443,11 @@ def test_export_with_any_batch_size() -> None:
     program = torch.export.export(vit, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
     images = torch.randn(5, 3, 32, 32)
     torch.testing.assert_close(program.module()(images), vit(images))
+
+
+@pytest.mark.parametrize(
+    "options", [{"heads": 0}, {"depth": -1}, {"patch_size": 0}, {"dropout": 2.0}, {"image_size": 0}, {"in_channels": 0}]
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"less than 1|not a probability|no pixel"):
+        ViT(**{"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, **options})

@@ -34,6 +34,9 @@ QUIET = (
     r".*does not have many workers.*",
     r".*smaller than the logging interval.*",
     r".*exists and is not empty.*",
+    r".*could not find the monitored key.*",  # it is known, so nothing was validated, and the summary says so
+    r".*The dirpath has changed.*",  # a moved run
+    r".*callbacks used to create the checkpoint.*",  # evaluation has none
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 
@@ -129,6 +132,9 @@ class CLI(LightningCLI):
         for key, why in OURS.items():
             if config.trainer[key] is not None:
                 raise UserError(f"trainer.{key} is not for a config: {why}")
+        no_end = config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1
+        if no_end and self.keeps:
+            raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
         if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
             sources.write("digits", Path(config.data.root))
         self.asked = self.plain(config)
@@ -227,6 +233,8 @@ class CLI(LightningCLI):
             percent = "loss" not in str(self.best.monitor)
             rows[f"best {self.best.monitor}"] = f"{100 * score:.2f} %" if percent else f"{score:.4f}"
             rows["checkpoint"] = str(self.folder.best)
+        else:
+            rows["checkpoint"] = f"{self.folder.last} (nothing was validated, so none is best)"
         for logger in self.trainer.loggers:
             if isinstance(logger, Wandb):
                 rows["W&B"] = logger.closing_line() or "disabled"

@@ -51,7 +51,9 @@ class Schedule:
         return 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def check(self, total: int) -> None:
-        """Raise UserError where the warm-up would outlast the training."""
+        """Raise UserError where the warm-up is negative or would outlast the training."""
+        if self.warmup < 0:
+            raise UserError(f"model.schedule.warmup {self.warmup} is less than 0")
         if self.warmup >= total:
             raise UserError(
                 f"model.schedule.warmup is {self.warmup} steps but training has only {total:.0f}; "

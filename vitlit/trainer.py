@@ -34,3 +34,5 @@ class Trainer(LightningTrainer):
             if "backend found" in str(error):
                 raise UserError(f"trainer.accelerator {accelerator}: no GPU is found; use cpu or auto") from error
             raise
+        except (ValueError, TypeError) as error:  # an unknown strategy or accelerator, among others
+            raise UserError(f"trainer: {error}") from error

@@ -62,6 +62,12 @@ class ImageFolderData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"data.num_workers {num_workers} is less than 0")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
+        if not 0 <= flip <= 1 or not 0 < crop_ratio <= 1:
+            raise UserError(f"data.flip {flip} and data.crop_ratio {crop_ratio} are shares between 0 and 1")
         self.root = Path(root)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.batch_size, self.micro_batch, self.holdout = batch_size, micro_batch, parse_share(holdout)

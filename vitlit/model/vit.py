@@ -133,7 +133,8 @@ class ViT(nn.Module):
         final_norm: whether a LayerNorm ends the encoder.
 
     Raises:
-        UserError: the patch size does not divide the image, or the heads do not divide the width.
+        UserError: the patch size does not divide the image, the heads do not divide the width, or a number is out of
+            range.
     """
 
     def __init__(
@@ -169,6 +170,14 @@ class ViT(nn.Module):
             "norm_eps": norm_eps,
             "final_norm": final_norm,
         }
+        for name in ("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels"):
+            if self.config[name] < 1:
+                raise UserError(f"{name} {self.config[name]} is less than 1")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= self.config[name] < 1:
+                raise UserError(f"{name} {self.config[name]} is not a probability below 1")
+        if min(height, breadth) < 1:
+            raise UserError(f"image size {height} x {breadth} has no pixel")
         if width % heads:
             raise UserError(f"heads {heads} do not divide the width {width}")
         self.patch_size = patch_size

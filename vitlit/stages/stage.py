@@ -86,7 +86,10 @@ class Stage(LightningModule):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
         if not trainer.fast_dev_run:
             self.schedule.check(int(total))
-        optimizer = self.optimizer(parameter_groups([self.vit, self.objective]))
+        try:
+            optimizer = self.optimizer(parameter_groups([self.vit, self.objective]))
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}") from error
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

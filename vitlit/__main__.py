@@ -1,0 +1,7 @@
+"""`python -m vitlit`"""
+
+import sys
+
+from vitlit.cli import main
+
+sys.exit(main())
