@@ -531,7 +531,7 @@ def test_a_file_that_is_no_checkpoint_is_named(
     name = make(work)
     refused(vitlit("fit", *SMALL, "--data.root", few, "--run.name", "b", "--ckpt_path", name), name, "checkpoint")
     refused(vitlit(*FINETUNE.split(), few, "--model.init_from", name), name, "checkpoint")
-    assert [path.name for path in (work / "runs").iterdir()] == ["pretrain"]
+    assert [path.name for path in (work / "runs").glob("[!.]*")] == ["pretrain"]
 
 
 LAST = "runs/pretrain/checkpoints/last.ckpt"
@@ -645,9 +645,9 @@ def test_predictions_are_those_of_the_loaded_network_in_the_order_given(vitlit: 
 def test_photos_are_files_flat_folders_and_trees(vitlit: Command, few: Path, work: Path) -> None:
     flat = sorted((few / "val" / "1").iterdir())
     tree = sorted((few / "val").glob("*/*"))
-    assert "14 images" in done(vitlit("predict", "runs/pretrain", few / "val" / "1", few / "val"))
+    assert "11 images" in done(vitlit("predict", "runs/pretrain", few / "val" / "1", few / "val"))
     rows = table(work / "runs" / "pretrain" / "predictions.csv")
-    assert [row["path"] for row in rows] == [str(photo) for photo in (*flat, *tree)]
+    assert [row["path"] for row in rows] == [str(photo) for photo in dict.fromkeys((*flat, *tree))]  # each once
     names = "path class probability class_2 probability_2 class_3 probability_3 class_4 probability_4"
     assert " ".join(rows[0]) == names  # there are 4 classes
 

@@ -116,7 +116,7 @@ def test_another_config_is_refused_with_the_differences_and_the_ways_out(
     before = files(finished)
     result = vitlit(*FIT, "--data.root", few, "--model.optimizer.lr", 0.5, "--data.batch_size", 8)
     refused(result, "data.batch_size 16 -> 8", "optimizer.init_args.lr 0.001 -> 0.5", "--run.name", "--run.overwrite")
-    refused(vitlit(*FIT, "--data.root", few, "--trainer.max_steps", 4), "trainer.max_steps 6 -> 4")
+    assert "complete at step 6" in vitlit(*FIT, "--data.root", few, "--trainer.max_steps", 4).out
     assert files(finished) == before
 
 
@@ -469,3 +469,20 @@ def test_ranks_with_different_configs_are_refused(tmp_path: Path, monkeypatch: p
     assert agree(None, tmp_path, {"model": {"lr": 1e-3}}) == decided
     with pytest.raises(UserError, match="different configs"):
         agree(None, tmp_path, {"model": {"lr": 1e-2}})
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
+    first, second = (RunFolder(RunOptions(name="x", root=str(tmp_path)), None) for _ in range(2))
+    first.begin({"run": {}}, overwrite=False)
+    with pytest.raises(UserError, match=r"another process is at work on the run .*x; give another --run.name"):
+        second.begin({"run": {}}, overwrite=True)
+    assert (tmp_path / "x" / "config.yaml").exists()
+
+
+def test_a_run_that_was_made_longer_is_complete_for_the_first_command_too(
+    vitlit: Callable[..., Result], few: Path, finished: Path
+) -> None:
+    assert vitlit(*FIT, "--data.root", few, "--trainer.max_steps", 8).code == 0
+    result = vitlit(*FIT, "--data.root", few)
+    assert result.code == 0
+    assert "is complete" in result.out

@@ -567,3 +567,15 @@ def test_prediction_gives_probabilities(few: Path) -> None:
     probabilities = torch.cat(batches)  # type: ignore[arg-type]
     assert probabilities.shape == (3, 4)
     assert torch.allclose(probabilities.sum(-1), torch.ones(3))
+
+
+@pytest.mark.parametrize(("size", "classes", "words"), [(24, 4, "images of 16"), (16, 7, "num_classes=4")])
+def test_data_that_does_not_fit_the_network_is_refused(few: Path, size: int, classes: int, words: str) -> None:
+    stage = Pretrain(
+        ViT(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16),
+        partial(Supervised, num_classes=classes),
+        partial(torch.optim.AdamW, lr=1e-3),
+    )
+    data = ImageFolderData(str(few), image_size=size, batch_size=8, num_workers=0)
+    with pytest.raises(UserError, match=words):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1).fit(stage, data)

@@ -182,6 +182,10 @@ class Predictions(Callback):
             except OSError as error:
                 raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            self._partial.unlink(missing_ok=True)
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,

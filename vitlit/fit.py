@@ -1,6 +1,7 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI, told what a run is."""
 
 import logging
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -40,10 +41,13 @@ QUIET = (
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 
+# Settings of the Trainer that a config must leave at their defaults, and why.
 OURS = {
-    "default_root_dir": "the run's folder is run.root and run.name",
-    "enable_checkpointing": "best.ckpt and last.ckpt are always kept",
-    "max_time": "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM",
+    "accumulate_grad_batches": (1, "it follows from data.batch_size and data.micro_batch"),
+    "barebones": (False, "best.ckpt and last.ckpt are always kept"),
+    "default_root_dir": (None, "the run's folder is run.root and run.name"),
+    "enable_checkpointing": (None, "best.ckpt and last.ckpt are always kept"),
+    "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
 }
 
 
@@ -129,12 +133,14 @@ class CLI(LightningCLI):
 
     def decide(self, config: Any) -> None:
         """Begin the run, continue it, or say that it is complete; rank 0 decides for all."""
-        for key, why in OURS.items():
-            if config.trainer[key] is not None:
+        for key, (default, why) in OURS.items():
+            if config.trainer[key] != default:
                 raise UserError(f"trainer.{key} is not for a config: {why}")
-        no_end = config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1
-        if no_end and self.keeps:
+        ends = (config.trainer.max_epochs, config.trainer.max_steps)
+        if self.keeps and ends in ((None, -1), (-1, -1)):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
+        if 0 in ends:
+            raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
         if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
             sources.write("digits", Path(config.data.root))
         self.asked = self.plain(config)
@@ -144,8 +150,8 @@ class CLI(LightningCLI):
             decision = agree(own, self.folder.path, self.asked)
         if decision.action == "finished":
             rank_zero_only(print)(
-                f"the run {self.folder.path} is complete; more --trainer.max_epochs or --trainer.max_steps "
-                "continue it, --run.overwrite true begins it again"
+                f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
+                "--trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true begins it again"
             )
             raise SystemExit(0)
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
@@ -202,6 +208,15 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.check(self.subcommand, self.trainer.world_size)
+        if self.keeps:
+            limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * self.datamodule.steps_per_epoch]
+            self.model.schedule.check(min(limit for limit in limits if limit > 0))
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
 
     def before_fit(self) -> None:
         self.line.launched = True
@@ -239,11 +254,14 @@ class CLI(LightningCLI):
             if isinstance(logger, Wandb):
                 rows["W&B"] = logger.closing_line() or "disabled"
                 logger.close()
-        rows["next"] = f"vitlit predict {self.folder.path} PHOTOS --out predictions.csv"
+        rows["next"] = f"vitlit predict {shlex.quote(str(self.folder.path))} PHOTOS --out predictions.csv"
         if isinstance(self.model, Pretrain):
-            rows["next"] = f"vitlit fit --config finetune --model.init_from {self.folder.path}"
+            parts = ["vitlit", "fit", "--config", "finetune", "--model.init_from", str(self.folder.path)]
             if str(self.datamodule.root) != DIGITS:
-                rows["next"] += f" --data.root {self.datamodule.root} --run.name {self.folder.name}-finetuned"
+                parts += ["--data.root", str(self.datamodule.root), "--run.name", f"{self.folder.name}-finetuned"]
+            if self.datamodule.holdout:
+                parts += ["--data.holdout", str(self.datamodule.holdout)]
+            rows["next"] = shlex.join(parts)
         console = Console(soft_wrap=True, highlight=False)  # a command must stay on one line
         console.print(f"\n[bold]{escape(str(self.folder.path))} is complete[/bold]")
         for name, value in rows.items():

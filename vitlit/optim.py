@@ -57,5 +57,5 @@ class Schedule:
         if self.warmup >= total:
             raise UserError(
                 f"model.schedule.warmup is {self.warmup} steps but training has only {total:.0f}; "
-                "give a shorter warm-up, or more trainer.max_epochs or trainer.max_steps"
+                "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
             )

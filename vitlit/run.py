@@ -109,29 +109,27 @@ class RunFolder:
             for key in before.keys() | after.keys()
             if before.get(key) != after.get(key) and not any(fnmatchcase(key, free) for free in FREE)
         )
-        if self.marker.is_file() and any(longer(before.get(key), after.get(key)) for key in LONGER):
-            differing = [key for key in differing if key not in LONGER]
-            extended = True
-        else:
-            extended = False
-        if differing:
+        finished = self.marker.is_file()
+        if not set(differing) <= set(LONGER) or (differing and not finished):
             listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
             raise UserError(
                 f"the run {self.path} was made with another config ({listed}{more}); "
                 "give another --run.name, or --run.overwrite true to begin again"
             )
-        if self.marker.is_file() and not extended:
+        if finished and not any(longer(before.get(key), after.get(key)) for key in LONGER):
             return Decision("finished", "")
         return Decision("continue", str(self.last))
 
     def begin(self, config: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder, empty where it is overwritten, and write the config into it.
+        """Take the folder for this process, empty it where it is overwritten, and write the config into it.
 
         Raises:
             UserError: the folder cannot be written.
         """
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if overwrite and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -141,6 +139,18 @@ class RunFolder:
             raise UserError(
                 f"cannot write into {self.path}: {error.strerror or error}; give another --run.root"
             ) from error
+
+    def _lock(self) -> None:
+        """Hold ROOT/.NAME.lock as long as this process lives; UserError where another does."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._held = (self.path.parent / f".{self.name}.lock").open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work on the run {self.path}; give another --run.name") from None
 
     def wandb_id(self) -> str | None:
         """The id of the W&B run that this run logs to, where it has begun one."""
@@ -154,6 +164,10 @@ class RunFolder:
     def finish(self, step: int) -> None:
         """Mark the run as finished at a step."""
         self._write(self.marker, json.dumps({"step": step}) + "\n")
+
+    def finished_at(self) -> int:
+        """The step at which the run was finished."""
+        return int(json.loads(self.marker.read_text())["step"])
 
     def _write(self, path: Path, text: str) -> None:
         partial = path.with_name(path.name + ".partial")

@@ -32,7 +32,7 @@ def decode(path: str | Path) -> Tensor:
             picture = Image.fromarray(((np.asarray(picture, np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
         return pil_to_tensor(picture.convert("RGB"))
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read the image {path}: its content is of no known format") from error
+        raise UserError(f"cannot read the image {path}: its content is of no known format; remove it") from error
     except (OSError, RuntimeError, ValueError, Image.DecompressionBombError) as error:
         reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error)).strip().splitlines()  # torchcodec names its source line
         raise UserError(f"cannot read the image {path}: {reason[0] if reason else type(error).__name__}") from error

@@ -79,6 +79,7 @@ def scan_photos(photos: list[Path]) -> Index:
         if not photo.exists():
             raise UserError(f"{photo} does not exist; give images or folders of images")
         found += [str(photo / name) for name in _images(photo)] if photo.is_dir() else [str(photo)]
+    found = list(dict.fromkeys(found))
     if not found:
         raise UserError(f"no image under {', '.join(map(str, photos))} (known: {' '.join(EXTENSIONS)})")
     return Index(Path(), np.array([os.fsencode(name) for name in found]), np.full(len(found), -1))

@@ -62,12 +62,16 @@ class ImageFolderData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise UserError(f"data.batch_size {batch_size} is less than 1")
         if num_workers is not None and num_workers < 0:
             raise UserError(f"data.num_workers {num_workers} is less than 0")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
-        if not 0 <= flip <= 1 or not 0 < crop_ratio <= 1:
-            raise UserError(f"data.flip {flip} and data.crop_ratio {crop_ratio} are shares between 0 and 1")
+        if not 0 <= flip <= 1:
+            raise UserError(f"data.flip {flip} is not a probability")
+        if not 0 < crop_ratio <= 1:
+            raise UserError(f"data.crop_ratio {crop_ratio} is not a share above 0 and up to 1")
         self.root = Path(root)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.batch_size, self.micro_batch, self.holdout = batch_size, micro_batch, parse_share(holdout)
@@ -115,6 +119,8 @@ class ImageFolderData(LightningDataModule):
             return self._held
         if name not in self._splits:
             folder = self.root / name
+            if not self.root.is_dir():
+                raise UserError(f"data.root {self.root} is not a folder; give --data.root a folder of images")
             if not folder.is_dir():
                 remedy = "; --data.holdout 10% holds out a part of the training images"
                 remedy = remedy if name == "val" else "; `vitlit validate` evaluates on val"

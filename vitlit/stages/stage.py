@@ -95,6 +95,17 @@ class Stage(LightningModule):
 
     # Training
 
+    def on_fit_start(self) -> None:
+        """Refuse data that does not fit the network, where both are built in Python."""
+        classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
+        found = len(getattr(self.data, "classes", [])) or classes
+        if classes and found != classes:
+            raise UserError(f"the head has {classes} classes, but the data has {found}; give num_classes={found}")
+        preprocess = getattr(self.data, "preprocess", None)
+        wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
+        if preprocess is not None and list(preprocess.image_size) != wanted:
+            raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
+
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
