@@ -180,7 +180,7 @@ def test_torchrun_and_the_console_script_leave_the_same_run(few: Path, tmp_path:
         done = launch([*launcher, *command], cwd=folder)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("runs/pretrain is complete") == 1
-        assert [path.name for path in (folder / "runs").iterdir()] == ["pretrain"]
+        assert [path.name for path in (folder / "runs").glob("[!.]*")] == ["pretrain"]
         assert (folder / "runs" / "pretrain" / "finished.json").read_text() == '{"step": 6}\n'
         checkpoint = read(folder / "runs" / "pretrain" / "checkpoints" / "last.ckpt")
         assert checkpoint["global_step"] == 6
