@@ -34,7 +34,7 @@ def small(command: str, folder: Path, photos: Path) -> list[str]:
     if config.startswith("recipes/"):
         shrink = RECIPE if config.endswith("384") else [*RECIPE, "--model.vit.preset", "Ti/16"]
     else:
-        shrink = SHRINK if "pretrain" in config else [*(part for part in SHRINK if part), *[]]
+        shrink = SHRINK
         if "finetune" in config:
             keep = [i for i, part in enumerate(SHRINK) if part.startswith("--model.vit.")]
             shrink = [part for i, part in enumerate(SHRINK) if i not in keep and i - 1 not in keep]

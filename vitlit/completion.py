@@ -93,12 +93,15 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
     build = ViT.from_preset if model.vit.class_path.endswith("from_preset") else ViT
     with torch.device("meta"):
         own = build(**vit.as_dict()).config
+    if weights is None:
+        return
     free = {"num_classes", "hidden_dim", "dropout", "attention_dropout"} | ({"image_size"} if new else set())
-    for name, value in (weights.config if weights is not None else {}).items():
+    for name, value in weights.config.items():
         if name not in free and pair(own.get(name)) != pair(value):
-            path = weights.path if weights is not None else ""
             key = "data.image_size" if name == "image_size" else f"model.vit.{name}"
-            raise UserError(f"{key} is {own.get(name)}, but {path} was made with {value}; leave it out or give {value}")
+            raise UserError(
+                f"{key} is {own.get(name)}, but {weights.path} was made with {value}; leave it out or give {value}"
+            )
 
 
 def pair(value: Any) -> Any:

@@ -126,7 +126,8 @@ class ImageFolderData(LightningDataModule):
                 remedy = remedy if name == "val" else "; `vitlit validate` evaluates on val"
                 raise UserError(f"{self.root} has no folder {name}{remedy}")
             index = self._splits[name] = scan_split(folder, self.classes)
-            missing = [c for i, c in enumerate(self.classes) if i not in set(index.labels.tolist())]
+            present = set(index.labels.tolist())
+            missing = [name for label, name in enumerate(self.classes) if label not in present]
             if missing:
                 rank_zero_only(print)(f"{folder} has no image of {len(missing)} classes, {missing[0]!r} among them")
         return self._splits[name]

@@ -101,7 +101,6 @@ class TrainStream(DistributedSampler[Any]):
         self.share = batch_size // world_size
         self.offset = rank * self.share
         self.steps = length // batch_size
-        self.epoch = 0
 
     def __len__(self) -> int:
         return self.steps * self.share
@@ -123,7 +122,6 @@ class EvalShard(DistributedSampler[Any]):
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, length, world_size)
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -16,7 +16,7 @@ TRUSTED = ("vitlit", "torch.optim", "torchmetrics", "lightning.pytorch", "lightn
 
 def trusted() -> list[str]:
     """Packages and modules whose classes may be named in a config or a checkpoint."""
-    return [*TRUSTED, *(name for name in os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())]
+    return [*TRUSTED, *os.environ.get("VITLIT_TRUST", "").replace(",", " ").split()]
 
 
 def describe(value: Any) -> Any:
