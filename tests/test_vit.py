@@ -213,7 +213,8 @@ def test_patch_order_matters_only_through_the_positions() -> None:
     logits = vit(images)
     assert (vit(shuffled) - logits).abs().max() > 1e-2
     with torch.no_grad():
-        vit.pos_embed.copy_(torch.cat([vit.pos_embed[:, :1], vit.pos_embed[:, 1:][:, order]], dim=1))
+        positions = vit.get_parameter("pos_embed")
+        positions.copy_(torch.cat([positions[:, :1], positions[:, 1:][:, order]], dim=1))
     torch.testing.assert_close(vit(shuffled), logits)
 
 
@@ -334,8 +335,8 @@ def test_dropout_follows_the_positions_and_every_linear_layer_but_qkv() -> None:
     names = [name for name, _ in calls]
     block = ["attn.qkv", "attn.proj", "", "mlp.fc1", "", "mlp.fc2", ""]
     assert names == ["", *(name and f"blocks.{i}.{name}" for i in range(2) for name in block), "head"]
-    patches = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed(images)], dim=1)
-    assert torch.equal(calls[0][1], patches + vit.pos_embed)
+    patches = torch.cat([vit.get_parameter("cls_token").expand(2, -1, -1), vit.patch_embed(images)], dim=1)
+    assert torch.equal(calls[0][1], patches + vit.get_parameter("pos_embed"))
     for (name, output), (following, dropped) in itertools.pairwise(calls):
         if following == "":
             assert torch.equal(dropped, F.gelu(output) if name.endswith("fc1") else output)

@@ -85,9 +85,9 @@ def test_the_best_checkpoint_goes_before_the_last(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     last, best = tiny(), tiny()
     write(last, folder / "last.ckpt")
-    assert torch.equal(vitlit.load(tmp_path / "run").cls_token, last.cls_token)
+    assert torch.equal(vitlit.load(tmp_path / "run").get_parameter("cls_token"), last.get_parameter("cls_token"))
     write(best, folder / "best.ckpt")
-    assert torch.equal(vitlit.load(tmp_path / "run").cls_token, best.cls_token)
+    assert torch.equal(vitlit.load(tmp_path / "run").get_parameter("cls_token"), best.get_parameter("cls_token"))
 
 
 def test_all_weights_are_taken_over_and_reported(tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_all_weights_are_taken_over_and_reported(tmp_path: Path) -> None:
 def test_a_loaded_vit_does_not_change_with_its_file(tmp_path: Path) -> None:
     path = write(tiny(), tmp_path / "a.ckpt")
     vit = vitlit.load(path)
-    before = vit.cls_token.detach().clone()
+    before = vit.get_parameter("cls_token").detach().clone()
     path.write_bytes(b"\0" * path.stat().st_size)
-    assert torch.equal(vit.cls_token, before)
+    assert torch.equal(vit.get_parameter("cls_token"), before)
 
 
 def unchanged_by(vit: ViT, path: Path, pattern: str, skip: Any = ()) -> str:
@@ -169,7 +169,7 @@ def test_skipped_and_new_tensors_are_told_apart(tmp_path: Path) -> None:
         "head.pre_logits.weight",
         "pos_embed",
     ]
-    assert not torch.equal(target.pos_embed, source.pos_embed)
+    assert not torch.equal(target.get_parameter("pos_embed"), source.get_parameter("pos_embed"))
     assert {*report.matched, *report.skipped} == set(source.state_dict())
     assert str(report) == f"{len(report.matched)} matched, 2 new, 5 skipped"
     unchanged_by(tiny(), path, "head", skip=["head.weight", "head.bias"])
@@ -179,7 +179,7 @@ def test_one_pattern_may_be_given_as_it_is(tmp_path: Path) -> None:
     source, target = tiny(), tiny(num_classes=7)
     report = vitlit.load_weights(target, write(source, tmp_path / "a.ckpt"), skip="head*")
     assert report.skipped == ["head.bias", "head.weight"]
-    assert torch.equal(target.cls_token, source.cls_token)
+    assert torch.equal(target.get_parameter("cls_token"), source.get_parameter("cls_token"))
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ def test_positions_of_another_grid_are_resampled_as_timm_does(before: Any, after
     report = vitlit.load_weights(target, write(source, tmp_path / "a.ckpt"))
     assert report.resampled == ["pos_embed"]
     assert "pos_embed" not in report.matched
-    expected = resample_abs_pos_embed(source.pos_embed, list(target.grid), list(source.grid))
-    assert (target.pos_embed - expected).abs().max() < 1e-6
-    assert torch.equal(target.cls_token, source.cls_token)
+    expected = resample_abs_pos_embed(source.get_parameter("pos_embed"), list(target.grid), list(source.grid))
+    assert (target.get_parameter("pos_embed") - expected).abs().max() < 1e-6
+    assert torch.equal(target.get_parameter("cls_token"), source.get_parameter("cls_token"))
 
 
 def test_what_is_no_checkpoint_is_refused_in_a_line_that_names_it(tmp_path: Path) -> None:

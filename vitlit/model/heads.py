@@ -1,8 +1,36 @@
-"""The heads of 2010.11929, section 3.1: a hidden tanh layer at pretraining, one linear layer at finetuning."""
+"""What follows the encoder: the attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
 
 from collections import OrderedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitlit.model.block import MLP, Activation
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention of one learned query over the tokens, then an MLP (2106.04560, section 3.2).
+
+    (B, tokens, D) -> (B, D). Its MLP is never gated: where the blocks have swiglu, it has gelu.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_dim: int, mlp: Activation, norm_eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, mlp_dim, "gelu" if mlp == "swiglu" else mlp, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q = self.q(self.latent).reshape(1, 1, self.heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = self.proj(F.scaled_dot_product_attention(q, k, v).reshape(batch, 1, width))
+        return (x + self.mlp(self.norm(x)))[:, 0]
 
 
 def linear_head(width: int, num_classes: int) -> nn.Linear:

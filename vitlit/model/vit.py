@@ -1,54 +1,24 @@
 """The Vision Transformer of 2010.11929, read top to bottom.
 
 B is the batch, C the image's channels, H and W its height and width in pixels, P the patch size, D the width,
-N = (H / P)(W / P) the number of patches. Parameter names are timm's.
+N = (H / P)(W / P) the number of patches, S the number of prefix tokens (class, distillation, registers) before them.
+Parameter names are timm's.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vitlit.errors import UserError
-from vitlit.model.heads import linear_head, tanh_head
-from vitlit.model.position import resample
-
-
-class Size(NamedTuple):
-    """One row of the size table."""
-
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
-
-
-# 2010.11929 table 1 (B, L, H), 2106.04560 table 2 (Ti, S, g, G), big_vision's decode_variant (M, So400m).
-SIZES = {
-    "Ti": Size(192, 12, 768, 3),
-    "S": Size(384, 12, 1536, 6),
-    "M": Size(512, 12, 2048, 8),
-    "B": Size(768, 12, 3072, 12),
-    "L": Size(1024, 24, 4096, 16),
-    "So400m": Size(1152, 27, 4304, 16),
-    "H": Size(1280, 32, 5120, 16),
-    "g": Size(1408, 40, 6144, 16),
-    "G": Size(1664, 48, 8192, 16),
-}
-
-
-class ViTOptions(TypedDict, total=False):
-    """The options that `ViT` takes beside its size, its image size and its number of classes."""
-
-    in_channels: int
-    qkv_bias: bool
-    dropout: float
-    attention_dropout: float
-    norm_eps: float
-    final_norm: bool
+from vitlit.model.block import Activation, Block
+from vitlit.model.heads import AttentionPool, linear_head, tanh_head
+from vitlit.model.init import init_weights
+from vitlit.model.options import SIZES, Pool, Position, ViTOptions, check
+from vitlit.model.position import Resampling, resample, rotary2d, sincos2d
 
 
 class PatchEmbed(nn.Module):
@@ -62,53 +32,6 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D)."""
-
-    def __init__(self, width: int, heads: int, qkv_bias: bool, dropout: float, attention_dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
-        return self.drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU between them and dropout after each: (B, tokens, D) -> (B, tokens, D)."""
-
-    def __init__(self, width: int, mlp_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class Block(nn.Module):
-    """A pre-norm encoder block (equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
-
-    def __init__(self, size: Size, qkv_bias: bool, dropout: float, attention_dropout: float, norm_eps: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(size.width, eps=norm_eps)
-        self.attn = Attention(size.width, size.heads, qkv_bias, dropout, attention_dropout)
-        self.norm2 = nn.LayerNorm(size.width, eps=norm_eps)
-        self.mlp = MLP(size.width, size.mlp_dim, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class ViT(nn.Module):
     """The Vision Transformer: (B, C, H, W) -> logits (B, num_classes), or features (B, D) without a head.
 
@@ -117,7 +40,7 @@ class ViT(nn.Module):
     are filled by `vitlit.load`.
 
     Args:
-        image_size: pixels, an int or (height, width).
+        image_size: pixels, an int or (height, width); another one at run time resamples the positions.
         patch_size: pixels; must divide the image size.
         width: D, the size of a token.
         depth: the number of blocks.
@@ -126,15 +49,31 @@ class ViT(nn.Module):
         num_classes: outputs of the head; 0 for none.
         hidden_dim: hidden units of the pretraining head; None for the one linear layer of finetuning.
         in_channels: C.
+        pool: what the head sees: cls is the class token, gap the mean of the patches, map an attention pool over the
+            patches (2106.04560).
+        position: learned is one table (2010.11929); sincos2d is fixed (2205.01580), sincos2d_mae likewise with MAE's
+            frequencies; rope turns queries and keys by the patch's place (2508.10104); none.
+        class_token: whether there is one; by default where it is pooled.
+        class_position: whether a learned table has positions for the class and distillation tokens, too.
+        distilled: whether there is a distillation token, with a head of its own (2012.12877); the output is the mean of
+            the two.
+        registers: further tokens without a position or an output (2309.16588).
+        mlp: the MLP's nonlinearity; gelu_tanh is JAX's default, swiglu has 2 x mlp_dim channels in its first layer.
+        layer_scale: the initial value of a learned factor by channel after attention and MLP (2103.17239), or None.
         qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: whether queries and keys are normalised by head (2302.05442).
         dropout: after the position embedding and every linear layer but qkv (2010.11929, appendix B.1).
         attention_dropout: on the attention weights.
+        drop_path: stochastic depth (1603.09382): the last block's share, rising linearly from 0 at the first.
         norm_eps: epsilon of every LayerNorm.
-        final_norm: whether a LayerNorm ends the encoder.
+        norm: whether the final norm is over the tokens, or over what was pooled of them (2111.06377).
+        final_norm: whether there is a final norm.
+        resampling: how a learned table is brought to another grid; see `vitlit.model.position.resample`.
+        activation_checkpointing: compute each block anew in the backward pass: less memory, a third more time.
 
     Raises:
-        UserError: the patch size does not divide the image, the heads do not divide the width, or a number is out of
-            range.
+        UserError: the patch size does not divide the image, the heads do not divide the width, a number is out of
+            range, or two options contradict each other.
     """
 
     def __init__(
@@ -148,11 +87,24 @@ class ViT(nn.Module):
         num_classes: int = 0,
         hidden_dim: int | None = None,
         in_channels: int = 3,
+        pool: Pool = "cls",
+        position: Position = "learned",
+        class_token: bool | None = None,
+        class_position: bool = True,
+        distilled: bool = False,
+        registers: int = 0,
+        mlp: Activation = "gelu",
+        layer_scale: float | None = None,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
         norm_eps: float = 1e-6,
+        norm: Literal["tokens", "pooled"] = "tokens",
         final_norm: bool = True,
+        resampling: Resampling = "antialias",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -164,41 +116,73 @@ class ViT(nn.Module):
             "heads": heads,
             "mlp_dim": mlp_dim,
             "in_channels": in_channels,
+            "pool": pool,
+            "position": position,
+            "class_token": pool == "cls" if class_token is None else class_token,
+            "class_position": class_position,
+            "distilled": distilled,
+            "registers": registers,
+            "mlp": mlp,
+            "layer_scale": layer_scale,
             "qkv_bias": qkv_bias,
+            "qk_norm": qk_norm,
             "dropout": dropout,
             "attention_dropout": attention_dropout,
+            "drop_path": drop_path,
             "norm_eps": norm_eps,
+            "norm": norm,
             "final_norm": final_norm,
+            "resampling": resampling,
+            "activation_checkpointing": activation_checkpointing,
         }
-        for name in ("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels"):
-            if self.config[name] < 1:
-                raise UserError(f"{name} {self.config[name]} is less than 1")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= self.config[name] < 1:
-                raise UserError(f"{name} {self.config[name]} is not a probability below 1")
-        if min(height, breadth) < 1:
-            raise UserError(f"image size {height} x {breadth} has no pixel")
-        if width % heads:
-            raise UserError(f"heads {heads} do not divide the width {width}")
-        self.patch_size = patch_size
-        self.width = width
+        check(self.config)
+        self.patch_size, self.width = patch_size, width
+        self.pooling, self.position, self.resampling = pool, position, resampling
+        self.activation_checkpointing = activation_checkpointing
         self.classes: list[str] = []
         self.preprocess: Callable[..., Tensor] | None = None
         self.grid = self.grid_of(height, breadth)
 
+        def token(count: int) -> Tensor | None:
+            return nn.Parameter(torch.empty(1, count, width)) if count else None
+
         self.patch_embed = PatchEmbed(patch_size, in_channels, width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], width))
+        self.cls_token = token(1 if self.config["class_token"] else 0)
+        self.dist_token = token(1 if distilled else 0)
+        self.reg_token = token(registers)
+        special = sum(t is not None for t in (self.cls_token, self.dist_token))
+        self.prefix = special + registers
+        self.positioned = special if position == "learned" and class_position else 0
+        self.pos_embed: Tensor | None
+        if position.startswith("sincos2d"):
+            self.register_buffer("pos_embed", torch.empty(1, math.prod(self.grid), width), persistent=False)
+        else:
+            self.pos_embed = token(self.positioned + math.prod(self.grid)) if position == "learned" else None
         self.pos_drop = nn.Dropout(dropout)
-        size = Size(width, depth, mlp_dim, heads)
-        self.blocks = nn.ModuleList(Block(size, qkv_bias, dropout, attention_dropout, norm_eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=norm_eps) if final_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                mlp_dim,
+                qkv_bias=qkv_bias,
+                qk_norm=qk_norm,
+                mlp=mlp,
+                layer_scale=layer_scale,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                drop_path=drop_path * i / max(1, depth - 1),
+                norm_eps=norm_eps,
+            )
+            for i in range(depth)
+        )
+        norms = {place: nn.LayerNorm(width, eps=norm_eps) for place in (norm,) if final_norm}
+        self.norm = norms.get("tokens", nn.Identity())
+        self.attn_pool = AttentionPool(width, heads, mlp_dim, mlp, norm_eps) if pool == "map" else None
+        self.fc_norm = norms.get("pooled", nn.Identity())
         init_weights(self)
         self.head: nn.Module
-        if num_classes and hidden_dim is not None:
-            self.set_head("pretrain", num_classes, hidden_dim)
-        else:
-            self.set_head("finetune", num_classes)
+        self.head_dist: nn.Module | None
+        self.set_head("pretrain" if num_classes and hidden_dim else "finetune", num_classes, hidden_dim)
 
     @classmethod
     def from_preset(
@@ -226,7 +210,7 @@ class ViT(nn.Module):
         return cls(image_size, int(patch), num_classes=num_classes, **size, **options)
 
     def set_head(self, kind: Literal["pretrain", "finetune"], num_classes: int, hidden_dim: int | None = None) -> None:
-        """Replace the head (2010.11929, section 3.1).
+        """Replace the head (2010.11929, section 3.1), and that of the distillation token where there is one.
 
         Args:
             kind: pretrain is Linear, tanh, Linear; finetune is one zero-initialised Linear.
@@ -237,13 +221,17 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden_dim = (hidden_dim or self.width) if kind == "pretrain" and num_classes else None
         self.config.update(num_classes=num_classes, hidden_dim=hidden_dim)
-        if num_classes == 0:
-            self.head = nn.Identity()
-        elif hidden_dim is not None:
-            self.head = tanh_head(self.width, hidden_dim, num_classes)
-        else:
-            self.head = linear_head(self.width, num_classes)
-        self.head.to(self.cls_token)  # its device and dtype
+
+        def head() -> nn.Module:
+            if num_classes == 0:
+                return nn.Identity()
+            made = (
+                tanh_head(self.width, hidden_dim, num_classes) if hidden_dim else linear_head(self.width, num_classes)
+            )
+            return made.to(self.patch_embed.proj.weight)  # its device and dtype
+
+        self.head = head()
+        self.head_dist = head() if self.dist_token is not None else None
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image, in patches; UserError where the patch size does not divide it."""
@@ -251,57 +239,62 @@ class ViT(nn.Module):
             raise UserError(f"patch size {self.patch_size} does not divide the image size {height} x {width}")
         return height // self.patch_size, width // self.patch_size
 
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """What is added to the tokens of a patch grid, (1, N, D), or (1, 1 + N, D) with the class token's; or None."""
+        if self.pos_embed is None or grid == self.grid:
+            return self.pos_embed
+        if self.position == "learned":
+            return resample(self.pos_embed, self.grid, grid, self.positioned, self.resampling)
+        return sincos2d(grid, self.width, self.position).to(self.pos_embed)  # type: ignore[arg-type]
+
     def embed(self, images: Tensor) -> Tensor:
-        """Patches, class token and positions (equation 1): (B, C, H, W) -> (B, 1 + N, D).
+        """Patches, positions and prefix tokens (equation 1): (B, C, H, W) -> (B, S + N, D).
 
-        At another size than the model's the position table is resampled.
+        The tokens are class, distillation, registers, patches.
         """
-        positions = resample(self.pos_embed, self.grid, self.grid_of(*images.shape[-2:]))
         patches = self.patch_embed(images)
-        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
-        return self.pos_drop(tokens + positions)
+        positions = self.positions(self.grid_of(*images.shape[-2:]))
+        prefix = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        if positions is not None:
+            patches = patches + positions[:, self.positioned :]
+        if positions is not None and self.positioned:
+            prefix = [torch.cat(prefix, dim=1) + positions[:, : self.positioned]]
+        if self.reg_token is not None:
+            prefix.append(self.reg_token)
+        return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """The blocks and the final norm: (B, 1 + N, D) -> (B, 1 + N, D)."""
+    def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The blocks and the final norm: (B, S + N, D) -> (B, S + N, D).
+
+        Args:
+            tokens: of `embed`.
+            grid: their patch grid, for position rope; the model's own unless given.
+        """
+        rotary = None
+        if self.position == "rope":
+            head_width = self.width // self.config["heads"]
+            rotary = rotary2d(grid or self.grid, head_width, self.prefix, like=tokens)
         for block in self.blocks:
-            tokens = block(tokens)
+            if self.activation_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, rotary, use_reentrant=False)
+            else:
+                tokens = block(tokens, rotary)
         return self.norm(tokens)
 
     def features(self, images: Tensor) -> Tensor:
-        """The normalised tokens of images: (B, C, H, W) -> (B, 1 + N, D)."""
-        return self.encode(self.embed(images))
+        """The tokens of images, normalised unless the norm is over what is pooled: (B, C, H, W) -> (B, S + N, D)."""
+        return self.encode(self.embed(images), self.grid_of(*images.shape[-2:]))
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The class token (equation 4): (B, 1 + N, D) -> (B, D)."""
-        return tokens[:, 0]
+        """The class token (equation 4), the mean of the patches or attention over them: (B, S + N, D) -> (B, D)."""
+        if self.pooling == "cls":
+            return self.fc_norm(tokens[:, 0])
+        patches = tokens[:, self.prefix :]
+        return self.fc_norm(patches.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.pool(self.features(images)))
-
-
-@torch.no_grad()
-def init_weights(vit: ViT) -> None:
-    """Initialise all but the head as google-research/vision_transformer does (`models_vit.py`).
-
-    Queries, keys and values are three Xavier-uniform matrices: one draw over the fused matrix would have the wrong
-    fan.
-    """
-    patches = vit.patch_embed.proj
-    lecun = math.sqrt(1 / math.prod(patches.weight.shape[1:])) / 0.87962566103423978  # std of N(0, 1) cut at 2
-    nn.init.trunc_normal_(patches.weight, std=lecun, a=-2 * lecun, b=2 * lecun)
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
-    nn.init.zeros_(vit.cls_token)
-    nn.init.trunc_normal_(vit.pos_embed, std=0.02)
-    for module in vit.blocks.modules():
-        if isinstance(module, Attention):
-            for matrix in module.qkv.weight.chunk(3):
-                nn.init.xavier_uniform_(matrix)
-            nn.init.xavier_uniform_(module.proj.weight)
-            for bias in (module.qkv.bias, module.proj.bias):
-                if bias is not None:
-                    nn.init.zeros_(bias)
-        elif isinstance(module, MLP):
-            for layer in (module.fc1, module.fc2):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.normal_(layer.bias, std=1e-6)
+        tokens = self.features(images)
+        output = self.head(self.pool(tokens))
+        if self.head_dist is None:
+            return output
+        return (output + self.head_dist(self.fc_norm(tokens[:, 1]))) / 2

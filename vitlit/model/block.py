@@ -1,0 +1,142 @@
+"""The encoder block and its parts. B is the batch, D the width."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitlit.model.position import rotate
+
+Rotary = tuple[Tensor, Tensor]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D).
+
+    With `qk_norm` queries and keys are normalised head by head (2302.05442, section 2); with `rotary` they are turned.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        qk_norm: bool,
+        dropout: float,
+        attention_dropout: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(width // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        return self.drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
+
+
+class MLP(nn.Module):
+    """Two linear layers, a nonlinearity between them and dropout after each: (B, tokens, D) -> (B, tokens, D).
+
+    gelu is exact, gelu_tanh its approximation (JAX's default). For swiglu (2002.05202) `fc1` gives 2 * mlp_dim
+    channels, of which the first half, through SiLU, gates the second.
+    """
+
+    def __init__(self, width: int, mlp_dim: int, activation: Activation, dropout: float) -> None:
+        super().__init__()
+        self.activation = activation
+        self.fc1 = nn.Linear(width, 2 * mlp_dim if activation == "swiglu" else mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.drop(self.fc2(self.drop(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for every channel (2103.17239, section 2)."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (1603.09382): in training, zero for a share `p` of the samples, the others divided by 1 - p."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
+        return x * kept.to(x.dtype) / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Block(nn.Module):
+    """A pre-norm encoder block (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_dim: int,
+        *,
+        qkv_bias: bool,
+        qk_norm: bool,
+        mlp: Activation,
+        layer_scale: float | None,
+        dropout: float,
+        attention_dropout: float,
+        drop_path: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(
+            width,
+            heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            norm_eps=norm_eps,
+        )
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, mlp_dim, mlp, dropout)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
