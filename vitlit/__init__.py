@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitlit.model import ViT
-    from vitlit.weights import LoadReport, load, load_weights
+    from vitlit.weights import LoadReport, load, load_weights, save_weights
 
 __version__ = "0.1.0"
-__all__ = ["LoadReport", "ViT", "load", "load_weights"]
+__all__ = ["LoadReport", "ViT", "load", "load_weights", "save_weights"]
 
 _HOMES = {
     "ViT": "vitlit.model",
     "LoadReport": "vitlit.weights",
     "load": "vitlit.weights",
     "load_weights": "vitlit.weights",
+    "save_weights": "vitlit.weights",
 }
 
 

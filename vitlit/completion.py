@@ -10,7 +10,8 @@ from vitlit.data.folder import find_classes
 from vitlit.data.module import parse_share
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.weights.checkpoint import Weights, open_checkpoint, read
+from vitlit.weights import Weights, read
+from vitlit.weights.checkpoint import open_checkpoint
 
 
 def starting_weights(config: Namespace, fitting: bool) -> Weights | None:

@@ -26,7 +26,7 @@ from vitlit.run import Decision, RunFolder, RunOptions, agree, rank
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
 from vitlit.trainer import Trainer
-from vitlit.weights.checkpoint import locate
+from vitlit.weights import locate
 
 DIGITS = "data/digits"  # the root that is made where it is missing
 

@@ -1,48 +1,20 @@
-"""Reading vitlit's own checkpoints."""
+"""vitlit's own files: a run's checkpoints, and the same weights as safetensors."""
 
+import json
 import pickle
+import zlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitlit.data.transforms import Preprocess
 from vitlit.errors import UserError
-
-
-class Weights(NamedTuple):
-    """A ViT's weights and what belongs to them.
-
-    Attributes:
-        path: the file they come from.
-        state: tensors by the ViT's parameter names.
-        config: the ViT's constructor arguments.
-        classes: class names in the order of the head's outputs; none where the head has no classes.
-        preprocess: arguments of `vitlit.data.Preprocess`; none where the data came from elsewhere.
-    """
-
-    path: Path
-    state: dict[str, Tensor]
-    config: dict[str, Any]
-    classes: list[str]
-    preprocess: dict[str, Any]
-
-
-def locate(source: str | Path) -> Path:
-    """The checkpoint of a run folder (its best, else its last), or the file itself.
-
-    Raises:
-        UserError: there is none.
-    """
-    source = Path(source)
-    if source.is_file():
-        return source
-    for name in ("best.ckpt", "last.ckpt"):
-        if (source / "checkpoints" / name).is_file():
-            return source / "checkpoints" / name
-    if source.is_dir():
-        raise UserError(f"{source} holds no checkpoints/best.ckpt; name the folder of a run, or a checkpoint file")
-    raise UserError(f"{source} does not exist; name the folder of a run, or a checkpoint file")
+from vitlit.model import ViT
+from vitlit.weights.files import Contents
+from vitlit.weights.weights import Weights
 
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
@@ -62,10 +34,36 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read(source: str | Path) -> Weights:
-    """The weights in a run folder or checkpoint file; UserError as `locate` and `open_checkpoint`."""
-    path = locate(source)
-    checkpoint = open_checkpoint(path)
-    about = checkpoint["vitlit"]
-    state = {name.removeprefix("vit."): t for name, t in checkpoint["state_dict"].items() if name.startswith("vit.")}
-    return Weights(path, state, about["vit"], about["classes"], about["preprocess"])
+def read(contents: Contents) -> Weights | None:
+    if "vitlit" not in contents.rest:
+        return None
+    path, about, state = contents.path, contents.rest["vitlit"], contents.tensors
+    if contents.kind == "safetensors":
+        if contents.rest.get("crc32") != str(checksum(about, state)):
+            raise UserError(f"{path} is damaged: its checksum is wrong")
+        about = json.loads(about)
+    else:
+        state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
+    return Weights(path, "vitlit", state, about["vit"], about["classes"], about["preprocess"])
+
+
+def about(vit: ViT) -> dict[str, Any]:
+    """What a vitlit file says of its weights, as plain values."""
+    known = asdict(vit.preprocess) if isinstance(vit.preprocess, Preprocess) else {}
+    return {"vit": vit.config, "classes": vit.classes, "preprocess": known}
+
+
+def metadata(vit: ViT, state: dict[str, Tensor]) -> dict[str, str]:
+    """The metadata of a safetensors file, with a checksum over it and the tensors."""
+    text = json.dumps(about(vit))
+    return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, state))}
+
+
+def checksum(text: str, state: dict[str, Tensor]) -> int:
+    """CRC-32 of a text and of tensors, names, types and shapes included."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
+    return crc

@@ -1,0 +1,276 @@
+"""The one door for weights: any known file into a ViT, and a ViT into a file of any main format."""
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitlit.data.transforms import Preprocess
+from vitlit.errors import UserError
+from vitlit.model import SIZES, ViT
+from vitlit.model.init import fill_positions
+from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
+from vitlit.weights.adapt import adapt, set_numerics
+from vitlit.weights.files import CONFIG, PREPROCESSOR, locate, open_file
+from vitlit.weights.weights import USUAL, Weights
+
+READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
+Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]
+
+# Heads of the widths that have a name, which no tensor tells: the presets, DINOv3's largest.
+HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}
+
+
+class LoadReport(NamedTuple):
+    """What `load_weights` did, by tensor names.
+
+    Attributes:
+        matched: taken over as they are.
+        resampled: taken over at another resolution, for other channels, or with the class position folded.
+        new: in the ViT alone and skipped: left as they were.
+        skipped: in the file alone and skipped, or skipped in both.
+        unexpected: in the file and known to be no part of a ViT (mask token, decoder).
+        format: whose file it is.
+        settings: what was set on the ViT since the file was made with it, such as norm_eps.
+        origins: where what the tensors do not tell comes from, by setting.
+    """
+
+    matched: list[str]
+    resampled: list[str]
+    new: list[str]
+    skipped: list[str]
+    unexpected: list[str]
+    format: str
+    settings: list[str]
+    origins: dict[str, str]
+
+    def __str__(self) -> str:
+        counts = [f"{len(names)} {kind}" for kind, names in zip(self._fields[:5], self[:5], strict=True) if names]
+        rest = [f"set {setting}" for setting in self.settings]
+        rest += [f"{name}: {origin}" for name, origin in self.origins.items()]
+        return "; ".join([", ".join(counts), *rest])
+
+
+def read(source: str | Path) -> Weights:
+    """The weights of a run's or model's folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
+
+    Raises:
+        UserError: there is no such file, or it is damaged or of no known format.
+    """
+    path = hub.fetch(str(source)) if str(source).startswith("hf:") else locate(source)
+    contents = open_file(path)
+    for reader in READERS:
+        try:
+            weights = reader(contents)
+        except UserError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            whose = reader.__module__.rsplit(".", 1)[-1]
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{path} looks like a file of {whose}, but is not whole ({why})") from error
+        if weights is not None:
+            break
+    else:
+        some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
+        raise UserError(f"{path} is of no format that vitlit knows; it holds {some}")
+    config = weights.config
+    if "heads" not in config:
+        heads = HEADS.get(config["width"], 24 if config["width"] == 1536 and config.get("mlp") == "swiglu" else None)
+        if heads is not None:
+            config["heads"], weights.origins["heads"] = heads, USUAL
+    return weights
+
+
+def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str] = ()) -> LoadReport:
+    """Load weights into a ViT. Whatever is not allowed by `skip` must match.
+
+    What may differ: the image size (2010.11929, section 3.2), the number of channels, and whether the class token has
+    a position. A ViT without a head takes none. What the weights were made with and no tensor shows (epsilon of the
+    norms, kind of GELU, convention of resampling) is set on the ViT.
+
+    Args:
+        vit: changed in place, unless an error is raised.
+        path: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION]; or what `read` gave.
+        skip: shell patterns of tensor names that are left alone, one or several, such as `head*`.
+
+    Raises:
+        UserError: the file cannot be read, or a tensor is missing, unexpected, of another shape or not finite; the
+            first is named with both shapes.
+    """
+    weights = path if isinstance(path, Weights) else read(path)
+    own = vit.state_dict()
+    globs = [skip] if isinstance(skip, str) else [*skip]
+    if not vit.config["num_classes"]:
+        globs.append("head*")
+    skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}
+    state = {name: tensor for name, tensor in weights.state.items() if name not in skipped}
+    adapted = adapt(state, weights, vit)
+    problems = differences(own, state, weights, vit, skipped)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        hint = "; skip=['head*'] leaves the head alone" if all("head" in problem for problem in problems) else ""
+        raise UserError(f"{weights.path} does not fit the model: {problems[0]}{more}{hint}")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            what = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{weights.path} holds {what} in {name} {list(tensor.shape)}")
+
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    fill_positions(vit)
+    return LoadReport(
+        matched=[name for name in state if name not in adapted],
+        resampled=list(adapted),
+        new=sorted(skipped & own.keys() - weights.state.keys()),
+        skipped=sorted(skipped & weights.state.keys()),
+        unexpected=weights.unused,
+        format=weights.format,
+        settings=set_numerics(vit, weights),
+        origins=weights.origins,
+    )
+
+
+def differences(
+    own: dict[str, Tensor], state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: set[str]
+) -> list[str]:
+    """What keeps a file's tensors from going into a ViT, in words."""
+    wanted = own.keys() - skipped
+    problems = [
+        f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model"
+        for name in own
+        if name in state and name in wanted and state[name].shape != own[name].shape
+    ]
+    problems += [
+        f"{name} {list(own[name].shape)} is missing from the file" for name in own if name in wanted - state.keys()
+    ]
+    problems += [f"the model has no {name} {list(tensor.shape)}" for name, tensor in state.items() if name not in own]
+    heads = weights.config.get("heads", vit.config["heads"])
+    if not problems and heads != vit.config["heads"] and weights.origins.get("heads") != USUAL:
+        problems.append(f"heads is {heads} in the file and {vit.config['heads']} in the model")
+    return problems
+
+
+def load(source: str | Path) -> ViT:
+    """The ViT of a run (its best checkpoint), of a file of any known format or of hf:OWNER/NAME, in evaluation mode.
+
+    `vit.classes` are the class names in the order of the logits; `vit.preprocess(paths)` makes its input.
+
+        vit = vitlit.load("runs/finetune")
+        probabilities = vit(vit.preprocess(["a.png", "b.png"])).softmax(-1)
+        names = [vit.classes[i] for i in probabilities.argmax(-1)]
+
+    Raises:
+        UserError: there is no such run or file, it cannot be read, or it does not tell the whole architecture.
+    """
+    weights = read(source)
+    with torch.device("meta"):  # every value comes from the file
+        vit = ViT(**network(weights))
+    vit.to_empty(device="cpu")
+    load_weights(vit, weights)
+    vit.classes = weights.classes
+    known = preprocess(weights)
+    vit.preprocess = Preprocess(**known) if known else None
+    return vit.eval()
+
+
+def network(weights: Weights) -> dict[str, Any]:
+    """The arguments of a ViT for these weights; UserError where the file does not tell them all."""
+    config = dict(weights.config)
+    if "heads" not in config:
+        raise UserError(
+            f"{weights.path} does not tell how many heads a ViT of width {config['width']} has; build it, and "
+            "vitlit.load_weights(vit, path) fills it"
+        )
+    if config.get("image_size") is None:
+        if "pos_embed" in weights.state:
+            shape = list(weights.state["pos_embed"].shape)
+            raise UserError(
+                f"{weights.path}: pos_embed {shape} is of no square grid; build the ViT with its image_size, and "
+                "vitlit.load_weights(vit, path) fills it"
+            )
+        config["image_size"] = 224 // config["patch_size"] * config["patch_size"] or config["patch_size"]
+    return config
+
+
+def preprocess(weights: Weights) -> dict[str, Any]:
+    """The arguments of `Preprocess` for these weights at their own resolution, empty where nothing is known."""
+    if not weights.preprocess or len(weights.preprocess.get("mean", ())) != weights.config.get("in_channels", 3):
+        return {}
+    size = network(weights)["image_size"]
+    return {"image_size": (size, size) if isinstance(size, int) else tuple(size), **weights.preprocess}
+
+
+def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
+    """Write a ViT's weights for another tool, or for vitlit itself.
+
+    Args:
+        vit: the ViT, with `classes` and `preprocess` where they are known.
+        path: a .safetensors or .pth file (vitlit: .safetensors or .ckpt); .npz for google; for hf a folder, which
+            gets model.safetensors, config.json and preprocessor_config.json.
+        format: vitlit, timm, hf, torchvision or google.
+
+    Returns:
+        the file with the weights.
+
+    Raises:
+        UserError: the format has no such network, or the file's ending is not one of its.
+    """
+    path = Path(path)
+    if format == "hf":
+        state, about = hf.write(vit, path)
+        folder = hf.folder(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = path if path.suffix == ".safetensors" else path / "model.safetensors"
+        write_tensors(state, path, {"format": "pt"})
+        hf.save_json(folder / CONFIG, about)
+        if isinstance(vit.preprocess, Preprocess):
+            hf.save_json(folder / PREPROCESSOR, hf.processor(vit.preprocess))
+        return path
+    endings = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}.get(format, (".safetensors", ".pth", ".pt"))
+    if path.suffix not in endings:
+        raise UserError(f"{path} ends in none of {' '.join(endings)}, which the format {format} has")
+    if format == "google":
+        arrays = google.write(vit, path)
+        replace(path, lambda part: google.save(arrays, part))
+    elif format == "vitlit":
+        state = detached(vit.state_dict())
+        if path.suffix == ".ckpt":
+            content = {"vitlit": checkpoint.about(vit), "state_dict": {f"vit.{n}": t for n, t in state.items()}}
+            replace(path, lambda part: torch.save(content, part))
+        else:
+            write_tensors(state, path, checkpoint.metadata(vit, state))
+    elif format in ("timm", "torchvision"):
+        write_tensors({"timm": timm, "torchvision": torchvision}[format].write(vit, path), path, {"format": "pt"})
+    else:
+        raise UserError(f"format {format!r} is none of vitlit timm hf torchvision google")
+    return path
+
+
+def detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+
+
+def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    state = detached(state)
+    if path.suffix == ".safetensors":
+        replace(path, lambda part: save_file(state, part, metadata))
+    else:
+        replace(path, lambda part: torch.save(state, part))
+
+
+def replace(path: Path, write: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

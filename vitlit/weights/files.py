@@ -1,0 +1,181 @@
+"""Weight files as tensors by name, whoever wrote them. Nothing in a file is executed."""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitlit.errors import UserError
+
+# What may stand between a checkpoint's top and its state dict, the better choice first.
+WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+class Contents(NamedTuple):
+    """What is in a weight file.
+
+    Attributes:
+        path: the file.
+        kind: its container.
+        tensors: by name, out of whatever wrapper they were in.
+        wrapper: the wrapper's name, empty for none.
+        rest: what a torch file holds beside the tensors, or the metadata of a safetensors file.
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, Tensor]
+    wrapper: str
+    rest: dict[str, Any]
+
+    def beside(self, name: str) -> dict[str, Any]:
+        """The JSON file of that name in the same folder, empty where there is none."""
+        file = self.path.parent / name
+        if not file.is_file():
+            return {}
+        try:
+            content = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} holds no JSON object")
+        return content
+
+
+def locate(source: str | Path) -> Path:
+    """The weight file that is meant by a file, a run's folder (its best checkpoint, else its last) or a model's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    source = Path(source)
+    if source.is_file():
+        return source
+    names = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "model.safetensors", "model.safetensors.index.json")
+    for name in (*names, "pytorch_model.bin"):
+        if (source / name).is_file():
+            return source / name
+    if source.is_dir():
+        raise UserError(
+            f"{source} holds no checkpoints/best.ckpt and no model.safetensors; name the folder of a run, or a "
+            "checkpoint file"
+        )
+    raise UserError(f"{source} does not exist; name the folder of a run, or a checkpoint file")
+
+
+def open_file(path: Path) -> Contents:
+    """Read a weight file; which container it is, its first bytes tell.
+
+    Raises:
+        UserError: it is missing, damaged, or none of the containers.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    if path.name.endswith(".index.json"):
+        return open_shards(path)
+    with path.open("rb") as file:
+        first = file.read(16)
+    if first[:4] == b"PK\x03\x04":
+        names = check_archive(path)
+        if any(name.endswith(".npy") for name in names):
+            return open_npz(path)
+    elif first[8:9] == b"{":
+        return open_safetensors(path)
+    return open_torch(path)
+
+
+def check_archive(path: Path) -> list[str]:
+    """The members of a zip archive, every checksum of which is compared."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            names = archive.namelist()
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        raise damaged(path, f"not a whole archive ({error})") from error
+    except Exception as error:  # zlib.error and what else a broken member raises
+        raise damaged(path, f"not a whole archive ({type(error).__name__})") from error
+    if broken is not None:
+        raise damaged(path, f"the checksum of {broken} is wrong")
+    return names
+
+
+def damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not a checkpoint, or a damaged one: {' '.join(why.split())}")
+
+
+def open_torch(path: Path) -> Contents:
+    """A file of torch.save, read with weights_only: no class in it is made but argparse.Namespace, a plain record."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it wants to run {wanted[1]}, and nothing in a file is run" if wanted else "torch.load refuses it"
+        raise damaged(path, why) from error
+    except Exception as error:  # a damaged pickle raises anything; nothing of vitlit's is in the try
+        raise damaged(path, "torch.load refuses it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} in place of named tensors")
+    rest, wrapper = {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}, ""
+    for name in WRAPPERS:
+        if isinstance(rest.get(name), dict):
+            content, wrapper = rest[name], name
+            break
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return Contents(path, "torch", tensors, wrapper, rest)
+
+
+def open_safetensors(path: Path) -> Contents:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Contents(path, "safetensors", tensors, "", dict(file.metadata() or {}))
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        raise damaged(path, f"safetensors refuses it ({error})") from error
+
+
+def open_shards(path: Path) -> Contents:
+    """A model.safetensors.index.json and the files beside it."""
+    contents = Contents(path, "safetensors", {}, "", {})
+    shards = contents.beside(path.name).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{path} has no weight_map")
+    for name in sorted({str(name) for name in shards.values()}):
+        if "/" in name or name.startswith("."):
+            raise UserError(f"{path} names a shard {name} outside its folder")
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path} names a shard {name} that is missing")
+        contents.tensors.update(open_safetensors(path.parent / name).tensors)
+    return contents
+
+
+def open_npz(path: Path) -> Contents:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged header raises anything; pickled objects are a ValueError
+        raise damaged(path, f"numpy refuses it ({error})") from error
+    tensors = {}
+    for name, array in arrays.items():
+        if array.dtype == np.dtype("V2"):  # bfloat16, as JAX saves it
+            tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        elif array.dtype.kind == "f":
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    return Contents(path, "npz", tensors, "", {})

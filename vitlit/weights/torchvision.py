@@ -1,0 +1,55 @@
+"""torchvision's `VisionTransformer`."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from vitlit.model import ViT
+from vitlit.weights.files import Contents
+from vitlit.weights.names import Table, backwards, translate
+from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require
+
+LAYER, BLOCK = "encoder.layers.encoder_layer_{}.", "blocks.{}."
+TABLE: Table = [
+    ("class_token", "cls_token"),
+    ("conv_proj", "patch_embed.proj"),
+    ("encoder.pos_embedding", "pos_embed"),
+    (f"{LAYER}ln_1", f"{BLOCK}norm1"),
+    (f"{LAYER}self_attention.in_proj_weight", f"{BLOCK}attn.qkv.weight"),
+    (f"{LAYER}self_attention.in_proj_bias", f"{BLOCK}attn.qkv.bias"),
+    (f"{LAYER}self_attention.out_proj", f"{BLOCK}attn.proj"),
+    (f"{LAYER}ln_2", f"{BLOCK}norm2"),
+    (f"{LAYER}mlp.0", f"{BLOCK}mlp.fc1"),
+    (f"{LAYER}mlp.3", f"{BLOCK}mlp.fc2"),
+    (f"{LAYER}mlp.linear_1", f"{BLOCK}mlp.fc1"),  # before torchvision 0.12
+    (f"{LAYER}mlp.linear_2", f"{BLOCK}mlp.fc2"),
+    ("encoder.ln", "norm"),
+]
+LINEAR: Table = [("heads.head", "head")]
+TANH: Table = [("heads.pre_logits", "head.pre_logits"), ("heads.head", "head.out")]
+
+
+def read(contents: Contents) -> Weights | None:
+    tensors = {name.removeprefix("module."): tensor for name, tensor in contents.tensors.items()}
+    if "conv_proj.weight" not in tensors or "class_token" not in tensors:
+        return None
+    head = TANH if "heads.pre_logits.weight" in tensors else LINEAR
+    state, others = translate(tensors, [*TABLE, *head])
+    state |= {name: tensors[name] for name in others}
+    config = {**architecture(state, contents.path), "mlp": "gelu", "norm_eps": 1e-6}
+    preprocess = {**IMAGENET, "interpolation": "bilinear", "crop_ratio": 0.875}
+    origins = {"preprocess": "that of torchvision's IMAGENET1K_V1 weights"}
+    return Weights(contents.path, "torchvision", state, config, [], preprocess, origins=origins)
+
+
+def write(vit: ViT, path: Path) -> dict[str, Tensor]:
+    """The tensors of a torchvision model of the same network.
+
+    Raises:
+        UserError: torchvision has no such network.
+    """
+    require(vit, path, "torchvision's VisionTransformer", **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True)
+    head = TANH if vit.config["hidden_dim"] else LINEAR
+    state, others = translate(vit.state_dict(), backwards([*TABLE, *head]))
+    assert not others, others
+    return state
