@@ -211,10 +211,10 @@ def test_what_is_no_checkpoint_is_refused_in_a_line_that_names_it(tmp_path: Path
     for content in (b"hello", b"{}", b"\x80\x02}q\x00.", b"(lp0\n.", b"."):
         (tmp_path / "junk.ckpt").write_bytes(content)
         refused(tmp_path / "junk.ckpt", "is not a checkpoint")
-    torch.save(tiny().state_dict(), tmp_path / "state.pt")
-    refused(tmp_path / "state.pt", "is not a checkpoint that vitlit wrote")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")
+    refused(tmp_path / "state.pt", "is a checkpoint of no format that vitlit knows; it holds weight")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    refused(tmp_path / "tensor.pt", "is not a checkpoint that vitlit wrote")
+    refused(tmp_path / "tensor.pt", "holds a Tensor in place of named tensors")
     torch.save(tiny(), tmp_path / "module.pt")
     refused(tmp_path / "module.pt", "is not a checkpoint")
 

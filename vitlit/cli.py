@@ -17,6 +17,8 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit validate|test RUN [--KEY VALUE ...]        evaluate a run's best checkpoint on its val or test split
   vitlit predict RUN PHOTOS... --out FILE.csv       classify images: files, or folders searched to their depth
   vitlit data NAME OUT                              write a data set as an image folder; digits works offline
+  vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...
+  vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit config [NAME]                              print a shipped config, or list them
 
 validate, test and predict take --config CONFIG in RUN's place.
@@ -111,7 +113,14 @@ def config(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"data": data, "config": config}
+def weights(arguments: list[str]) -> int:
+    """`vitlit weights show|convert`"""
+    from vitlit.weights import command
+
+    return command.run(arguments)
+
+
+COMMANDS = {"data": data, "config": config, "weights": weights}
 
 
 def configs() -> Path:

@@ -1,5 +1,6 @@
 """What a config leaves out since it follows from the data or the weights: filled in, and contradictions refused."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from vitlit.data.folder import find_classes
 from vitlit.data.module import parse_share
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.weights import Weights, read
+from vitlit.weights import USUAL, Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
 
@@ -53,12 +54,12 @@ def complete(config: Namespace, weights: Weights | None) -> list[str]:
         UserError: a value that is given contradicts the data or the weights.
     """
     model, data = config.model.init_args, config.data
+    new = not config.ckpt_path
     classes = weights.classes if weights is not None and config.ckpt_path else []
     if data.seed is None:
         data.seed = int(config.seed_everything)
-    if weights is not None:
-        complete_preprocess(data, weights)
-    complete_vit(model, data.image_size, weights, new=not config.ckpt_path)
+    complete_vit(model, data.image_size, weights, new)
+    complete_preprocess(data, weights, model.vit.init_args.get("in_channels", 3), new)
     count = len(classes or find_classes(Path(data.root), parse_share(data.holdout)))
     complete_classes(model, "model", count)
     if "objective" in model:
@@ -66,14 +67,36 @@ def complete(config: Namespace, weights: Weights | None) -> list[str]:
     return classes
 
 
-def complete_preprocess(data: Namespace, weights: Weights) -> None:
-    """Take mean, std and interpolation from the weights."""
-    for name in ("mean", "std", "interpolation"):
-        made_with = weights.preprocess.get(name)
+def complete_preprocess(data: Namespace, weights: Weights | None, channels: int, new: bool) -> None:
+    """Take mean, std, interpolation and crop ratio from the weights, for as many channels as the ViT has."""
+    if channels not in (1, 3):
+        raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
+    known = dict(weights.preprocess) if weights is not None else {}
+    for name in ("mean", "std"):
+        if name in known and len(known[name]) != channels:
+            known[name] = (sum(known[name]) / len(known[name]),) * channels
+        known.setdefault(name, (0.5,) * channels)
+    for name in ("mean", "std", "interpolation", "crop_ratio"):
+        made_with = tuple(known[name]) if isinstance(known.get(name), list) else known.get(name)
         given = tuple(data[name]) if isinstance(data[name], list) else data[name]
-        if None not in (given, made_with) and given != made_with:
-            raise UserError(f"data.{name} is {given}, but {weights.path} was made with {made_with}; leave it out")
+        if name in ("mean", "std") and given is not None and len(given) != channels:
+            raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
+        told = weights is not None and name in weights.preprocess and name != "crop_ratio"
+        if told and given is not None and given != made_with:
+            assert weights is not None
+            source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
+            raise UserError(
+                f"data.{name} is {given}, but {weights.path} was made with {made_with}{source}; leave it out"
+            )
         data[name] = made_with if given is None else given
+
+
+# What no tensor shows: taken from the weights where a config leaves it at its default.
+NUMERICS = ("norm_eps", "mlp", "resampling")
+DEFAULTS = {name: parameter.default for name, parameter in signature(ViT).parameters.items()}
+# What a config may give otherwise than the weights had it, and what a new run may besides.
+FREE = {"num_classes", "hidden_dim", "dropout", "attention_dropout", "drop_path", "activation_checkpointing"}
+NEW = {"image_size", "in_channels", "class_position", "pool", "norm"}
 
 
 def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bool) -> None:
@@ -83,7 +106,7 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         assert weights is not None  # only Finetune may leave it out
-        config = {**weights.config, "num_classes": 0, "hidden_dim": None, "image_size": size}
+        config = {**network(weights), "num_classes": 0, "hidden_dim": None, "image_size": size}
         model.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
     if vit.image_size not in (224, size):  # 224 is the constructor's default
@@ -91,13 +114,20 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
     if vit.get("num_classes"):
         raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
     vit.image_size = size
+    for name in NUMERICS:
+        if weights is not None and vit.get(name) in (None, DEFAULTS[name]) and name in weights.config:
+            vit[name] = weights.config[name]
     build = ViT.from_preset if model.vit.class_path.endswith("from_preset") else ViT
     with torch.device("meta"):
         own = build(**vit.as_dict()).config
     if weights is None:
         return
-    free = {"num_classes", "hidden_dim", "dropout", "attention_dropout"} | ({"image_size"} if new else set())
+    free = FREE | NEW if new else FREE
     for name, value in weights.config.items():
+        if name == "heads" and weights.origins.get(name) == USUAL:
+            continue
+        if name == "layer_scale" and None not in (value, own[name]):
+            continue
         if name not in free and pair(own.get(name)) != pair(value):
             key = "data.image_size" if name == "image_size" else f"model.vit.{name}"
             raise UserError(

@@ -22,7 +22,7 @@ from vitlit.errors import UserError
 class ImageFolderData(LightningDataModule):
     """Images in class folders: ROOT/{train,val[,test]}/CLASS/*, or ROOT/CLASS/* with a holdout.
 
-    A batch is (images, labels, indices): float (B, 3, H, W) normalised on the device, int64 (B,), int64 (B,).
+    A batch is (images, labels, indices): float (B, C, H, W) normalised on the device, int64 (B,), int64 (B,).
 
     Args:
         root: the folder.
@@ -33,9 +33,11 @@ class ImageFolderData(LightningDataModule):
             always the same; then a val folder is left alone.
         crop_scale: the training crop's area as a share of the image's, drawn between these two.
         flip: the probability of a horizontal flip in training.
-        crop_ratio: the share of the resized image's side that the central crop of evaluation keeps.
+        crop_ratio: the share of the resized image's side that the central crop of evaluation keeps; 0.875 unless given
+            here or by the weights started from.
         interpolation: of resizing, always antialiased; bicubic unless given here or by the weights started from.
-        mean: by channel, of images scaled to [0, 1]; 0.5 unless given here or by the weights started from.
+        mean: by channel, of images scaled to [0, 1]; 0.5 unless given here or by the weights started from. One number
+            makes the images grey.
         std: by channel, likewise.
         num_workers: processes that load images, on each device's behalf; by default one a core, shared among devices.
         prefetch: batches that a worker prepares ahead.
@@ -52,10 +54,10 @@ class ImageFolderData(LightningDataModule):
         holdout: float | str = 0.0,
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
-        crop_ratio: float = 0.875,
+        crop_ratio: float | None = None,
         interpolation: Interpolation | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         num_workers: int | None = None,
         prefetch: int = 2,
         pin_memory: bool | None = None,
@@ -70,16 +72,21 @@ class ImageFolderData(LightningDataModule):
             raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip {flip} is not a probability")
-        if not 0 < crop_ratio <= 1:
+        if crop_ratio is not None and not 0 < crop_ratio <= 1:
             raise UserError(f"data.crop_ratio {crop_ratio} is not a share above 0 and up to 1")
         self.root = Path(root)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.batch_size, self.micro_batch, self.holdout = batch_size, micro_batch, parse_share(holdout)
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.seed = seed or 0
-        given = {"interpolation": interpolation, "mean": mean and tuple(mean), "std": std and tuple(std)}
+        given = {
+            "crop_ratio": crop_ratio,
+            "interpolation": interpolation,
+            "mean": mean and tuple(mean),
+            "std": std and tuple(std),
+        }
         given = {name: value for name, value in given.items() if value is not None}
-        self.preprocess = Preprocess(size, crop_ratio, **given)  # type: ignore[arg-type]
+        self.preprocess = Preprocess(size, **given)  # type: ignore[arg-type]
         self.augment = train_transform(size, crop_scale, flip, self.preprocess.interpolation)
         self.classes: list[str] = []  # those of the weights where they come first, else of the folder
         self.photos: list[Path] = []

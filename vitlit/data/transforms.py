@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.data.decode import decode
+from vitlit.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -20,7 +21,8 @@ Interpolation = Literal["bilinear", "bicubic"]
 class Preprocess:
     """What an image goes through before the model at evaluation. It is stored with the weights.
 
-    Calling it on paths, or on uint8 tensors (3, H, W), gives the model's input (B, 3, height, width), float32.
+    Calling it on paths, or on uint8 tensors (3, H, W), gives the model's input (B, C, height, width), float32, of as
+    many channels as mean and std have numbers: 3, or 1 for grey images.
 
     Args:
         image_size: (height, width) of the model's input, pixels.
@@ -28,13 +30,20 @@ class Preprocess:
         interpolation: of the antialiased resize.
         mean: by channel, of images scaled to [0, 1].
         std: by channel, likewise.
+
+    Raises:
+        UserError: mean and std have neither 3 numbers nor 1.
     """
 
     image_size: tuple[int, int]
     crop_ratio: float = 0.875
     interpolation: Interpolation = "bicubic"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
 
     def crop(self, image: Tensor) -> Tensor:
         """Resize and crop centrally: uint8 (3, H, W) -> uint8 (3, height, width).
@@ -51,7 +60,9 @@ class Preprocess:
         return F.center_crop(image, list(self.image_size))
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 (B, 3, H, W) -> normalised (B, 3, H, W) of `dtype`, on the images' device."""
+        """uint8 (B, 3, H, W) -> normalised (B, C, H, W) of `dtype`, on the images' device."""
+        if len(self.mean) == 1:
+            images = F.rgb_to_grayscale(images)
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)

@@ -9,8 +9,9 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.optim import OptimizerFactory, Schedule
+from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
-from vitlit.weights import load_weights, read
+from vitlit.weights import load_weights, network, read
 
 
 class Finetune(Stage):
@@ -20,8 +21,9 @@ class Finetune(Stage):
         vit: the architecture, without a head; that of the weights unless given.
         image_size: pixels, an int or (height, width), where the architecture is that of the weights; theirs unless
             given. The command line takes data.image_size.
-        init_from: the weights to start from, a run folder or a checkpoint file. Where the resolution differs the
-            position table is resampled. It is read when training starts, never again.
+        init_from: the weights to start from: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
+            Where the resolution differs the position table is resampled; the head is new, and so are the final norm and
+            the attention pool where the weights have none in that place. It is read when training starts, never again.
         num_classes: the command line fills it from the data.
         freeze: train the head alone (linear probe).
         optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
@@ -45,8 +47,8 @@ class Finetune(Stage):
     ) -> None:
         if vit is None:
             if init_from is None:
-                raise UserError("finetuning needs model.init_from (a run folder or a checkpoint file) or model.vit")
-            config = {**read(init_from).config, "num_classes": 0, "hidden_dim": None}
+                raise UserError("finetuning needs model.init_from (a run folder or a file of weights) or model.vit")
+            config = {**network(read(init_from)), "num_classes": 0, "hidden_dim": None}
             vit = ViT(**{**config, "image_size": image_size or config["image_size"]})
         elif image_size is not None:
             raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
@@ -54,12 +56,21 @@ class Finetune(Stage):
         super().__init__(vit, head, optimizer, schedule, {"num_classes": num_classes, "freeze": freeze})
         self.init_from, self.freeze_encoder = init_from, freeze
         if freeze:
-            self.vit.requires_grad_(False)
-            self.vit.head.requires_grad_(True)
+            for name, parameter in self.vit.named_parameters():
+                parameter.requires_grad_(name.startswith("head"))
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            report = load_weights(self.vit, self.init_from, skip=["head*"])
+            weights = read(self.init_from)
+            fresh = ["head*"]
+            if weights.config.get("norm", "tokens") != self.vit.config["norm"]:
+                fresh += ["norm.*", "fc_norm.*"]
+            if weights.config.get("pool", "cls") != self.vit.config["pool"]:
+                fresh += ["attn_pool.*"]
+            report = load_weights(self.vit, weights, skip=fresh)
+            if self.freeze_encoder and "attn_pool.latent" in report.new:
+                raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
+            self.hparams["vit"] = describe(self.vit)  # with what the weights set on it
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
             self.init_from = None  # a second fit goes on
 

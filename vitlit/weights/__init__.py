@@ -2,6 +2,17 @@
 
 from vitlit.weights.door import LoadReport, load, load_weights, network, preprocess, read, save_weights
 from vitlit.weights.files import locate
-from vitlit.weights.weights import Weights
+from vitlit.weights.weights import USUAL, Weights
 
-__all__ = ["LoadReport", "Weights", "load", "load_weights", "locate", "network", "preprocess", "read", "save_weights"]
+__all__ = [
+    "USUAL",
+    "LoadReport",
+    "Weights",
+    "load",
+    "load_weights",
+    "locate",
+    "network",
+    "preprocess",
+    "read",
+    "save_weights",
+]

@@ -53,7 +53,8 @@ class LoadReport(NamedTuple):
         counts = [f"{len(names)} {kind}" for kind, names in zip(self._fields[:5], self[:5], strict=True) if names]
         rest = [f"set {setting}" for setting in self.settings]
         rest += [f"{name}: {origin}" for name, origin in self.origins.items()]
-        return "; ".join([", ".join(counts), *rest])
+        whose = [] if self.format == "vitlit" else [self.format]
+        return "; ".join([*whose, ", ".join(counts), *rest])
 
 
 def read(source: str | Path) -> Weights:
@@ -77,7 +78,8 @@ def read(source: str | Path) -> Weights:
             break
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
-        raise UserError(f"{path} is of no format that vitlit knows; it holds {some}")
+        raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
+    weights.count = len(contents.tensors)
     config = weights.config
     if "heads" not in config:
         heads = HEADS.get(config["width"], 24 if config["width"] == 1536 and config.get("mlp") == "swiglu" else None)

@@ -37,8 +37,8 @@ def read(contents: Contents) -> Weights | None:
     if kind == "dinov2" and not config["registers"]:
         config["resampling"] = "offset"
     preprocess = {**IMAGENET, "crop_ratio": 0.875}
-    origins = {"preprocess": f"that of {kind}"}
-    return Weights(contents.path, f"facebook {kind}", kept, config, [], preprocess, unused, origins)
+    origins = {"preprocess": kind}
+    return Weights(contents.path, f"facebook {kind}", kept, config, [], preprocess, unused, origins=origins)
 
 
 def recognise(contents: Contents, state: dict[str, Tensor]) -> str | None:

@@ -73,11 +73,11 @@ def read(contents: Contents) -> Weights | None:
     config = {**architecture(state, contents.path), "mlp": "gelu_tanh", "norm_eps": 1e-6, "heads": heads}
     if config["position"] == "none":
         config["position"] = "sincos2d"
-    origins = {"mlp": "JAX's GELU", "preprocess": "that of AugReg and SigLIP", "position": "big_vision has no table"}
+    origins = {"mlp": "JAX's GELU", "preprocess": "AugReg and SigLIP", "position": "big_vision has no table"}
     if config["position"] == "learned":
         del origins["position"]
     preprocess = {**HALF, "crop_ratio": 0.875}
-    return Weights(contents.path, "google", state, config, [], preprocess, unused, origins)
+    return Weights(contents.path, "google", state, config, [], preprocess, unused, origins=origins)
 
 
 def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def read(contents: Contents) -> Weights | None:
     if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
         state = undistilled(state)
     config = {"mlp": "gelu", **architecture(state, path), "norm_eps": EPS[kind]}
-    origins = {"norm_eps": f"transformers' default for {kind}"}
+    origins = {"norm_eps": f"transformers' defaults for {kind}"}
     if kind == "dinov2":
         config["resampling"] = "offset"
     elif kind == "dinov3_vit":
@@ -115,7 +115,9 @@ def read(contents: Contents) -> Weights | None:
     if len(classes) != config["num_classes"] or classes == [f"LABEL_{i}" for i in range(len(classes))]:
         classes = []
     preprocess, origins["preprocess"] = preprocessing(contents.beside(PREPROCESSOR), kind)
-    return Weights(path, f"hf {kind}", state, config, classes, preprocess, [prefix + n for n in unused], origins)
+    return Weights(
+        path, f"hf {kind}", state, config, classes, preprocess, [prefix + n for n in unused], origins=origins
+    )
 
 
 def recognise(named: dict[str, Tensor]) -> str:
@@ -171,7 +173,7 @@ def preprocessing(about: dict[str, Any], kind: str) -> tuple[dict[str, Any], str
     if kind in ("vit", "dinov3_vit"):
         known["interpolation"] = "bilinear"
     if "image_mean" not in about:
-        return known, f"transformers' default for {kind}"
+        return known, f"transformers' defaults for {kind}"
     known |= {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
     known["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(about.get("resample", 2), "bicubic")
     known["crop_ratio"] = 1.0

@@ -38,7 +38,7 @@ def read(contents: Contents) -> Weights | None:
     else:
         imagenet = config["distilled"] or config["layer_scale"] is not None
         preprocess = {**(IMAGENET if imagenet else HALF), "crop_ratio": 0.9}
-        origins["preprocess"] = "that of DeiT and DINOv2" if imagenet else "that of AugReg and SigLIP"
+        origins["preprocess"] = "DeiT and DINOv2" if imagenet else "AugReg and SigLIP"
         origins["preprocess"] += ", since the file does not tell"
     return Weights(contents.path, "timm", state, config, [], preprocess, origins=origins)
 

@@ -38,7 +38,7 @@ def read(contents: Contents) -> Weights | None:
     state |= {name: tensors[name] for name in others}
     config = {**architecture(state, contents.path), "mlp": "gelu", "norm_eps": 1e-6}
     preprocess = {**IMAGENET, "interpolation": "bilinear", "crop_ratio": 0.875}
-    origins = {"preprocess": "that of torchvision's IMAGENET1K_V1 weights"}
+    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
     return Weights(contents.path, "torchvision", state, config, [], preprocess, origins=origins)
 
 

@@ -44,6 +44,7 @@ class Weights:
         classes: class names in the order of the head's outputs; none where the file has none.
         preprocess: arguments of `vitlit.data.Preprocess`; none where it is not known.
         unused: tensors in the file that are no part of a ViT (mask token, decoder), by their names there.
+        count: how many tensors the file holds.
         origins: where what the tensors do not tell comes from, by setting: a file, or what is usual.
     """
 
@@ -54,6 +55,7 @@ class Weights:
     classes: list[str]
     preprocess: dict[str, Any]
     unused: list[str] = field(default_factory=list)
+    count: int = 0
     origins: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,0 +1,127 @@
+"""`vitlit weights show FILE` and `vitlit weights convert FILE OUT --format FORMAT`."""
+
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from vitlit.errors import UserError
+from vitlit.model import SIZES, ViT
+from vitlit.weights.door import Format, differences, load, network, read, save_weights
+from vitlit.weights.files import locate
+from vitlit.weights.weights import Weights
+
+HELP = """\
+vitlit weights show FILE
+    The format, the network, its resolution, tensors and parameters, and what belongs to them.
+
+vitlit weights convert FILE OUT --format FORMAT
+    Write the weights for another tool, read them back, and compare the outputs on a seeded batch. OUT must not exist.
+    FORMAT: vitlit      .safetensors or .ckpt
+            timm        .safetensors or .pth, for timm.create_model(..., checkpoint_path=OUT)
+            hf          a folder, for transformers' from_pretrained(OUT)
+            torchvision .safetensors or .pth
+            google      .npz
+
+FILE is a file of vitlit, timm, transformers, torchvision, Google (.npz) or facebookresearch (DINO, DINOv2, MAE, DeiT),
+the folder of a run or of a transformers model, or hf:OWNER/NAME[@REVISION].
+"""
+TOLERANCE = 1e-4  # of the largest output
+
+
+def run(arguments: list[str]) -> int:
+    """Run a subcommand and return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    name, *rest = arguments
+    if name == "show" and len(rest) == 1 and not rest[0].startswith("-"):
+        show(rest[0])
+        return 0
+    rest = [piece for part in rest for piece in (part.split("=", 1) if part.startswith("--format=") else [part])]
+    if name == "convert" and "--format" in rest[:-1]:
+        where = rest.index("--format")
+        format, paths = rest[where + 1], rest[:where] + rest[where + 2 :]
+        if len(paths) == 2 and not any(path.startswith("-") for path in paths):
+            convert(paths[0], Path(paths[1]), format)
+            return 0
+    raise UserError("usage: vitlit weights show FILE, or vitlit weights convert FILE OUT --format FORMAT")
+
+
+def show(source: str) -> None:
+    """Print what a weight file is.
+
+    Raises:
+        UserError: it cannot be read, or is not whole.
+    """
+    weights = read(source)
+    for name, value in describe(weights).items():
+        print(f"{name:<13}{value}")
+
+
+def describe(weights: Weights) -> dict[str, str]:
+    """What a weight file is, in words by name."""
+    config, origins = weights.config, weights.origins
+    complete = "heads" in config and config.get("image_size") is not None
+    if complete or "pos_embed" not in weights.state:
+        with torch.device("meta"):
+            vit = ViT(**network(weights))
+        problems = differences(vit.state_dict(), weights.state, weights, vit, set())
+        if problems:
+            raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")
+        config, size = vit.config, "{} x {} pixels, {} x {} patches".format(*sides(vit), *vit.grid)
+    else:
+        size = "not told"
+    shape = (config["width"], config["depth"], config["mlp_dim"])
+    preset = next((f"{name}/{config['patch_size']}" for name, row in SIZES.items() if row[:3] == shape), "no preset")
+    shape_words = "width {}, depth {}, heads {}, mlp {}".format(*shape[:2], config.get("heads", "not told"), shape[2])
+    parameters = sum(tensor.numel() for tensor in weights.state.values())
+    rows = {
+        "file": str(weights.path),
+        "format": weights.format,
+        "preset": f"{preset} ({shape_words}, patch {config['patch_size']})",
+        "options": ", ".join(f"{name} {value}" for name, value in unusual(config).items()) or "all at their defaults",
+        "resolution": size,
+        "tensors": f"{weights.count:,} in the file, {len(weights.unused)} of no use; {len(weights.state):,} in the ViT",
+        "parameters": f"{parameters:,}",
+        "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
+        "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "not named",
+        "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "not known",
+    }
+    return rows | {f"  {name}": f"from {origin}" for name, origin in origins.items()}
+
+
+def sides(vit: ViT) -> tuple[int, int]:
+    return vit.grid[0] * vit.patch_size, vit.grid[1] * vit.patch_size
+
+
+def unusual(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a network that are not a ViT's defaults."""
+    with torch.device("meta"):
+        plain = ViT(patch_size=1, image_size=1, width=4, depth=1, heads=1, mlp_dim=1).config
+    size = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes")
+    return {name: value for name, value in config.items() if name not in size and value != plain[name]}
+
+
+def convert(source: str, out: Path, format: str) -> None:
+    """Write weights in another format, and print the largest difference that reading them back makes.
+
+    Raises:
+        UserError: the source cannot be read, the format has no such network, or OUT exists.
+    """
+    if format not in get_args(Format):
+        raise UserError(f"format {format!r} is none of {' '.join(get_args(Format))}")
+    if out.exists():
+        raise UserError(f"{out} exists; give another name")
+    vit = load(source)
+    written = save_weights(vit, out, format)  # type: ignore[arg-type]
+    images = torch.randn(2, vit.config["in_channels"], *sides(vit), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before, after = vit(images), load(written)(images)
+    difference = (before - after).abs().max().item()
+    what = "logits" if vit.config["num_classes"] else "features"
+    if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise UserError(f"{what} read back from {out} differ by {difference:.1e}; it was removed")
+    print(f"{locate(written)}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
