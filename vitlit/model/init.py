@@ -34,7 +34,7 @@ def init_weights(vit: "ViT") -> None:
     if isinstance(vit.pos_embed, nn.Parameter):
         nn.init.trunc_normal_(vit.pos_embed, std=0.02)
     if vit.attn_pool is not None:
-        nn.init.xavier_uniform_(vit.attn_pool.latent)
+        nn.init.xavier_uniform_(vit.attn_pool.latent[0])  # (1, D): torch would take D of three axes for a kernel
         for layer, parts in ((vit.attn_pool.q, 1), (vit.attn_pool.kv, 2), (vit.attn_pool.proj, 1)):
             xavier(layer, parts)
     for module in vit.modules():

@@ -66,18 +66,34 @@ def read(contents: Contents) -> Weights | None:
     dotted = {re.sub("(kernel|scale)$", "weight", name).replace("/", "."): t for name, t in named.items()}
     state, others = translate(dotted, table(big_vision, "pre_logits.weight" in dotted))
     state |= {name: dotted[name] for name in others}
-    query = state.get("blocks.0.attn.q.weight")
-    heads = query.shape[1] if query is not None and query.ndim == 3 else None
+    heads = heads_of(state, contents.path)
     state = {name: turned(name, tensor) for name, tensor in state.items()}
     state = fuse(fuse(state, QKV, "attn.qkv"), KV, "kv")
-    config = {**architecture(state, contents.path), "mlp": "gelu_tanh", "norm_eps": 1e-6, "heads": heads}
-    if config["position"] == "none":
-        config["position"] = "sincos2d"
-    origins = {"mlp": "JAX's GELU", "preprocess": "AugReg and SigLIP", "position": "big_vision has no table"}
-    if config["position"] == "learned":
-        del origins["position"]
+    learned = "pos_embed" in state or not big_vision
+    config = {
+        **architecture(state, contents.path, "learned" if learned else "sincos2d"),
+        "mlp": "gelu_tanh",
+        "norm_eps": 1e-6,
+        "heads": heads,
+    }
+    origins = {"mlp": "JAX's default", "preprocess": "AugReg and SigLIP"}
+    if not learned:
+        origins["position"] = "big_vision's files without a table"
     preprocess = {**HALF, "crop_ratio": 0.875}
     return Weights(contents.path, "google", state, config, [], preprocess, unused, origins=origins)
+
+
+def heads_of(state: dict[str, Tensor], path: Path) -> int:
+    """The number of heads, in which every projection must agree; UserError where one does not."""
+    shapes = {name: list(tensor.shape) for name, tensor in state.items() if re.search(r"(attn|pool)\.[qkv]\.", name)}
+    first = shapes.get("blocks.0.attn.q.weight", [])
+    if len(first) != 3:
+        raise UserError(f"{path} is no whole ViT: query/kernel of the first block is {first} in the file, not 3-D")
+    for name, shape in shapes.items():
+        wanted = first if name.endswith("weight") else first[1:]
+        if shape != wanted:
+            raise UserError(f"{path}: {name} is {shape} in the file, and {wanted} by the first block's query")
+    return first[1]
 
 
 def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -93,20 +93,19 @@ def read(contents: Contents) -> Weights | None:
     unused = [n for n in named if n in ("embeddings.mask_token",) or n.startswith(("pooler.", "decoder."))]
     state, others = translate({n: t for n, t in named.items() if n not in unused}, TABLES[kind])
     state |= {name: named[name] for name in others}
-    state = fuse(state, QKV, "attn.qkv")
+    state = fuse(state, QKV, "attn.qkv", optional=["attn.k.bias"] if kind == "dinov3_vit" else [])
     if "blocks.0.mlp.gate.weight" in state:
         state = fuse(state, GATED, "mlp.fc1")
     state = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in state.items()}
     if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
         state = undistilled(state)
-    config = {"mlp": "gelu", **architecture(state, path), "norm_eps": EPS[kind]}
+    position = "rope" if kind == "dinov3_vit" else "learned"
+    config = {"mlp": "gelu", **architecture(state, path, position), "norm_eps": EPS[kind]}
     origins = {"norm_eps": f"transformers' defaults for {kind}"}
     if kind == "dinov2":
         config["resampling"] = "offset"
-    elif kind == "dinov3_vit":
-        config["position"] = "rope"
-        if config["width"] == 1280:
-            config["heads"], origins["heads"] = 20, USUAL
+    elif kind == "dinov3_vit" and config["width"] == 1280:
+        config["heads"], origins["heads"] = 20, USUAL
     if about:
         config |= told(about, config, path)
         origins |= dict.fromkeys(("norm_eps", "heads"), CONFIG)
@@ -161,6 +160,11 @@ def told(about: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str,
     ):
         if theirs in about:
             told[ours] = kind(about[theirs])
+    registers = about.get("num_register_tokens", config["registers"])
+    if registers != config["registers"]:
+        raise UserError(
+            f"{path}: embeddings.register_tokens has {config['registers']} tokens, {CONFIG} says {registers}"
+        )
     size = about.get("image_size")
     if isinstance(size, int | list | tuple):
         told["image_size"] = size if isinstance(size, int) else list(size)

@@ -39,13 +39,17 @@ def backwards(table: Table) -> Table:
     return list(found.items())
 
 
-def fuse(state: dict[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
+def fuse(state: dict[str, Tensor], parts: Sequence[str], whole: str, optional: Sequence[str] = ()) -> dict[str, Tensor]:
     """Concatenate the parts of a layer, such as attn.q, attn.k and attn.v of every block to attn.qkv.
 
-    A bias that some of the parts lack is zero there.
+    Args:
+        state: tensors by name.
+        parts: of a layer, without the block.
+        whole: the layer.
+        optional: tensors of a part, such as attn.k.bias, that are zero where they are missing and the others are not.
 
     Raises:
-        UserError: a weight is missing, or the shapes do not go together.
+        UserError: a part is missing, or the shapes do not go together.
     """
     first = re.compile(rf"((?:blocks\.\d+|attn_pool)\.)(?:{'|'.join(map(re.escape, parts))})\.(weight|bias)")
     fused = {}
@@ -60,10 +64,10 @@ def fuse(state: dict[str, Tensor], parts: Sequence[str], whole: str) -> dict[str
             continue
         pieces = []
         for part in parts:
-            weight, piece = state.get(f"{block}{part}.weight"), state.get(f"{block}{part}.{kind}")
-            if weight is None:
-                raise UserError(f"{block}{part}.weight is missing from the file")
-            pieces.append(weight.new_zeros(weight.shape[0]) if piece is None else piece)
+            piece = state.get(f"{block}{part}.{kind}")
+            if piece is None and f"{part}.{kind}" not in optional:
+                raise UserError(f"{block}{part}.{kind} is missing from the file")
+            pieces.append(torch.zeros_like(tensor) if piece is None else piece)
         like = pieces[0].shape
         for part, piece in zip(parts, pieces, strict=True):
             if piece.shape != like:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, Contents
-from vitlit.weights.weights import HALF, IMAGENET, Weights, architecture, square
+from vitlit.weights.weights import HALF, IMAGENET, Weights, architecture, require, square
 
 STEM = "patch_embed.proj.weight"
 # The models that timm builds with act_layer gelu_tanh.
@@ -77,10 +76,7 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: timm has no such network.
     """
-    if vit.position == "rope":
-        raise UserError(f"timm's vit has no rotary positions; {path} was not written")
-    if vit.config["hidden_dim"]:
-        raise UserError(f"timm's vit has no tanh head; {path} was not written; finetune first, or drop the head")
+    require(vit, path, "timm's vit", hidden_dim=None, position=("learned", "sincos2d", "sincos2d_mae"))
     state = dict(vit.state_dict())
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None

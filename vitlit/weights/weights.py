@@ -59,8 +59,13 @@ class Weights:
     origins: dict[str, str] = field(default_factory=dict)
 
 
-def architecture(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+def architecture(state: Mapping[str, Tensor], path: Path, position: str = "learned") -> dict[str, Any]:
     """The ViT's constructor arguments, as far as tensors under its parameter names tell them.
+
+    Args:
+        state: the tensors.
+        path: their file.
+        position: the kind of positions; the table of learned ones must be there.
 
     Raises:
         UserError: a tensor from which they follow is missing or of no shape that a ViT has.
@@ -95,7 +100,7 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "class_token": bool(tokens["cls_token"]),
         "distilled": bool(tokens["dist_token"]),
         "registers": tokens["reg_token"],
-        "position": "learned" if "pos_embed" in state else "none",
+        "position": position,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
@@ -109,9 +114,11 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     for name in ("head.weight", "head.out.weight"):
         if name in state:
             config["num_classes"] = shape(name, 2)[0]
+    if not config["num_classes"] and any(name.startswith("head.") for name in state):
+        shape("head.weight", 2)
     if "head.out.weight" in state:
         config["hidden_dim"] = shape("head.pre_logits.weight", 2)[0]
-    if "pos_embed" in state:
+    if position == "learned":
         _, length, across = shape("pos_embed", 3)
         if across != width:
             raise UserError(f"{path}: pos_embed is {list(state['pos_embed'].shape)} in the file, its width not {width}")
