@@ -692,7 +692,7 @@ def test_any_options_run_in_other_precisions(options: dict[str, Any]) -> None:
     images = torch.randn(2, vit.config["in_channels"], 24, 48)
     expected = vit(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(vit(images).float(), expected, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(vit(images).float(), expected, rtol=0.2, atol=0.3)
     torch.testing.assert_close(vit.double()(images.double()).float(), expected, rtol=0, atol=1e-4)
     assert vit.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
 

@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> tuple[Named, Callable[[Named], None]]:
         return load_file(path), lambda tensors: save_file(tensors, path, metadata)
     if path.suffix == ".npz":
         arrays = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
-        return arrays, lambda tensors: np.savez(path, **{n: t.numpy() for n, t in tensors.items()})  # type: ignore[arg-type]
+        return arrays, lambda tensors: np.savez(path, **{n: t.numpy() for n, t in tensors.items()})
     content = torch.load(path, weights_only=True)
     if "state_dict" in content:
         return content["state_dict"], lambda tensors: torch.save({**content, "state_dict": tensors}, path)
@@ -159,9 +159,12 @@ def check(whole: Path, mutation: Callable[[Path, random.Random], int], draw: ran
     for load in (vitlit.load, lambda path: vitlit.load_weights(target, path)):
         try:
             load(path)
+            line = None
         except UserError as error:
-            assert "\n" not in str(error)
-            assert str(path.name) in str(error) or str(folder) in str(error) or "missing from the file" in str(error)
+            line = str(error)
+        if line is not None:
+            assert "\n" not in line
+            assert str(folder) in line
         else:
             loaded = vitlit.load(path)
             assert loaded.config == right.config

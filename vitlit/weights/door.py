@@ -79,6 +79,10 @@ def read(source: str | Path) -> Weights:
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
+    strange = next((n for n, t in contents.tensors.items() if not t.is_floating_point()), None)
+    if strange is not None and weights.format != "vitlit":
+        what = str(contents.tensors[strange].dtype).removeprefix("torch.")
+        raise UserError(f"{path} holds {what} numbers in {strange}; a ViT has floating-point ones")
     weights.count = len(contents.tensors)
     config = weights.config
     if "heads" not in config:

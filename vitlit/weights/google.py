@@ -68,7 +68,7 @@ def read(contents: Contents) -> Weights | None:
     state |= {name: dotted[name] for name in others}
     heads = heads_of(state, contents.path)
     state = {name: turned(name, tensor) for name, tensor in state.items()}
-    state = fuse(fuse(state, QKV, "attn.qkv"), KV, "kv")
+    state = fuse(fuse(state, QKV, "attn.qkv", contents.path), KV, "kv", contents.path)
     learned = "pos_embed" in state or not big_vision
     config = {
         **architecture(state, contents.path, "learned" if learned else "sincos2d"),

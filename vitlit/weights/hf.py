@@ -93,9 +93,9 @@ def read(contents: Contents) -> Weights | None:
     unused = [n for n in named if n in ("embeddings.mask_token",) or n.startswith(("pooler.", "decoder."))]
     state, others = translate({n: t for n, t in named.items() if n not in unused}, TABLES[kind])
     state |= {name: named[name] for name in others}
-    state = fuse(state, QKV, "attn.qkv", optional=["attn.k.bias"] if kind == "dinov3_vit" else [])
+    state = fuse(state, QKV, "attn.qkv", path, optional=["attn.k.bias"] if kind == "dinov3_vit" else [])
     if "blocks.0.mlp.gate.weight" in state:
-        state = fuse(state, GATED, "mlp.fc1")
+        state = fuse(state, GATED, "mlp.fc1", path)
     state = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in state.items()}
     if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
         state = undistilled(state)

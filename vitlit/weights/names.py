@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,13 +40,16 @@ def backwards(table: Table) -> Table:
     return list(found.items())
 
 
-def fuse(state: dict[str, Tensor], parts: Sequence[str], whole: str, optional: Sequence[str] = ()) -> dict[str, Tensor]:
+def fuse(
+    state: dict[str, Tensor], parts: Sequence[str], whole: str, path: Path, optional: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Concatenate the parts of a layer, such as attn.q, attn.k and attn.v of every block to attn.qkv.
 
     Args:
         state: tensors by name.
         parts: of a layer, without the block.
         whole: the layer.
+        path: their file.
         optional: tensors of a part, such as attn.k.bias, that are zero where they are missing and the others are not.
 
     Raises:
@@ -66,13 +70,13 @@ def fuse(state: dict[str, Tensor], parts: Sequence[str], whole: str, optional: S
         for part in parts:
             piece = state.get(f"{block}{part}.{kind}")
             if piece is None and f"{part}.{kind}" not in optional:
-                raise UserError(f"{block}{part}.{kind} is missing from the file")
+                raise UserError(f"{path} is no whole ViT: {block}{part}.{kind} is missing from the file")
             pieces.append(torch.zeros_like(tensor) if piece is None else piece)
         like = pieces[0].shape
         for part, piece in zip(parts, pieces, strict=True):
             if piece.shape != like:
                 raise UserError(
-                    f"{block}{part}.{kind} is {list(piece.shape)} and {block}{parts[0]}.{kind} {list(like)}"
+                    f"{path}: {block}{part}.{kind} is {list(piece.shape)} in the file, and {parts[0]}'s {list(like)}"
                 )
         fused[target] = torch.cat(pieces)
     return fused
