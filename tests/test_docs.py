@@ -1,4 +1,4 @@
-"""Every command that the README or a config names is run, on a few images and with a small ViT."""
+"""Every command that a document or a config names is run, on a few images and with a small ViT."""
 
 import re
 import shlex
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, SMALL, Result
+from safetensors.torch import save_file
+from test_convert import stranger
 
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 SHRINK = [*SMALL[2:], "--trainer.accelerator", "cpu"]
 RECIPE = shlex.split(
@@ -17,8 +20,8 @@ RECIPE = shlex.split(
 
 
 def commands() -> list[str]:
-    """The `vitlit` lines of the README's shell blocks and of the configs' headers, in order and once."""
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+    """The `vitlit` lines of the documents' shell blocks and of the configs' headers, in order and once."""
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
     lines = [line.split("  # ")[0].strip() for block in blocks for line in block.splitlines()]
     for path in CONFIGS:
         lines += [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#   ")]
@@ -27,7 +30,8 @@ def commands() -> list[str]:
 
 def small(command: str, folder: Path, photos: Path) -> list[str]:
     """The command's arguments with real folders, and flags that make its run small."""
-    arguments = [{"FOLDER": str(folder), "PHOTOS": str(photos)}.get(part, part) for part in shlex.split(command)[1:]]
+    real = {"FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
+    arguments = [real.get(part, part) for part in shlex.split(command)[1:]]
     if arguments[0] != "fit" or any("help" in part or "print_config" in part for part in arguments):
         return arguments
     config = arguments[arguments.index("--config") + 1]
@@ -47,10 +51,15 @@ def small(command: str, folder: Path, photos: Path) -> list[str]:
 def test_every_command_works(vitlit: Callable[..., Result], few: Path, tmp_path: Path) -> None:
     """In the documents' order, in one folder: each finds what the ones before it left."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
     listed = commands()
-    assert len(listed) >= 12
-    for command in listed:
+    assert len(listed) >= 16
+    for i, command in enumerate(listed):
         arguments = small(command, few, few / "val")
+        if "convert" in command:
+            arguments[3] = f"{i}-{arguments[3]}"
+        if "from-file" in command:
+            arguments += ["--run.name", f"from-file-{i}"]
         if "ddp" in command:
             arguments += ["--run.name", "two"]
         result = vitlit(*arguments)
@@ -62,3 +71,15 @@ def test_a_config_opens_with_its_command(path: Path) -> None:
     name = str(path.relative_to(REPOSITORY / "configs").with_suffix(""))
     first = next(line for line in path.read_text().splitlines() if line.startswith("#   vitlit"))
     assert f"--config {name}" in first or f"--config configs/{name}.yaml" in first
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda path: path.stem)
+def test_the_python_of_a_page_runs(
+    page: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
+    (tmp_path / "photo.png").write_bytes(next((few / "val" / "0").iterdir()).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(block, {})
+    assert capsys.readouterr().out

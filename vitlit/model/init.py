@@ -62,4 +62,4 @@ def xavier(layer: nn.Linear, parts: int = 1, bias_std: float = 0.0) -> None:
 def fill_positions(vit: "ViT") -> None:
     """Fill a fixed position table, which no state dict holds (a model built on the meta device lacks it)."""
     if vit.pos_embed is not None and vit.position != "learned":
-        vit.pos_embed.copy_(sincos2d(vit.grid, vit.width, vit.position))  # type: ignore[arg-type]
+        vit.pos_embed.copy_(sincos2d(vit.grid, vit.width, vit.position))

@@ -52,7 +52,7 @@ def resample(
     return torch.cat([kept, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def sincos2d(grid: tuple[int, int], width: int, convention: Literal["sincos2d", "sincos2d_mae"]) -> Tensor:
+def sincos2d(grid: tuple[int, int], width: int, convention: str) -> Tensor:
     """Fixed positions [sin x, cos x, sin y, cos y] of a patch grid (2205.01580, section 3.1).
 
     With D / 4 frequencies 10000^-e, e runs over i / (D / 4 - 1) in big_vision (sincos2d) and over i / (D / 4) in MAE
@@ -61,7 +61,7 @@ def sincos2d(grid: tuple[int, int], width: int, convention: Literal["sincos2d", 
     Args:
         grid: (height, width) in patches.
         width: D, divisible by 4.
-        convention: whose frequencies.
+        convention: whose frequencies, sincos2d or sincos2d_mae.
 
     Returns:
         (1, grid height * grid width, D), float32.

@@ -245,7 +245,7 @@ class ViT(nn.Module):
             return self.pos_embed
         if self.position == "learned":
             return resample(self.pos_embed, self.grid, grid, self.positioned, self.resampling)
-        return sincos2d(grid, self.width, self.position).to(self.pos_embed)  # type: ignore[arg-type]
+        return sincos2d(grid, self.width, self.position).to(self.pos_embed)
 
     def embed(self, images: Tensor) -> Tensor:
         """Patches, positions and prefix tokens (equation 1): (B, C, H, W) -> (B, S + N, D).

@@ -69,8 +69,8 @@ def positions(state: dict[str, Tensor], weights: Weights, vit: ViT, done: dict[s
         table = resample(table, source, vit.grid, count, weights.config.get("resampling", vit.resampling))
         done["pos_embed"] = "{} x {} to {} x {}".format(*source, *vit.grid)
     if vit.position != "learned":
-        written = table[:, count:] if vit.pos_embed is not None else table
-        if vit.pos_embed is None or (written - sincos2d(vit.grid, vit.width, vit.position)).abs().max() > 1e-5:  # type: ignore[arg-type]
+        fixed = sincos2d(vit.grid, vit.width, vit.position) if vit.pos_embed is not None else None
+        if fixed is None or (table[:, count:] - fixed).abs().max() > 1e-5:
             raise UserError(
                 f"{weights.path} does not fit the model: position is learned in the file and {vit.position} in it"
             )
@@ -78,11 +78,12 @@ def positions(state: dict[str, Tensor], weights: Weights, vit: ViT, done: dict[s
     if count and not vit.positioned:  # the same sum
         for i, name in enumerate(special):
             state[name] = state[name] + table[:, i : i + 1]
+            done[name] = "its position added"
         table = table[:, count:]
-        done["pos_embed"] = done.get("pos_embed", "") + " class position added to the token"
+        done.setdefault("pos_embed", "without the class position")
     elif vit.positioned == len(special) > count:
         table = torch.cat([table.new_zeros(1, vit.positioned, vit.width), table], dim=1)
-        done["pos_embed"] = done.get("pos_embed", "") + " class position zero"
+        done.setdefault("pos_embed", "with a class position of zero")
     state["pos_embed"] = table
     if vit.position != "learned":
         del state["pos_embed"]

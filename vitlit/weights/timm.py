@@ -12,6 +12,7 @@ from vitlit.weights.files import CONFIG, Contents
 from vitlit.weights.weights import HALF, IMAGENET, Weights, architecture, require, square
 
 STEM = "patch_embed.proj.weight"
+POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 # The models that timm builds with act_layer gelu_tanh.
 TANH = (
     "base_patch32_siglip",
@@ -27,25 +28,34 @@ def read(contents: Contents) -> Weights | None:
     if STEM not in state:
         return None
     state = canonical(state)
-    config = {**architecture(state, contents.path), **activation(contents)}
-    about, origins = contents.beside(CONFIG).get("pretrained_cfg", {}), {}
-    if isinstance(about, dict) and "mean" in about:
-        preprocess: dict[str, Any] = {name: tuple(about[name]) for name in ("mean", "std")}
-        preprocess["interpolation"] = "bilinear" if about.get("interpolation") == "bilinear" else "bicubic"
-        preprocess["crop_ratio"] = float(about.get("crop_pct", 0.875))
+    config, about = architecture(state, contents.path), contents.beside(CONFIG)
+    config |= told(about)
+    origins = dict.fromkeys(told(about), CONFIG)
+    cfg = about.get("pretrained_cfg")
+    if isinstance(cfg, dict) and "mean" in cfg:
+        preprocess: dict[str, Any] = {name: tuple(cfg[name]) for name in ("mean", "std")}
+        preprocess["interpolation"] = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
+        preprocess["crop_ratio"] = float(cfg.get("crop_pct", 0.875))
         origins["preprocess"] = CONFIG
     else:
         imagenet = config["distilled"] or config["layer_scale"] is not None
         preprocess = {**(IMAGENET if imagenet else HALF), "crop_ratio": 0.9}
-        origins["preprocess"] = "DeiT and DINOv2" if imagenet else "AugReg and SigLIP"
-        origins["preprocess"] += ", since the file does not tell"
-    return Weights(contents.path, "timm", state, config, [], preprocess, origins=origins)
+        origins["preprocess"] = (
+            f"{'DeiT and DINOv2' if imagenet else 'AugReg and SigLIP'}, since the file does not tell"
+        )
+    names = about.get("label_names")
+    classes = [str(name) for name in names] if isinstance(names, list) and len(names) == config["num_classes"] else []
+    return Weights(contents.path, "timm", state, config, classes, preprocess, origins=origins)
 
 
-def activation(contents: Contents) -> dict[str, Any]:
-    """The tanh GELU of the models that timm builds with it, which only config.json tells."""
-    name = str(contents.beside(CONFIG).get("architecture", ""))
-    return {"mlp": "gelu_tanh"} if any(f"vit_{known}" in name for known in TANH) else {}
+def told(about: dict[str, Any]) -> dict[str, Any]:
+    """What timm's config.json tells and no tensor: the pooling, and the tanh GELU of some models."""
+    told = {}
+    if about.get("global_pool") in POOLS:
+        told["pool"] = POOLS[about["global_pool"]]
+    if any(f"vit_{known}" in str(about.get("architecture")) for known in TANH):
+        told["mlp"] = "gelu_tanh"
+    return told
 
 
 def unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
