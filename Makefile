@@ -25,10 +25,10 @@ demo: $(READY) ## pretrain and finetune a small ViT on real handwritten digits, 
 	$(BIN)/vitlit fit --config configs/finetune.yaml
 
 test: $(READY) ## the test suite
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -n auto -m 'not long'
 
 test-all: $(READY) ## the test suite and the hour-long tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(READY) ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ from vitlit.data.folder import find_classes
 from vitlit.data.module import parse_share
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.weights import USUAL, Weights, network, read
+from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
 
@@ -124,7 +124,7 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         return
     free = FREE | NEW if new else FREE
     for name, value in weights.config.items():
-        if name == "heads" and weights.origins.get(name) == USUAL:
+        if name == "heads" and name not in weights.told:
             continue
         if name == "layer_scale" and None not in (value, own[name]):
             continue

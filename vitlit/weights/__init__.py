@@ -2,10 +2,9 @@
 
 from vitlit.weights.door import LoadReport, load, load_weights, network, preprocess, read, save_weights
 from vitlit.weights.files import locate
-from vitlit.weights.weights import USUAL, Weights
+from vitlit.weights.weights import Weights
 
 __all__ = [
-    "USUAL",
     "LoadReport",
     "Weights",
     "load",

@@ -1,5 +1,7 @@
 """What may differ between a file's network and the ViT, and how it is brought over."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,8 @@ def positions(state: dict[str, Tensor], weights: Weights, vit: ViT, done: dict[s
     table = state["pos_embed"]
     special = [name for name in ("cls_token", "dist_token") if name in state]
     count = len(special) if weights.config.get("class_position", True) else 0
+    if "class_position" not in weights.told and table.shape[1] == math.prod(vit.grid) + vit.positioned:
+        count = vit.positioned  # laid out as the ViT's
     if (
         table.shape[2] != vit.width
         or count + table.shape[1] == 0
@@ -78,7 +82,8 @@ def positions(state: dict[str, Tensor], weights: Weights, vit: ViT, done: dict[s
     if count and not vit.positioned:  # the same sum
         for i, name in enumerate(special):
             state[name] = state[name] + table[:, i : i + 1]
-            done[name] = "its position added"
+            if table[:, i].any():
+                done[name] = "its position added"
         table = table[:, count:]
         done.setdefault("pos_embed", "without the class position")
     elif vit.positioned == len(special) > count:
@@ -90,15 +95,15 @@ def positions(state: dict[str, Tensor], weights: Weights, vit: ViT, done: dict[s
 
 
 def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
-    """The grid of a file's position table: what the file says, else a square, else the ViT's where it is as long."""
+    """The grid of a file's position table: what the file says, else the ViT's where it is as long, else a square."""
     size = weights.config.get("image_size")
+    if patches == math.prod(vit.grid) and "image_size" not in weights.told:
+        return vit.grid  # as long as the ViT's
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         source = (height // weights.config["patch_size"], width // weights.config["patch_size"])
         if source[0] * source[1] == patches:
             return source
-    if patches == vit.grid[0] * vit.grid[1]:
-        return vit.grid
     shape = list(weights.state["pos_embed"].shape)
     raise UserError(
         f"{weights.path}: pos_embed is {shape} in the file, and {patches} positions are no grid; the model's has "

@@ -35,16 +35,17 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read(contents: Contents) -> Weights | None:
-    if "vitlit" not in contents.rest:
+    if not {"vitlit", "crc32"} & contents.rest.keys():  # either: damage to one name must not make it another's file
         return None
-    path, about, state = contents.path, contents.rest["vitlit"], contents.tensors
+    path, about, state = contents.path, contents.rest.get("vitlit", ""), contents.tensors
     if contents.kind == "safetensors":
         if contents.rest.get("crc32") != str(checksum(about, state)):
             raise UserError(f"{path} is damaged: its checksum is wrong")
         about = json.loads(about)
     else:
         state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
-    return Weights(path, "vitlit", state, about["vit"], about["classes"], about["preprocess"])
+    config = about["vit"]
+    return Weights(path, "vitlit", state, config, about["classes"], about["preprocess"], told=frozenset(config))
 
 
 def about(vit: ViT) -> dict[str, Any]:

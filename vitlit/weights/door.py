@@ -157,7 +157,7 @@ def differences(
     ]
     problems += [f"the model has no {name} {list(tensor.shape)}" for name, tensor in state.items() if name not in own]
     heads = weights.config.get("heads", vit.config["heads"])
-    if not problems and heads != vit.config["heads"] and weights.origins.get("heads") != USUAL:
+    if not problems and heads != vit.config["heads"] and "heads" in weights.told:
         problems.append(f"heads is {heads} in the file and {vit.config['heads']} in the model")
     return problems
 
@@ -209,7 +209,8 @@ def preprocess(weights: Weights) -> dict[str, Any]:
     if not weights.preprocess or len(weights.preprocess.get("mean", ())) != weights.config.get("in_channels", 3):
         return {}
     size = network(weights)["image_size"]
-    return {"image_size": (size, size) if isinstance(size, int) else tuple(size), **weights.preprocess}
+    known = {"image_size": [size, size] if isinstance(size, int) else size, **weights.preprocess}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
 def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:

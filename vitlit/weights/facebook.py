@@ -33,12 +33,17 @@ def read(contents: Contents) -> Weights | None:
                 name = re.sub(pattern, ours, name)
             kept[name] = tensor
     kept = canonical(kept)
-    config = {"mlp": "gelu", **architecture(kept, contents.path), "norm_eps": 1e-6}
+    config = {
+        "mlp": "gelu",
+        **architecture(kept, contents.path, class_position=None if kind == "deit" else True),
+        "norm_eps": 1e-6,
+    }
     if kind == "dinov2" and not config["registers"]:
         config["resampling"] = "offset"
+    told = frozenset({"class_position"} if kind != "deit" else ())
     preprocess = {**IMAGENET, "crop_ratio": 0.875}
     origins = {"preprocess": kind}
-    return Weights(contents.path, f"facebook {kind}", kept, config, [], preprocess, unused, origins=origins)
+    return Weights(contents.path, f"facebook {kind}", kept, config, [], preprocess, unused, origins=origins, told=told)
 
 
 def recognise(contents: Contents, state: dict[str, Tensor]) -> str | None:

@@ -80,7 +80,17 @@ def read(contents: Contents) -> Weights | None:
     if not learned:
         origins["position"] = "big_vision's files without a table"
     preprocess = {**HALF, "crop_ratio": 0.875}
-    return Weights(contents.path, "google", state, config, [], preprocess, unused, origins=origins)
+    return Weights(
+        contents.path,
+        "google",
+        state,
+        config,
+        [],
+        preprocess,
+        unused,
+        origins=origins,
+        told=frozenset({"heads"}),
+    )
 
 
 def heads_of(state: dict[str, Tensor], path: Path) -> int:
@@ -134,6 +144,9 @@ def write(vit: ViT, path: Path) -> dict[str, np.ndarray]:
     require(vit, path, "Google's ViT (its GELU is the tanh approximation)", mlp="gelu_tanh")
     if abs(config["norm_eps"] - 1e-6) > 1e-9:
         require(vit, path, "Google's ViT", norm_eps=1e-6)
+    require(vit, path, "Google's ViT", class_token=config["pool"] == "cls")
+    if vit.grid[0] != vit.grid[1] and config["position"] == "learned":
+        require(vit, path, "Google's ViT", image_size=None)
     big_vision = config["pool"] != "cls" or config["position"] != "learned" or not config["class_position"]
     state = split(split(vit.state_dict(), "attn.qkv", QKV), "kv", KV)
     names = [(ours, theirs) for theirs, ours in table(big_vision, bool(config["hidden_dim"]))]

@@ -90,8 +90,10 @@ def read(contents: Contents) -> Weights | None:
     if kind not in TABLES:
         raise UserError(f"{path} is of transformers' model type {kind}; vitlit reads {' '.join(TABLES)}")
 
-    unused = [n for n in named if n in ("embeddings.mask_token",) or n.startswith(("pooler.", "decoder."))]
-    state, others = translate({n: t for n, t in named.items() if n not in unused}, TABLES[kind])
+    beside = ("embeddings.mask_token", "pooler.", "decoder.")
+    unused = [name for name in contents.tensors if name.removeprefix(prefix).startswith(beside)]
+    named = {n: t for n, t in named.items() if not n.startswith(beside) and t.numel()}  # DINOv3 may have 0 registers
+    state, others = translate(named, TABLES[kind])
     state |= {name: named[name] for name in others}
     state = fuse(state, QKV, "attn.qkv", path, optional=["attn.k.bias"] if kind == "dinov3_vit" else [])
     if "blocks.0.mlp.gate.weight" in state:
@@ -100,14 +102,17 @@ def read(contents: Contents) -> Weights | None:
     if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
         state = undistilled(state)
     position = "rope" if kind == "dinov3_vit" else "learned"
-    config = {"mlp": "gelu", **architecture(state, path, position), "norm_eps": EPS[kind]}
+    config = {"mlp": "gelu", **architecture(state, path, position, class_position=True), "norm_eps": EPS[kind]}
     origins = {"norm_eps": f"transformers' defaults for {kind}"}
     if kind == "dinov2":
         config["resampling"] = "offset"
     elif kind == "dinov3_vit" and config["width"] == 1280:
         config["heads"], origins["heads"] = 20, USUAL
+    told_by_file = {"class_position"}
     if about:
-        config |= told(about, config, path)
+        more = told(about, config, path)
+        config |= more
+        told_by_file |= more.keys()
         origins |= dict.fromkeys(("norm_eps", "heads"), CONFIG)
     named_classes = about.get("id2label") or {}
     classes = [str(named_classes[str(i)]) for i in range(len(named_classes)) if str(i) in named_classes]
@@ -115,7 +120,7 @@ def read(contents: Contents) -> Weights | None:
         classes = []
     preprocess, origins["preprocess"] = preprocessing(contents.beside(PREPROCESSOR), kind)
     return Weights(
-        path, f"hf {kind}", state, config, classes, preprocess, [prefix + n for n in unused], origins=origins
+        path, f"hf {kind}", state, config, classes, preprocess, unused, origins=origins, told=frozenset(told_by_file)
     )
 
 

@@ -36,10 +36,12 @@ def read(contents: Contents) -> Weights | None:
     head = TANH if "heads.pre_logits.weight" in tensors else LINEAR
     state, others = translate(tensors, [*TABLE, *head])
     state |= {name: tensors[name] for name in others}
-    config = {**architecture(state, contents.path), "mlp": "gelu", "norm_eps": 1e-6}
+    config = {**architecture(state, contents.path, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
     preprocess = {**IMAGENET, "interpolation": "bilinear", "crop_ratio": 0.875}
     origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
-    return Weights(contents.path, "torchvision", state, config, [], preprocess, origins=origins)
+    return Weights(
+        contents.path, "torchvision", state, config, [], preprocess, origins=origins, told=frozenset({"class_position"})
+    )
 
 
 def write(vit: ViT, path: Path) -> dict[str, Tensor]:
@@ -48,7 +50,11 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: torchvision has no such network.
     """
-    require(vit, path, "torchvision's VisionTransformer", **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True)
+    require(
+        vit, path, "torchvision's VisionTransformer", **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True, in_channels=3
+    )
+    if vit.grid[0] != vit.grid[1]:
+        require(vit, path, "torchvision's VisionTransformer", image_size=None)
     head = TANH if vit.config["hidden_dim"] else LINEAR
     state, others = translate(vit.state_dict(), backwards([*TABLE, *head]))
     assert not others, others

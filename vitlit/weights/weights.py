@@ -44,6 +44,7 @@ class Weights:
         classes: class names in the order of the head's outputs; none where the file has none.
         preprocess: arguments of `vitlit.data.Preprocess`; none where it is not known.
         unused: tensors in the file that are no part of a ViT (mask token, decoder), by their names there.
+        told: arguments of the ViT that file or format tell although they could also be guessed from the tensors.
         count: how many tensors the file holds.
         origins: where what the tensors do not tell comes from, by setting: a file, or what is usual.
     """
@@ -55,17 +56,21 @@ class Weights:
     classes: list[str]
     preprocess: dict[str, Any]
     unused: list[str] = field(default_factory=list)
+    told: frozenset[str] = frozenset()
     count: int = 0
     origins: dict[str, str] = field(default_factory=dict)
 
 
-def architecture(state: Mapping[str, Tensor], path: Path, position: str = "learned") -> dict[str, Any]:
+def architecture(
+    state: Mapping[str, Tensor], path: Path, position: str = "learned", class_position: bool | None = None
+) -> dict[str, Any]:
     """The ViT's constructor arguments, as far as tensors under its parameter names tell them.
 
     Args:
         state: the tensors.
         path: their file.
         position: the kind of positions; the table of learned ones must be there.
+        class_position: whether the table covers the class token, where that is known; else what leaves a square.
 
     Raises:
         UserError: a tensor from which they follow is missing or of no shape that a ViT has.
@@ -123,9 +128,10 @@ def architecture(state: Mapping[str, Tensor], path: Path, position: str = "learn
         if across != width:
             raise UserError(f"{path}: pos_embed is {list(state['pos_embed'].shape)} in the file, its width not {width}")
         special = tokens["cls_token"] + tokens["dist_token"]
-        config["class_position"] = special > 0 and square(length - special) is not None
-        side = square(length - special) or square(length)
-        config["image_size"] = side * patch if side else None
+        if class_position is None:
+            class_position = special > 0 and (square(length - special) is not None or square(length) is None)
+        side = square(length - special if class_position else length)
+        config["class_position"], config["image_size"] = class_position, side * patch if side else None
     return config
 
 
