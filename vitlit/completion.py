@@ -106,7 +106,7 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         assert weights is not None  # only Finetune may leave it out
-        config = {**network(weights), "num_classes": 0, "hidden_dim": None, "image_size": size}
+        config = network(weights, num_classes=0, hidden_dim=None, image_size=size)
         model.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
     if vit.image_size not in (224, size):  # 224 is the constructor's default

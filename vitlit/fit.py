@@ -119,6 +119,8 @@ class CLI(LightningCLI):
             config.ckpt_path = str(locate(self.folder.path))
         self.classes = complete(config, starting_weights(config, fitting=self.subcommand == "fit"))
         self.resolved = self.plain(config)
+        if config.ckpt_path and "init_from" in config.model.init_args:
+            config.model.init_args.init_from = None  # it may be gone by now
         if not self.keeps:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
         self.complete_loggers(config)

@@ -137,7 +137,7 @@ class ViT(nn.Module):
         }
         check(self.config)
         self.patch_size, self.width = patch_size, width
-        self.pooling, self.position, self.resampling = pool, position, resampling
+        self.pooling, self.position = pool, position
         self.activation_checkpointing = activation_checkpointing
         self.classes: list[str] = []
         self.preprocess: Callable[..., Tensor] | None = None
@@ -175,14 +175,25 @@ class ViT(nn.Module):
             )
             for i in range(depth)
         )
-        norms = {place: nn.LayerNorm(width, eps=norm_eps) for place in (norm,) if final_norm}
-        self.norm = norms.get("tokens", nn.Identity())
+        final: nn.Module = nn.LayerNorm(width, eps=norm_eps) if final_norm else nn.Identity()
+        self.norm = final if norm == "tokens" else nn.Identity()
+        self.fc_norm = final if norm == "pooled" else nn.Identity()
         self.attn_pool = AttentionPool(width, heads, mlp_dim, mlp, norm_eps) if pool == "map" else None
-        self.fc_norm = norms.get("pooled", nn.Identity())
         init_weights(self)
         self.head: nn.Module
         self.head_dist: nn.Module | None
         self.set_head("pretrain" if num_classes and hidden_dim else "finetune", num_classes, hidden_dim)
+
+    @property
+    def resampling(self) -> Resampling:
+        """How a learned position table is brought to another grid; it may be set."""
+        convention: Resampling = self.config["resampling"]
+        return convention
+
+    @resampling.setter
+    def resampling(self, convention: Resampling) -> None:
+        self.config["resampling"] = convention
+        check(self.config)
 
     @classmethod
     def from_preset(
@@ -221,6 +232,8 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden_dim = (hidden_dim or self.width) if kind == "pretrain" and num_classes else None
         self.config.update(num_classes=num_classes, hidden_dim=hidden_dim)
+        if len(self.classes) != num_classes:
+            self.classes = []
 
         def head() -> nn.Module:
             if num_classes == 0:

@@ -23,7 +23,7 @@ class Finetune(Stage):
             given. The command line takes data.image_size.
         init_from: the weights to start from: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
             Where the resolution differs the position table is resampled; the head is new, and so are the final norm and
-            the attention pool where the weights have none in that place. It is read when training starts, never again.
+            the attention pool where the weights have none in that place. It is read when training starts.
         num_classes: the command line fills it from the data.
         freeze: train the head alone (linear probe).
         optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
@@ -48,8 +48,8 @@ class Finetune(Stage):
         if vit is None:
             if init_from is None:
                 raise UserError("finetuning needs model.init_from (a run folder or a file of weights) or model.vit")
-            config = {**network(read(init_from)), "num_classes": 0, "hidden_dim": None}
-            vit = ViT(**{**config, "image_size": image_size or config["image_size"]})
+            size = {} if image_size is None else {"image_size": image_size}
+            vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **size))
         elif image_size is not None:
             raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
         head = partial(Supervised, num_classes=num_classes, head="finetune")

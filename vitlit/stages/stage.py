@@ -21,6 +21,7 @@ from vitlit.model import ViT
 from vitlit.objectives import Objective
 from vitlit.optim import OptimizerFactory, Schedule, parameter_groups
 from vitlit.stages.record import check_class_paths, describe, path_of
+from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import open_checkpoint
 
 
@@ -208,6 +209,7 @@ class Stage(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        set_numerics(self.vit, checkpoint["vitlit"]["vit"])
         # Lightning counts a device's micro-batches, of which a step may have another number in a continued run.
         if self._trainer is None or not checkpoint["global_step"]:
             return

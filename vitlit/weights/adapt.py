@@ -1,6 +1,8 @@
 """What may differ between a file's network and the ViT, and how it is brought over."""
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from vitlit.weights.weights import Weights
 STEM = "patch_embed.proj.weight"
 
 
-def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT) -> dict[str, str]:
+def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collection[str]) -> dict[str, str]:
     """Bring tensors to the ViT's image size, channels and kind of positions, in place.
 
     Returns:
@@ -29,6 +31,8 @@ def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT) -> dict[str, str
         state[STEM] = other_channels(stem, channels)
         done[STEM] = f"{stem.shape[1]} to {channels} channels"
     kind = weights.config.get("position", "learned")
+    if "pos_embed" in skipped:
+        return done
     if kind != "learned":
         if vit.position == "learned" and kind.startswith("sincos2d"):
             table = sincos2d(vit.grid, vit.width, kind)
@@ -62,23 +66,19 @@ def positions(state: dict[str, Tensor], weights: Weights, vit: ViT, done: dict[s
     count = len(special) if weights.config.get("class_position", True) else 0
     if "class_position" not in weights.told and table.shape[1] == math.prod(vit.grid) + vit.positioned:
         count = vit.positioned  # laid out as the ViT's
-    if (
-        table.shape[2] != vit.width
-        or count + table.shape[1] == 0
-        or any(state[n].shape[2:] != table.shape[2:] for n in special)
-    ):
+    if table.shape[2] != vit.width or any(state[n].shape[2:] != table.shape[2:] for n in special):
         return  # of another width: refused with its shape
     source = grid_of(table.shape[1] - count, weights, vit)
-    if source != vit.grid:
-        table = resample(table, source, vit.grid, count, weights.config.get("resampling", vit.resampling))
-        done["pos_embed"] = "{} x {} to {} x {}".format(*source, *vit.grid)
     if vit.position != "learned":
-        fixed = sincos2d(vit.grid, vit.width, vit.position) if vit.pos_embed is not None else None
-        if fixed is None or (table[:, count:] - fixed).abs().max() > 1e-5:
+        fixed = sincos2d(source, vit.width, vit.position) if vit.pos_embed is not None else None
+        if fixed is None or not (table[:, count:] - fixed).abs().max() <= 1e-5:
             raise UserError(
                 f"{weights.path} does not fit the model: position is learned in the file and {vit.position} in it"
             )
         done["pos_embed"] = f"equal to {vit.position}"
+    elif source != vit.grid:
+        table = resample(table, source, vit.grid, count, weights.config.get("resampling", vit.resampling))
+        done["pos_embed"] = "{} x {} to {} x {}".format(*source, *vit.grid)
     if count and not vit.positioned:  # the same sum
         for i, name in enumerate(special):
             state[name] = state[name] + table[:, i : i + 1]
@@ -111,11 +111,11 @@ def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
     )
 
 
-def set_numerics(vit: ViT, weights: Weights) -> list[str]:
-    """Set what the weights were made with and no tensor shows: epsilon, GELU, resampling. Returns what changed."""
+def set_numerics(vit: ViT, config: dict[str, Any]) -> list[str]:
+    """Set what weights were made with and no tensor shows: epsilon, GELU, resampling. Returns what changed."""
     changed = []
     for name in ("norm_eps", "mlp", "resampling"):
-        value, own = weights.config.get(name, vit.config[name]), vit.config[name]
+        value, own = config.get(name, vit.config[name]), vit.config[name]
         if value == own:
             continue
         vit.config[name] = value
@@ -125,5 +125,4 @@ def set_numerics(vit: ViT, weights: Weights) -> list[str]:
                 module.eps = value
             elif name == "mlp" and isinstance(module, MLP) and module.activation != "swiglu":
                 module.activation = value
-    vit.resampling = vit.config["resampling"]
     return changed

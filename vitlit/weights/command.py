@@ -8,7 +8,7 @@ import torch
 
 from vitlit.errors import UserError
 from vitlit.model import SIZES, ViT
-from vitlit.weights.door import Format, differences, load, network, read, save_weights
+from vitlit.weights.door import Format, differences, empty, load, read, save_weights
 from vitlit.weights.files import locate
 from vitlit.weights.weights import Weights
 
@@ -65,8 +65,7 @@ def describe(weights: Weights) -> dict[str, str]:
     config, origins = weights.config, weights.origins
     complete = "heads" in config and config.get("image_size") is not None
     if complete or "pos_embed" not in weights.state:
-        with torch.device("meta"):
-            vit = ViT(**network(weights))
+        vit = empty(weights)
         problems = differences(vit.state_dict(), weights.state, weights, vit, set())
         if problems:
             raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")
@@ -114,14 +113,19 @@ def convert(source: str, out: Path, format: str) -> None:
         raise UserError(f"format {format!r} is none of {' '.join(get_args(Format))}")
     if out.exists():
         raise UserError(f"{out} exists; give another name")
+    if format == "hf" and out.suffix:
+        raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source)
     written = save_weights(vit, out, format)  # type: ignore[arg-type]
     images = torch.randn(2, vit.config["in_channels"], *sides(vit), generator=torch.Generator().manual_seed(0))
+    again = load(written)
     with torch.inference_mode():
-        before, after = vit(images), load(written)(images)
+        before, after = vit(images), again(images)
     difference = (before - after).abs().max().item()
     what = "logits" if vit.config["num_classes"] else "features"
     if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
         shutil.rmtree(out) if out.is_dir() else out.unlink()
-        raise UserError(f"{what} read back from {out} differ by {difference:.1e}; it was removed")
+        lost = [f"{name} {value}" for name, value in vit.config.items() if again.config[name] != value]
+        why = f", since {format} does not keep {', '.join(lost)}" if lost else ""
+        raise UserError(f"{what} read back from {out} differ by {difference:.1e}{why}; it was removed")
     print(f"{locate(written)}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")

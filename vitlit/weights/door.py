@@ -79,7 +79,8 @@ def read(source: str | Path) -> Weights:
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
-    strange = next((n for n, t in contents.tensors.items() if not t.is_floating_point()), None)
+    used = [name for name in contents.tensors if name not in weights.unused]
+    strange = next((name for name in used if not contents.tensors[name].is_floating_point()), None)
     if strange is not None and weights.format != "vitlit":
         what = str(contents.tensors[strange].dtype).removeprefix("torch.")
         raise UserError(f"{path} holds {what} numbers in {strange}; a ViT has floating-point ones")
@@ -89,6 +90,8 @@ def read(source: str | Path) -> Weights:
         heads = HEADS.get(config["width"], 24 if config["width"] == 1536 and config.get("mlp") == "swiglu" else None)
         if heads is not None:
             config["heads"], weights.origins["heads"] = heads, USUAL
+    if config.get("position", "learned") == "learned" and "image_size" not in weights.told:
+        weights.origins["image_size"] = "a square grid, since the file does not tell"
     return weights
 
 
@@ -114,8 +117,9 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     if not vit.config["num_classes"]:
         globs.append("head*")
     skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}
-    state = {name: tensor for name, tensor in weights.state.items() if name not in skipped}
-    adapted = adapt(state, weights, vit)
+    state = dict(weights.state)
+    adapted = adapt(state, weights, vit, skipped)
+    state = {name: tensor for name, tensor in state.items() if name not in skipped}
     problems = differences(own, state, weights, vit, skipped)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -132,12 +136,12 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     fill_positions(vit)
     return LoadReport(
         matched=[name for name in state if name not in adapted],
-        resampled=list(adapted),
+        resampled=[name for name in adapted if name not in skipped],
         new=sorted(skipped & own.keys() - weights.state.keys()),
         skipped=sorted(skipped & weights.state.keys()),
         unexpected=weights.unused,
         format=weights.format,
-        settings=set_numerics(vit, weights),
+        settings=set_numerics(vit, weights.config),
         origins=weights.origins,
     )
 
@@ -156,9 +160,11 @@ def differences(
         f"{name} {list(own[name].shape)} is missing from the file" for name in own if name in wanted - state.keys()
     ]
     problems += [f"the model has no {name} {list(tensor.shape)}" for name, tensor in state.items() if name not in own]
-    heads = weights.config.get("heads", vit.config["heads"])
-    if not problems and heads != vit.config["heads"] and "heads" in weights.told:
-        problems.append(f"heads is {heads} in the file and {vit.config['heads']} in the model")
+    for name in ("heads", "pool"):
+        theirs, ours = weights.config.get(name), vit.config[name]
+        matters = name == "heads" or "head.weight" in state or "head.out.weight" in state  # a new head takes any pool
+        if not problems and matters and name in weights.told and theirs != ours:
+            problems.append(f"{name} is {theirs} in the file and {ours} in the model")
     return problems
 
 
@@ -175,8 +181,10 @@ def load(source: str | Path) -> ViT:
         UserError: there is no such run or file, it cannot be read, or it does not tell the whole architecture.
     """
     weights = read(source)
-    with torch.device("meta"):  # every value comes from the file
-        vit = ViT(**network(weights))
+    vit = empty(weights)
+    problems = differences(vit.state_dict(), weights.state, weights, vit, set())
+    if problems:
+        raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")
     vit.to_empty(device="cpu")
     load_weights(vit, weights)
     vit.classes = weights.classes
@@ -185,9 +193,19 @@ def load(source: str | Path) -> ViT:
     return vit.eval()
 
 
-def network(weights: Weights) -> dict[str, Any]:
-    """The arguments of a ViT for these weights; UserError where the file does not tell them all."""
-    config = dict(weights.config)
+def empty(weights: Weights) -> ViT:
+    """The ViT for these weights on the meta device, since every value comes from the file."""
+    config = network(weights)
+    try:
+        with torch.device("meta"):
+            return ViT(**config)
+    except TypeError as error:
+        raise UserError(f"{weights.path} is of no ViT that this version builds: {error}") from error
+
+
+def network(weights: Weights, **changes: Any) -> dict[str, Any]:
+    """The arguments of a ViT for these weights, some of them changed; UserError where not all of them are known."""
+    config = {**weights.config, **changes}
     if "heads" not in config:
         raise UserError(
             f"{weights.path} does not tell how many heads a ViT of width {config['width']} has; build it, and "

@@ -4,8 +4,9 @@ import re
 
 from torch import Tensor
 
+from vitlit.errors import UserError
 from vitlit.weights.files import Contents
-from vitlit.weights.timm import STEM, canonical, unprefixed
+from vitlit.weights.timm import STEM, canonical
 from vitlit.weights.weights import IMAGENET, Weights, architecture
 
 # What such a file holds beside the ViT.
@@ -14,6 +15,7 @@ UNUSED = re.compile(
 )
 NAMES = (
     (r"^register_tokens$", "reg_token"),
+    (r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma"),  # DeiT III
     (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # DINOv2's training keeps its blocks in chunks
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
@@ -21,10 +23,16 @@ NAMES = (
 
 
 def read(contents: Contents) -> Weights | None:
-    state = unprefixed(contents.tensors)
+    if contents.kind != "torch":
+        return None
+    tensors = contents.tensors
+    prefix = next((name.removesuffix(STEM) for name in tensors if name.endswith(STEM)), "")
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     kind = recognise(contents, state)
     if kind is None:
         return None
+    if len(state) < len(tensors):
+        raise UserError(f"{contents.path} holds two networks, one of them in {prefix.rstrip('.')}")
     unused = [name for name in state if UNUSED.fullmatch(name)]
     kept: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -33,12 +41,8 @@ def read(contents: Contents) -> Weights | None:
                 name = re.sub(pattern, ours, name)
             kept[name] = tensor
     kept = canonical(kept)
-    config = {
-        "mlp": "gelu",
-        **architecture(kept, contents.path, class_position=None if kind == "deit" else True),
-        "norm_eps": 1e-6,
-    }
-    if kind == "dinov2" and not config["registers"]:
+    config = architecture(kept, contents.path, class_position=None if kind == "deit" else True)
+    if kind == "dino" or (kind == "dinov2" and not config["registers"]):
         config["resampling"] = "offset"
     told = frozenset({"class_position"} if kind != "deit" else ())
     preprocess = {**IMAGENET, "crop_ratio": 0.875}
@@ -48,7 +52,7 @@ def read(contents: Contents) -> Weights | None:
 
 def recognise(contents: Contents, state: dict[str, Tensor]) -> str | None:
     """Which of the models a file of timm's names is, None for none."""
-    if STEM not in state or contents.kind != "torch":
+    if STEM not in state:
         return None
     if "register_tokens" in state or ("mask_token" in state and "decoder_embed.weight" not in state):
         return "dinov2"

@@ -52,7 +52,7 @@ def read(contents: Contents) -> Weights | None:
     prefix = next((p for p in PREFIXES if f"{p}embedding/kernel" in contents.tensors), None)
     if contents.kind != "npz" or prefix is None:
         return None
-    named = {n.removeprefix(prefix): t.float() for n, t in contents.tensors.items() if n.startswith(prefix)}
+    named = {n.removeprefix(prefix): t for n, t in contents.tensors.items() if n.startswith(prefix)}
     unused = [n for n in contents.tensors if not n.startswith(prefix)]
     unused += [prefix + n for n in named if UNUSED.fullmatch(n)]
     if prefix:
@@ -61,7 +61,7 @@ def read(contents: Contents) -> Weights | None:
             raise UserError(
                 f"{contents.path} holds {strange[0]} {list(contents.tensors[strange[0]].shape)} beside a ViT"
             )
-    named = unstacked({n: t for n, t in named.items() if not UNUSED.fullmatch(n)})
+    named = unstacked({n: t.float() for n, t in named.items() if not UNUSED.fullmatch(n) and t.is_floating_point()})
     big_vision = any("MultiHeadDotProductAttention_0/" in name and "encoderblock" in name for name in named)
     dotted = {re.sub("(kernel|scale)$", "weight", name).replace("/", "."): t for name, t in named.items()}
     state, others = translate(dotted, table(big_vision, "pre_logits.weight" in dotted))
@@ -140,13 +140,12 @@ def write(vit: ViT, path: Path) -> dict[str, np.ndarray]:
     """
     config = vit.config
     wanted = {"layer_scale": None, "qk_norm": False, "registers": 0, "distilled": False, "final_norm": True}
-    require(vit, path, "Google's ViT", **wanted, norm="tokens", qkv_bias=True, position=("learned", "sincos2d"))
+    require(vit, path, "Google's ViT", **wanted, norm="tokens", qkv_bias=True, norm_eps=1e-6)
+    require(vit, path, "Google's ViT", position=("learned", "sincos2d"))
     require(vit, path, "Google's ViT (its GELU is the tanh approximation)", mlp="gelu_tanh")
-    if abs(config["norm_eps"] - 1e-6) > 1e-9:
-        require(vit, path, "Google's ViT", norm_eps=1e-6)
     require(vit, path, "Google's ViT", class_token=config["pool"] == "cls")
     if vit.grid[0] != vit.grid[1] and config["position"] == "learned":
-        require(vit, path, "Google's ViT", image_size=None)
+        raise UserError(f"{path} was not written: Google's ViT takes square images alone")
     big_vision = config["pool"] != "cls" or config["position"] != "learned" or not config["class_position"]
     state = split(split(vit.state_dict(), "attn.qkv", QKV), "kv", KV)
     names = [(ours, theirs) for theirs, ours in table(big_vision, bool(config["hidden_dim"]))]

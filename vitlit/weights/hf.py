@@ -73,6 +73,14 @@ TABLES: dict[str, Table] = {
     "dinov3_vit": DINOV3,
 }
 EPS = {"vit": 1e-12, "vit_mae": 1e-12, "deit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "dinov3_vit": 1e-5}
+# What config.json and tensors both tell: (theirs, ours).
+TOLD_TWICE = (
+    ("hidden_size", "width"),
+    ("num_hidden_layers", "depth"),
+    ("patch_size", "patch_size"),
+    ("num_channels", "in_channels"),
+    ("num_register_tokens", "registers"),
+)
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
@@ -110,7 +118,8 @@ def read(contents: Contents) -> Weights | None:
         config["heads"], origins["heads"] = 20, USUAL
     told_by_file = {"class_position"}
     if about:
-        more = told(about, config, path)
+        patches = state["pos_embed"].shape[1] - 1 - config["distilled"] if "pos_embed" in state else 0
+        more = told(about, config, patches, path)
         config |= more
         told_by_file |= more.keys()
         origins |= dict.fromkeys(("norm_eps", "heads"), CONFIG)
@@ -144,7 +153,7 @@ def undistilled(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def told(about: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
+def told(about: dict[str, Any], config: dict[str, Any], positions: int, path: Path) -> dict[str, Any]:
     """What config.json says and the tensors do not; UserError where it is nothing that the ViT has."""
     told: dict[str, Any] = {}
     if config["mlp"] != "swiglu":
@@ -161,18 +170,20 @@ def told(about: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str,
     for theirs, ours, kind in (
         ("layer_norm_eps", "norm_eps", float),
         ("num_attention_heads", "heads", int),
-        ("num_hidden_layers", "depth", int),
     ):
         if theirs in about:
             told[ours] = kind(about[theirs])
-    registers = about.get("num_register_tokens", config["registers"])
-    if registers != config["registers"]:
-        raise UserError(
-            f"{path}: embeddings.register_tokens has {config['registers']} tokens, {CONFIG} says {registers}"
-        )
+    for theirs, ours in TOLD_TWICE:
+        if theirs in about and about[theirs] != config[ours]:
+            raise UserError(f"{path} has {ours} {config[ours]}, but {CONFIG} beside it has {theirs} {about[theirs]}")
     size = about.get("image_size")
     if isinstance(size, int | list | tuple):
         told["image_size"] = size if isinstance(size, int) else list(size)
+        height, breadth = (side // config["patch_size"] for side in ([size, size] if isinstance(size, int) else size))
+        if config["position"] == "learned" and positions != height * breadth:
+            raise UserError(
+                f"{path} has {positions} positions of patches, but {CONFIG} beside it has image_size {size}"
+            )
     return told
 
 
@@ -184,13 +195,19 @@ def preprocessing(about: dict[str, Any], kind: str) -> tuple[dict[str, Any], str
     if "image_mean" not in about:
         return known, f"transformers' defaults for {kind}"
     known |= {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
-    known["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(about.get("resample", 2), "bicubic")
-    known["crop_ratio"] = 1.0
+    for name, wanted in (("do_rescale", True), ("do_normalize", True), ("rescale_factor", 1 / 255)):
+        if abs(about.get(name, wanted) - wanted) > 1e-6:
+            raise UserError(f"{PREPROCESSOR} has {name} {about[name]}; vitlit scales by 1 / 255 and normalises")
+    resample = about.get("resample", {"bilinear": 2, "bicubic": 3}[str(known["interpolation"])])
+    if resample not in (2, 3):
+        raise UserError(f"{PREPROCESSOR} has resample {resample}; vitlit has 2 (bilinear) and 3 (bicubic)")
+    known |= {"interpolation": "bilinear" if resample == 2 else "bicubic", "crop_ratio": 1.0}
     crop, size = about.get("crop_size"), about.get("size")
     if about.get("do_center_crop") and crop and size:
         sides = [x if isinstance(x, int) else x.get("shortest_edge") or x.get("height") for x in (crop, size)]
         known["crop_ratio"] = min(1.0, sides[0] / sides[1])
-    return known, PREPROCESSOR
+        return known, PREPROCESSOR
+    return known, f"{PREPROCESSOR}, but vitlit keeps the aspect"
 
 
 def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,7 +220,6 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     common = {"pool": "cls", "qk_norm": False, "final_norm": True, "norm": "tokens", "hidden_dim": None}
     head = bool(config["num_classes"])
     whose = "transformers' {}".format
-    eps = {"norm_eps": config["norm_eps"]}
     about: dict[str, Any] = {
         "hidden_size": config["width"],
         "num_hidden_layers": config["depth"],
@@ -212,7 +228,7 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "image_size": config["image_size"],
         "patch_size": config["patch_size"],
         "num_channels": config["in_channels"],
-        "layer_norm_eps": eps["norm_eps"],
+        "layer_norm_eps": config["norm_eps"],
         "qkv_bias": config["qkv_bias"],
         "hidden_act": "gelu_pytorch_tanh" if config["mlp"] == "gelu_tanh" else "gelu",
         "torch_dtype": "float32",
@@ -238,8 +254,9 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         table |= dict(backwards(GATED_DINOV2))
     if kind == "deit":
         table["head"] = "cls_classifier"
-    state, others = translate(state, list(table.items()))
-    assert not others, others
+    translated, others = translate(state, list(table.items()))
+    assert all(name == "embeddings.mask_token" for name in others), others
+    state = translated | {name: state[name] for name in others}
     if head:
         state = {n if "classifier" in n else f"{kind}.{n}": tensor for n, tensor in state.items()}
         labels = vit.classes or [f"LABEL_{i}" for i in range(config["num_classes"])]
@@ -259,6 +276,7 @@ def dinov2(vit: ViT, state: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
         raise UserError(f"{path} was not written: transformers' DINOv2 has no mlp_dim {mlp_dim} at width {width}")
     if not vit.positioned:
         state["pos_embed"] = torch.cat([state["pos_embed"].new_zeros(1, 1, width), state["pos_embed"]], dim=1)
+    state["embeddings.mask_token"] = torch.zeros(1, width)  # which transformers has always
     if vit.config["layer_scale"] is None:
         ones = torch.ones(width)
         state |= {f"blocks.{i}.ls{j}.gamma": ones.clone() for i in range(vit.config["depth"]) for j in (1, 2)}
@@ -282,6 +300,8 @@ def dinov3(vit: ViT, state: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
     else:
         state = {name.replace(".mlp.fc1.", ".mlp.up."): tensor for name, tensor in state.items()}
     bias = vit.config["qkv_bias"]
+    state["embeddings.mask_token"] = torch.zeros(1, 1, vit.width)
+    state.setdefault("reg_token", torch.zeros(1, 0, vit.width))
     more = {"query_bias": bias, "key_bias": False, "value_bias": bias, "use_gated_mlp": gated}
     more |= {"num_register_tokens": vit.config["registers"], "rope_theta": 100.0}
     return state, more | ({"hidden_act": "silu"} if gated else {})

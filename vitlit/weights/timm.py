@@ -1,18 +1,19 @@
 """timm's `vision_transformer` and `deit` models: their names are the ViT's own."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, Contents
 from vitlit.weights.weights import HALF, IMAGENET, Weights, architecture, require, square
 
 STEM = "patch_embed.proj.weight"
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 # The models that timm builds with act_layer gelu_tanh.
 TANH = (
     "base_patch32_siglip",
@@ -21,22 +22,32 @@ TANH = (
     "large_patch16_siglip_gap_512",
     "so400m_patch16_siglip",
 )
+# Networks under the same names that compute something else.
+OTHERS = ("_rope", "_rpn", "quickgelu", "qwen", "eva")
+# Arguments of timm's models that change nothing, or nothing that the tensors do not show.
+SHOWN = (
+    *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "qk_norm"),
+    *("init_values", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "final_norm", "global_pool"),
+    *("dynamic_img_size", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+)
 
 
 def read(contents: Contents) -> Weights | None:
-    state = unprefixed(contents.tensors)
+    state = unprefixed(contents)
     if STEM not in state:
         return None
     state = canonical(state)
     config, about = architecture(state, contents.path), contents.beside(CONFIG)
-    config |= told(about)
-    origins = dict.fromkeys(told(about), CONFIG)
+    known = told(about, contents)
+    config |= known
+    origins = {"mlp": "timm's default, since the file does not tell"} | dict.fromkeys(known, CONFIG)
     cfg = about.get("pretrained_cfg")
     if isinstance(cfg, dict) and "mean" in cfg:
         preprocess: dict[str, Any] = {name: tuple(cfg[name]) for name in ("mean", "std")}
         preprocess["interpolation"] = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
         preprocess["crop_ratio"] = float(cfg.get("crop_pct", 0.875))
-        origins["preprocess"] = CONFIG
+        squeezed = ", but vitlit keeps the aspect" if cfg.get("crop_mode") == "squash" else ""
+        origins["preprocess"] = CONFIG + squeezed
     else:
         imagenet = config["distilled"] or config["layer_scale"] is not None
         preprocess = {**(IMAGENET if imagenet else HALF), "crop_ratio": 0.9}
@@ -45,31 +56,56 @@ def read(contents: Contents) -> Weights | None:
         )
     names = about.get("label_names")
     classes = [str(name) for name in names] if isinstance(names, list) and len(names) == config["num_classes"] else []
-    return Weights(contents.path, "timm", state, config, classes, preprocess, origins=origins)
+    return Weights(contents.path, "timm", state, config, classes, preprocess, origins=origins, told=frozenset(known))
 
 
-def told(about: dict[str, Any]) -> dict[str, Any]:
-    """What timm's config.json tells and no tensor: the pooling, and the tanh GELU of some models."""
-    told = {}
-    if about.get("global_pool") in POOLS:
-        told["pool"] = POOLS[about["global_pool"]]
-    if any(f"vit_{known}" in str(about.get("architecture")) for known in TANH):
-        told["mlp"] = "gelu_tanh"
+def told(about: dict[str, Any], contents: Contents) -> dict[str, Any]:
+    """What timm's config.json tells and no tensor: pooling, heads, the kind of GELU, the image size.
+
+    Raises:
+        UserError: it tells of another network.
+    """
+    name, more = str(about.get("architecture", "")), about.get("model_args") or {}
+    if not name:
+        return {}
+    where = contents.path.parent / CONFIG
+    if any(other in name for other in OTHERS):
+        raise UserError(f"{where} is of timm's {name}, which is no plain ViT of the kinds that vitlit has")
+    strange = [key for key in more if key not in (*SHOWN, "num_heads", "act_layer")]
+    if strange:
+        raise UserError(f"{where} has the model argument {strange[0]}, which vitlit does not know")
+    told: dict[str, Any] = {"mlp": "gelu_tanh"} if any(f"vit_{known}" in name for known in TANH) else {}
+    pool = more.get("global_pool", about.get("global_pool", ""))
+    if pool:
+        told["pool"] = POOLS.get(pool)
+    if "act_layer" in more:
+        told["mlp"] = ACTIVATIONS.get(more["act_layer"])
+    if None in told.values():
+        raise UserError(f"{where} has global_pool {pool} and act_layer {more.get('act_layer')}; vitlit has not both")
+    if "num_heads" in more or name.startswith("vit_base_patch16_gap"):
+        told["heads"] = int(more.get("num_heads", 16))
+    size = more.get("img_size")
+    if size is not None:
+        told["image_size"] = size if isinstance(size, int) else list(size)
     return told
 
 
-def unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DDP, torch.compile or a model around the ViT put before them."""
-    for name in tensors:
-        if name.endswith(f".{STEM}"):
-            prefix = name.removesuffix(STEM)
-            return {n.removeprefix(prefix): t for n, t in tensors.items()}
-    return tensors
+def unprefixed(contents: Contents) -> dict[str, Tensor]:
+    """Names without what DDP, torch.compile or a model around the ViT put before them.
+
+    Raises:
+        UserError: something has not that prefix, and so is no part of the ViT.
+    """
+    tensors = contents.tensors
+    prefix = next((name.removesuffix(STEM) for name in tensors if name.endswith(STEM)), "")
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            raise UserError(f"{contents.path} holds {name} {list(tensor.shape)} beside the ViT in {prefix.rstrip('.')}")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names that a few models of the family write otherwise; a table that covers registers, folded into them."""
-    state = {re.sub(r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma", name): tensor for name, tensor in state.items()}
+    """A table that covers the registers, too, folded into them."""
     if {"pos_embed", "reg_token"} <= state.keys() and state["pos_embed"].ndim == state["reg_token"].ndim == 3:
         table, registers = state["pos_embed"], state["reg_token"].shape[1]
         special = sum(name in state for name in ("cls_token", "dist_token"))
@@ -91,8 +127,9 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
         special = vit.prefix - vit.config["registers"]
+        special = 0 if vit.config["registers"] else special  # timm's table covers all of the prefix or nothing
         state["pos_embed"] = torch.cat([vit.pos_embed.new_zeros(1, special, vit.width), vit.pos_embed], dim=1)
-    if vit.config["registers"] and vit.positioned:  # timm's table covers all of the prefix or nothing
+    if vit.config["registers"] and vit.positioned:  # likewise
         table = state["pos_embed"]
         state["pos_embed"] = table[:, vit.positioned :]
         for i, name in enumerate(name for name in ("cls_token", "dist_token") if name in state):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
 from vitlit.weights.names import Table, backwards, translate
@@ -54,7 +55,7 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
         vit, path, "torchvision's VisionTransformer", **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True, in_channels=3
     )
     if vit.grid[0] != vit.grid[1]:
-        require(vit, path, "torchvision's VisionTransformer", image_size=None)
+        raise UserError(f"{path} was not written: torchvision's VisionTransformer takes square images alone")
     head = TANH if vit.config["hidden_dim"] else LINEAR
     state, others = translate(vit.state_dict(), backwards([*TABLE, *head]))
     assert not others, others
