@@ -1,5 +1,6 @@
 """`vitlit weights`, and what foreign weights bring to a run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,105 @@ def test_grey_images_for_one_channel(vitlit: Command, few: Path, file: Path, tmp
     assert vit(vit.preprocess(photo)).shape == (1, 4)
     wrong = ["--model.vit.in_channels", "4", "--run.name", "four"]
     refused(vitlit("fit", *SMALL, "--data.root", few, *wrong), "in_channels is 4", "3 channels, or 1 (grey)")
+
+
+def test_one_flag_of_the_network_goes_beside_the_weights(vitlit: Command, few: Path, file: Path) -> None:
+    fit = ["fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), file]
+    done(vitlit(*fit, "--model.vit.drop_path", 0.1))
+    vit = package.load(file.parent / "runs" / "finetune")
+    assert (vit.config["drop_path"], vit.config["width"], vit.config["depth"]) == (0.1, 192, 2)
+
+
+def test_a_run_continues_after_the_file_it_began_from_is_gone(vitlit: Command, few: Path, tmp_path: Path) -> None:
+    vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40, mlp="gelu_tanh")
+    package.save_weights(vit, tmp_path / "google.npz", "google")
+    fit = ["fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), "google.npz"]
+    # The heads are the file's own, whatever the width.
+    out = done(vitlit(*fit))
+    assert "weights of google.npz: google; " in out
+    (tmp_path / "google.npz").unlink()
+    out = done(vitlit(*fit, "--trainer.max_steps", 4))
+    assert "continuing runs/finetune" in out
+    assert "weights of" not in out
+    assert package.load(tmp_path / "runs" / "finetune").config["mlp"] == "gelu_tanh"
+
+
+@pytest.mark.parametrize("out", ["file/a.safetensors", "file/a.npz", "file/folder"])
+def test_an_output_that_cannot_be_written_is_one_line(vitlit: Command, tmp_path: Path, out: str) -> None:
+    vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40, mlp="gelu_tanh")
+    package.save_weights(vit, tmp_path / "a.ckpt")
+    (tmp_path / "file").write_text("")
+    format = {"a.safetensors": "vitlit", "a.npz": "google", "folder": "hf"}[Path(out).name]
+    refused(vitlit("weights", "convert", "a.ckpt", out, "--format", format), out, "cannot be written")
+
+
+def test_what_a_timm_file_does_not_keep_is_named(vitlit: Command, tmp_path: Path) -> None:
+    vit = stranger_like(norm_eps=0.1)
+    package.save_weights(vit, tmp_path / "a.ckpt")
+    refused(vitlit("weights", "convert", "a.ckpt", "b.pth", "--format", "timm"), "timm does not keep norm_eps 0.1")
+    assert not (tmp_path / "b.pth").exists()
+
+
+def stranger_like(**options: Any) -> ViT:
+    """A ViT of the stranger's weights."""
+    vit = ViT(image_size=32, patch_size=8, width=192, depth=2, heads=3, mlp_dim=768, num_classes=3, **options).eval()
+    vit.load_state_dict(stranger().state_dict())
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"architecture": "vit_small_patch16_rope_ape_224"}, "vit_small_patch16_rope_ape_224, which is no plain ViT"),
+        ({"architecture": "vit_base_patch16_224", "model_args": {"block_fn": "x"}}, "model argument block_fn"),
+        ({"architecture": "vit_base_patch16_224", "global_pool": "max"}, "global_pool max"),
+    ],
+)
+def test_another_network_of_timms_is_refused(vitlit: Command, file: Path, about: dict[str, Any], words: str) -> None:
+    (file.parent / "config.json").write_text(json.dumps(about))
+    refused(vitlit("weights", "show", file), words)
+
+
+def test_timms_config_tells_what_no_tensor_does(file: Path) -> None:
+    args: dict[str, Any] = {"num_heads": 6, "act_layer": "gelu_tanh"}
+    about = {"architecture": "vit_tiny_patch16_224", "model_args": args, "label_names": ["a", "b", "c"]}
+    (file.parent / "config.json").write_text(json.dumps(about))
+    save_file(stranger(**args).state_dict(), file)
+    vit, images = package.load(file), torch.randn(2, 3, 32, 32)
+    assert (vit(images) - stranger(**args)(images)).abs().max() < 1e-5
+    assert vit.classes == ["a", "b", "c"]
+
+
+def test_two_networks_in_a_file_are_refused(vitlit: Command, file: Path) -> None:
+    state = stranger().state_dict()
+    save_file({**state, **{f"ema.{name}": tensor + 1 for name, tensor in state.items()}}, file)
+    result = vitlit("weights", "show", file)
+    assert result.code == 2
+    assert "ema" in result.err
+
+
+def test_a_config_of_another_model_is_refused(vitlit: Command, tmp_path: Path) -> None:
+    package.save_weights(stranger_like(norm_eps=1e-12), tmp_path / "model", "hf")
+    path = tmp_path / "model" / "config.json"
+    about = json.loads(path.read_text())
+    for changes, words in (
+        ({"hidden_size": 384}, "width 192, but config.json beside it has hidden_size 384"),
+        ({"image_size": 320000}, "16 positions of patches, but config.json beside it has image_size 320000"),
+    ):
+        path.write_text(json.dumps({**about, **changes}))
+        refused(vitlit("weights", "convert", "model", "out", "--format", "hf"), words)
+    path.write_text(json.dumps(about))
+    (tmp_path / "model" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5], "image_std": [0.5], "resample": 1}'
+    )
+    refused(vitlit("weights", "show", "model"), "resample 1")
+
+
+def test_a_linear_probe_trains_the_head_alone(vitlit: Command, few: Path, file: Path) -> None:
+    done(vitlit("fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), file, "--model.freeze", "true"))
+    probe, before = package.load(file.parent / "runs" / "finetune"), package.load(file)
+    changed = [n for n, tensor in probe.state_dict().items() if n not in before.state_dict() or "head" in n]
+    assert changed == ["head.weight", "head.bias"]
+    assert probe.get_parameter("head.weight").any()
+    for name, tensor in before.state_dict().items():
+        assert "head" in name or torch.equal(probe.state_dict()[name], tensor)

@@ -1,5 +1,8 @@
 """Decoding, crops, folders and batches against Pillow, torchvision and what a user does."""
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,7 +175,7 @@ def test_an_unreadable_image_is_named_through_a_loaders_worker(few: Path, tmp_pa
 
 def torchvisions(image: Tensor, size: int, ratio: float, interpolation: Interpolation) -> Tensor:
     """Resize and CenterCrop as torchvision's evaluation presets chain them."""
-    resize = v2.Resize(round(size / ratio), InterpolationMode(interpolation), antialias=True)
+    resize = v2.Resize(int(size / ratio), InterpolationMode(interpolation), antialias=True)
     cropped: Tensor = v2.Compose([resize, v2.CenterCrop(size)])(image)
     return cropped
 
@@ -188,7 +191,7 @@ def test_the_evaluation_crop_is_torchvisions_and_pillows_within_one_level(
         crop = preprocess.crop(image)
         assert torch.equal(crop, torchvisions(image, size, ratio, interpolation))
 
-        short = round(size / ratio)
+        short = int(size / ratio)
         width, height = (int(short * side / min(photo.size)) for side in photo.size)
         resized = photo.resize((width, height), getattr(Image.Resampling, interpolation.upper()))
         left, top = round((width - size) / 2), round((height - size) / 2)
@@ -550,3 +553,21 @@ def test_other_classes_than_the_weights_are_refused_with_both_lists(few: Path) -
     data.classes = ["cat", "dog"]
     with pytest.raises(UserError, match=r"has the classes 0, 1, 2, 3 \(4\), the weights cat, dog \(2\)"):
         data.scan()
+
+
+def test_an_error_beside_data_workers_ends_the_process(few: Path) -> None:
+    """They ignore SIGTERM, with which Python would end them before it waits for them."""
+    script = f"""
+        from lightning.pytorch import LightningModule, Trainer
+        from vitlit.data import ImageFolderData
+
+        class Failing(LightningModule):
+            def validation_step(self, batch, batch_idx):
+                raise ValueError("on purpose")
+
+        data = ImageFolderData({str(few)!r}, image_size=8, batch_size=4, num_workers=1)
+        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(Failing(), data)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ValueError: on purpose")

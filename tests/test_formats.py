@@ -414,7 +414,6 @@ def test_the_written_preprocessor_makes_the_same_input(interpolation: Any, tmp_p
         ("DINOv3ViT", "DINOv3ViTModel", {"use_gated_mlp": True}, r"hidden_act gelu in a gated MLP"),
         ("DINOv3ViT", "DINOv3ViTModel", {"rope_theta": 10.0}, r"rope_theta 10"),
         ("DINOv3ViT", "DINOv3ViTModel", {"mlp_bias": False}, r"mlp\.fc1\.bias"),
-        ("Dinov2", "Dinov2ForImageClassification", {}, r"head\.weight is \[10, 384\]"),
     ],
 )
 def test_what_a_vit_is_not_is_refused(

@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitlit.errors import UserError
     from vitlit.model import ViT
     from vitlit.weights import LoadReport, load, load_weights, save_weights
 
 __version__ = "0.1.0"
-__all__ = ["LoadReport", "ViT", "load", "load_weights", "save_weights"]
+__all__ = ["LoadReport", "UserError", "ViT", "load", "load_weights", "save_weights"]
 
 _HOMES = {
     "ViT": "vitlit.model",
@@ -19,6 +20,7 @@ _HOMES = {
     "load": "vitlit.weights",
     "load_weights": "vitlit.weights",
     "save_weights": "vitlit.weights",
+    "UserError": "vitlit.errors",
 }
 
 

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from vitlit.data.folder import find_classes
 from vitlit.data.module import parse_share
 from vitlit.errors import UserError
-from vitlit.model import ViT
+from vitlit.model import Size, ViT
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -91,8 +91,8 @@ def complete_preprocess(data: Namespace, weights: Weights | None, channels: int,
         data[name] = made_with if given is None else given
 
 
-# What no tensor shows: taken from the weights where a config leaves it at its default.
-NUMERICS = ("norm_eps", "mlp", "resampling")
+# What a config leaves at its default comes from the weights, but for what the data says.
+SIZE = ("image_size", "num_classes", "hidden_dim")
 DEFAULTS = {name: parameter.default for name, parameter in signature(ViT).parameters.items()}
 # What a config may give otherwise than the weights had it, and what a new run may besides.
 FREE = {"num_classes", "hidden_dim", "dropout", "attention_dropout", "drop_path", "activation_checkpointing"}
@@ -114,10 +114,11 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
     if vit.get("num_classes"):
         raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
     vit.image_size = size
-    for name in NUMERICS:
-        if weights is not None and vit.get(name) in (None, DEFAULTS[name]) and name in weights.config:
-            vit[name] = weights.config[name]
-    build = ViT.from_preset if model.vit.class_path.endswith("from_preset") else ViT
+    preset = model.vit.class_path.endswith("from_preset")
+    for name, value in weights.config.items() if weights is not None and new else ():
+        if name not in SIZE and not (preset and name in Size._fields) and vit.get(name) in (None, DEFAULTS[name]):
+            vit[name] = value
+    build = ViT.from_preset if preset else ViT
     with torch.device("meta"):
         own = build(**vit.as_dict()).config
     if weights is None:

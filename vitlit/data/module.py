@@ -1,8 +1,10 @@
 """ImageNet-style folders as a LightningDataModule."""
 
+import multiprocessing
 import os
 import signal
 import warnings
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,8 @@ class ImageFolderData(LightningDataModule):
             affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
             cores = len(affinity(0)) if affinity else os.cpu_count() or 1
             workers = max(1, cores // max(1, self.trainer.num_devices))
+        if workers:
+            Finalize(None, end_workers, exitpriority=10)
         gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
@@ -272,6 +276,14 @@ def leave_signals(worker: int) -> None:
     """Let the main process alone act on signals: one to the process group must not end its data workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill data workers before Python's own exit, which would wait for ever for children that ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def brief(names: list[str]) -> str:

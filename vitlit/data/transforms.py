@@ -1,5 +1,6 @@
 """What happens between the decoder and the model, on uint8 tensors."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Preprocess:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        if min(self.std, default=0) <= 0:
+            raise UserError(f"std {self.std} must be above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
 
@@ -50,7 +53,8 @@ class Preprocess:
 
         The image is resized, its aspect kept, until it just covers image_size / crop_ratio.
         """
-        height, width = (round(side / self.crop_ratio) for side in self.image_size)
+        # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
+        height, width = (math.floor(side / self.crop_ratio + 1e-6) for side in self.image_size)
         rows, columns = image.shape[-2:]
         if rows * width <= columns * height:  # rows bind; torchvision's Resize rounds the other side down, too
             size = [height, max(self.image_size[1], int(height * columns / rows))]

@@ -80,6 +80,8 @@ def check(config: dict[str, Any]) -> None:
     for name, choices in CHOICES.items():
         if config[name] not in choices:
             raise UserError(f"{name} {config[name]!r} is none of {' '.join(choices)}")
+    if config["norm_eps"] <= 0:
+        raise UserError(f"norm_eps {config['norm_eps']} is not above 0")
     if config["registers"] < 0:
         raise UserError(f"registers {config['registers']} is less than 0")
     size = config["image_size"]

@@ -230,6 +230,8 @@ class ViT(nn.Module):
         """
         if kind not in ("pretrain", "finetune"):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
+        if num_classes < 0:
+            raise UserError(f"num_classes {num_classes} is less than 0")
         hidden_dim = (hidden_dim or self.width) if kind == "pretrain" and num_classes else None
         self.config.update(num_classes=num_classes, hidden_dim=hidden_dim)
         if len(self.classes) != num_classes:
@@ -249,7 +251,10 @@ class ViT(nn.Module):
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image, in patches; UserError where the patch size does not divide it."""
         if height % self.patch_size or width % self.patch_size:
-            raise UserError(f"patch size {self.patch_size} does not divide the image size {height} x {width}")
+            near = " x ".join(str(max(1, round(side / self.patch_size)) * self.patch_size) for side in (height, width))
+            raise UserError(
+                f"patch size {self.patch_size} does not divide the image size {height} x {width}; {near} would do"
+            )
         return height // self.patch_size, width // self.patch_size
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # of the largest output
 
 def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
     name, *rest = arguments

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -123,7 +124,10 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     problems = differences(own, state, weights, vit, skipped)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        hint = "; skip=['head*'] leaves the head alone" if all("head" in problem for problem in problems) else ""
+        head = all(
+            problem.removeprefix("the model has no ").startswith(("head.", "head_dist.")) for problem in problems
+        )
+        hint = "; skip=['head*'] leaves the head alone" if head else ""
         raise UserError(f"{weights.path} does not fit the model: {problems[0]}{more}{hint}")
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -224,10 +228,14 @@ def network(weights: Weights, **changes: Any) -> dict[str, Any]:
 
 def preprocess(weights: Weights) -> dict[str, Any]:
     """The arguments of `Preprocess` for these weights at their own resolution, empty where nothing is known."""
-    if not weights.preprocess or len(weights.preprocess.get("mean", ())) != weights.config.get("in_channels", 3):
+    channels, known = weights.config.get("in_channels", 3), dict(weights.preprocess)
+    for name in ("mean", "std"):
+        if channels == 1 and len(known.get(name, ())) > 1:
+            known[name] = [sum(known[name]) / len(known[name])]
+    if len(known.get("mean", ())) != channels:
         return {}
     size = network(weights)["image_size"]
-    known = {"image_size": [size, size] if isinstance(size, int) else size, **weights.preprocess}
+    known["image_size"] = known.get("image_size") or ([size, size] if isinstance(size, int) else size)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
@@ -250,12 +258,12 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
     if format == "hf":
         state, about = hf.write(vit, path)
         folder = hf.folder(path)
-        folder.mkdir(parents=True, exist_ok=True)
         path = path if path.suffix == ".safetensors" else path / "model.safetensors"
         write_tensors(state, path, {"format": "pt"})
-        hf.save_json(folder / CONFIG, about)
+        replace(folder / CONFIG, lambda part: hf.save_json(part, about))
         if isinstance(vit.preprocess, Preprocess):
-            hf.save_json(folder / PREPROCESSOR, hf.processor(vit.preprocess))
+            known = hf.processor(vit.preprocess)
+            replace(folder / PREPROCESSOR, lambda part: hf.save_json(part, known))
         return path
     endings = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}.get(format, (".safetensors", ".pth", ".pt"))
     if path.suffix not in endings:
@@ -292,10 +300,13 @@ def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]
 
 def replace(path: Path, write: Any) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.parent.is_dir():
+            part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from vitlit.errors import UserError
 
 # What may stand between a checkpoint's top and its state dict, the better choice first.
 WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")
+# Plain values that training scripts leave in checkpoints, beside what torch allows.
+RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
+RECORDS += [np.float64(0).__reduce__()[0]]  # numpy's scalar
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
@@ -57,7 +61,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    source = Path(source)
+    source = Path(source).expanduser()
     if source.is_file():
         return source
     names = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "model.safetensors", "model.safetensors.index.json")
@@ -69,7 +73,8 @@ def locate(source: str | Path) -> Path:
             f"{source} holds no checkpoints/best.ckpt and no model.safetensors; name the folder of a run, or a "
             "checkpoint file"
         )
-    raise UserError(f"{source} does not exist; name the folder of a run, or a checkpoint file")
+    hub = f"; for a model of the hub write hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) else ""
+    raise UserError(f"{source} does not exist; name the folder of a run, or a checkpoint file{hub}")
 
 
 def open_file(path: Path) -> Contents:
@@ -113,18 +118,22 @@ def damaged(path: Path, why: str) -> UserError:
 def open_torch(path: Path) -> Contents:
     """A file of torch.save, read with weights_only: no class in it is made but argparse.Namespace, a plain record."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(RECORDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it wants to run {wanted[1]}, and nothing in a file is run" if wanted else "torch.load refuses it"
+        why = "torch.load refuses it"
+        if wanted:
+            why = f"it wants to run {wanted[1]}, and nothing in a file is run; save its state dict alone"
         raise damaged(path, why) from error
     except Exception as error:  # a damaged pickle raises anything; nothing of vitlit's is in the try
         raise damaged(path, "torch.load refuses it") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} in place of named tensors")
     rest, wrapper = {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}, ""
-    for name in WRAPPERS:
+    found = any(isinstance(value, Tensor) for value in content.values())
+    for name in WRAPPERS if found else (*WRAPPERS, *rest):
         if isinstance(rest.get(name), dict):
             content, wrapper = rest[name], name
             break

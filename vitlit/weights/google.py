@@ -142,7 +142,11 @@ def write(vit: ViT, path: Path) -> dict[str, np.ndarray]:
     wanted = {"layer_scale": None, "qk_norm": False, "registers": 0, "distilled": False, "final_norm": True}
     require(vit, path, "Google's ViT", **wanted, norm="tokens", qkv_bias=True, norm_eps=1e-6)
     require(vit, path, "Google's ViT", position=("learned", "sincos2d"))
-    require(vit, path, "Google's ViT (its GELU is the tanh approximation)", mlp="gelu_tanh")
+    if config["mlp"] != "gelu_tanh":
+        raise UserError(
+            f"{path} was not written: Google's ViT computes gelu_tanh, and this one has mlp {config['mlp']}; its "
+            "readers would get other numbers. Train with --model.vit.mlp gelu_tanh, or write another format"
+        )
     require(vit, path, "Google's ViT", class_token=config["pool"] == "cls")
     if vit.grid[0] != vit.grid[1] and config["position"] == "learned":
         raise UserError(f"{path} was not written: Google's ViT takes square images alone")

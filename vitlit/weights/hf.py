@@ -1,6 +1,7 @@
 """transformers: ViT, DeiT, ViTMAE, DINOv2 (with registers) and DINOv3, as `save_pretrained` writes them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,26 @@ def read(contents: Contents) -> Weights | None:
     unused = [name for name in contents.tensors if name.removeprefix(prefix).startswith(beside)]
     named = {n: t for n, t in named.items() if not n.startswith(beside) and t.numel()}  # DINOv3 may have 0 registers
     state, others = translate(named, TABLES[kind])
+    beyond = ""
     state |= {name: named[name] for name in others}
     state = fuse(state, QKV, "attn.qkv", path, optional=["attn.k.bias"] if kind == "dinov3_vit" else [])
     if "blocks.0.mlp.gate.weight" in state:
         state = fuse(state, GATED, "mlp.fc1", path)
     state = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in state.items()}
+    classifier = state.get("head.weight")
+    if (
+        kind.startswith("dinov2")
+        and classifier is not None
+        and classifier.shape[-1] == 2 * state["norm.weight"].shape[0]
+    ):
+        unused += [name for name in contents.tensors if name.startswith("classifier.")]
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        beyond = "left out: it reads the class token and the patches' mean"
     if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
         state = undistilled(state)
     position = "rope" if kind == "dinov3_vit" else "learned"
     config = {"mlp": "gelu", **architecture(state, path, position, class_position=True), "norm_eps": EPS[kind]}
-    origins = {"norm_eps": f"transformers' defaults for {kind}"}
+    origins = {"norm_eps": f"transformers' defaults for {kind}"} | ({"head": beyond} if beyond else {})
     if kind == "dinov2":
         config["resampling"] = "offset"
     elif kind == "dinov3_vit" and config["width"] == 1280:
@@ -135,7 +146,7 @@ def read(contents: Contents) -> Weights | None:
 
 def recognise(named: dict[str, Tensor]) -> str:
     """The model type of a file without a config.json."""
-    if any(".q_proj." in name for name in named):
+    if "embeddings.patch_embeddings.weight" in named:
         return "dinov3_vit"
     if "encoder.layer.0.layer_scale1.lambda1" in named:
         return "dinov2_with_registers" if "embeddings.register_tokens" in named else "dinov2"
@@ -319,7 +330,7 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 def processor(preprocess: Preprocess) -> dict[str, Any]:
     """preprocessor_config.json for a preprocessing, as ViTImageProcessor reads it."""
     height, width = preprocess.image_size
-    short = round(min(height, width) / preprocess.crop_ratio)
+    short = math.floor(min(height, width) / preprocess.crop_ratio + 1e-6)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
