@@ -1,7 +1,8 @@
 """The door for weights: from files of any known format into a ViT, with a report, and out again."""
 
-from vitlit.weights.door import LoadReport, load, load_weights, network, preprocess, read, save_weights
+from vitlit.weights.door import LoadReport, load, load_weights, network, read
 from vitlit.weights.files import locate
+from vitlit.weights.save import save_weights
 from vitlit.weights.weights import Weights
 
 __all__ = [
@@ -11,7 +12,6 @@ __all__ = [
     "load_weights",
     "locate",
     "network",
-    "preprocess",
     "read",
     "save_weights",
 ]

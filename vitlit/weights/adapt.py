@@ -11,9 +11,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.block import MLP
 from vitlit.model.position import resample, sincos2d
-from vitlit.weights.weights import Weights
-
-STEM = "patch_embed.proj.weight"
+from vitlit.weights.weights import STEM, Weights
 
 
 def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collection[str]) -> dict[str, str]:

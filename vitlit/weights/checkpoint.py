@@ -54,17 +54,17 @@ def about(vit: ViT) -> dict[str, Any]:
     return {"vit": vit.config, "classes": vit.classes, "preprocess": known}
 
 
-def metadata(vit: ViT, state: dict[str, Tensor]) -> dict[str, str]:
+def metadata(vit: ViT) -> dict[str, str]:
     """The metadata of a safetensors file, with a checksum over it and the tensors."""
     text = json.dumps(about(vit))
-    return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, state))}
+    return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, vit.state_dict()))}
 
 
 def checksum(text: str, state: dict[str, Tensor]) -> int:
     """CRC-32 of a text and of tensors, names, types and shapes included."""
     crc = zlib.crc32(text.encode())
     for name in sorted(state):
-        tensor = state[name].contiguous()
+        tensor = state[name].detach().cpu().contiguous()
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return crc

@@ -8,8 +8,9 @@ import torch
 
 from vitlit.errors import UserError
 from vitlit.model import SIZES, ViT
-from vitlit.weights.door import Format, differences, empty, load, read, save_weights
+from vitlit.weights.door import differences, empty, load, read
 from vitlit.weights.files import locate
+from vitlit.weights.save import Format, save_weights
 from vitlit.weights.weights import Weights
 
 HELP = """\

@@ -1,14 +1,11 @@
-"""The one door for weights: any known file into a ViT, and a ViT into a file of any main format."""
+"""The one door for weights: any known file into a ViT."""
 
-import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitlit.data.transforms import Preprocess
@@ -17,11 +14,10 @@ from vitlit.model import SIZES, ViT
 from vitlit.model.init import fill_positions
 from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
-from vitlit.weights.files import CONFIG, PREPROCESSOR, locate, open_file
+from vitlit.weights.files import locate, open_file
 from vitlit.weights.weights import USUAL, Weights
 
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
-Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]
 
 # Heads of the widths that have a name, which no tensor tells: the presets, DINOv3's largest.
 HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}
@@ -237,76 +233,3 @@ def preprocess(weights: Weights) -> dict[str, Any]:
     size = network(weights)["image_size"]
     known["image_size"] = known.get("image_size") or ([size, size] if isinstance(size, int) else size)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-
-
-def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
-    """Write a ViT's weights for another tool, or for vitlit itself.
-
-    Args:
-        vit: the ViT, with `classes` and `preprocess` where they are known.
-        path: a .safetensors or .pth file (vitlit: .safetensors or .ckpt); .npz for google; for hf a folder, which
-            gets model.safetensors, config.json and preprocessor_config.json.
-        format: vitlit, timm, hf, torchvision or google.
-
-    Returns:
-        the file with the weights.
-
-    Raises:
-        UserError: the format has no such network, or the file's ending is not one of its.
-    """
-    path = Path(path)
-    if format == "hf":
-        state, about = hf.write(vit, path)
-        folder = hf.folder(path)
-        path = path if path.suffix == ".safetensors" else path / "model.safetensors"
-        write_tensors(state, path, {"format": "pt"})
-        replace(folder / CONFIG, lambda part: hf.save_json(part, about))
-        if isinstance(vit.preprocess, Preprocess):
-            known = hf.processor(vit.preprocess)
-            replace(folder / PREPROCESSOR, lambda part: hf.save_json(part, known))
-        return path
-    endings = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}.get(format, (".safetensors", ".pth", ".pt"))
-    if path.suffix not in endings:
-        raise UserError(f"{path} ends in none of {' '.join(endings)}, which the format {format} has")
-    if format == "google":
-        arrays = google.write(vit, path)
-        replace(path, lambda part: google.save(arrays, part))
-    elif format == "vitlit":
-        state = detached(vit.state_dict())
-        if path.suffix == ".ckpt":
-            content = {"vitlit": checkpoint.about(vit), "state_dict": {f"vit.{n}": t for n, t in state.items()}}
-            replace(path, lambda part: torch.save(content, part))
-        else:
-            write_tensors(state, path, checkpoint.metadata(vit, state))
-    elif format in ("timm", "torchvision"):
-        write_tensors({"timm": timm, "torchvision": torchvision}[format].write(vit, path), path, {"format": "pt"})
-    else:
-        raise UserError(f"format {format!r} is none of vitlit timm hf torchvision google")
-    return path
-
-
-def detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU that share no memory, as safetensors wants them."""
-    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-
-
-def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    state = detached(state)
-    if path.suffix == ".safetensors":
-        replace(path, lambda part: save_file(state, part, metadata))
-    else:
-        replace(path, lambda part: torch.save(state, part))
-
-
-def replace(path: Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
-    finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.weights.files import Contents
-from vitlit.weights.timm import STEM, canonical
-from vitlit.weights.weights import IMAGENET, Weights, architecture
+from vitlit.weights.timm import canonical
+from vitlit.weights.weights import IMAGENET, STEM, Weights, architecture
 
 # What such a file holds beside the ViT.
 UNUSED = re.compile(

@@ -21,26 +21,19 @@ def table(big_vision: bool, tanh_head: bool) -> Table:
     """(theirs, ours), their slashes as dots and their kernel and scale as weight."""
     block = "Transformer.encoderblock_{}."
     attention, norm2, mlp = (0, 1, 0) if big_vision else (1, 2, 3)
-    layers = ((f"MultiHeadDotProductAttention_{attention}", ("attn.q", "attn.k", "attn.v", "attn.proj")),)
+    parts = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "proj"))
     pool = "MAPHead_0."
     return [
         ("embedding", "patch_embed.proj"),
         ("cls", "cls_token"),
         ("pos_embedding" if big_vision else "Transformer.posembed_input.pos_embedding", "pos_embed"),
-        *(
-            (f"{block}{layer}.{theirs}", f"blocks.{{}}.{ours}")
-            for layer, names in layers
-            for theirs, ours in zip(("query", "key", "value", "out"), names, strict=True)
-        ),
+        *((f"{block}MultiHeadDotProductAttention_{attention}.{t}", f"blocks.{{}}.attn.{o}") for t, o in parts),
         (f"{block}LayerNorm_0", "blocks.{}.norm1"),
         (f"{block}LayerNorm_{norm2}", "blocks.{}.norm2"),
         *((f"{block}MlpBlock_{mlp}.Dense_{i}", f"blocks.{{}}.mlp.fc{i + 1}") for i in (0, 1)),
         ("Transformer.encoder_norm", "norm"),
         (f"{pool}probe", "attn_pool.latent"),
-        *(
-            (f"{pool}MultiHeadDotProductAttention_0.{theirs}", f"attn_pool.{ours}")
-            for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "proj"))
-        ),
+        *((f"{pool}MultiHeadDotProductAttention_0.{theirs}", f"attn_pool.{ours}") for theirs, ours in parts),
         (f"{pool}LayerNorm_0", "attn_pool.norm"),
         *((f"{pool}MlpBlock_0.Dense_{i}", f"attn_pool.mlp.fc{i + 1}") for i in (0, 1)),
         ("pre_logits", "head.pre_logits"),
@@ -119,9 +112,7 @@ def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def turned(name: str, tensor: Tensor) -> Tensor:
     """An array of JAX's in torch's order: (..., in, out) -> (out, in), heads and their channels as one."""
-    if tensor.ndim == 2 and name.endswith(
-        ("attn.q.bias", "attn.k.bias", "attn.v.bias", "pool.q.bias", "pool.k.bias", "pool.v.bias")
-    ):
+    if tensor.ndim == 2 and re.search(r"(attn|pool)\.[qkv]\.bias$", name):
         return tensor.flatten()
     if not name.endswith("weight"):
         return tensor

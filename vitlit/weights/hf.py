@@ -318,11 +318,6 @@ def dinov3(vit: ViT, state: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
     return state, more | ({"hidden_act": "silu"} if gated else {})
 
 
-def folder(path: Path) -> Path:
-    """Where config.json goes: into a folder that is to be written, or beside a .safetensors file."""
-    return path.parent if path.suffix == ".safetensors" else path
-
-
 def save_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 

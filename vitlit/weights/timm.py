@@ -9,9 +9,8 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, Contents
-from vitlit.weights.weights import HALF, IMAGENET, Weights, architecture, require, square
+from vitlit.weights.weights import HALF, IMAGENET, STEM, Weights, architecture, require, square
 
-STEM = "patch_embed.proj.weight"
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 # The models that timm builds with act_layer gelu_tanh.

@@ -15,6 +15,7 @@ from vitlit.model import ViT
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
 
+STEM = "patch_embed.proj.weight"  # by which a ViT of timm's names is known
 USUAL = "the usual of its width"  # where a setting comes from that no file tells
 
 # The ViT of 2010.11929, for `require`.
@@ -83,7 +84,7 @@ def architecture(
             raise UserError(f"{path} is no ViT: {name} has the shape {list(state[name].shape)}")
         return tuple(state[name].shape)
 
-    width, channels, patch, across = shape("patch_embed.proj.weight", 4)
+    width, channels, patch, across = shape(STEM, 4)
     if patch != across:
         raise UserError(f"{path} has patches of {patch} x {across} pixels; vitlit's are square")
     found = re.compile(r"blocks\.(\d+)\.")
