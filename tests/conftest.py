@@ -7,6 +7,7 @@ os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
         code = 1
         try:
             os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             # A test before may have asked for a GPU, which torch holds against forked children that never use one.
             setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # noqa: B010
             for number, file in enumerate(files, start=1):
