@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
+from torch import nn
 
 torch.set_num_threads(1)
 
@@ -30,6 +31,17 @@ SMALL = (
     *["--model.schedule.warmup", "2", "--data.batch_size", "16", "--data.num_workers", "0", "--data.image_size", "16"],
     *["--trainer.logger", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"],
 )
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def randomized(module: Module, scale: float = 0.1) -> Module:
+    """Move every parameter, zeros and ones included, so that none can be missed unseen."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module.eval()
 
 
 class Result(NamedTuple):

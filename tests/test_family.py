@@ -5,11 +5,12 @@ import math
 import random
 from collections import defaultdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomized
 from test_vit import COUNTS, count, same_network
 from timm.layers import AttentionPoolLatent, LayerNorm, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
@@ -25,8 +26,6 @@ from vitlit.model.init import init_weights
 from vitlit.model.options import CHOICES
 from vitlit.model.position import rotary2d, rotate, sincos2d
 
-Module = TypeVar("Module", bound=nn.Module)
-
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 48}
 
 
@@ -35,12 +34,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def shaken(module: Module) -> Module:
-    """Move every parameter, so that neither a zero nor a one hides it and the logits are not tiny."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module.eval()
+shaken = partial(randomized, scale=0.2)
 
 
 def tiny(**options: Any) -> ViT:

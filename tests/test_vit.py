@@ -4,18 +4,17 @@ import inspect
 import itertools
 import json
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import randomized
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import SIZES, ViT, ViTOptions
-
-Module = TypeVar("Module", bound=nn.Module)
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 40}
 
@@ -48,14 +47,6 @@ COUNTS = [
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def randomized(module: Module) -> Module:
-    """Give every parameter a value, zeros and ones included, so that none can be missed unseen."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.eval()
 
 
 def tiny(**options: Any) -> ViT:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import randomized
 from lightning.pytorch import Trainer
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
@@ -26,14 +27,6 @@ TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth":
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def randomized(vit: ViT) -> ViT:
-    """Give every parameter a value, so that one left out is seen."""
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    return vit.eval()
 
 
 def tiny(**options: Any) -> ViT:
