@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +21,7 @@ from vitlit.objectives import Objective
 from vitlit.optim import OptimizerFactory, Schedule, parameter_groups
 from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights.adapt import set_numerics
-from vitlit.weights.checkpoint import open_checkpoint
+from vitlit.weights.checkpoint import about, open_checkpoint
 
 
 class Stage(LightningModule):
@@ -201,12 +200,7 @@ class Stage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.data
-        preprocess = getattr(data, "preprocess", None)
-        checkpoint["vitlit"] = {
-            "vit": dict(self.vit.config),
-            "classes": list(getattr(data, "classes", [])),
-            "preprocess": asdict(preprocess) if preprocess else {},
-        }
+        checkpoint["vitlit"] = about(self.vit, getattr(data, "classes", []), getattr(data, "preprocess", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         set_numerics(self.vit, checkpoint["vitlit"]["vit"])

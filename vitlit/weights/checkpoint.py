@@ -48,15 +48,15 @@ def read(contents: Contents) -> Weights | None:
     return Weights(path, "vitlit", state, config, about["classes"], about["preprocess"], told=frozenset(config))
 
 
-def about(vit: ViT) -> dict[str, Any]:
+def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
     """What a vitlit file says of its weights, as plain values."""
-    known = asdict(vit.preprocess) if isinstance(vit.preprocess, Preprocess) else {}
-    return {"vit": vit.config, "classes": vit.classes, "preprocess": known}
+    known = asdict(preprocess) if isinstance(preprocess, Preprocess) else {}
+    return {"vit": dict(vit.config), "classes": list(classes), "preprocess": known}
 
 
 def metadata(vit: ViT) -> dict[str, str]:
     """The metadata of a safetensors file, with a checksum over it and the tensors."""
-    text = json.dumps(about(vit))
+    text = json.dumps(about(vit, vit.classes, vit.preprocess))
     return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, vit.state_dict()))}
 
 

@@ -10,17 +10,14 @@ from torch import Tensor
 
 from vitlit.data.transforms import Preprocess
 from vitlit.errors import UserError
-from vitlit.model import SIZES, ViT
+from vitlit.model import ViT
 from vitlit.model.init import fill_positions
 from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
 from vitlit.weights.files import locate, open_file
-from vitlit.weights.weights import USUAL, Weights
+from vitlit.weights.weights import Weights, usual_heads
 
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
-
-# Heads of the widths that have a name, which no tensor tells: the presets, DINOv3's largest.
-HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}
 
 
 class LoadReport(NamedTuple):
@@ -84,9 +81,9 @@ def read(source: str | Path) -> Weights:
     weights.count = len(contents.tensors)
     config = weights.config
     if "heads" not in config:
-        heads = HEADS.get(config["width"], 24 if config["width"] == 1536 and config.get("mlp") == "swiglu" else None)
+        heads = usual_heads(config)
         if heads is not None:
-            config["heads"], weights.origins["heads"] = heads, USUAL
+            config["heads"], weights.origins["heads"] = heads, "the usual of its width"
     if config.get("position", "learned") == "learned" and "image_size" not in weights.told:
         weights.origins["image_size"] = "a square grid, since the file does not tell"
     return weights
@@ -182,9 +179,6 @@ def load(source: str | Path) -> ViT:
     """
     weights = read(source)
     vit = empty(weights)
-    problems = differences(vit.state_dict(), weights.state, weights, vit, set())
-    if problems:
-        raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")
     vit.to_empty(device="cpu")
     load_weights(vit, weights)
     vit.classes = weights.classes
@@ -194,13 +188,21 @@ def load(source: str | Path) -> ViT:
 
 
 def empty(weights: Weights) -> ViT:
-    """The ViT for these weights on the meta device, since every value comes from the file."""
+    """The ViT for these weights on the meta device, since every value comes from the file.
+
+    Raises:
+        UserError: they are not the tensors of any ViT.
+    """
     config = network(weights)
     try:
         with torch.device("meta"):
-            return ViT(**config)
+            vit = ViT(**config)
     except TypeError as error:
         raise UserError(f"{weights.path} is of no ViT that this version builds: {error}") from error
+    problems = differences(vit.state_dict(), weights.state, weights, vit, set())
+    if problems:
+        raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")
+    return vit
 
 
 def network(weights: Weights, **changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.weights.files import Contents
-from vitlit.weights.timm import canonical
+from vitlit.weights.timm import canonical, prefix_of
 from vitlit.weights.weights import IMAGENET, STEM, Weights, architecture
 
 # What such a file holds beside the ViT.
@@ -25,8 +25,7 @@ NAMES = (
 def read(contents: Contents) -> Weights | None:
     if contents.kind != "torch":
         return None
-    tensors = contents.tensors
-    prefix = next((name.removesuffix(STEM) for name in tensors if name.endswith(STEM)), "")
+    tensors, prefix = contents.tensors, prefix_of(contents)
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     kind = recognise(contents, state)
     if kind is None:

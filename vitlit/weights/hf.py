@@ -13,7 +13,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
 from vitlit.weights.names import Table, backwards, fuse, split, translate
-from vitlit.weights.weights import HALF, IMAGENET, PLAIN, USUAL, Weights, architecture, require
+from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
@@ -125,8 +125,6 @@ def read(contents: Contents) -> Weights | None:
     origins = {"norm_eps": f"transformers' defaults for {kind}"} | ({"head": beyond} if beyond else {})
     if kind == "dinov2":
         config["resampling"] = "offset"
-    elif kind == "dinov3_vit" and config["width"] == 1280:
-        config["heads"], origins["heads"] = 20, USUAL
     told_by_file = {"class_position"}
     if about:
         patches = state["pos_embed"].shape[1] - 1 - config["distilled"] if "pos_embed" in state else 0

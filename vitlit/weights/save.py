@@ -54,7 +54,7 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
         write_tensors(vit.state_dict(), path, checkpoint.metadata(vit))
     else:
         state = {f"vit.{name}": tensor for name, tensor in detached(vit.state_dict()).items()}
-        content = {"vitlit": checkpoint.about(vit), "state_dict": state}
+        content = {"vitlit": checkpoint.about(vit, vit.classes, vit.preprocess), "state_dict": state}
         replace(path, lambda part: torch.save(content, part))
     return path
 

@@ -89,14 +89,18 @@ def told(about: dict[str, Any], contents: Contents) -> dict[str, Any]:
     return told
 
 
+def prefix_of(contents: Contents) -> str:
+    """What stands before the ViT's names in a file."""
+    return next((name.removesuffix(STEM) for name in contents.tensors if name.endswith(STEM)), "")
+
+
 def unprefixed(contents: Contents) -> dict[str, Tensor]:
     """Names without what DDP, torch.compile or a model around the ViT put before them.
 
     Raises:
         UserError: something has not that prefix, and so is no part of the ViT.
     """
-    tensors = contents.tensors
-    prefix = next((name.removesuffix(STEM) for name in tensors if name.endswith(STEM)), "")
+    tensors, prefix = contents.tensors, prefix_of(contents)
     for name, tensor in tensors.items():
         if not name.startswith(prefix):
             raise UserError(f"{contents.path} holds {name} {list(tensor.shape)} beside the ViT in {prefix.rstrip('.')}")
@@ -125,8 +129,7 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     state = dict(vit.state_dict())
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
-        special = vit.prefix - vit.config["registers"]
-        special = 0 if vit.config["registers"] else special  # timm's table covers all of the prefix or nothing
+        special = 0 if vit.config["registers"] else vit.prefix  # timm's table covers all of the prefix or nothing
         state["pos_embed"] = torch.cat([vit.pos_embed.new_zeros(1, special, vit.width), vit.pos_embed], dim=1)
     if vit.config["registers"] and vit.positioned:  # likewise
         table = state["pos_embed"]

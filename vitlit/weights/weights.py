@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.model import ViT
+from vitlit.model import SIZES, ViT
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
 
 STEM = "patch_embed.proj.weight"  # by which a ViT of timm's names is known
-USUAL = "the usual of its width"  # where a setting comes from that no file tells
+# Heads of the widths that have a name: the presets, DINOv3's largest.
+HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}
 
 # The ViT of 2010.11929, for `require`.
 PLAIN: dict[str, Any] = {
@@ -134,6 +135,16 @@ def architecture(
         side = square(length - special if class_position else length)
         config["class_position"], config["image_size"] = class_position, side * patch if side else None
     return config
+
+
+def usual_heads(config: Mapping[str, Any]) -> int | None:
+    """The number of heads that a network of this width usually has, which no tensor tells; None for another width."""
+    width = config["width"]
+    if width == 1280 and config.get("position") == "rope":  # DINOv3's H+
+        return 20
+    if width == 1536 and config.get("mlp") == "swiglu":  # DINOv2's giant
+        return 24
+    return HEADS.get(width)
 
 
 def square(count: int) -> int | None:
