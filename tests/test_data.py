@@ -19,9 +19,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from vitlit.data import ImageFolderData, Preprocess
 from vitlit.data.decode import decode
-from vitlit.data.folder import ImageFolder, find_classes, scan_photos, scan_split, scan_train
-from vitlit.data.module import brief, parse_share
-from vitlit.data.stream import TrainStream
+from vitlit.data.folder import ImageFolder, brief, find_classes, parse_share, scan_photos, scan_split, scan_train
+from vitlit.data.stream import Sample, TrainStream
 from vitlit.data.transforms import Interpolation, train_transform
 from vitlit.errors import UserError
 
@@ -228,7 +227,7 @@ def test_a_crop_that_is_not_square_keeps_the_aspect_and_the_middle(size: tuple[i
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
 def test_images_of_any_shape_give_the_size_wanted(shape: tuple[int, int], size: tuple[int, int]) -> None:
     image = torch.full((3, *shape), 77, dtype=torch.uint8)
-    for transform in (Preprocess(size).crop, train_transform(size, (0.05, 1.0), 0.5, "bicubic")):
+    for transform in (Preprocess(size).crop, train_transform(Preprocess(size), "random_resized", (0.05, 1.0), 0.5)):
         crop = transform(image)
         assert crop.shape == (3, *size)
         assert crop.dtype == torch.uint8
@@ -265,7 +264,9 @@ def test_preprocess_takes_one_or_many_paths_and_tensors(photo: Image.Image, tmp_
 def samples(root: Path, workers: int, seed: int = 0, position: int = 0) -> tuple[Tensor, Tensor]:
     """One epoch's images and indices, sorted by the indices."""
     _, index, _ = scan_train(root)
-    dataset = ImageFolder(index, train_transform((16, 16), (0.3, 1.0), 0.5, "bicubic"), seed)
+    dataset = ImageFolder(
+        index, train_transform(Preprocess((16, 16), interpolation="bicubic"), "random_resized", (0.3, 1.0), 0.5), seed
+    )
     loader = DataLoader(dataset, 8, sampler=TrainStream(len(index), 8, 5, lambda: position), num_workers=workers)
     batches = list(loader)
     images, indices = torch.cat([b[0] for b in batches]), torch.cat([b[2] for b in batches])
@@ -283,25 +284,38 @@ def test_a_training_sample_is_a_function_of_seed_epoch_and_index(few: Path) -> N
         assert (images != other).flatten(1).any(1).float().mean() > 0.9
 
 
+def test_an_item_is_what_the_index_and_the_sample_say(few: Path) -> None:
+    _, index, _ = scan_train(few)
+    dataset = ImageFolder(index, v2.RandomCrop((4, 4)), 1)
+    image, label, number = dataset[13]
+    assert (image.shape, label, number) == ((3, 4, 4), 1, 13)
+    image, label, number, position = dataset[Sample(2, 13, 0, 77)]
+    assert (label, number, position) == (1, 13, 77)
+    assert torch.equal(dataset[Sample(2, 13, 0, 99)][0], image)
+    assert any((dataset[Sample(2, 13, repeat, 77)][0] != image).any() for repeat in (1, 2, 3))
+
+
 def test_drawing_a_sample_leaves_the_models_generator_alone(few: Path) -> None:
     _, index, _ = scan_train(few)
-    dataset = ImageFolder(index, train_transform((16, 16), (0.3, 1.0), 0.5, "bicubic"))
+    dataset = ImageFolder(
+        index, train_transform(Preprocess((16, 16), interpolation="bicubic"), "random_resized", (0.3, 1.0), 0.5)
+    )
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    dataset[2, 7]
+    dataset[Sample(2, 7, 0, 0)]
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_training_crops_have_the_areas_asked_for_and_half_of_them_are_flipped() -> None:
     ramp = torch.arange(200).expand(3, 200, 200).to(torch.uint8)  # brightness is the column
     torch.manual_seed(0)
-    transform = train_transform((40, 40), (0.25, 0.25), 0.5, "bilinear")
+    transform = train_transform(Preprocess((40, 40), interpolation="bilinear"), "random_resized", (0.25, 0.25), 0.5)
     spans = torch.stack([transform(ramp)[0, 20].double()[[0, -1]] for _ in range(200)])
     widths = (spans[:, 1] - spans[:, 0]).abs() * 40 / 39
     assert 80 <= widths.min() <= widths.max() <= 122  # a quarter of the area, aspect 3/4 to 4/3: 87 to 115
     assert 0.4 < (spans[:, 1] < spans[:, 0]).double().mean() < 0.6
-    never = train_transform((40, 40), (0.25, 0.25), 0.0, "bilinear")
+    never = train_transform(Preprocess((40, 40), interpolation="bilinear"), "random_resized", (0.25, 0.25), 0.0)
     assert all(never(ramp)[0, 20, -1] > never(ramp)[0, 20, 0] for _ in range(50))
 
 

@@ -1,10 +1,12 @@
 """The order of samples: published hash values, permutations, and one global batch on any number of devices."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
-from vitlit.data.stream import EvalShard, TrainStream, mix, order, seed_sample, seed_step, split_batch
+from vitlit.data.stream import EvalShard, Sample, TrainStream, mix, order, seed_sample, seed_step, split_batch
 from vitlit.errors import UserError
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -27,9 +29,16 @@ def reference_mix(*values: int) -> int:
 
 
 def stream(
-    length: int, batch_size: int, position: int = 0, rank: int = 0, world_size: int = 1, seed: int = 3
-) -> list[tuple[int, int]]:
-    return list(TrainStream(length, batch_size, seed, lambda: position, rank, world_size))
+    length: int,
+    batch_size: int,
+    position: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 3,
+    repeats: int = 1,
+    labels: np.ndarray | None = None,
+) -> list[Sample]:
+    return list(TrainStream(length, batch_size, seed, lambda: position, rank, world_size, repeats, labels))
 
 
 def test_mix_of_one_number_is_splitmix64s_published_output() -> None:
@@ -92,7 +101,7 @@ def test_a_steps_global_batch_is_one_slice_of_the_order_on_any_number_of_devices
     for step in range(length // batch_size):
         together = [sample for rank in ranks for sample in rank[step * share : (step + 1) * share]]
         expected = order(3, 0, length)[step * batch_size : (step + 1) * batch_size]
-        assert together == [(0, int(index)) for index in expected]
+        assert together == [(0, int(index), 0, step * batch_size + row) for row, index in enumerate(expected)]
 
 
 def test_a_micro_batch_is_a_slice_of_its_steps_batch() -> None:
@@ -101,27 +110,163 @@ def test_a_micro_batch_is_a_slice_of_its_steps_batch() -> None:
     samples = stream(30, 12)
     windows = [samples[i : i + micro * accumulate] for i in range(0, len(samples), micro * accumulate)]
     assert [len(window) for window in windows] == [12, 12]
-    assert windows == [[(0, int(i)) for i in order(3, 0, 30)[s * 12 : s * 12 + 12]] for s in range(2)]
+    assert [[s.index for s in window] for window in windows] == order(3, 0, 30)[:24].reshape(2, 12).tolist()
+    assert [[s.position for s in window] for window in windows] == [list(range(12)), list(range(12, 24))]
 
 
 def test_only_whole_batches_are_dealt_and_no_sample_twice_in_an_epoch() -> None:
     loader = TrainStream(43, 8, 3, lambda: 0)
     samples = list(loader)
     assert len(samples) == len(loader) == 40
-    assert len(set(samples)) == 40
+    assert len({sample.index for sample in samples}) == 40
     assert len(TrainStream(43, 8, 3, lambda: 0, 1, 2)) == 20
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("position", [0, 1, 4, 5, 7, 12])
-def test_entering_at_a_step_is_entering_the_endless_stream_there(position: int, world_size: int) -> None:
+@pytest.mark.parametrize(("repeats", "balanced"), [(1, False), (3, False), (1, True), (3, True)])
+def test_entering_at_a_step_is_entering_the_endless_stream_there(
+    position: int, world_size: int, repeats: int, balanced: bool
+) -> None:
     length, batch_size, steps = 43, 8, 5
+    labels = np.arange(43) ** 2 % 5 if balanced else None
     for rank in range(world_size):
         share = batch_size // world_size
-        endless = [s for e in range(5) for s in stream(length, batch_size, e * steps, rank, world_size)]
-        entered = stream(length, batch_size, position, rank, world_size)
+
+        def enter(step: int, rank: int = rank) -> list[Sample]:
+            return stream(length, batch_size, step, rank, world_size, repeats=repeats, labels=labels)
+
+        endless = [sample for epoch in range(5) for sample in enter(epoch * steps)]
+        entered = enter(position)
         assert entered == endless[position * share : (position + steps) * share]
-        assert entered[0][0] == position // steps
+        assert entered[0].epoch == position // steps
+        assert entered[0].position == position * batch_size + rank * share
+
+
+# (length, batch, repeats), among them batches that repeats do not divide, odd ones, and the smallest.
+REPEATED = [
+    (43, 8, 3),
+    (100, 12, 3),
+    (40, 6, 3),
+    (61, 7, 3),
+    (64, 16, 2),
+    (50, 4, 2),
+    (31, 9, 4),
+    (90, 30, 7),
+    (8, 8, 4),
+]
+
+
+@pytest.mark.parametrize(("length", "batch_size", "repeats"), REPEATED)
+def test_repeats_of_an_image_share_a_batch_and_are_never_partners(length: int, batch_size: int, repeats: int) -> None:
+    steps = length // batch_size
+    for epoch in range(3):
+        samples = stream(length, batch_size, epoch * steps, repeats=repeats)
+        batches = [samples[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
+        assert len(samples) == steps * batch_size  # an epoch is as long as ever
+        assert [sample.position for sample in samples] == list(
+            range(epoch * steps * batch_size, (epoch + 1) * len(samples))
+        )
+
+        for batch in batches:
+            for row, sample in enumerate(batch):
+                assert row ^ 1 >= batch_size or sample.index != batch[row ^ 1].index
+
+        copies: dict[int, list[int]] = {}
+        for sample in samples:
+            copies.setdefault(sample.index, []).append(sample.repeat)
+        assert set(copies) == set(order(3, epoch, length)[: -(-len(samples) // repeats)].tolist())
+        assert sum(sorted(numbers) != list(range(repeats)) for numbers in copies.values()) <= 1  # the epoch's last
+        assert all(len(set(numbers)) == len(numbers) and max(numbers) < repeats for numbers in copies.values())
+
+        seen = [{sample.index for sample in batch} for batch in batches]
+        for step, images in enumerate(seen):
+            assert all(len(images & later) <= (gap == 0) for gap, later in enumerate(seen[step + 1 :]))
+
+
+@pytest.mark.parametrize("repeats", range(2, 7))
+def test_a_batch_of_any_size_from_twice_the_repeats_on_is_paired(repeats: int) -> None:
+    for batch_size in range(2 * repeats, 6 * repeats):
+        for length in (batch_size, 7 * batch_size + 3):  # batches that begin at any copy of an image
+            indices = np.array([sample.index for sample in stream(length, batch_size, repeats=repeats)])
+            pairs = indices.reshape(-1, batch_size)[:, : batch_size // 2 * 2].reshape(-1, 2)
+            assert (pairs[:, 0] != pairs[:, 1]).all()
+    with pytest.raises(UserError, match=f"give at least {2 * repeats}, or fewer"):
+        stream(100, 2 * repeats - 1, repeats=repeats)
+
+
+def test_repeats_of_an_image_have_different_partners() -> None:
+    samples = stream(300, 60, repeats=3)
+    partners: dict[int, set[int]] = {}
+    for row, sample in enumerate(samples):
+        partners.setdefault(sample.index, set()).add(samples[row ^ 1].index)
+    assert all(len(met) == 3 for met in partners.values())
+
+
+def labels_of(*sizes: int) -> np.ndarray:
+    """Class numbers of so many images each, mingled."""
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("sizes", "batch_size"),
+    [((50, 5, 1), 8), ((10, 10, 10), 6), ((90, 7), 12), ((3, 0, 40, 2), 9), ((200,), 16), ((1,) * 20, 20)],
+)
+def test_every_class_is_drawn_equally_often(sizes: tuple[int, ...], batch_size: int, repeats: int) -> None:
+    labels = labels_of(*sizes)
+    steps = len(labels) // batch_size
+    total: Counter[int] = Counter()
+    for epoch in range(12):
+        samples = stream(len(labels), batch_size, epoch * steps, repeats=repeats, labels=labels)
+        assert len(samples) == steps * batch_size
+        counts = Counter(int(labels[sample.index]) for sample in samples)
+        assert set(counts) <= {label for label, size in enumerate(sizes) if size}
+        every = [counts[label] for label, size in enumerate(sizes) if size]
+        assert max(every) - min(every) <= (1 if repeats == 1 else 2 * repeats - 1)  # a draw, and one that is cut off
+        total += counts
+        # An image's augmentations differ, and each comes after those before it.
+        assert len({(sample.index, sample.repeat) for sample in samples}) == len(samples)
+        if repeats > 1:
+            continue
+        drawn: Counter[int] = Counter()
+        for sample in samples:
+            assert sample.repeat == drawn[sample.index]
+            drawn[sample.index] += 1
+            others = [drawn[index] for index in np.flatnonzero(labels == labels[sample.index]).tolist()]
+            assert max(others) - min(others) <= 1  # every image of the class before any again
+    if repeats == 1:
+        assert max(total.values()) - min(total.values()) <= 1  # the odd draw goes round
+
+
+@pytest.mark.parametrize(("repeats", "balanced"), [(3, False), (1, True), (2, True)])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_repeats_and_balance_are_the_same_batches_on_any_number_of_devices(
+    repeats: int, balanced: bool, world_size: int
+) -> None:
+    labels = labels_of(30, 10, 3) if balanced else None
+    share = 8 // world_size
+    whole = stream(43, 8, repeats=repeats, labels=labels)
+    ranks = [stream(43, 8, 0, rank, world_size, repeats=repeats, labels=labels) for rank in range(world_size)]
+    together = [s for step in range(5) for rank in ranks for s in rank[step * share : (step + 1) * share]]
+    assert together == whole
+
+
+def test_a_balanced_order_is_drawn_anew_by_epoch_and_seed_and_evenly() -> None:
+    labels = labels_of(40, 4)
+    first = stream(44, 4, labels=labels)
+    assert stream(44, 4, labels=labels) == first
+    for other in (stream(44, 4, 11, labels=labels), stream(44, 4, seed=4, labels=labels)):
+        assert [s.index for s in other] != [s.index for s in first]
+    counts: Counter[int] = Counter()
+    for epoch in range(400):
+        counts.update(s.index for s in stream(44, 4, 11 * epoch, labels=labels))
+    large = np.array(
+        [counts[i] for i in np.flatnonzero(labels == 0).tolist()]
+    )  # 22 of 40 in an epoch, without replacement
+    assert large.sum() == 400 * 22
+    assert ((large - 220) ** 2 / (220 * 18 / 40)).sum() < 72.1  # chi-square, 39 degrees of freedom, p = 0.001
+    assert {counts[i] for i in np.flatnonzero(labels == 1).tolist()} <= set(range(2100, 2301))
 
 
 def test_the_position_is_asked_for_at_every_epochs_start() -> None:
@@ -130,7 +275,7 @@ def test_the_position_is_asked_for_at_every_epochs_start() -> None:
     first = list(loader)
     done = 4
     assert list(loader) != first
-    assert {epoch for epoch, _ in loader} == {1}
+    assert {sample.epoch for sample in loader} == {1}
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 11, 100])
@@ -190,16 +335,16 @@ def test_a_batch_of_nothing_is_refused(batch_size: int, micro_batch: int | None)
         split_batch(batch_size, micro_batch, 1)
 
 
-def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
-    def draw(seed: int, epoch: int, index: int) -> float:
-        seed_sample(seed, epoch, index)
+def test_draws_are_a_function_of_seed_epoch_index_and_repeat() -> None:
+    def draw(seed: int, epoch: int, index: int, repeat: int) -> float:
+        seed_sample(seed, epoch, index, repeat)
         return torch.rand(()).item()
 
     torch.manual_seed(0)
-    first = draw(1, 2, 3)
+    first = draw(1, 2, 3, 0)
     torch.manual_seed(99)
-    assert draw(1, 2, 3) == first
-    assert len({draw(s, e, i) for s in range(3) for e in range(3) for i in range(3)}) == 27
+    assert draw(1, 2, 3, 0) == first
+    assert len({draw(s, e, i, r) for s in range(3) for e in range(3) for i in range(3) for r in range(3)}) == 81
 
 
 def test_draws_of_the_model_are_a_function_of_step_micro_batch_and_rank_and_not_those_of_a_sample() -> None:
@@ -211,5 +356,5 @@ def test_draws_of_the_model_are_a_function_of_step_micro_batch_and_rank_and_not_
     drawn = {draw(0, step, micro, rank) for step in range(3) for micro in range(3) for rank in range(3)}
     assert len(drawn) == 27
     for index in range(3):
-        seed_sample(0, 0, index)
+        seed_sample(0, 0, index, 0)
         assert torch.rand(()).item() not in drawn

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from vitlit.data.folder import find_classes
-from vitlit.data.module import parse_share
+from vitlit.data.folder import find_classes, parse_share
+from vitlit.data.manifest import read_manifest
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT
 from vitlit.weights import Weights, network, read
@@ -60,11 +60,39 @@ def complete(config: Namespace, weights: Weights | None) -> list[str]:
         data.seed = int(config.seed_everything)
     complete_vit(model, data.image_size, weights, new)
     complete_preprocess(data, weights, model.vit.init_args.get("in_channels", 3), new)
-    count = len(classes or find_classes(Path(data.root), parse_share(data.holdout)))
+    several = False
+    if data.manifest is not None:
+        found = read_manifest(Path(data.manifest), Path(data.root))
+        count, several = len(found.classes), found.multi_label
+    else:
+        count = len(classes or find_classes(Path(data.root), parse_share(data.holdout)))
     complete_classes(model, "model", count)
-    if "objective" in model:
-        complete_classes(model.objective.init_args, "model.objective", count)
+    objective = model.objective.init_args
+    complete_classes(objective, "model.objective", count)
+    if "multi_label" in objective:
+        objective.multi_label = several
     return classes
+
+
+def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
+    """What of a config is likely a mistake, though it could be meant: a line each.
+
+    Args:
+        config: the command's, completed.
+        source: the content of the file that it came from, before flags.
+    """
+    found = []
+    batch = config.data.batch_size
+    made_for = (source.get("data") or {}).get("batch_size", batch)
+    stage = (source.get("model") or {}).get("init_args") or {}
+    before = ((stage.get("optimizer") or {}).get("init_args") or {}).get("lr")
+    now = config.model.init_args.optimizer.init_args.get("lr")
+    if made_for != batch and now == before and config.model.init_args.schedule.lr_per is None and now is not None:
+        found.append(
+            f"data.batch_size is {batch}, but the config's learning rate {now:g} is for {made_for}; in proportion it "
+            f"would be {now * batch / made_for:.3g} (--model.schedule.lr_per {made_for})"
+        )
+    return found
 
 
 def complete_preprocess(data: Namespace, weights: Weights | None, channels: int, new: bool) -> None:

@@ -40,13 +40,14 @@ class RunOptions:
         name: its folder below the root; the config's name unless given.
         root: the folder of all runs.
         overwrite: delete what is in the run's folder and begin again.
-        monitor: the metric whose best checkpoint is kept; the highest, or the lowest of a loss.
+        monitor: the metric whose best checkpoint is kept, the highest, or the lowest of a loss; unless given it is
+            val/top1, or val/map where images have several classes.
     """
 
     name: str | None = None
     root: str = "runs"
     overwrite: bool = False
-    monitor: str = "val/top1"
+    monitor: str | None = None
 
 
 class Decision(NamedTuple):

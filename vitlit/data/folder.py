@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitlit.data.decode import decode
-from vitlit.data.stream import mix, seed_sample
+from vitlit.data.stream import Sample, mix, seed_sample
 from vitlit.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -25,7 +26,7 @@ class Index:
     Attributes:
         root: the folder that the paths are relative to.
         paths: relative paths as one fixed-width bytes array, so that forked workers share it.
-        labels: class numbers, int64, -1 where there is none.
+        labels: class numbers, int64 (N,), -1 where there is none; or bool (N, classes) where an image may have several.
     """
 
     root: Path
@@ -151,21 +152,48 @@ def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Inde
     counts = np.bincount(index.labels, minlength=len(classes))
     if not counts.all():
         raise UserError(f"class folder {folder / classes[int(counts.argmin())]} holds no image; fill or remove it")
-    if not holdout:
-        return classes, index, None
-    held = np.zeros(len(index), bool)
+    return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
+
+
+def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
+    """Cut a share off for validation: (the rest, the share).
+
+    Of every class so much is held out, one image at least, unless it is the only one. Images with several classes are
+    held out regardless of them. What is drawn depends on the paths alone.
+    """
     drawn = mix(np.array([zlib.crc32(path) for path in index.paths]))  # by name: another class changes nothing
-    for label, count in enumerate(counts):
-        own = np.flatnonzero(index.labels == label)
-        wanted = max(1, round(count * holdout)) if count > 1 else 0
-        held[own[np.argsort(drawn[own], kind="stable")[:wanted]]] = True
-    return classes, index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
+    groups = [np.arange(len(index))]
+    if index.labels.ndim == 1:
+        groups = [np.flatnonzero(index.labels == label) for label in range(len(classes))]
+    held = np.zeros(len(index), bool)
+    for group in groups:
+        wanted = max(1, round(len(group) * share)) if len(group) > 1 else 0
+        held[group[np.argsort(drawn[group], kind="stable")[:wanted]]] = True
+    return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 
-class ImageFolder(Dataset[tuple[Tensor, int, int]]):
-    """Images of an index, transformed: (uint8 (3, H, W), label, index).
+def brief(names: list[str]) -> str:
+    """Class names, the first few of them."""
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
-    An item is an index, or (epoch, index) in training, which seeds the transform's draws.
+
+def parse_share(share: float | str) -> float:
+    """0.1 of 10%, 0.1 or '0.1'; UserError where it is no share below 1."""
+    text = str(share).strip()
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise UserError(f"data.holdout {share} is not a share such as 10% or 0.1")
+    return value
+
+
+class ImageFolder(Dataset[tuple[Any, ...]]):
+    """Images of an index, transformed: (uint8 (3, H, W), label, index), and in training the position in the stream.
+
+    An item is an index, or a Sample in training, which seeds the transform's draws. A label is an int, or float
+    (classes,) of zeros and ones where an image may have several.
     """
 
     def __init__(self, index: Index, transform: Callable[[Tensor], Tensor], seed: int = 0) -> None:
@@ -174,14 +202,15 @@ class ImageFolder(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, int, int]:
-        if isinstance(item, tuple):
-            epoch, index = item
-            image = decode(self.index.path(index))
-            with torch.random.fork_rng(devices=[]):  # without workers this is the model's generator, too
-                seed_sample(self.seed, epoch, index)
-                image = self.transform(image)
-        else:
-            index = item
-            image = self.transform(decode(self.index.path(index)))
-        return image, int(self.index.labels[index]), index
+    def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
+        if isinstance(item, int):
+            return self.transform(decode(self.index.path(item))), self._label(item), item
+        image = decode(self.index.path(item.index))
+        with torch.random.fork_rng(devices=[]):  # without workers this is the model's generator, too
+            seed_sample(self.seed, item.epoch, item.index, item.repeat)
+            image = self.transform(image)
+        return image, self._label(item.index), item.index, item.position
+
+    def _label(self, index: int) -> int | Tensor:
+        label = self.index.labels[index]
+        return int(label) if label.ndim == 0 else torch.from_numpy(label).float()

@@ -1,40 +1,63 @@
 """ImageNet-style folders as a LightningDataModule."""
 
-import multiprocessing
-import os
-import signal
 import warnings
-from multiprocessing.util import Finalize
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from vitlit.data.folder import ImageFolder, Index, scan_photos, scan_split, scan_train
+from vitlit.data.erasing import Erasing, erase
+from vitlit.data.folder import (
+    ImageFolder,
+    Index,
+    brief,
+    hold_out,
+    parse_share,
+    scan_photos,
+    scan_split,
+    scan_train,
+)
+from vitlit.data.manifest import read_manifest
+from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.stream import EvalShard, TrainStream, split_batch
-from vitlit.data.transforms import Interpolation, Preprocess, train_transform
+from vitlit.data.transforms import Crop, Interpolation, Preprocess, train_transform
+from vitlit.data.workers import count, end_at_exit, leave_signals
 from vitlit.errors import UserError
 
 
 class ImageFolderData(LightningDataModule):
     """Images in class folders: ROOT/{train,val[,test]}/CLASS/*, or ROOT/CLASS/* with a holdout.
 
-    A batch is (images, labels, indices): float (B, C, H, W) normalised on the device, int64 (B,), int64 (B,).
+    A batch is (images, labels, indices): float (B, C, H, W) normalised on the device, int64 (B,), int64 (B,). Labels
+    are float (B, classes) shares where images have several classes or training mixes them.
 
     Args:
         root: the folder.
+        manifest: a CSV file with the columns path, label and, unless a holdout is cut, split, in place of class
+            folders; paths are relative to root. Several labels are separated by |.
         image_size: pixels, an int or (height, width).
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images that a device takes at a time; gradients are accumulated accordingly.
         holdout: the share of the training images that is cut off for validation, such as 10% or 0.1, by class and
             always the same; then a val folder is left alone.
-        crop_scale: the training crop's area as a share of the image's, drawn between these two.
+        crop: of training: random_resized is torchvision's, inception TensorFlow's, simple DeiT III's (resize, mirrored
+            border), pad CIFAR's (black border), center that of evaluation.
+        crop_scale: the area of a random_resized or inception crop as a share of the image's, drawn between these two.
         flip: the probability of a horizontal flip in training.
+        augment: further transforms of training images by class_path, of vitlit.data.augment or
+            torchvision.transforms.v2.
+        erasing: of a part of training images, after normalisation.
+        mixing: mixup and cutmix of training images.
+        repeats: how often an epoch has each image, augmented anew and in the same batch; it has so many fewer images.
+        balanced: draw every class equally often; else every image once.
         crop_ratio: the share of the resized image's side that the central crop of evaluation keeps; 0.875 unless given
             here or by the weights started from.
         interpolation: of resizing, always antialiased; bicubic unless given here or by the weights started from.
@@ -54,8 +77,15 @@ class ImageFolderData(LightningDataModule):
         batch_size: int = 256,
         micro_batch: int | None = None,
         holdout: float | str = 0.0,
+        manifest: str | None = None,
+        crop: Crop = "random_resized",
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
+        augment: Sequence[v2.Transform] | None = None,
+        erasing: Erasing = Erasing(),
+        mixing: Mixing = Mixing(),
+        repeats: int = 1,
+        balanced: bool = False,
         crop_ratio: float | None = None,
         interpolation: Interpolation | None = None,
         mean: tuple[float, ...] | None = None,
@@ -74,28 +104,28 @@ class ImageFolderData(LightningDataModule):
             raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip {flip} is not a probability")
+        if repeats < 1:
+            raise UserError(f"data.repeats {repeats} is less than 1")
         if crop_ratio is not None and not 0 < crop_ratio <= 1:
             raise UserError(f"data.crop_ratio {crop_ratio} is not a share above 0 and up to 1")
-        self.root = Path(root)
+        self.root, self.manifest = Path(root), Path(manifest) if manifest else None
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.batch_size, self.micro_batch, self.holdout = batch_size, micro_batch, parse_share(holdout)
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.seed = seed or 0
-        given = {
-            "crop_ratio": crop_ratio,
-            "interpolation": interpolation,
-            "mean": mean and tuple(mean),
-            "std": std and tuple(std),
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        self.preprocess = Preprocess(size, **given)  # type: ignore[arg-type]
-        self.augment = train_transform(size, crop_scale, flip, self.preprocess.interpolation)
+        given: dict[str, Any] = {"crop_ratio": crop_ratio, "interpolation": interpolation}
+        given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
+        self.preprocess = Preprocess(size, **{name: value for name, value in given.items() if value is not None})
+        self.augment = train_transform(self.preprocess, crop, crop_scale, flip, augment or ())
+        self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
+        self.multi_label = False
         self.classes: list[str] = []  # those of the weights where they come first, else of the folder
         self.photos: list[Path] = []
         self._train: Index | None = None
         self._held: Index | None = None
         self._splits: dict[str, Index] = {}
         self._entered = 0  # the step that a continued run begins with
+        self._positions: list[int] = []  # in the stream, of the training batch on its way to the device
 
     def scan(self) -> None:
         """Find classes and training images, once.
@@ -104,10 +134,28 @@ class ImageFolderData(LightningDataModule):
             UserError: the folder is not laid out as it must be.
         """
         if self._train is None:
-            classes, self._train, self._held = scan_train(self.root, self.holdout)
+            if self.manifest is None:
+                classes, self._train, self._held = scan_train(self.root, self.holdout)
+            else:
+                classes = self._scan_manifest(self.manifest)
             if self.classes and self.classes != classes:
                 raise UserError(f"{self.root} has the classes {brief(classes)}, the weights {brief(self.classes)}")
             self.classes = classes
+
+    def _scan_manifest(self, file: Path) -> list[str]:
+        """Take the splits from a manifest, and return its classes."""
+        found = read_manifest(file, self.root)
+        self._splits = {name: index for name, index in found.splits.items() if name != "train"}
+        self._train, self.multi_label = found.splits["train"], found.multi_label
+        if self.holdout:
+            self._train, self._held = hold_out(self._train, self.holdout, found.classes)
+        return found.classes
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        labels = self.split("train").labels
+        return (labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(self.classes))).tolist()
 
     def split(self, name: str) -> Index:
         """The images of train, val, test or predict.
@@ -119,13 +167,15 @@ class ImageFolderData(LightningDataModule):
             if name not in self._splits:
                 self._splits[name] = scan_photos(self.photos)
             return self._splits[name]
-        if name == "train" or self.holdout or not self.classes:
+        if name == "train" or self.holdout or self.manifest or not self.classes:
             self.scan()
         if name == "train":
             assert self._train is not None
             return self._train
         if name == "val" and self._held is not None:
             return self._held
+        if name not in self._splits and self.manifest is not None:
+            raise UserError(f"{self.manifest} has no row of split {name}; --data.holdout 10% holds out a part for val")
         if name not in self._splits:
             folder = self.root / name
             if not self.root.is_dir():
@@ -153,6 +203,12 @@ class ImageFolderData(LightningDataModule):
                 f"data.batch_size {self.batch_size} is more than the {len(self.split('train'))} training images; "
                 "give a smaller --data.batch_size"
             )
+        if self.mixing.on and micro % 2:
+            raise UserError(
+                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even number"
+            )
+        if self.multi_label and self.balanced:
+            raise UserError("data.balanced needs one label an image")
         return micro, accumulate
 
     @property
@@ -202,6 +258,8 @@ class ImageFolderData(LightningDataModule):
             lambda: max(trainer.global_step, self._entered),
             trainer.global_rank,
             trainer.world_size,
+            repeats=self.repeats,
+            labels=index.labels if self.balanced else None,
         )
         return self._loader(ImageFolder(index, self.augment, self.seed), stream, micro)
 
@@ -227,11 +285,9 @@ class ImageFolderData(LightningDataModule):
         assert self.trainer is not None
         workers = self.num_workers
         if workers is None:
-            affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
-            cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-            workers = max(1, cores // max(1, self.trainer.num_devices))
+            workers = count(self.trainer.num_devices)
         if workers:
-            Finalize(None, end_workers, exitpriority=10)
+            end_at_exit()
         gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
@@ -244,12 +300,30 @@ class ImageFolderData(LightningDataModule):
             worker_init_fn=leave_signals,
         )
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        *rest, positions = batch if len(batch) == 4 else (*batch, None)
+        self._positions = [] if positions is None else positions.tolist()  # on the device, reading them would wait
+        return rest
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         images, labels, indices = batch
         assert self.trainer is not None
         dtype = self.trainer.lightning_module.dtype
         assert isinstance(dtype, torch.dtype)
-        return self.preprocess.normalise(images, dtype), labels, indices
+        images = self.preprocess.normalise(images, dtype)
+        if self._positions and (self.erasing.prob or self.mixing.on):
+            images, labels = self._regularise(images, labels)
+        return images, labels, indices
+
+    def _regularise(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Erase and mix a training batch by what is drawn for its step and its rows of the global batch."""
+        step, first = divmod(self._positions[0], self.batch_size)
+        rows = range(first, first + len(images))
+        if self.erasing.prob:
+            images = erase(images, self.erasing, self.seed, step, rows)
+        if self.mixing.on:
+            images, labels = self.mixing(images, soft_targets(labels, len(self.classes)), self.seed, step)
+        return images, labels
 
     def state_dict(self) -> dict[str, int]:
         assert self.trainer is not None
@@ -270,34 +344,3 @@ class ImageFolderData(LightningDataModule):
     def _stream_of(self) -> dict[str, int]:
         """What the order of samples depends on, beside the step."""
         return {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}
-
-
-def leave_signals(worker: int) -> None:
-    """Let the main process alone act on signals: one to the process group must not end its data workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def end_workers() -> None:
-    """Kill data workers before Python's own exit, which would wait for ever for children that ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def brief(names: list[str]) -> str:
-    """Class names, the first few of them."""
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
-
-
-def parse_share(share: float | str) -> float:
-    """0.1 of 10%, 0.1 or '0.1'; UserError where it is no share below 1."""
-    text = str(share).strip()
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise UserError(f"data.holdout {share} is not a share such as 10% or 0.1")
-    return value

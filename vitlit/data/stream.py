@@ -4,10 +4,12 @@ Training is one endless stream of global batches, numbered by the optimiser step
 is the number of whole global batches in the data, and takes the t % S-th slice of that epoch's order; what does not
 fill a batch is left out of that epoch. So the position of a run is one integer, and the global batch of a step is
 the same set on any number of devices.
+
+Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixes.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,24 @@ from torch.utils.data import DistributedSampler
 
 from vitlit.errors import UserError
 
-_ORDER, _SAMPLE, _STEP = range(3)  # what a number is drawn for: the streams must not meet
+# What a number is drawn for: the streams must not meet. A new purpose goes to the end.
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING = range(6)
+
+
+class Sample(NamedTuple):
+    """One item of the training stream.
+
+    Attributes:
+        epoch: in which it comes.
+        index: of the image.
+        repeat: how often this image came before in this epoch, which tells its augmentations apart.
+        position: in the stream; step * batch_size + row in the step's global batch.
+    """
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # not tuple's method
+    repeat: int
+    position: int
 
 
 def mix(*values: int | np.ndarray) -> np.ndarray:
@@ -31,17 +50,44 @@ def mix(*values: int | np.ndarray) -> np.ndarray:
 
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(length), int64."""
-    return np.argsort(mix(_ORDER, seed, epoch, np.arange(length)), kind="stable")
+    return np.argsort(mix(ORDER, seed, epoch, np.arange(length)), kind="stable")
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> None:
+def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of an epoch that draws every class equally often, up to one draw.
+
+    No image of a class is drawn again before all others of it were. The classes take turns at the odd draw, over the
+    epochs.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        labels: class numbers of the images, int64 (N,).
+        count: the number of draws.
+
+    Returns:
+        (image of each draw, how often it was drawn before in this epoch), both int64 (count,).
+    """
+    sizes = np.bincount(labels)
+    present = np.flatnonzero(sizes)
+    drawn = present[(epoch * count + order(seed, epoch, count)) % len(present)]  # the class of each draw
+    counts = np.bincount(drawn, minlength=len(sizes))
+    numbers = np.empty(count, np.int64)  # of each draw within its class
+    by_class = np.argsort(drawn, kind="stable")
+    numbers[by_class] = np.arange(count) - np.repeat(np.cumsum(counts) - counts, counts)
+    images = np.lexsort((mix(BALANCE, seed, epoch, np.arange(len(labels))), labels))  # by class, shuffled within it
+    before, place = np.divmod(numbers, sizes[drawn])
+    return images[(np.cumsum(sizes) - sizes)[drawn] + place], before
+
+
+def seed_sample(seed: int, epoch: int, index: int, repeat: int) -> None:
     """Seed torch's CPU generator for the augmentation of one sample."""
-    torch.default_generator.manual_seed(int(mix(_SAMPLE, seed, epoch, index)[0]))
+    torch.default_generator.manual_seed(int(mix(SAMPLE, seed, epoch, index, repeat)[0]))
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed torch for dropout and other draws of the model in one micro-batch of one step on one device."""
-    torch.manual_seed(int(mix(_STEP, seed, step, micro, rank)[0]))
+    torch.manual_seed(int(mix(STEP, seed, step, micro, rank)[0]))
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
@@ -79,10 +125,34 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
     return batch_size // (world_size * accumulate), accumulate
 
 
+def _rows(batch_size: int, repeats: int) -> np.ndarray:
+    """Which of a batch's samples, listed image by image, each row takes, so that partners are of two images.
+
+    Even rows take the first half in its order, odd rows the second half in strides of `repeats`, so that the copies of
+    an image meet different ones. So partners are at least `repeats` apart in the list: what is s before the end of the
+    first half meets place repeats - s of the second half, or a later one.
+    """
+    if repeats == 1:
+        return np.arange(batch_size)
+    if batch_size < 2 * repeats:
+        raise UserError(
+            f"data.batch_size {batch_size} cannot pair {repeats} repeats of an image with others; "
+            f"give at least {2 * repeats}, or fewer --data.repeats"
+        )
+    half = -(-batch_size // 2)
+    rows = np.empty(batch_size, np.int64)
+    rows[0::2] = np.arange(half)
+    rows[1::2] = np.concatenate([np.arange(half + copy, batch_size, repeats) for copy in range(repeats)])
+    return rows
+
+
 class TrainStream(DistributedSampler[Any]):
-    """One rank's share of the stream, from the run's position on: (epoch, index) pairs.
+    """One rank's share of the stream of samples, from the run's position on.
 
     It is a DistributedSampler so that Lightning leaves it in place.
+
+    With repeated augmentation (1901.09335, section 3.2; 2012.12877, section 6) an epoch is as long as without, and has
+    so many fewer images. An image's repeats are in one global batch, unless it lies across the border of two.
 
     Args:
         length: the number of training images.
@@ -92,29 +162,54 @@ class TrainStream(DistributedSampler[Any]):
             at the start of an epoch, and one in the midst of an epoch where a run is continued.
         rank: of this process.
         world_size: the number of processes; must divide the batch.
+        repeats: how often an image that is drawn comes, each time augmented anew. Partners are never repeats of one
+            draw; with `labels`, an image that is drawn twice may meet itself.
+        labels: class numbers, int64 (length,), to draw every class equally often; None to draw every image once.
+
+    Raises:
+        UserError: the batch is too small for the repeats.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, position: Callable[[], int], rank: int = 0, world_size: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+        labels: np.ndarray | None = None,
     ) -> None:
         self.length, self.batch_size, self.seed, self.position = length, batch_size, seed, position
+        self.repeats, self.labels = repeats, labels
         self.share = batch_size // world_size
         self.offset = rank * self.share
+        self.rows = _rows(batch_size, repeats)[self.offset : self.offset + self.share]
         self.steps = length // batch_size
 
     def __len__(self) -> int:
         return self.steps * self.share
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images of an epoch, and how often each was drawn before in it."""
+        if self.labels is None:
+            return order(self.seed, epoch, self.length), np.zeros(self.length, np.int64)
+        # No more than are dealt, or what is left out would unbalance the rest.
+        return balanced_order(self.seed, epoch, self.labels, -(-self.steps * self.batch_size // self.repeats))
+
+    def __iter__(self) -> Iterator[Sample]:
         first = self.position()
-        epoch, indices = -1, np.empty(0, np.int64)
+        epoch, indices, before = -1, np.empty(0, np.int64), np.empty(0, np.int64)
         for step in range(first, first + self.steps):
             if step // self.steps != epoch:
                 epoch = step // self.steps
-                indices = order(self.seed, epoch, self.length)
-            start = step % self.steps * self.batch_size + self.offset
-            for index in indices[start : start + self.share]:
-                yield epoch, int(index)
+                indices, before = self._draws(epoch)
+            draws, copies = np.divmod(step % self.steps * self.batch_size + self.rows, self.repeats)
+            repeats = before[draws] * self.repeats + copies
+            position = step * self.batch_size + self.offset
+            for row, (index, repeat) in enumerate(zip(indices[draws].tolist(), repeats.tolist(), strict=True)):
+                yield Sample(epoch, index, repeat, position + row)
 
 
 class EvalShard(DistributedSampler[Any]):

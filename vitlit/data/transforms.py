@@ -11,11 +11,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
 from vitlit.data.decode import decode
 from vitlit.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
+Crop = Literal["random_resized", "inception", "simple", "pad", "center"]
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,35 @@ class Preprocess:
 
 
 def train_transform(
-    image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float, interpolation: Interpolation
+    preprocess: Preprocess,
+    crop: Crop,
+    crop_scale: tuple[float, float],
+    flip: float,
+    augment: Sequence[Transform] = (),
 ) -> Transform:
-    """Random resized crop and horizontal flip: uint8 (3, H, W) -> uint8 (3, height, width).
+    """Crop, horizontal flip and further augmentation: uint8 (3, H, W) -> uint8 (3, height, width).
 
     Args:
-        image_size: (height, width), pixels.
-        crop_scale: the crop's area as a share of the image's, drawn between these two.
+        preprocess: of evaluation, whose image size and interpolation are used.
+        crop: random_resized (torchvision's), inception (TensorFlow's), simple (DeiT III's), pad (CIFAR's), or center as
+            at evaluation.
+        crop_scale: the area of a random_resized or inception crop as a share of the image's, drawn between these two.
         flip: the probability of a horizontal flip.
-        interpolation: of the antialiased resize.
+        augment: what is done after it, in this order.
     """
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                image_size, scale=crop_scale, interpolation=InterpolationMode(interpolation), antialias=True
-            ),
-            v2.RandomHorizontalFlip(flip),
-        ]
-    )
+    size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
+    crops: dict[Crop, Callable[[], Transform]] = {
+        "random_resized": lambda: v2.RandomResizedCrop(size, crop_scale, interpolation=how, antialias=True),
+        "inception": lambda: InceptionCrop(size, crop_scale, how),
+        "simple": lambda: SimpleCrop(size, how),
+        "pad": lambda: PadCrop(size, interpolation=how),
+        "center": lambda: preprocess.crop,
+    }
+    steps = [crops[crop](), v2.RandomHorizontalFlip(flip), *augment]
+
+    def transform(image: Tensor) -> Tensor:
+        for step in steps:
+            image = step(image)
+        return image
+
+    return transform

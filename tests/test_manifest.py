@@ -1,0 +1,155 @@
+"""Labels from a CSV file: what it says, and every mistake with its line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitlit.data import Preprocess
+from vitlit.data.folder import ImageFolder, Index, hold_out, scan_train
+from vitlit.data.manifest import read_manifest
+from vitlit.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Files 0.png to 9.png, and some of awkward names."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in (*map(str, range(10)), "a, b", "größe 日本", "sub/x", 'quo"te'):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+    return folder
+
+
+def written(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
+    file = tmp_path / "labels.csv"
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+def test_single_labels_and_splits_in_the_files_order(root: Path, tmp_path: Path) -> None:
+    text = "split,comment,label,path\ntrain,,dog,3.png\nval,x,cat,0.png\ntrain,,cat,1.png\ntrain,,Ape,sub/x.png\n"
+    classes, splits, multi_label = read_manifest(written(tmp_path, text), root)
+    assert (classes, multi_label) == (["Ape", "cat", "dog"], False)
+    assert list(splits) == ["train", "val"]
+    train, val = splits["train"], splits["val"]
+    assert [train.path(i) for i in range(3)] == [root / "3.png", root / "1.png", root / "sub" / "x.png"]
+    assert train.labels.dtype == np.int64
+    assert train.labels.tolist() == [2, 1, 0]
+    assert [val.path(0), val.labels.tolist()] == [root / "0.png", [1]]
+
+
+def test_without_splits_all_is_train(root: Path, tmp_path: Path) -> None:
+    splits = read_manifest(written(tmp_path, "path,label\n1.png,a\n2.png,b\n"), root).splits
+    assert list(splits) == ["train"]
+    assert len(splits["train"]) == 2
+
+
+def test_several_labels_in_any_row_make_all_rows_multi_label(root: Path, tmp_path: Path) -> None:
+    text = "path,label,split\n1.png,b|a,train\n2.png,,train\n3.png, c ,train\n4.png,c,val\n5.png,,test\n"
+    classes, splits, multi_label = read_manifest(written(tmp_path, text), root)
+    assert (classes, multi_label) == (["a", "b", "c"], True)
+    assert splits["train"].labels.dtype == bool
+    assert splits["train"].labels.tolist() == [[True, True, False], [False] * 3, [False, False, True]]
+    assert splits["val"].labels.tolist() == [[False, False, True]]
+    assert splits["test"].labels.tolist() == [[False] * 3]
+    dataset = ImageFolder(splits["train"], Preprocess((8, 8)).crop)
+    _, label, index = dataset[0]
+    assert (label.dtype, label.tolist(), index) == (torch.float32, [1.0, 1.0, 0.0], 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, encoding: str, newline: str) -> None:
+    absolute = root / "sub" / "x.png"
+    rows = ("path,label", '"a, b.png",x', "größe 日本.png,Käse", '"quo""te.png",x', "", f"{absolute},x", "./1.png,x")
+    classes, splits, _ = read_manifest(written(tmp_path, newline.join(rows), encoding), root)
+    train = splits["train"]
+    assert classes == ["Käse", "x"]
+    names = ("a, b.png", "größe 日本.png", 'quo"te.png', "sub/x.png", "1.png")
+    assert [train.path(i) for i in range(5)] == [root / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", " is empty; it needs a header with the columns path and label"),
+        ("\n", " is empty; it needs a header"),
+        ("path,label\n", " has a header but no rows"),
+        ("file,label\n1.png,a\n", " has no column 'path' but 'file', 'label'; the header must be path,label"),
+        ("path;label\n1.png;a\n", " has no column 'path' but 'path;label'; the header must be"),
+        ("path,lable\n1.png,a\n", " has no column 'label' but 'path', 'lable'"),
+        ("path,label,Split\n1.png,a,val\n", ": the column 'Split' must be 'split', once"),
+        ("path, label\n1.png,a\n", ": the column ' label' must be 'label', once"),
+        ("path,label,label\n1.png,a,b\n", ": the column 'label' must be 'label', once"),
+        ("path,label\n1.png,a\na, b.png,a\n", ", line 3: it has not the header's 2 fields; what contains a comma"),
+        ("path,label\n1.png\n", ", line 2: it has not the header's 2 fields"),
+        ('path,label\n1.png,a\n"2.png,a\n', ", line 3: it is not CSV"),
+        ("path,label\n1.png,a\n,a\n", ", line 3: the path is empty"),
+        ("path,label\n1.png,a\n2.png, \n", ", line 3: the label of 2.png is empty"),
+        ("path,label\n1.png,a|\n", ", line 2: the label 'a|' has an empty name"),
+        ("path,label,split\n1.png,a,training\n", ", line 2: the split 'training' is none of train, val, test"),
+        ("path,label,split\n1.png,a,\n", ", line 2: the split '' is none of"),
+        ("path,label,split\n1.png,a,val\n", " has no row of split train"),
+        ("path,label\n1.png,a\n2.png,a\nsub/../1.png,b\n", ", line 4: 1.png is in line 2, too; remove one"),
+        ("path,label,split\n1.png,a,train\n1.png,a,val\n", ", line 3: 1.png is in line 2, too"),
+        ("path,label,split\n1.png,a,train\n2.png,b,val\n", ", line 3: val has the class 'b', which the training"),
+        ("path,label,split\n1.png,a,train\n2.png,a|b,test\n", ", line 3: test has the class 'b', which"),
+        ("path,label\n1.png,a\nsub,a\n", ", line 3: there is no file {root}/sub; paths are relative to data.root"),
+        ("path,label\nno.png,a\n1.png,a\nnone.png,a\n", ", line 2: there is no file {root}/no.png (2 such rows); "),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(root: Path, tmp_path: Path, text: str, message: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        read_manifest(file, root)
+    assert str(caught.value).startswith(f"{file}{message.format(root=root)}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_given_twice_is_seen_also_when_one_is_absolute(root: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, f"path,label\n1.png,a\n{root / '1.png'},b\n")
+    with pytest.raises(UserError, match=r"line 3: .*1\.png is in line 2, too"):
+        read_manifest(file, root)
+
+
+def test_what_cannot_be_read_is_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read data\.manifest .*nowhere\.csv: No such file"):
+        read_manifest(tmp_path / "nowhere.csv", root)
+    with pytest.raises(UserError, match=r"cannot read data\.manifest .*images: Is a directory"):
+        read_manifest(root, root)
+    with pytest.raises(UserError, match=r"labels\.csv is not UTF-8"):
+        read_manifest(written(tmp_path, "path,label\nKäse.png,a\n", "latin-1"), root)
+
+
+# Holding out
+
+
+def test_a_manifest_of_a_folder_holds_out_what_the_folder_does(few: Path, tmp_path: Path) -> None:
+    classes, train, held = scan_train(few, 0.2)
+    _, index, _ = scan_train(few)
+    rows = [f"{path.decode()},{classes[label]}" for path, label in zip(index.paths, index.labels, strict=True)]
+    found = read_manifest(written(tmp_path, "\n".join(["path,label", *reversed(rows)])), few / "train")
+    assert found.classes == classes
+    parts = hold_out(found.splits["train"], 0.2, classes)
+    for part, expected in zip(parts, (train, held), strict=True):
+        assert expected is not None
+        assert dict(zip(part.paths.tolist(), part.labels.tolist(), strict=True)) == dict(
+            zip(expected.paths.tolist(), expected.labels.tolist(), strict=True)
+        )
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(100, 0.1, 10), (7, 0.5, 4), (10, 0.01, 1), (1, 0.5, 0)])
+def test_images_of_several_classes_are_held_out_by_their_paths(count: int, share: float, held: int) -> None:
+    paths = np.array([f"{i}.png".encode() for i in range(count)])
+    index = Index(Path(), paths, np.random.default_rng(0).random((count, 3)) < 0.5)
+    rest, part = hold_out(index, share, ["a", "b", "c"])
+    assert (len(rest), len(part)) == (count - held, held)
+    assert sorted([*rest.paths, *part.paths]) == sorted(paths)
+    labels = dict(zip(paths.tolist(), index.labels.tolist(), strict=True))
+    assert all(labels[path] == label.tolist() for path, label in zip(part.paths.tolist(), part.labels, strict=True))
+    assert held < 2 or set(part.paths) != set(paths[:held])  # drawn, not the first
+    other = Index(Path(), paths[::-1], index.labels[::-1])
+    assert set(hold_out(other, share, ["a", "b", "c"])[1].paths) == set(part.paths)

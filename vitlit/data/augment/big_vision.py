@@ -1,0 +1,185 @@
+"""RandAugment as big_vision has it: big_vision/pp/archive/{randaug,autoaugment}.py, forked from TensorFlow's tpu."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from vitlit.errors import UserError
+
+_FILL = 128
+
+
+class Draw(NamedTuple):
+    """What an op is applied with, whether or not it looks at all of it.
+
+    Args:
+        level: magnitude / 10.
+        sign: 1 or -1.
+        centre: (row, column) of a pixel.
+    """
+
+    level: float
+    sign: int
+    centre: tuple[int, int]
+
+
+class BigVisionRandAugment(v2.Transform):
+    """RandAugment (1909.13719) as big_vision's `randaug(ops, magnitude)` does it.
+
+    Each of `ops` is one of 16, with replacement, and is always applied: the source draws a probability and does not
+    use it. The magnitude is the same for all. What moved into view is grey (128). A translation is 10 pixels times
+    the magnitude and a cutout 8 pixels square times the magnitude, whatever the image's size, which was 224.
+
+    It computes what the source computes, two known mistakes included, since the published results come from them:
+    Contrast blends with a grey of height * width / 256 (196 at 224 pixels), not with the image's mean
+    (google-research/big_vision issue 109); and Solarize's threshold of 25.6 times the magnitude wraps around at 256,
+    so that at magnitude 10 it inverts the image, and at 15 is the usual 128 (issue 110; without the wrap it would do
+    nothing from 10 on).
+
+    It differs in two ops. Sharpness rounds its mean of 3 x 3 pixels down exactly, where the source's floats fall short
+    for up to 1.5 % of pixels, and leaves images below 3 pixels as they are, where the source fails. Posterize does
+    nothing above magnitude 22, where the source shifts by a negative number.
+
+    Args:
+        ops: the number of ops applied to an image, one after the other.
+        magnitude: the strength of them all. It does not mean the same for each: Color, Contrast, Brightness and
+            Sharpness change nothing at 5, and Posterize is strongest at 0.
+
+    Raises:
+        UserError: an argument out of range.
+    """
+
+    def __init__(self, ops: int = 2, magnitude: int = 10) -> None:
+        super().__init__()
+        if ops < 1:
+            raise UserError(f"ops {ops} must be at least 1")
+        if magnitude < 0:
+            raise UserError(f"magnitude {magnitude} must be at least 0")
+        self.ops, self.magnitude = ops, magnitude
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = flat_inputs[0].shape[-2:]
+        names = [list(OPS)[index] for index in torch.randint(len(OPS), (self.ops,))]
+        return {"ops": [(name, self._draw(height, width)) for name in names]}
+
+    def _draw(self, height: int, width: int) -> Draw:
+        sign, row, column = (int(torch.randint(count, ())) for count in (2, height, width))
+        return Draw(self.magnitude / 10, 2 * sign - 1, (row, column))
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        for name, draw in params["ops"]:
+            inpt = OPS[name](inpt, draw)
+        return inpt
+
+
+def autocontrast(image: Tensor) -> Tensor:
+    """Stretch each channel to [0, 255]; a channel of one value stays."""
+    low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
+    scale = torch.tensor(255.0) / (high.float() - low)  # a number / a tensor would be rounded twice
+    return torch.where(high > low, (image * scale - low * scale).clamp(0, 255), image).to(torch.uint8)
+
+
+def posterize(image: Tensor, bits: int) -> Tensor:
+    """Keep the highest bits; 0 bits keep one, since TensorFlow shifts a byte by 7 at most."""
+    shift = min(max(8 - bits, 0), 7)
+    return image >> shift << shift
+
+
+def solarize(image: Tensor, threshold: int) -> Tensor:
+    """Invert what is not below the threshold, which wraps around at 256."""
+    return torch.where(image < threshold % 256, image, 255 - image)
+
+
+def solarize_add(image: Tensor, addition: int) -> Tensor:
+    """Add to what is below 128."""
+    return torch.where(image < 128, (image.int() + addition).clamp(max=255).to(torch.uint8), image)
+
+
+def grey(image: Tensor) -> Tensor:
+    """The luma of each pixel in all channels, with the weights and the rounding of tf.image.rgb_to_grayscale."""
+    weights = torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+    luma = (image * (1 / 255) * weights).sum(-3, keepdim=True) * 255.5
+    return luma.to(torch.uint8).expand_as(image)
+
+
+def smooth(image: Tensor) -> Tensor:
+    """Mean of 3 x 3 pixels in which the central one counts 5 times; the border stays."""
+    if min(image.shape[-2:]) < 3:
+        return image
+    wide = image.short()
+    rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
+    smoothed = image.clone()
+    smoothed[..., 1:-1, 1:-1] = total // 13
+    return smoothed
+
+
+def flat(image: Tensor) -> Tensor:
+    """One grey, whose value should be the image's mean and is its number of pixels / 256."""
+    height, width = image.shape[-2:]
+    return torch.full_like(image, min(height * width // 256, 255))
+
+
+def blend(start: Tensor, end: Tensor, factor: float) -> Tensor:
+    """start at factor 0, end at factor 1; extrapolated beyond, clipped, and rounded down."""
+    return (start + factor * (end.float() - start)).clamp(0, 255).to(torch.uint8)
+
+
+def affine(image: Tensor, x: tuple[float, float, float], y: tuple[float, float, float]) -> Tensor:
+    """The pixel at (column, row) comes from (x, y) . (column, row, 1), the nearest one, and is grey outside."""
+    height, width = image.shape[-2:]
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+    column, row = (_nearest(a * columns + b * rows + c) for a, b, c in (x, y))
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    moved = image[..., row.clamp(0, height - 1), column.clamp(0, width - 1)]
+    return moved.where(inside, _FILL)
+
+
+def _nearest(position: Tensor) -> Tensor:
+    """Round halves away from zero, as C++'s std::round does."""
+    return torch.where(position < 0, (position - 0.5).ceil(), (position + 0.5).floor()).long()
+
+
+def rotate(image: Tensor, degrees: float) -> Tensor:
+    """Rotate about the centre; counter-clockwise if degrees are above 0."""
+    height, width = image.shape[-2:]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = (width - 1) / 2, (height - 1) / 2
+    return affine(image, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
+
+
+def cutout(image: Tensor, reach: int, centre: tuple[int, int]) -> Tensor:
+    """Grey out the pixels from centre - reach to centre + reach - 1, rows and columns."""
+    rows, columns = (slice(max(0, middle - reach), middle + reach) for middle in centre)
+    image = image.clone()
+    image[..., rows, columns] = _FILL
+    return image
+
+
+def _factor(draw: Draw) -> float:
+    return 0.1 + 1.8 * draw.level
+
+
+OPS: dict[str, Callable[[Tensor, Draw], Tensor]] = {
+    "AutoContrast": lambda image, draw: autocontrast(image),
+    "Equalize": lambda image, draw: F.equalize(image),
+    "Invert": lambda image, draw: 255 - image,
+    "Rotate": lambda image, draw: rotate(image, draw.sign * 30 * draw.level),
+    "Posterize": lambda image, draw: posterize(image, int(4 * draw.level)),
+    "Solarize": lambda image, draw: solarize(image, int(256 * draw.level)),
+    "Color": lambda image, draw: blend(grey(image), image, _factor(draw)),
+    "Contrast": lambda image, draw: blend(flat(image), image, _factor(draw)),
+    "Brightness": lambda image, draw: blend(torch.zeros_like(image), image, _factor(draw)),
+    "Sharpness": lambda image, draw: blend(smooth(image), image, _factor(draw)),
+    "ShearX": lambda image, draw: affine(image, (1, draw.sign * 0.3 * draw.level, 0), (0, 1, 0)),
+    "ShearY": lambda image, draw: affine(image, (1, 0, 0), (draw.sign * 0.3 * draw.level, 1, 0)),
+    "TranslateX": lambda image, draw: affine(image, (1, 0, draw.sign * 100 * draw.level), (0, 1, 0)),
+    "TranslateY": lambda image, draw: affine(image, (1, 0, 0), (0, 1, draw.sign * 100 * draw.level)),
+    "Cutout": lambda image, draw: cutout(image, int(40 * draw.level), draw.centre),
+    "SolarizeAdd": lambda image, draw: solarize_add(image, int(110 * draw.level)),
+}

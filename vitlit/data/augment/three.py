@@ -1,0 +1,50 @@
+"""DeiT III's 3-Augment: facebookresearch/deit, augment.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import ImageFilter, ImageOps
+from PIL.Image import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from vitlit.errors import UserError
+
+
+class ThreeAugment(v2.Transform):
+    """Grey, solarised or blurred, one of the three, then the colours jittered (2204.07118, section 3).
+
+    Solarising inverts values from 128 on; the blur is Pillow's Gaussian of a standard deviation in [0.1, 2] pixels.
+    The jitter is torchvision's, of brightness, contrast and saturation in random order. Crop and flip come before.
+    Images go through Pillow, as in the source.
+
+    Args:
+        jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter; 0 leaves them.
+
+    Raises:
+        UserError: jitter is below 0.
+    """
+
+    def __init__(self, jitter: float = 0.3) -> None:
+        super().__init__()
+        if jitter < 0:
+            raise UserError(f"jitter {jitter} must be at least 0")
+        self.jitter = v2.ColorJitter(jitter, jitter, jitter)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        name = list(OPS)[int(torch.randint(len(OPS), ()))]
+        radius = torch.empty(()).uniform_(0.1, 2).item()
+        return {"name": name, "radius": radius, "jitter": self.jitter.make_params(flat_inputs)}
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        image = OPS[params["name"]](F.to_pil_image(inpt), params["radius"])
+        return F.pil_to_tensor(self.jitter.transform(image, params["jitter"]))
+
+
+OPS: dict[str, Callable[[Image, float], Image]] = {
+    "Grey": lambda image, radius: ImageOps.grayscale(image).convert("RGB"),
+    "Solarize": lambda image, radius: ImageOps.solarize(image),
+    "Blur": lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+}

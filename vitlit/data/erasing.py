@@ -1,0 +1,98 @@
+"""Random erasing of training images, after normalisation, on their device."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitlit.data.mixing import Box
+from vitlit.data.stream import ERASING, mix
+from vitlit.errors import UserError
+
+Fill = Literal["noise", "mean"]
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """Random erasing (1708.04896, section 3.2) as timm does it: the aspect is log-uniform, the area need not be met.
+
+    Args:
+        prob: the probability that an image is erased.
+        area: of the box as a share of the image's, drawn between these two.
+        aspect: height / width of the box is drawn between this and its inverse.
+        fill: noise is N(0, 1) by pixel and channel, timm's "pixel"; mean is 0, the mean of normalised images, timm's
+            "const".
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    prob: float = 0.0
+    area: tuple[float, float] = (0.02, 1 / 3)
+    aspect: float = 0.3
+    fill: Fill = "noise"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prob <= 1:
+            raise UserError(f"data.erasing.prob {self.prob} is not a probability; give 0 to 1")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise UserError(f"data.erasing.area {list(self.area)} must rise within (0, 1]")
+        if not 0 < self.aspect <= 1:
+            raise UserError(f"data.erasing.aspect {self.aspect} must be above 0 and at most 1")
+        if self.fill not in get_args(Fill):
+            raise UserError(f"data.erasing.fill {self.fill} is unknown; give {' or '.join(get_args(Fill))}")
+
+
+def boxes(
+    erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray, height: int, width: int
+) -> list[Box | None]:
+    """What is erased of the images in these rows of a step's global batch, each by its row alone; None for nothing.
+
+    Of 10 boxes that are drawn the first that is smaller than the image counts; where there is none, nothing is erased.
+
+    Args:
+        erasing: how it is drawn.
+        seed: of the run.
+        step: of the optimiser.
+        rows: their numbers in the global batch.
+        height: of the images, pixels.
+        width: likewise.
+    """
+    numbers = np.arange(4 * ATTEMPTS + 1)
+    bits = mix(ERASING, seed, step, np.asarray(rows, np.int64)[:, None], numbers)
+    uniform = (bits >> np.uint64(11)) * 2.0**-53  # [0, 1), (rows, numbers)
+    chosen, drawn = uniform[:, 0] < erasing.prob, uniform[:, 1:].reshape(-1, 4, ATTEMPTS)
+    area = (erasing.area[0] + (erasing.area[1] - erasing.area[0]) * drawn[:, 0]) * height * width
+    aspect = np.exp(math.log(erasing.aspect) * (2 * drawn[:, 1] - 1))
+    high, wide = (np.rint(np.sqrt(side)).astype(np.int64) for side in (area * aspect, area / aspect))
+    fits = (high < height) & (wide < width)
+    top, left = ((drawn[:, 2] * (height - high + 1)).astype(int), (drawn[:, 3] * (width - wide + 1)).astype(int))
+    edges = np.stack([top, top + high, left, left + wide], axis=-1)[np.arange(len(fits)), fits.argmax(1)]
+    wanted = chosen & fits.any(1)
+    return [Box(*box) if erased else None for box, erased in zip(edges.tolist(), wanted.tolist(), strict=True)]
+
+
+def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray) -> Tensor:
+    """Erase normalised images (B, C, H, W), which are these rows of a step's global batch, in place; returns them.
+
+    The noise of a row is drawn on the images' device by a generator of its own: the same however the batch is sliced,
+    but not the same on a CPU and a GPU.
+    """
+    generator = torch.Generator(images.device)
+    seeds = mix(ERASING, seed, step, np.asarray(rows, np.int64)).tolist()
+    for image, box, row_seed in zip(images, boxes(erasing, seed, step, rows, *images.shape[-2:]), seeds, strict=True):
+        if box is None:
+            continue
+        part = image[:, *box.slices]
+        if erasing.fill == "noise":
+            # Not part.normal_(), whose numbers would lie as the memory does.
+            generator.manual_seed(row_seed)
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device))
+        else:
+            part.zero_()
+    return images

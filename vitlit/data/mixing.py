@@ -1,0 +1,150 @@
+"""mixup and cutmix of a batch, drawn once for a step's global batch, on any number of devices.
+
+Rows 2k and 2k + 1 are mixed with each other, so that a slice of the global batch that begins at an even row and has
+whole pairs is mixed as it would be within the whole.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitlit.data.stream import MIXING, mix
+from vitlit.errors import UserError
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels: rows top to bottom, columns left to right, the ends excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def area(self) -> int:
+        """Pixels within."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """What indexes the last two dimensions of images."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
+class Mix(NamedTuple):
+    """How the images of one global batch are mixed.
+
+    Attributes:
+        lam: the weight of an image's own targets; of its partner's it is 1 - lam.
+        box: what cutmix takes from the partner; None for mixup.
+    """
+
+    lam: float
+    box: Box | None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """mixup (1710.09412, section 2) and cutmix (1905.04899, section 3.1), one draw a global batch.
+
+    So do timm (mode "batch"), torchvision and big_vision. Partners are mixed both ways, for which mixup with lam and
+    with 1 - lam gives the same set of images and targets: big_vision's max(lam, 1 - lam) would change nothing.
+
+    Args:
+        mixup: lam is drawn from Beta(mixup, mixup); 0 for no mixup.
+        cutmix: likewise; the box has the area 1 - lam until it is clipped.
+        prob: the probability that a batch is mixed.
+        switch: the probability that it is cutmix, where both are on.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    prob: float = 1.0
+    switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if not 0 <= value < math.inf:
+                raise UserError(f"data.mixing.{name} {value} is no parameter of Beta; give 0 for none, or more")
+        for name, value in (("prob", self.prob), ("switch", self.switch)):
+            if not 0 <= value <= 1:
+                raise UserError(f"data.mixing.{name} {value} is not a probability; give 0 to 1")
+
+    @property
+    def on(self) -> bool:
+        """Whether any batch is mixed."""
+        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def draw(self, seed: int, step: int, height: int, width: int) -> Mix | None:
+        """What is drawn for a step's images of height x width pixels; None where they are not mixed."""
+        # RandomState, since its numbers are the same in every version of numpy (NEP 19).
+        random = np.random.RandomState(mix(MIXING, seed, step).view(np.uint32))
+        if not self.on or random.random_sample() >= self.prob:
+            return None
+        cut = self.cutmix > 0 and (self.mixup == 0 or random.random_sample() < self.switch)
+        alpha = self.cutmix if cut else self.mixup
+        lam = random.beta(alpha, alpha)
+        if not cut:
+            return Mix(lam, None)
+        (top, bottom), (left, right) = (_cut(random, side, math.sqrt(1 - lam)) for side in (height, width))
+        box = Box(top, bottom, left, right)
+        return Mix(1 - box.area / (height * width), box)
+
+    def __call__(self, images: Tensor, targets: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Mix a step's images (B, C, H, W) and targets (B, classes), or whole pairs of them, as is drawn for it."""
+        drawn = self.draw(seed, step, *images.shape[-2:])
+        if drawn is None:
+            return images, targets
+        return mixup(images, targets, drawn.lam) if drawn.box is None else cutmix(images, targets, drawn.box)
+
+
+def mixup(images: Tensor, targets: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """lam * row i + (1 - lam) * row i ^ 1, of images (B, C, H, W) and of targets (B, classes), both float.
+
+    Raises:
+        UserError: B is odd.
+    """
+    return _blend(images, lam), _blend(targets, lam)
+
+
+def cutmix(images: Tensor, targets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+    """Row i of images (B, C, H, W) with the box of row i ^ 1, and targets (B, classes) by their shares of the pixels.
+
+    Raises:
+        UserError: B is odd.
+    """
+    mixed = images.clone()
+    mixed[..., *box.slices] = _partners(images[..., *box.slices])
+    return mixed, _blend(targets, 1 - box.area / (images.shape[-2] * images.shape[-1]))
+
+
+def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels as float (B, num_classes): one-hot of class numbers, int64 (B,); float (B, num_classes) as they are."""
+    if labels.is_floating_point():
+        return labels
+    # Not one_hot, which waits for the device to check the numbers.
+    return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
+
+
+def _cut(random: np.random.RandomState, side: int, share: float) -> tuple[int, int]:
+    """Where a cut of a share of a side begins and ends: any pixel is as likely its centre, what is outside is lost."""
+    length, centre = int(side * share), random.randint(side)
+    return max(0, centre - length // 2), min(side, centre + (length + 1) // 2)
+
+
+def _partners(rows: Tensor) -> Tensor:
+    """Row i ^ 1 in place of row i, as a copy."""
+    if len(rows) % 2:
+        raise UserError(f"mixing takes pairs of images, not {len(rows)}; give an even batch")
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def _blend(rows: Tensor, lam: float) -> Tensor:
+    return _partners(rows).mul_(1 - lam).add_(rows * lam)

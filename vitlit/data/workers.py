@@ -1,0 +1,31 @@
+"""The processes that load images: how many, and how they end."""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.util import Finalize
+
+
+def count(devices: int) -> int:
+    """One a core of this machine, shared among its devices."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // max(1, devices))
+
+
+def leave_signals(worker: int) -> None:
+    """Let the main process alone act on signals: one to the process group must not end its data workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_at_exit() -> None:
+    """Kill data workers before Python's own exit, which would wait for ever for children that ignore SIGTERM."""
+    Finalize(None, _end, exitpriority=10)
+
+
+def _end() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
