@@ -16,14 +16,14 @@ SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(P
 MAY_IMPORT = {
     "errors": (),
     "model": ("errors",),
-    "objectives": ("model", "errors"),
+    "objectives": ("model", "weights", "errors"),
     "optim": ("errors",),
     "data": ("errors",),
     "weights": ("model", "errors", "data.transforms"),
     "stages": ("model", "objectives", "optim", "weights", "data.stream", "errors"),
     "evaluation": ("errors",),
     "loggers": ("errors",),
-    "callbacks": ("loggers", "data", "errors"),
+    "callbacks": ("loggers", "data", "optim", "errors"),
 }
 # And of other packages, beside Python's own library.
 TORCH_ONLY = ("model", "objectives", "optim")

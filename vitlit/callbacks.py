@@ -16,6 +16,7 @@ from torch import Tensor
 from vitlit.data.folder import Index
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb
+from vitlit.optim import table
 
 
 class Interrupted(Exception):
@@ -96,7 +97,7 @@ class Best(ModelCheckpoint):
 
 
 class Tracking(Callback):
-    """Tell the loggers what the run is, and forget the rows that a continued run will log again.
+    """Print the parameter groups, tell the loggers what the run is, and forget rows that will be logged again.
 
     Args:
         config: the resolved config.
@@ -106,6 +107,8 @@ class Tracking(Callback):
         self.config = config
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(table(trainer.optimizers[0]), flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, CSV):
                 logger.cut(trainer.global_step - 1)  # Lightning counts from 0

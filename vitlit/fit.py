@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
 
-from vitlit import callbacks
-from vitlit.arguments import CommandLine, Parser
-from vitlit.completion import complete, starting_weights
+from vitlit import averaging, callbacks
+from vitlit.arguments import CommandLine, Parser, load_yaml
+from vitlit.completion import complete, doubts, starting_weights
 from vitlit.data import ImageFolderData, sources
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
@@ -40,6 +40,8 @@ QUIET = (
     r".*callbacks used to create the checkpoint.*",  # evaluation has none
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
+
+EMA = averaging.EMA  # a callback that a config may name
 
 # Settings of the Trainer that a config must leave at their defaults, and why.
 OURS = {
@@ -119,6 +121,8 @@ class CLI(LightningCLI):
             config.ckpt_path = str(locate(self.folder.path))
         self.classes = complete(config, starting_weights(config, fitting=self.subcommand == "fit"))
         self.resolved = self.plain(config)
+        for doubt in doubts(config, load_yaml(self.line.config)) if self.keeps and self.line.config else []:
+            rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
         if config.ckpt_path and "init_from" in config.model.init_args:
             config.model.init_args.init_from = None  # it may be gone by now
         if not self.keeps:  # evaluation needs neither the training's loggers nor its callbacks
@@ -193,8 +197,10 @@ class CLI(LightningCLI):
 
     def training_callbacks(self) -> list[Any]:
         """The callbacks that keep what a training run makes."""
-        monitor = self.config.fit.run.monitor
         measured = [f"val/{name}" for name in self.model.measures["val"]]
+        monitor = self.config.fit.run.monitor or next(
+            name for name in ("val/top1", "val/map", "val/loss") if name in measured
+        )
         if monitor not in measured:
             raise UserError(f"run.monitor {monitor} is not among {' '.join(measured)}")
         folder = self.folder.best.parent
@@ -211,8 +217,10 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         self.datamodule.check(self.subcommand, self.trainer.world_size)
         if self.keeps:
-            limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * self.datamodule.steps_per_epoch]
-            self.model.schedule.check(min(limit for limit in limits if limit > 0))
+            epoch = self.datamodule.steps_per_epoch
+            limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
+            self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)
+            self.model.check(self.datamodule)
 
     def _set_seed(self) -> None:
         try:

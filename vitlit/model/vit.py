@@ -20,6 +20,13 @@ from vitlit.model.init import init_weights
 from vitlit.model.options import SIZES, Pool, Position, ViTOptions, check
 from vitlit.model.position import Resampling, resample, rotary2d, sincos2d
 
+# The layer of each part of a ViT that is not a block.
+LAYER_OF = {
+    **dict.fromkeys(("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed"), "embed"),
+    **dict.fromkeys(("norm", "fc_norm"), "norm"),
+    **dict.fromkeys(("attn_pool", "head", "head_dist"), "head"),
+}
+
 
 class PatchEmbed(nn.Module):
     """A convolution whose kernel and stride are the patch size: (B, C, H, W) -> (B, N, D)."""
@@ -248,6 +255,20 @@ class ViT(nn.Module):
         self.head = head()
         self.head_dist = head() if self.dist_token is not None else None
 
+    def layers(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters by name, layer by layer in the order of the forward pass: embed, blocks.N, norm, head.
+
+        The distillation head and the attention pool count as head. A parameter of none of these parts is in no layer.
+        """
+        found: dict[str, dict[str, nn.Parameter]] = {"embed": {}}
+        found |= {f"blocks.{i}": {} for i in range(len(self.blocks))} | {"norm": {}, "head": {}}
+        for name, parameter in self.named_parameters():
+            part, number = (*name.split("."), "")[:2]
+            layer = f"blocks.{number}" if part == "blocks" else LAYER_OF.get(part)
+            if layer is not None:
+                found[layer][name] = parameter
+        return found
+
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image, in patches; UserError where the patch size does not divide it."""
         if height % self.patch_size or width % self.patch_size:
@@ -310,9 +331,11 @@ class ViT(nn.Module):
         patches = tokens[:, self.prefix :]
         return self.fc_norm(patches.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches))
 
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.features(images)
+    def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the head makes of `features`, (B, num_classes), and the distillation token's head where there is one."""
         output = self.head(self.pool(tokens))
-        if self.head_dist is None:
-            return output
-        return (output + self.head_dist(self.fc_norm(tokens[:, 1]))) / 2
+        return output, None if self.head_dist is None else self.head_dist(self.fc_norm(tokens[:, 1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        output, follower = self.heads(self.features(images))
+        return output if follower is None else (output + follower) / 2

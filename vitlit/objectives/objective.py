@@ -26,11 +26,25 @@ class Objective(nn.Module):
 
     The constructor receives the headless ViT, to give it a head or to size parts of its own. It must not keep it:
     the stage owns the ViT and passes it at every call, so that a parameter has one name in a checkpoint.
+
+    Attributes:
+        soft_targets: whether labels may be (B, classes) shares, as mixup and cutmix make them.
+        multi_label: whether an image may have several classes.
     """
+
+    soft_targets = False
+    multi_label = False
 
     def __init__(self, vit: ViT) -> None:
         super().__init__()
 
+    def prepare(self, data: Any) -> None:
+        """Called before training with the data module, None where there is none."""
+
     def forward(self, vit: ViT, batch: Any) -> Step:
-        """Compute the loss of a batch (images (B, C, H, W), labels (B,), ...)."""
+        """Compute the loss of a batch (images (B, C, H, W), labels (B,) or (B, classes), ...)."""
         raise NotImplementedError
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities (B, classes), float32, of logits."""
+        return logits.float().softmax(-1)

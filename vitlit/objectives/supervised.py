@@ -1,7 +1,9 @@
-"""Classification with softmax cross entropy."""
+"""Classification."""
 
 from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError
@@ -10,28 +12,99 @@ from vitlit.objectives.objective import Objective, Step
 
 
 class Supervised(Objective):
-    """Softmax cross entropy on labels (2010.11929, section 3.1).
+    """Cross entropy on labels (2010.11929, section 3.1), hard or soft.
+
+    softmax is the usual one. sigmoid asks about each class by itself, summed over the classes (2106.10270). bce is its
+    mean over the classes, where a class that is mixed in at all counts whole (2110.00476, section 3; DeiT III).
+    Validation is by the plain loss: label smoothing and class weights act in training alone.
 
     Args:
         vit: the headless ViT; it is given its head here.
         num_classes: the command line fills it from the data.
-        head: pretrain is Linear, tanh, Linear; finetune is one zero-initialised Linear.
+        head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default that of the stage.
         hidden_dim: hidden units of the pretraining head; the ViT's width unless given.
+        head_std: standard deviation of the output layer's initial weights, normal cut at two of them; 0 for zeros.
+        head_bias: the output layer's initial bias; for sigmoid -log(classes) or so, since most answers are no.
+        loss: softmax, sigmoid or bce.
+        label_smoothing: the share of each label that is spread over all classes (1512.00567, section 7).
+        class_weights: balanced weighs an image's loss by N / (classes x images of its class), whose mean over the
+            training images is 1 (scikit-learn's formula; not divided by a batch's own weights, so that accumulation
+            changes nothing).
+        multi_label: whether an image may have several classes; the command line fills it from the data.
+
+    Raises:
+        UserError: there are fewer than 2 classes, or options contradict each other.
     """
+
+    soft_targets = True
 
     def __init__(
         self,
         vit: ViT,
         num_classes: int | None = None,
-        head: Literal["pretrain", "finetune"] = "pretrain",
+        head: Literal["pretrain", "finetune"] | None = None,
         hidden_dim: int | None = None,
+        head_std: float = 0.0,
+        head_bias: float = 0.0,
+        loss: Literal["softmax", "sigmoid", "bce"] = "softmax",
+        label_smoothing: float = 0.0,
+        class_weights: Literal["balanced"] | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__(vit)
         if num_classes is None or num_classes < 2:
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
-        vit.set_head(head, num_classes, hidden_dim)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing {label_smoothing} is not between 0 and 1")
+        if loss not in ("softmax", "sigmoid", "bce"):
+            raise UserError(f"loss {loss!r} is none of softmax sigmoid bce")
+        if multi_label and (loss == "softmax" or class_weights is not None):
+            wrong = "loss softmax" if loss == "softmax" else "class_weights"
+            raise UserError(f"{wrong} needs one label an image, but the data has several; use loss sigmoid or bce")
+        if vit.config["num_classes"] != num_classes or head is not None:
+            vit.set_head(head or "pretrain", num_classes, hidden_dim)
+        for made in (vit.head, vit.head_dist):
+            if made is not None:
+                output = made if isinstance(made, nn.Linear) else made.get_submodule("out")
+                assert isinstance(output, nn.Linear)
+                if head_std:
+                    nn.init.trunc_normal_(output.weight, std=head_std, a=-2 * head_std, b=2 * head_std)
+                nn.init.constant_(output.bias, head_bias)
+        self.num_classes, self.loss, self.label_smoothing = num_classes, loss, label_smoothing
+        self.multi_label, self.class_weights = multi_label, class_weights
+        self.weights: Tensor | None
+        self.register_buffer("weights", None, persistent=False)
+
+    def prepare(self, data: Any) -> None:
+        """Weigh the classes by the images that the training set has of each."""
+        if self.class_weights is None:
+            return
+        counts = getattr(data, "class_counts", None)
+        if counts is None:
+            raise UserError("class_weights balanced needs a data module that counts its classes (ImageFolderData)")
+        images = torch.as_tensor(counts, dtype=torch.float64)
+        self.weights = (images.sum() / (len(images) * images)).float()
 
     def forward(self, vit: ViT, batch: Any) -> Step:
         images, labels, *_ = batch
         logits = vit(images)
-        return Step(F.cross_entropy(logits, labels), logits)
+        return Step(self.error(logits, labels), logits)
+
+    def error(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits (B, classes) on labels (B,) or shares of classes (B, classes), a scalar."""
+        shares = F.one_hot(labels, self.num_classes).to(logits.dtype) if labels.ndim == 1 else labels
+        targets = (shares > 0).to(shares.dtype) if self.loss == "bce" else shares
+        if self.training and self.label_smoothing:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        if self.loss == "softmax":
+            errors = F.cross_entropy(logits, targets, reduction="none")
+        else:
+            errors = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
+            errors = errors / self.num_classes if self.loss == "bce" else errors
+        if self.training and self.weights is not None:
+            errors = errors * (shares.float() @ self.weights.to(shares.device))
+        return errors.mean()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax, or for sigmoid and bce each class's own probability."""
+        return super().probabilities(logits) if self.loss == "softmax" else logits.float().sigmoid()

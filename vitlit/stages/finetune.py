@@ -1,14 +1,18 @@
 """The finetuning stage."""
 
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Self
 
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.objectives import Supervised
-from vitlit.optim import OptimizerFactory, Schedule
+from vitlit.model.lora import LoRA, add_lora
+from vitlit.objectives import Objective, Supervised
+from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.weights import load_weights, network, read
@@ -24,14 +28,19 @@ class Finetune(Stage):
         init_from: the weights to start from: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
             Where the resolution differs the position table is resampled; the head is new, and so are the final norm and
             the attention pool where the weights have none in that place. It is read when training starts.
+        objective: makes the objective of the ViT, which by now has one zero-initialised linear layer for a head.
         num_classes: the command line fills it from the data.
-        freeze: train the head alone (linear probe).
+        freeze: what is not trained: true for all but the head (linear probe), or shell patterns of parameter names.
+        last_blocks: train only so many blocks at the end, the final norm and the head.
+        lora: train only low-rank adapters and the head. Checkpoints hold the plain network with the adapters merged.
         optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
             peak.
         schedule: of the learning rate, by optimiser step.
+        groups: how learning rate and weight decay differ between parameters, layer-wise decay among it.
 
     Raises:
-        UserError: neither vit nor init_from is given, or both vit and image_size are.
+        UserError: neither vit nor init_from is given, or both vit and image_size are; more than one of freeze,
+            last_blocks and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks.
     """
 
     def __init__(
@@ -40,10 +49,14 @@ class Finetune(Stage):
         vit: ViT | None = None,
         image_size: int | tuple[int, int] | None = None,
         init_from: str | None = None,
+        objective: Callable[[ViT], Objective] = Supervised,
         num_classes: int | None = None,
-        freeze: bool = False,
+        freeze: bool | Sequence[str] = False,
+        last_blocks: int | None = None,
+        lora: LoRA | None = None,
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
+        groups: Groups = Groups(),
     ) -> None:
         if vit is None:
             if init_from is None:
@@ -52,30 +65,74 @@ class Finetune(Stage):
             vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **size))
         elif image_size is not None:
             raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
-        head = partial(Supervised, num_classes=num_classes, head="finetune")
-        super().__init__(vit, head, optimizer, schedule, {"num_classes": num_classes, "freeze": freeze})
-        self.init_from, self.freeze_encoder = init_from, freeze
-        if freeze:
-            for name, parameter in self.vit.named_parameters():
-                parameter.requires_grad_(name.startswith("head"))
+        if sum(choice not in (None, False) for choice in (freeze, last_blocks, lora)) > 1:
+            raise UserError("model.freeze, model.last_blocks and model.lora exclude one another; give one")
+        if num_classes is None or num_classes < 2:
+            raise UserError(f"finetuning needs num_classes of at least 2, not {num_classes}")
+        vit.set_head("finetune", num_classes)
+        objective = partial(objective, num_classes=num_classes)  # type: ignore[call-arg]
+        ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
+        arguments = {"objective": objective, "num_classes": num_classes, **ways}
+        super().__init__(vit, objective, optimizer, schedule, groups, arguments)
+        self.init_from = init_from
+        if lora is not None:
+            add_lora(self.vit, lora)
+        elif last_blocks is not None:
+            freeze_below(self.vit, last_blocks)
+        elif freeze:
+            freeze_matching(self.vit, freeze)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             weights = read(self.init_from)
-            fresh = ["head*"]
+            fresh = ["head*", "*.lora_*"]
             if weights.config.get("norm", "tokens") != self.vit.config["norm"]:
                 fresh += ["norm.*", "fc_norm.*"]
             if weights.config.get("pool", "cls") != self.vit.config["pool"]:
                 fresh += ["attn_pool.*"]
             report = load_weights(self.vit, weights, skip=fresh)
-            if self.freeze_encoder and "attn_pool.latent" in report.new:
+            frozen = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
+            if frozen and "attn_pool.latent" in report.new:
                 raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
             self.hparams["vit"] = describe(self.vit)  # with what the weights set on it
+            report = report._replace(new=[name for name in report.new if ".lora_" not in name])
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
             self.init_from = None  # a second fit goes on
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.freeze_encoder:  # a frozen encoder gives features: no dropout in it
-            self.vit.eval()
+        if mode:  # what is frozen gives features: no dropout in it
+            for part in (self.vit, *self.vit.children(), *self.vit.blocks):
+                if frozen(part) or (part is self.vit.pos_drop and frozen(self.vit.patch_embed)):
+                    part.eval()
         return self
+
+
+def frozen(part: nn.Module) -> bool:
+    """Whether a part of the network has parameters, and none that is trained."""
+    parameters = list(part.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def freeze_matching(vit: ViT, freeze: bool | Sequence[str]) -> None:
+    """Freeze all but the head, or the parameters whose names match these shell patterns."""
+    names = [name for name, _ in vit.named_parameters()]
+    patterns = [freeze] if isinstance(freeze, str) else [] if isinstance(freeze, bool) else list(freeze)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"model.freeze {pattern!r} matches no parameter of the ViT, such as {names[0]}")
+    for name, parameter in vit.named_parameters():
+        if patterns:
+            parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
+        else:
+            parameter.requires_grad_(name.startswith("head"))
+
+
+def freeze_below(vit: ViT, last_blocks: int) -> None:
+    """Freeze the embedding and all but the last blocks."""
+    if not 0 <= last_blocks <= len(vit.blocks):
+        raise UserError(f"model.last_blocks is {last_blocks}, but the ViT has {len(vit.blocks)} blocks")
+    layers = vit.layers()
+    for layer in ["embed", *(f"blocks.{i}" for i in range(len(vit.blocks) - last_blocks))]:
+        for parameter in layers[layer].values():
+            parameter.requires_grad_(False)

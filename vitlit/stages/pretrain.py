@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from vitlit.model import ViT
 from vitlit.objectives import Objective
-from vitlit.optim import OptimizerFactory, Schedule
+from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.stage import Stage
 
 
@@ -16,6 +16,7 @@ class Pretrain(Stage):
         objective: makes the objective of the ViT, such as partial(Supervised, num_classes=10).
         optimizer: makes the optimizer of parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: of the learning rate, by optimiser step.
+        groups: how learning rate and weight decay differ between parameters.
     """
 
     def __init__(
@@ -24,5 +25,6 @@ class Pretrain(Stage):
         objective: Callable[[ViT], Objective],
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
+        groups: Groups = Groups(),
     ) -> None:
-        super().__init__(vit, objective, optimizer, schedule, {"objective": objective})
+        super().__init__(vit, objective, optimizer, schedule, groups, {"objective": objective})

@@ -3,15 +3,14 @@
 import functools
 import inspect
 import os
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.optim import Schedule
 
 # Where a class named in a config or a checkpoint may come from; VITLIT_TRUST adds packages of your own.
-TRUSTED = ("vitlit", "torch.optim", "torchmetrics", "lightning.pytorch", "lightning.fabric")
+TRUSTED = ("vitlit", "torch.optim", "torchvision.transforms", "torchmetrics", "lightning.pytorch", "lightning.fabric")
 
 
 def trusted() -> list[str]:
@@ -39,8 +38,8 @@ def describe(value: Any) -> Any:
         return {"class_path": "vitlit.model.ViT", "init_args": headless}
     if inspect.isclass(value):
         return {"class_path": path_of(value)}
-    if isinstance(value, Schedule):
-        return asdict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return describe(asdict(value))
     if isinstance(value, functools.partial):
         # jsonargparse makes a partial of its own instantiator, with the class among the arguments.
         classes = [item for item in (value.func, *value.args) if inspect.isclass(item)]

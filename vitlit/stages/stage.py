@@ -8,17 +8,19 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from vitlit.data.stream import seed_step
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.model.lora import merge, without_adaptation
 from vitlit.objectives import Objective
-from vitlit.optim import OptimizerFactory, Schedule, parameter_groups
+from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.stages.metrics import metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
@@ -32,6 +34,7 @@ class Stage(LightningModule):
         objective: makes the objective of the ViT.
         optimizer: makes the optimizer of parameter groups.
         schedule: of the learning rate, by optimiser step.
+        groups: how learning rate and weight decay differ between parameters.
         arguments: the constructor arguments that a checkpoint records beside these.
     """
 
@@ -41,10 +44,11 @@ class Stage(LightningModule):
         objective: Callable[[ViT], Objective],
         optimizer: OptimizerFactory,
         schedule: Schedule,
+        groups: Groups,
         arguments: dict[str, Any],
     ) -> None:
         super().__init__()
-        record = {"vit": vit, "optimizer": optimizer, "schedule": schedule, **arguments}
+        record = {"vit": vit, "optimizer": optimizer, "schedule": schedule, "groups": groups, **arguments}
         # Lightning rebuilds the stage from these with jsonargparse: {class_path, init_args} become objects again.
         self.hparams.update(
             {name: describe(value) for name, value in record.items()},
@@ -53,22 +57,12 @@ class Stage(LightningModule):
         )
         self.vit = vit.train()
         self.objective = objective(vit)
-        self.optimizer, self.schedule = optimizer, schedule
-        self.measures = nn.ModuleDict({"val": self._metrics(), "test": self._metrics()})
+        self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
+        classes, several = self.vit.config["num_classes"], self.objective.multi_label
+        self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
         self._window: list[Tensor] = []
         self._rate = 0.0
         self._clock, self._images = 0.0, 0
-
-    def _metrics(self) -> nn.ModuleDict:
-        # NaN stays NaN: by default it would be left out, and "disable" leaves out the weights (torchmetrics 1.9).
-        metrics: dict[str, Metric] = {"loss": MeanMetric(nan_strategy=math.nan)}
-        classes = self.vit.config["num_classes"]
-        if classes:
-            metrics["top1"] = MulticlassAccuracy(classes, average="micro")
-            metrics["top1_macro"] = MulticlassAccuracy(classes, average="macro")
-        if classes > 5:
-            metrics["top5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-        return nn.ModuleDict(metrics)
 
     @property
     def data(self) -> Any:
@@ -84,27 +78,49 @@ class Stage(LightningModule):
         total = trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
-        if not trainer.fast_dev_run:
-            self.schedule.check(int(total))
-        try:
-            optimizer = self.optimizer(parameter_groups([self.vit, self.objective]))
-        except ValueError as error:
-            raise UserError(f"model.optimizer: {error}") from error
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, int(total)))
+        epoch = getattr(self.data, "steps_per_epoch", None) or int(trainer.num_training_batches)
+        schedule = Schedule(decay="constant") if trainer.fast_dev_run else self.schedule
+        layers = self.vit.layers()
+        layers = {layer: {f"vit.{name}": p for name, p in members.items()} for layer, members in layers.items()}
+        layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
+        optimizer = build_optimizer(self.optimizer, layers, self, self.groups, self.lr_scale())
+        scheduler = LambdaLR(optimizer, schedule.over(int(total), epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scale(self) -> float:
+        """What the optimizer's learning rate is multiplied by for the global batch; UserError where that is unknown."""
+        if self.schedule.lr_per is None:
+            return 1.0
+        batch = getattr(self.data, "batch_size", None)
+        if batch is None:
+            raise UserError("model.schedule.lr_per needs a data module that tells its batch_size (ImageFolderData)")
+        return float(batch) / self.schedule.lr_per
 
     # Training
 
     def on_fit_start(self) -> None:
-        """Refuse data that does not fit the network, where both are built in Python."""
+        self.check(self.data)
+        self.objective.prepare(self.data)
+
+    def check(self, data: Any) -> None:
+        """Refuse data that does not fit the network or the objective, where they are built in Python."""
         classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
-        found = len(getattr(self.data, "classes", [])) or classes
+        found = len(getattr(data, "classes", [])) or classes
         if classes and found != classes:
             raise UserError(f"the head has {classes} classes, but the data has {found}; give num_classes={found}")
-        preprocess = getattr(self.data, "preprocess", None)
+        preprocess = getattr(data, "preprocess", None)
         wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
         if preprocess is not None and list(preprocess.image_size) != wanted:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
+        mixing = getattr(data, "mixing", None)
+        if mixing is not None and mixing.on and not self.objective.soft_targets:
+            raise UserError(
+                f"data.mixing makes soft targets, which {type(self.objective).__name__} does not learn from"
+            )
+        several = getattr(data, "multi_label", False)
+        if several != self.objective.multi_label:
+            how = "several labels" if several else "one label"
+            raise UserError(f"the data has {how} an image; give the objective multi_label={several}")
 
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
@@ -115,9 +131,9 @@ class Stage(LightningModule):
         self._restart_clock()
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.measures["val"]
-        assert isinstance(metrics, nn.ModuleDict)
-        loss = metrics["loss"]
+        measures = self.measures["val"]
+        assert isinstance(measures, nn.ModuleDict)
+        loss = measures["loss"]
         assert isinstance(loss, MeanMetric)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.require_finite("validation", loss.compute())
@@ -139,7 +155,8 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = getattr(self.data, "seed", 0)
         seed_step(seed, self.trainer.global_step, len(self._window), self.global_rank)
-        self._rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler moves on before the batch ends
+        # The highest, which is the head's; the scheduler moves on before the batch ends.
+        self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.objective(self.vit, batch)
@@ -180,30 +197,49 @@ class Stage(LightningModule):
 
     def _evaluate(self, split: str, batch: Any) -> dict[str, Tensor] | None:
         step = self.objective(self.vit, batch)
-        size = len(batch[0])
-        metrics = self.measures[split]
-        assert isinstance(metrics, nn.ModuleDict)
-        for name, metric in metrics.items():
+        measures = self.measures[split]
+        assert isinstance(measures, nn.ModuleDict)
+        update(measures, step.loss, step.logits, batch[1], len(batch[0]))
+        for name, metric in measures.items():
             assert isinstance(metric, Metric)
-            if name == "loss":
-                metric.update(step.loss, size)
-            else:
-                metric.update(step.logits, batch[1])
-            self.log(f"{split}/{name}", metric, prog_bar=name == "top1", batch_size=size)
-        return None if step.logits is None else {"probabilities": step.logits.float().softmax(-1)}
+            self.log(f"{split}/{name}", metric, prog_bar=name in ("top1", "map"), batch_size=len(batch[0]))
+        return None if step.logits is None else {"probabilities": self.objective.probabilities(step.logits)}
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes), float32."""
-        return self.vit(batch[0]).float().softmax(-1)
+        return self.objective.probabilities(self.vit(batch[0]))
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.data
         checkpoint["vitlit"] = about(self.vit, getattr(data, "classes", []), getattr(data, "preprocess", None))
+        averaging = self._averaging()
+        if averaging is not None and "averaging_state" not in checkpoint:
+            # Lightning leaves callbacks out of a file of weights alone; it would not hold what was validated.
+            averaging.on_save_checkpoint(self.trainer, self, checkpoint)
+            del checkpoint["current_model_state"], checkpoint["averaging_state"]
+        checkpoint["state_dict"], adapters = merge(checkpoint["state_dict"])
+        if adapters and "optimizer_states" in checkpoint:
+            checkpoint["adapters"] = adapters
+
+    def _averaging(self) -> WeightAveraging | None:
+        """The callback that averages weights, where training has one."""
+        callbacks = self.trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         set_numerics(self.vit, checkpoint["vitlit"]["vit"])
+        adapters = checkpoint.get("adapters") or {
+            f"vit.{name}": tensor for name, tensor in without_adaptation(self.vit).items()
+        }
+        checkpoint["state_dict"] |= adapters
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "averaging_state" in checkpoint and self._averaging() is None:
+            raise UserError(
+                "the checkpoint's run averages its weights (EMA), this one does not: give its trainer.callbacks, or "
+                "start from the averaged weights (model.init_from)"
+            )
         # Lightning counts a device's micro-batches, of which a step may have another number in a continued run.
         if self._trainer is None or not checkpoint["global_step"]:
             return

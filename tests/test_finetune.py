@@ -1,0 +1,195 @@
+"""Ways to finetune: what each of them trains, keeps in its checkpoint and refuses."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomized
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+import vitlit
+from vitlit.averaging import EMA
+from vitlit.data import ImageFolderData
+from vitlit.data.mixing import Mixing
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.model.lora import LoRA
+from vitlit.objectives import Distillation, Supervised
+from vitlit.optim import Groups, Schedule
+from vitlit.stages import Finetune
+from vitlit.weights import save_weights
+
+SIZE: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2, "mlp_dim": 32}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    vit = randomized(ViT(**SIZE, num_classes=4), 0.2)
+    vit.classes = list("0123")
+    vit.preprocess = vitlit.data.Preprocess((16, 16))
+    save_weights(vit, tmp_path / "weights.safetensors")
+    return str(tmp_path / "weights.safetensors")
+
+
+def made(weights: str, **options: Any) -> Finetune:
+    adamw = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    return Finetune(**{"init_from": weights, "num_classes": 4, "optimizer": adamw, "schedule": Schedule(1), **options})
+
+
+def fit(stage: Finetune, root: Path, path: Path | None = None, steps: int = 5, **options: Any) -> Trainer:
+    data: dict[str, Any] = {"image_size": 16, "batch_size": 8, "num_workers": 0, **options.pop("data", {})}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", max_steps=steps, logger=False, num_sanity_val_steps=0, **quiet, **options)
+    trainer.fit(stage, ImageFolderData(str(root), **data), ckpt_path=path, weights_only=True)
+    return trainer
+
+
+def moved(stage: Finetune, before: dict[str, Tensor]) -> set[str]:
+    """The first parts of the names of the parameters that training changed, blocks with their number."""
+    names = {name for name, tensor in stage.vit.named_parameters() if not torch.equal(tensor, before[name])}
+    return {".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]) for name in names}
+
+
+def start(weights: str) -> dict[str, Tensor]:
+    return vitlit.load(weights).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, {"cls_token", "pos_embed", "patch_embed", "blocks.0", "blocks.1", "blocks.2", "norm", "head"}),
+        ({"freeze": True}, {"head"}),
+        ({"last_blocks": 0}, {"norm", "head"}),
+        ({"last_blocks": 2}, {"blocks.1", "blocks.2", "norm", "head"}),
+        ({"freeze": ["*_token", "pos_embed", "patch_embed.*", "blocks.[01].*"]}, {"blocks.2", "norm", "head"}),
+    ],
+)
+def test_what_is_frozen_stays(options: dict[str, Any], parts: set[str], weights: str, few: Path) -> None:
+    stage = made(weights, **options)
+    fit(stage, few)
+    before = start(weights)
+    before["head.weight"], before["head.bias"] = torch.zeros(4, 16), torch.zeros(4)
+    assert moved(stage, before) == parts
+
+
+def test_frozen_parts_give_features_without_dropout(weights: str) -> None:
+    vit = ViT(**SIZE, dropout=0.5, drop_path=0.5)
+    stage = made(weights, vit=vit, last_blocks=1).train()
+    assert not any(
+        module.training for part in (vit.patch_embed, vit.pos_drop, *vit.blocks[:2]) for module in part.modules()
+    )
+    assert all(module.training for part in (vit.blocks[2], vit.norm, vit.head) for module in part.modules())
+    assert not any(module.training for module in stage.eval().modules())
+
+
+def test_a_run_with_adapters_saves_the_plain_network(weights: str, few: Path, tmp_path: Path) -> None:
+    stage = made(weights, lora=LoRA(rank=2))
+    trainer = fit(stage, few)
+    before = start(weights)
+    for name, tensor in stage.vit.named_parameters():
+        if "lora" not in name and not name.startswith("head"):
+            assert torch.equal(tensor, before[name])
+    images = torch.randn(3, 3, 16, 16)
+    expected = stage.eval()(images)
+    for weights_only in (True, False):
+        path = tmp_path / f"{weights_only}.ckpt"
+        trainer.save_checkpoint(path, weights_only=weights_only)
+        plain = vitlit.load(path)
+        assert not any("lora" in name for name in plain.state_dict())
+        assert (plain(images) - expected).abs().max() <= 1e-5
+        again = Finetune.load_from_checkpoint(path)
+        assert (again.eval()(images) - expected).abs().max() <= (1e-5 if weights_only else 0)
+    assert not torch.equal(plain.state_dict()["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_run_with_adapters_continues_bit_for_bit(average: bool, weights: str, few: Path, tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [EMA(0.5)] if average else []
+
+    torch.manual_seed(3)
+    whole = made(weights, lora=LoRA(rank=2))
+    fit(whole, few, steps=10, callbacks=callbacks())
+    torch.manual_seed(3)
+    first = made(weights, lora=LoRA(rank=2), schedule=Schedule(1, "constant"))
+    first.schedule = Schedule(1)
+
+    class Stop(vitlit_callback()):  # type: ignore[misc]
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(first, few, steps=10, callbacks=[*callbacks(), Stop()])
+    after = made(weights, lora=LoRA(rank=2))
+    fit(after, few, tmp_path / "half.ckpt", steps=10, callbacks=callbacks())
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+
+
+def vitlit_callback() -> Any:
+    from lightning.pytorch import Callback
+
+    return Callback
+
+
+def test_layer_decay_and_rate_per_images_reach_the_optimizer(weights: str, few: Path) -> None:
+    stage = made(weights, groups=Groups(layer_decay=0.5), schedule=Schedule(1, "constant", lr_per=256))
+    trainer = fit(stage, few, steps=3)
+    rates = {group["layers"][0]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    peak = 0.01 * 8 / 256
+    assert rates == pytest.approx(
+        {
+            "embed": peak / 16,
+            "blocks.0": peak / 8,
+            "blocks.1": peak / 4,
+            "blocks.2": peak / 2,
+            "norm": peak,
+            "head": peak,
+        }
+    )
+
+
+def test_a_share_of_the_learning_rate_needs_a_global_batch(weights: str) -> None:
+    stage = made(weights, schedule=Schedule(lr_per=256))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    stage._trainer = trainer
+    with pytest.raises(UserError, match="lr_per needs a data module"):
+        stage.lr_scale()
+
+
+def test_a_finetuned_head_is_linear_whatever_the_objective(weights: str) -> None:
+    for objective in (Supervised, partial(Supervised, label_smoothing=0.1), partial(Distillation, teacher=weights)):
+        stage = made(weights, objective=objective)
+        assert isinstance(stage.vit.head, nn.Linear)
+        assert stage.vit.head.weight.abs().max() == 0
+
+
+def test_mixed_and_distilled_training_steps_and_reloads(weights: str, few: Path, tmp_path: Path) -> None:
+    objective = partial(Distillation, teacher=weights, kind="soft", label_smoothing=0.1)
+    stage = made(weights, objective=objective)
+    trainer = fit(stage, few, data={"mixing": Mixing(mixup=0.2, cutmix=1.0)})
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    images = torch.randn(2, 3, 16, 16)
+    Path(weights).unlink()  # neither the weights nor the teacher are needed any more
+    assert torch.equal(Finetune.load_from_checkpoint(tmp_path / "a.ckpt").eval()(images), stage.eval()(images))
+    assert {"train/loss_labels", "train/loss_teacher"} <= trainer.callback_metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": True, "lora": LoRA()}, "exclude one another"),
+        ({"freeze": ["a*"], "last_blocks": 1}, "exclude one another"),
+        ({"freeze": ["blocs.*"]}, r"model\.freeze 'blocs\.\*' matches no parameter of the ViT, such as"),
+        ({"last_blocks": 4}, r"model\.last_blocks is 4, but the ViT has 3 blocks"),
+        ({"num_classes": None}, "finetuning needs num_classes of at least 2, not None"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(options: dict[str, Any], message: str, weights: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(weights, **options)

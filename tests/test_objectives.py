@@ -1,0 +1,245 @@
+"""What objectives compute, against timm's and scikit-learn's formulas and the papers'."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomized
+from sklearn.utils.class_weight import compute_class_weight
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitlit.data import Preprocess
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.objectives import Distillation, Supervised
+from vitlit.weights import save_weights
+
+TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
+CLASSES = 5
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def made(**options: Any) -> tuple[ViT, Supervised]:
+    vit = ViT(**TINY)
+    objective = Supervised(vit, CLASSES, **options)
+    return randomized(vit, 0.3).train(), objective.train()
+
+
+def batch(size: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 3, 16, 16), torch.arange(size) % CLASSES
+
+
+def shares(size: int = 6) -> Tensor:
+    return torch.rand(size, CLASSES).softmax(-1)
+
+
+def test_hard_labels_are_softmax_cross_entropy() -> None:
+    vit, objective = made()
+    images, labels = batch()
+    step = objective(vit, (images, labels))
+    assert step.loss.item() == pytest.approx(F.cross_entropy(vit(images), labels).item(), rel=1e-6)
+    assert step.logits is not None
+    assert torch.equal(step.logits, vit(images))
+
+
+def test_soft_labels_are_timms_soft_target_loss() -> None:
+    vit, objective = made()
+    images, _ = batch()
+    targets = shares()
+    expected = SoftTargetCrossEntropy()(vit(images), targets)
+    assert objective(vit, (images, targets)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_label_smoothing_is_timms_and_acts_in_training_alone() -> None:
+    vit, objective = made(label_smoothing=0.1)
+    images, labels = batch()
+    expected = LabelSmoothingCrossEntropy(0.1)(vit(images), labels)
+    assert objective(vit, (images, labels)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    plain = F.cross_entropy(vit(images), labels)
+    assert objective.eval()(vit, (images, labels)).loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_sigmoid_sums_over_classes() -> None:
+    # big_vision, utils.py sigmoid_xent: the sum over classes, the mean over images
+    vit, objective = made(loss="sigmoid")
+    images, labels = batch()
+    logits, targets = vit(images), F.one_hot(labels, CLASSES).float()
+    by_hand = -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).sum(-1).mean()
+    assert objective(vit, (images, labels)).loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+def test_bce_is_timms_on_whole_classes() -> None:
+    vit, objective = made(loss="bce")
+    images, labels = batch()
+    expected = BinaryCrossEntropy(smoothing=0.0)(vit(images), labels)
+    assert objective(vit, (images, labels)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    mixed = 0.3 * F.one_hot(labels, CLASSES).float() + 0.7 * F.one_hot(labels.flip(0), CLASSES).float()
+    expected = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)(vit(images), mixed)
+    assert objective(vit, (images, mixed)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_probabilities_are_the_losses_own() -> None:
+    logits = torch.randn(3, CLASSES)
+    assert torch.equal(made()[1].probabilities(logits), logits.softmax(-1))
+    assert torch.equal(made(loss="sigmoid")[1].probabilities(logits), logits.sigmoid())
+
+
+def test_class_weights_are_scikit_learns_and_average_to_one_so_that_slices_add_up() -> None:
+    labels = np.array([0] * 7 + [1] * 2 + [2] * 4 + [3] + [4] * 6)
+    counts = np.bincount(labels)
+    vit, objective = made(class_weights="balanced")
+    objective.prepare(SimpleNamespace(class_counts=counts.tolist()))
+    weights = compute_class_weight("balanced", classes=np.arange(CLASSES), y=labels)
+    images = torch.randn(len(labels), 3, 16, 16)
+    targets = torch.from_numpy(labels)
+    with torch.no_grad():
+        errors = F.cross_entropy(vit(images), targets, reduction="none")
+        expected = (errors * torch.from_numpy(weights)[targets]).mean().item()
+        whole = objective(vit, (images, targets)).loss.item()
+        parts = [objective(vit, (images[i : i + 5], targets[i : i + 5])).loss.item() for i in range(0, 20, 5)]
+        plain = objective.eval()(vit, (images, targets)).loss.item()
+    assert whole == pytest.approx(expected, rel=1e-5)
+    assert sum(parts) / 4 == pytest.approx(whole, rel=1e-5)
+    assert weights[labels].mean() == pytest.approx(1)
+    assert plain == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
+def test_mixed_labels_weigh_by_their_shares() -> None:
+    vit, objective = made(class_weights="balanced")
+    objective.prepare(SimpleNamespace(class_counts=[1, 2, 3, 4, 10]))
+    images, labels = batch()
+    targets = F.one_hot(labels, CLASSES).float()
+    assert torch.equal(objective(vit, (images, labels)).loss, objective(vit, (images, targets)).loss)
+
+
+def test_the_head_starts_as_it_is_asked_to() -> None:
+    images, _ = batch()
+    vit = ViT(**TINY)
+    Supervised(vit, CLASSES, head_bias=-6.9)
+    torch.testing.assert_close(vit(images), torch.full((6, CLASSES), -6.9))
+    vit = ViT(**{**TINY, "width": 512})
+    Supervised(vit, 1000, head="finetune", head_std=0.02)
+    assert isinstance(vit.head, nn.Linear)
+    assert vit.head.weight.abs().max() <= 0.04
+    assert vit.head.weight.std().item() == pytest.approx(0.02 * 0.8796, rel=0.01)  # a normal cut at two deviations
+    assert vit.head.bias.abs().max() == 0
+
+
+def test_a_head_that_is_there_stays_unless_another_kind_is_asked_for() -> None:
+    vit = ViT(**TINY)
+    vit.set_head("finetune", CLASSES)
+    Supervised(vit, CLASSES)
+    assert isinstance(vit.head, nn.Linear)
+    Supervised(vit, CLASSES, head="pretrain")
+    assert not isinstance(vit.head, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing 1.0 is not between 0 and 1"),
+        ({"loss": "hinge"}, "loss 'hinge' is none of softmax sigmoid bce"),
+        ({"multi_label": True}, "loss softmax needs one label an image, but the data has several; use loss sigmoid"),
+        ({"multi_label": True, "loss": "bce", "class_weights": "balanced"}, "class_weights needs one label an image"),
+    ],
+)
+def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(**options)
+
+
+def test_class_weights_need_counts() -> None:
+    with pytest.raises(UserError, match="needs a data module that counts its classes"):
+        made(class_weights="balanced")[1].prepare(None)
+
+
+# Distillation
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> tuple[ViT, str]:
+    vit = randomized(ViT(**TINY, num_classes=CLASSES), 0.5)
+    vit.classes = list("abcde")
+    vit.preprocess = Preprocess((16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    save_weights(vit, tmp_path / "teacher.safetensors")
+    return vit, str(tmp_path / "teacher.safetensors")
+
+
+def data(classes: str = "abcde") -> Any:
+    return SimpleNamespace(classes=list(classes), preprocess=Preprocess((16, 16)))
+
+
+def student(teacher: str, distilled: bool, **options: Any) -> tuple[ViT, Distillation]:
+    vit = ViT(**TINY, distilled=distilled)
+    objective = Distillation(vit, teacher, num_classes=CLASSES, **options)
+    objective.prepare(data())
+    return randomized(vit, 0.3).train(), objective.train()
+
+
+def as_teacher_sees(images: Tensor) -> Tensor:
+    """Images normalised by 0.5 and 0.5, normalised as the teacher is used to."""
+    pixels = images * 0.5 + 0.5
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    return (pixels - mean) / std
+
+
+def test_hard_distillation_is_deits(teacher: tuple[ViT, str]) -> None:
+    vit, objective = student(teacher[1], distilled=True)
+    images, labels = batch()
+    own, follower = vit.heads(vit.features(images))
+    assert follower is not None
+    answers = teacher[0](as_teacher_sees(images)).argmax(-1)
+    assert len(answers.unique()) > 1
+    expected = 0.5 * F.cross_entropy(own, labels) + 0.5 * F.cross_entropy(follower, answers)  # equation 3
+    step = objective(vit, (images, labels))
+    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(step.logits, (own + follower) / 2)
+
+
+def test_soft_distillation_is_hintons(teacher: tuple[ViT, str]) -> None:
+    vit, objective = student(teacher[1], distilled=False, kind="soft", share=0.3, temperature=2.0)
+    images, labels = batch()
+    logits = vit(images)
+    target = (teacher[0](as_teacher_sees(images)) / 2).softmax(-1)
+    divergence = (target * (target.log() - (logits / 2).log_softmax(-1))).sum(-1).mean() * 4
+    expected = 0.7 * F.cross_entropy(logits, labels) + 0.3 * divergence
+    assert objective(vit, (images, labels)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_teacher_is_neither_trained_nor_stored(teacher: tuple[ViT, str]) -> None:
+    vit, objective = student(teacher[1], distilled=True)
+    assert list(objective.parameters()) == []
+    assert objective.state_dict() == {}
+    objective(vit, batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in vit.parameters())
+
+
+def test_evaluation_asks_the_student_alone(teacher: tuple[ViT, str]) -> None:
+    vit, objective = student(teacher[1], distilled=True)
+    images, labels = batch()
+    step = objective.eval()(vit.eval(), (images, labels))
+    assert step.loss.item() == pytest.approx(F.cross_entropy(vit(images), labels).item(), rel=1e-6)
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher: tuple[ViT, str]) -> None:
+    objective = Distillation(ViT(**TINY), teacher[1], num_classes=CLASSES)
+    with pytest.raises(UserError, match="has other class names than the data"):
+        objective.prepare(data("abcdx"))
+    objective = Distillation(ViT(**TINY), teacher[1], num_classes=4)
+    with pytest.raises(UserError, match="has 5 classes, the data 4"):
+        objective.prepare(data("abcd"))
+
+
+@pytest.mark.parametrize("options", [{"kind": "medium"}, {"share": 1.5}, {"temperature": 0.0}])
+def test_distillation_refuses_what_is_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="distillation"):
+        Distillation(ViT(**TINY), "nowhere", num_classes=CLASSES, **options)

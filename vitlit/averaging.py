@@ -1,0 +1,67 @@
+"""An exponential moving average of the weights, evaluated beside the weights that are trained."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchmetrics import Metric
+
+from vitlit.errors import UserError
+from vitlit.stages import Stage
+from vitlit.stages.metrics import metrics, update
+
+
+class EMA(WeightAveraging):
+    """Keep average <- decay x average + (1 - decay) x weights after every step, by Lightning's own averaging.
+
+    `val/*` and the checkpoints are those of the average; `val/*_raw` are of the trained weights, which last.ckpt holds,
+    too.
+
+    Args:
+        decay: the share of the average that a step keeps; 0.9999 averages over the last ten thousand steps or so.
+
+    Raises:
+        UserError: the decay is not between 0 and 1.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"an EMA's decay {decay} is not at least 0 and below 1")
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._raw: nn.ModuleDict | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)  # it was copied before the module was on its device
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)  # the two change places
+        if self._average_model is not None and not trainer.sanity_checking:
+            assert isinstance(pl_module, Stage)
+            self._average_model.module.eval()
+            measures = metrics(pl_module.vit.config["num_classes"], pl_module.objective.multi_label)
+            self._raw = measures.to(pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._raw is not None and self._average_model is not None:
+            raw: Any = self._average_model.module
+            with trainer.precision_plugin.forward_context():
+                step = raw.objective(raw.vit, batch)
+            update(self._raw, step.loss, step.logits, batch[1], len(batch[0]))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, metric in (self._raw or {}).items():
+            assert isinstance(metric, Metric)
+            pl_module.log(f"val/{name}_raw", metric.compute())
+        self._raw = None
+        super().on_validation_epoch_end(trainer, pl_module)

@@ -1,0 +1,7 @@
+"""How parameters move: groups, schedules, and the optimizer that torch lacks."""
+
+from vitlit.optim.groups import Groups, OptimizerFactory, build_optimizer, table
+from vitlit.optim.lamb import LAMB
+from vitlit.optim.schedule import Schedule
+
+__all__ = ["LAMB", "Groups", "OptimizerFactory", "Schedule", "build_optimizer", "table"]
