@@ -16,7 +16,8 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.optim import Schedule
-from vitlit.stages import Pretrain
+from vitlit.stages import Finetune, Pretrain
+from vitlit.weights import save_weights
 
 DECAY = 0.8
 
@@ -122,3 +123,45 @@ def test_a_run_is_not_continued_without_its_average(few: Path, tmp_path: Path) -
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
     with pytest.raises(UserError, match="decay"):
         EMA(decay)
+
+
+def test_an_average_that_would_lag_behind_is_said(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(few, EMA(0.9999))
+    said = capsys.readouterr().out
+    assert "vitlit: warning: an EMA with decay 0.9999 averages over 10,000 steps, much of a training of 10" in said
+    fit(few, EMA(0.4))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_coarse_weights_are_not_averaged(few: Path) -> None:
+    trainer = Trainer(accelerator="cpu", precision="bf16-true", callbacks=[EMA()], logger=False, max_epochs=1)
+    data = ImageFolderData(str(few), image_size=16, batch_size=8, num_workers=0)
+    stage, _ = fit(few)
+    with pytest.raises(UserError, match=r"cannot average weights of trainer\.precision bf16-true"):
+        trainer.fit(stage, data)
+
+
+def test_the_average_computes_as_the_weights_it_is_of(few: Path, tmp_path: Path) -> None:
+    """What no tensor shows, such as the norms' epsilon, comes with weights after the average's copy was made."""
+    size: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
+    save_weights(ViT(**size, norm_eps=1e-3, mlp="gelu_tanh"), tmp_path / "weights.safetensors")
+    stage = Finetune(
+        vit=ViT(**size),
+        init_from=str(tmp_path / "weights.safetensors"),
+        num_classes=4,
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+    )
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[EMA(0.5)], **quiet)
+    trainer.fit(stage, ImageFolderData(str(few), image_size=16, batch_size=8, num_workers=0))
+    metrics = trainer.callback_metrics
+    assert metrics["val/loss_raw"] == metrics["val/loss"]
+    assert stage.vit.config["norm_eps"] == 1e-3
+
+
+def test_what_was_not_trained_is_saved_all_the_same(few: Path, tmp_path: Path) -> None:
+    stage, _ = fit(few)
+    trainer = Trainer(accelerator="cpu", callbacks=[EMA()], logger=False, enable_progress_bar=False)
+    trainer.validate(stage, ImageFolderData(str(few), image_size=16, batch_size=8, num_workers=0), verbose=False)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert vitlit.load(tmp_path / "a.ckpt").config["num_classes"] == 4

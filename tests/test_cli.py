@@ -728,3 +728,102 @@ def test_a_run_without_validation_says_that_none_is_best(vitlit: Command, few: P
     result = vitlit("fit", *SMALL, "--data.root", few, "--trainer.limit_val_batches", 0)
     assert result.code == 0, result.err
     assert "none is best" in result.out
+
+
+# What recipes are made of
+
+
+def manifest(few: Path, folder: Path, several: bool) -> Path:
+    rows = [(path, path.parent.name, path.parent.parent.name) for path in sorted(few.rglob("*.png"))]
+    more = ["|even" if several and int(label) % 2 == 0 else "" for _, label, _ in rows]
+    lines = [
+        f"{path.relative_to(few)},{label}{also},{split}" for (path, label, split), also in zip(rows, more, strict=True)
+    ]
+    (folder / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
+    return folder / "labels.csv"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_on_a_manifest_is_evaluated_and_predicts_without_it(
+    several: bool, vitlit: Command, few: Path, tmp_path: Path
+) -> None:
+    labels = manifest(few, tmp_path, several)
+    flags = ["--data.root", few, "--data.manifest", labels]
+    flags += ["--model.objective.init_args.loss", "bce"] if several else []
+    said = done(vitlit("fit", *SMALL, *flags))
+    assert ("best val/map" if several else "best val/top1") in said
+    assert f"--data.manifest {labels}" in said
+    metrics = {"val/loss", "val/map"} if several else {"val/loss", "val/top1", "val/top1_macro"}
+    assert {name for name in columns(tmp_path / "runs/pretrain") if name.startswith("val/")} == metrics
+    assert ("map" if several else "top1") in measured(done(vitlit("validate", "runs/pretrain")))
+    labels.unlink()
+    done(vitlit("predict", "runs/pretrain", few / "val", "--out", "out.csv"))
+    assert len(table(tmp_path / "out.csv")) == 11
+
+
+def test_a_finetuning_that_changes_the_network_is_evaluated_and_continued(
+    vitlit: Command, few: Path, work: Path
+) -> None:
+    """As MAE's finetuning: the architecture is the weights' but for what the config says."""
+    vit = {"class_path": "vitlit.ViT", "init_args": {"pool": "gap", "norm": "pooled", "drop_path": 0.1}}
+    config = yaml.safe_load(vitlit("config", "finetune").out)
+    config["model"]["init_args"]["vit"] = vit
+    (work / "gap.yaml").write_text(yaml.safe_dump(config))
+    flags = [*FINETUNE.replace("--config finetune", "--config gap.yaml").split(), few]
+    done(vitlit(*flags))
+    assert "top1" in measured(done(vitlit("validate", "runs/gap")))
+    done(vitlit("predict", "runs/gap", few / "val"))
+    assert "runs/gap is complete" in done(vitlit(*flags, "--trainer.max_steps", 4))
+    assert load(work / "runs/gap").config["drop_path"] == 0.1
+    assert load(work / "runs/gap").config["depth"] == 2
+
+
+@pytest.mark.parametrize(("name", "lr", "batch"), [("pretrain", 0.001, 32), ("recipes/deit3_s16", 0.004, 2048)])
+@pytest.mark.parametrize("answer", ["", "--model.optimizer.init_args.lr 2e-3", "--model.schedule.lr_per 32"])
+def test_a_learning_rate_for_another_batch_is_doubted(
+    name: str, lr: float, batch: int, answer: str, vitlit: Command, few: Path
+) -> None:
+    flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1000000"
+    result = vitlit("fit", "--config", name, "--data.root", few, *flags.split(), *answer.split())
+    assert result.code == 2  # for the warm-up
+    doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
+    assert (doubt in result.out) == (not answer)
+
+
+def test_two_ways_of_balancing_are_doubted(vitlit: Command, few: Path) -> None:
+    both = "--data.balanced true --model.objective.init_args.class_weights balanced"
+    said = done(vitlit("fit", *SMALL, "--data.root", few, *both.split()))
+    assert "class_weights weigh them more besides; give one" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model.freeze true", "model.freeze is True, but"),
+        ("--model.lora.rank 2", "model.lora is"),
+        ("--model.groups.layer_decay 0.5", "model.groups is"),
+    ],
+)
+def test_other_parts_than_a_checkpoints_are_not_trained_on(
+    flags: str, words: str, vitlit: Command, few: Path, work: Path
+) -> None:
+    done(vitlit(*FINETUNE.split(), few))
+    last = "runs/finetune/checkpoints/last.ckpt"
+    longer = "--trainer.max_steps 4 --run.name other --ckpt_path"
+    refused(vitlit(*FINETUNE.split(), few, *longer.split(), last, *flags.split()), words, "was trained with")
+
+
+def test_a_teacher_that_is_not_there_is_said_before_anything_is_written(
+    vitlit: Command, few: Path, tmp_path: Path
+) -> None:
+    flags = "--model.objective Distillation --model.objective.init_args.teacher runs/none"
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags.split()), "runs/none")
+    assert not (tmp_path / "runs" / "pretrain").exists()
+
+
+def test_an_averaged_run_is_not_continued_without_its_average(vitlit: Command, few: Path, tmp_path: Path) -> None:
+    ema = "[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.5}}]"
+    done(vitlit("fit", *SMALL, "--data.root", few, "--trainer.callbacks", ema))
+    last = "runs/pretrain/checkpoints/last.ckpt"
+    other = ["--run.name", "other", "--trainer.max_steps", 8, "--ckpt_path", last]
+    refused(vitlit("fit", *SMALL, "--data.root", few, *other), "averages its weights (EMA), this one does not")

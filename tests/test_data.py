@@ -1,10 +1,12 @@
 """Decoding, crops, folders and batches against Pillow, torchvision and what a user does."""
 
+import pickle
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
 from vitlit.data import ImageFolderData, Preprocess
+from vitlit.data.augment import TimmRandAugment
+from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
 from vitlit.data.decode import decode
+from vitlit.data.erasing import Erasing
 from vitlit.data.folder import ImageFolder, brief, find_classes, parse_share, scan_photos, scan_split, scan_train
+from vitlit.data.mixing import Mixing
 from vitlit.data.stream import Sample, TrainStream
 from vitlit.data.transforms import Interpolation, train_transform
 from vitlit.errors import UserError
@@ -585,3 +591,143 @@ def test_an_error_beside_data_workers_ends_the_process(few: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("ValueError: on purpose")
+
+
+# Regularised batches
+
+Batches = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def regularised(
+    few: Path, split: str = "train", step: int = 0, rank: int = 0, world: int = 1, **options: Any
+) -> Batches:
+    """The batches of an epoch from a step on, as a trainer moves them, with everything on that a training can draw."""
+    everything: dict[str, Any] = {
+        "crop": "inception",
+        "crop_scale": (0.3, 1.0),
+        "augment": [TimmRandAugment()],
+        "erasing": Erasing(0.5),
+        "mixing": Mixing(0.8, 1.0),
+        "repeats": 2,
+        "balanced": True,
+    }
+    data = small_data(few, seed=3, **{**everything, **options})
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_step=step,
+        global_rank=rank,
+        world_size=world,
+        num_devices=1,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        lightning_module=SimpleNamespace(dtype=torch.float64),
+    )
+    loader = data.train_dataloader() if split == "train" else data.val_dataloader()
+    return [data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0) for batch in loader]
+
+
+def joined(batches: Batches, parts: int) -> Batches:
+    """Every `parts` batches as one."""
+    steps = [batches[i : i + parts] for i in range(0, len(batches), parts)]
+    return [tuple(torch.cat(part) for part in zip(*step, strict=True)) for step in steps]  # type: ignore[misc]
+
+
+def same(some: Batches, others: Batches) -> bool:
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+def test_regularised_batches_are_the_same_however_they_are_dealt(few: Path) -> None:
+    whole = regularised(few)
+    assert [len(images) for images, *_ in whole] == [8] * 5
+    assert all(labels.shape == (8, 4) and torch.allclose(labels.sum(1), torch.ones(8)) for _, labels, _ in whole)
+    for micro in (4, 2):
+        assert same(joined(regularised(few, micro_batch=micro), 8 // micro), whole)
+    ranks = [regularised(few, rank=rank, world=2) for rank in range(2)]
+    assert same([joined([one, other], 2)[0] for one, other in zip(*ranks, strict=True)], whole)
+    assert same(regularised(few, step=2)[:3], whole[2:])
+    assert same(regularised(few, step=2)[3:], regularised(few, step=5)[:2])
+
+
+@pytest.mark.parametrize(
+    "without", [{"erasing": Erasing()}, {"mixing": Mixing()}, {"repeats": 1}, {"balanced": False}, {"augment": None}]
+)
+def test_each_regulariser_has_its_effect_on_batches(without: dict[str, Any], few: Path) -> None:
+    assert not same(
+        [(images, labels.argmax(-1) if labels.ndim > 1 else labels, i) for images, labels, i in regularised(few)],
+        [
+            (images, labels.argmax(-1) if labels.ndim > 1 else labels, i)
+            for images, labels, i in regularised(few, **without)
+        ],
+    )
+
+
+def test_evaluation_batches_are_left_as_they_are(few: Path) -> None:
+    data = small_data(few)
+    paths = [data.split("val").path(i) for i in range(11)]
+    images, labels, indices = joined(regularised(few, "val"), 2)[0]
+    torch.testing.assert_close(images, data.preprocess(paths).double())
+    assert labels.tolist() == data.split("val").labels.tolist()
+    assert indices.tolist() == list(range(11))
+
+
+def test_a_crop_by_name_is_the_one_that_it_names() -> None:
+    image = torch.randint(0, 256, (3, 50, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    size, how = (24, 32), InterpolationMode.BILINEAR
+    preprocess = Preprocess(size, interpolation="bilinear")
+    by_hand: dict[Any, Callable[[Tensor], Tensor]] = {
+        "random_resized": v2.RandomResizedCrop(size, (0.2, 0.5), interpolation=how, antialias=True),
+        "inception": InceptionCrop(size, (0.2, 0.5), how),
+        "simple": SimpleCrop(size, how),
+        "pad": PadCrop(size, interpolation=how),
+        "center": preprocess.crop,
+    }
+    for name, crop in by_hand.items():
+        torch.manual_seed(1)
+        found = train_transform(preprocess, name, (0.2, 0.5), 0.0)(image)
+        torch.manual_seed(1)
+        assert torch.equal(found, crop(image)), name
+    with pytest.raises(UserError, match=r"data\.crop middle is unknown; give one of random_resized inception"):
+        train_transform(preprocess, "middle", (0.2, 0.5), 0.0)  # type: ignore[arg-type]
+
+
+def test_transforms_go_to_workers_of_any_start_method() -> None:
+    transform = train_transform(Preprocess((16, 16)), "center", (1, 1), 0.0, [TimmRandAugment()])
+    again = pickle.loads(pickle.dumps(transform))
+    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
+    torch.manual_seed(0)
+    expected = transform(image)
+    torch.manual_seed(0)
+    assert torch.equal(again(image), expected)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_holdout_leaves_an_image_of_every_class(share: float, few: Path) -> None:
+    classes, index, held = scan_train(few, share)
+    assert held is not None
+    assert set(index.labels) == set(held.labels) == set(range(len(classes)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"augment": [v2.ToDtype(torch.float32, scale=True)]}, r"data\.augment makes images .* of float32"),
+        ({"augment": [v2.Resize((8, 8))]}, r"data\.augment makes images \[3, 8, 8\] of uint8"),
+        ({"repeats": 9}, "cannot pair 9 repeats"),
+    ],
+)
+def test_what_training_would_trip_over_is_refused_before(options: dict[str, Any], words: str, few: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        small_data(few, **options).check("fit", 1)
+
+
+def test_a_run_is_not_continued_with_other_draws(few: Path) -> None:
+    before = small_data(few)
+    before.trainer = SimpleNamespace(global_step=3)  # type: ignore[assignment]
+    after = small_data(few, repeats=2)
+    after.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+    with pytest.raises(UserError, match="had repeats 1, this one has 2"):
+        after.load_state_dict(before.state_dict())
+
+
+def test_lightnings_own_sampler_is_refused(few: Path) -> None:
+    with pytest.raises(UserError, match="overfit_batches"):
+        trainer(overfit_batches=2).fit(Recorder(), small_data(few))

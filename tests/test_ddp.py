@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from conftest import SMALL
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing import ProcessRaisedException
 
+from vitlit.averaging import EMA
 from vitlit.data import ImageFolderData
+from vitlit.data.augment import TimmRandAugment
+from vitlit.data.erasing import Erasing
+from vitlit.data.mixing import Mixing
 from vitlit.data.stream import order
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -70,7 +74,14 @@ def stage_and_data(root: Path, **options: Any) -> tuple[Pretrain, ImageFolderDat
 
 
 def run(
-    what: str, root: Path, folder: Path, devices: int, precision: Any = "32-true", epochs: int = 2, **options: Any
+    what: str,
+    root: Path,
+    folder: Path,
+    devices: int,
+    precision: Any = "32-true",
+    epochs: int = 2,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
 ) -> None:
     """Fit or validate on one device, or on two, which are forked; `folder` gets what Record writes."""
     folder.mkdir()
@@ -87,7 +98,7 @@ def run(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Record(folder)],
+        callbacks=[*callbacks, Record(folder)],
     )
     stage, data = stage_and_data(root, **options)
     if what == "fit":
@@ -136,6 +147,24 @@ def test_two_devices_train_the_weights_of_one_on_the_same_samples(
     assert two[0]["metrics"]["train/lr"] == one["metrics"]["train/lr"]
     start = stage_and_data(few)[0].state_dict()
     assert any((one["weights"][name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_two_devices_mix_erase_repeat_balance_and_average_as_one(
+    micro_batch: int | None, few: Path, tmp_path: Path
+) -> None:
+    drawn: dict[str, Any] = {"augment": [TimmRandAugment()], "erasing": Erasing(0.5), "mixing": Mixing(0.8, 1.0)}
+    drawn |= {"repeats": 2, "balanced": True}
+    run("fit", few, tmp_path / "one", 1, "64-true", callbacks=[EMA(0.7)], **drawn)
+    run("fit", few, tmp_path / "two", 2, "64-true", callbacks=[EMA(0.7)], micro_batch=micro_batch, **drawn)
+    one, *two = (read(tmp_path / folder) for folder in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt"))
+    for rank in two:
+        for name, tensor in one["weights"].items():
+            assert (rank["weights"][name] - tensor).abs().max() < 1e-10
+        for name in one["metrics"].keys() - {"train/images_per_second"}:
+            assert rank["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6)
+    assert {"val/loss", "val/loss_raw", "val/top1_raw"} <= one["metrics"].keys()
+    assert one["metrics"]["val/loss"] != one["metrics"]["val/loss_raw"]
 
 
 def test_fewer_validation_images_than_devices_are_refused(few: Path, tmp_path: Path) -> None:

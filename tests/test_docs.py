@@ -6,29 +6,58 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY, SMALL, Result
 from safetensors.torch import save_file
 from test_convert import stranger
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"), reverse=True)  # pretrain, then finetune
+RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 SHRINK = [*SMALL[2:], "--trainer.accelerator", "cpu"]
-RECIPE = shlex.split(
-    "--data.image_size 32 --data.batch_size 8 --data.micro_batch 4 --data.num_workers 0 --trainer.logger false "
-    "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --model.schedule.warmup 1"
-)
+RECIPE = {
+    "--data.image_size": "32",
+    "--data.batch_size": "8",
+    "--data.micro_batch": "4",
+    "--data.num_workers": "0",
+    "--trainer.accelerator": "cpu",
+    "--trainer.devices": "1",
+    "--trainer.max_steps": "2",
+    "--trainer.logger": "false",
+    "--model.schedule.warmup": "1",
+}
 
 
-def commands() -> list[str]:
-    """The `vitlit` lines of the documents' shell blocks and of the configs' headers, in order and once."""
-    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
-    lines = [line.split("  # ")[0].strip() for block in blocks for line in block.splitlines()]
-    for path in CONFIGS:
-        lines += [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#   ")]
-    return list(dict.fromkeys(line for line in lines if line.startswith("vitlit ")))
+def commands(sources: list[Path]) -> list[str]:
+    """The `vitlit` lines of documents' shell blocks and of configs' headers, in order and once."""
+    lines: list[str] = []
+    for path in sources:
+        text = path.read_text()
+        if path.suffix == ".md":
+            found = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+        else:
+            found = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+        lines += [line.split("  # ")[0].strip() for line in found]
+    # tests/test_sources.py downloads, from a server of its own.
+    return [line for line in dict.fromkeys(lines) if line.startswith("vitlit ") and "data cifar10" not in line]
 
 
-def small(command: str, folder: Path, photos: Path) -> list[str]:
+def shrunken(arguments: list[str], cwd: Path) -> list[str]:
+    """Flags that make the run of a recipe small: of its ViT, and of what it starts from where there is no such run."""
+    recipe = arguments[arguments.index("--config") + 1]
+    config = yaml.safe_load((REPOSITORY / "configs" / f"{recipe}.yaml").read_text())
+    stage = config["model"]["init_args"]
+    flags = dict(RECIPE)
+    if config["data"]["image_size"] < 32:
+        del flags["--data.image_size"]
+    if "preset" in stage.get("vit", {}).get("init_args", {}):
+        flags["--model.vit.preset"] = "Ti/16"
+    if "init_from" in stage and not (cwd / str(stage["init_from"])).exists():
+        flags["--model.init_from"] = "timm.safetensors"
+    return [part for flag, value in flags.items() if flag not in arguments for part in (flag, value)]
+
+
+def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
     """The command's arguments with real folders, and flags that make its run small."""
     real = {"FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
     arguments = [real.get(part, part) for part in shlex.split(command)[1:]]
@@ -36,7 +65,7 @@ def small(command: str, folder: Path, photos: Path) -> list[str]:
         return arguments
     config = arguments[arguments.index("--config") + 1]
     if config.startswith("recipes/"):
-        shrink = RECIPE if config.endswith("384") else [*RECIPE, "--model.vit.preset", "Ti/16"]
+        shrink = shrunken(arguments, cwd)
     else:
         shrink = SHRINK
         if "finetune" in config:
@@ -48,14 +77,27 @@ def small(command: str, folder: Path, photos: Path) -> list[str]:
     return [*arguments, *shrink, *strategy, *extra]
 
 
-def test_every_command_works(vitlit: Callable[..., Result], few: Path, tmp_path: Path) -> None:
+def write_labels(root: Path, cwd: Path) -> None:
+    """The files of labels that docs/finetune.md names: of one class an image, and of one or two."""
+    paths = sorted(path.relative_to(root) for path in (root / "train").rglob("*.png"))
+    rows = {
+        "labels.csv": [f"{path},{path.parent.name}" for path in paths],
+        "several.csv": [f"{path},{'even|' if i % 2 else ''}{path.parent.name}" for i, path in enumerate(paths)],
+    }
+    for name, lines in rows.items():
+        (cwd / name).write_text("\n".join(["path,label", *lines]))
+
+
+@pytest.mark.parametrize("sources", [[*PAGES, *CONFIGS], RECIPES], ids=["pages", "recipes"])
+def test_every_command_works(sources: list[Path], vitlit: Callable[..., Result], few: Path, tmp_path: Path) -> None:
     """In the documents' order, in one folder: each finds what the ones before it left."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
-    listed = commands()
+    write_labels(few, tmp_path)
+    listed = commands(sources)
     assert len(listed) >= 16
     for i, command in enumerate(listed):
-        arguments = small(command, few, few / "val")
+        arguments = small(command, few, few / "val", tmp_path)
         if "convert" in command:
             arguments[3] = f"{i}-{arguments[3]}"
         if "from-file" in command:
@@ -66,14 +108,16 @@ def test_every_command_works(vitlit: Callable[..., Result], few: Path, tmp_path:
         assert result.code == 0, f"{command}\n{result.out}\n{result.err}"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *RECIPES], ids=lambda path: path.stem)
 def test_a_config_opens_with_its_command(path: Path) -> None:
     name = str(path.relative_to(REPOSITORY / "configs").with_suffix(""))
-    first = next(line for line in path.read_text().splitlines() if line.startswith("#   vitlit"))
+    first = next(line for line in path.read_text().splitlines() if line.startswith("#   vitlit fit"))
     assert f"--config {name}" in first or f"--config configs/{name}.yaml" in first
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if "```python" in page.read_text()], ids=lambda path: path.stem
+)
 def test_the_python_of_a_page_runs(
     page: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

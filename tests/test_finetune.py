@@ -9,6 +9,7 @@ import torch
 from conftest import randomized
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import vitlit
 from vitlit.averaging import EMA
@@ -169,6 +170,45 @@ def test_a_finetuned_head_is_linear_whatever_the_objective(weights: str) -> None
         assert stage.vit.head.weight.abs().max() == 0
 
 
+def test_a_head_that_is_kept_goes_on_where_the_weights_left_it(weights: str, few: Path) -> None:
+    """At another resolution, as in FixRes (1906.06423): without an update it is the weights' network, resampled."""
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "schedule": Schedule()}
+    stage = made(weights, vit=ViT(**{**SIZE, "image_size": 24}), keep_head=True, **still)
+    fit(stage, few, data={"image_size": 24}, steps=1)
+    resized = ViT(**{**SIZE, "image_size": 24}, num_classes=4)
+    vitlit.load_weights(resized, weights)
+    images = torch.randn(2, 3, 24, 24)
+    assert torch.equal(stage.eval()(images), resized.eval()(images))
+    assert isinstance(stage.vit.head, nn.Linear)
+    assert stage.vit.head.weight.abs().max() > 0
+    assert moved_by_training(weights, few) == {"norm", "head"}
+
+
+def moved_by_training(weights: str, root: Path) -> set[str]:
+    stage = made(weights, keep_head=True, last_blocks=0)
+    fit(stage, root)
+    return moved(stage, start(weights))
+
+
+@pytest.mark.parametrize(
+    ("head", "classes", "has"),
+    [
+        ({"num_classes": 0}, [], "no head"),
+        ({"num_classes": 3}, [], "a head for 3 classes"),
+        ({"num_classes": 4, "hidden_dim": 8}, [], "a head with a hidden layer"),
+        ({"num_classes": 4}, list("3210"), "a head for 4 classes"),
+    ],
+)
+def test_a_head_of_something_else_is_not_kept(
+    head: dict[str, Any], classes: list[str], has: str, few: Path, tmp_path: Path
+) -> None:
+    vit = ViT(**SIZE, **head)
+    vit.classes = classes
+    save_weights(vit, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=f"keep_head needs one linear layer for the data's 4 classes, .* has {has}"):
+        fit(made(str(tmp_path / "other.safetensors"), keep_head=True), few)
+
+
 def test_mixed_and_distilled_training_steps_and_reloads(weights: str, few: Path, tmp_path: Path) -> None:
     objective = partial(Distillation, teacher=weights, kind="soft", label_smoothing=0.1)
     stage = made(weights, objective=objective)
@@ -185,6 +225,9 @@ def test_mixed_and_distilled_training_steps_and_reloads(weights: str, few: Path,
     [
         ({"freeze": True, "lora": LoRA()}, "exclude one another"),
         ({"freeze": ["a*"], "last_blocks": 1}, "exclude one another"),
+        ({"freeze": True, "last_blocks": 0}, "exclude one another"),
+        ({"lora": LoRA(), "last_blocks": 0}, "exclude one another"),
+        ({"objective": partial(Supervised, num_classes=10)}, "num_classes 10, but the stage 4"),
         ({"freeze": ["blocs.*"]}, r"model\.freeze 'blocs\.\*' matches no parameter of the ViT, such as"),
         ({"last_blocks": 4}, r"model\.last_blocks is 4, but the ViT has 3 blocks"),
         ({"num_classes": None}, "finetuning needs num_classes of at least 2, not None"),
@@ -193,3 +236,36 @@ def test_mixed_and_distilled_training_steps_and_reloads(weights: str, few: Path,
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], message: str, weights: str) -> None:
     with pytest.raises(UserError, match=message):
         made(weights, **options)
+
+
+def test_dropouts_are_the_trainings_and_not_the_weights(few: Path, tmp_path: Path) -> None:
+    save_weights(ViT(**SIZE, num_classes=4, dropout=0.5, drop_path=0.5), tmp_path / "dropped.safetensors")
+    config = made(str(tmp_path / "dropped.safetensors")).vit.config
+    assert (config["dropout"], config["drop_path"]) == (0, 0)
+
+
+def test_what_is_logged_of_a_step_is_the_mean_of_its_micro_batches(weights: str, few: Path) -> None:
+    objective = partial(Distillation, teacher=weights, share=0.5)
+    trainer = fit(made(weights, objective=objective), few, data={"micro_batch": 2}, log_every_n_steps=1)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert trainer.accumulate_grad_batches == 4
+    both = (logged["train/loss_labels"] + logged["train/loss_teacher"]) / 2
+    assert logged["train/loss"] == pytest.approx(both, rel=1e-6)
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 6), (2, 3)])
+def test_a_stage_takes_plain_loaders(accumulate: int, steps: int, weights: str) -> None:
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(6)]
+    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    schedule = Schedule("1 epoch", "constant")
+    for ends in ({"max_epochs": 2}, {"max_epochs": 2, "max_steps": 3}):
+        stage = made(weights, schedule=schedule)
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+        trainer = Trainer(accelerator="cpu", accumulate_grad_batches=accumulate, **ends, **quiet)  # type: ignore[arg-type]
+        if ends.get("max_steps") == steps:
+            with pytest.raises(UserError, match=f"warmup is {steps} steps but training has only 3"):
+                trainer.fit(stage, batches, loader)
+            continue
+        trainer.fit(stage, batches, loader)
+        factor: Any = trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0]  # type: ignore[union-attr]
+        assert [factor(step) < 1 for step in (steps - 1, steps)] == [True, False]

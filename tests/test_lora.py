@@ -1,5 +1,6 @@
 """Low-rank adaptation: what it trains, and that what is saved is the plain network."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora, merge, without_adaptation
+from vitlit.optim import build_optimizer
 
 TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
 ALL = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -90,3 +92,14 @@ def test_a_state_without_adapters_stays_as_it_is() -> None:
 def test_what_cannot_be_adapted_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.lora\."):
         LoRA(**wrong)
+
+
+def test_adapters_decay_as_kernels_do() -> None:
+    """As in the authors' loralib and in peft, where an optimizer's weight decay acts on A and B."""
+    vit = ViT(**TINY, num_classes=3)
+    add_lora(vit, LoRA(rank=2))
+    optimizer = build_optimizer(partial(torch.optim.AdamW, lr=1.0, weight_decay=0.1), vit.layers(), vit)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert {name for name, p in vit.named_parameters() if id(p) in decayed} == {
+        name for name, p in vit.named_parameters() if p.requires_grad and p.ndim > 1
+    }

@@ -77,7 +77,7 @@ def test_lengths_are_steps_epochs_or_shares(warmup: int | str, steps: int) -> No
     assert factor(steps + 1) < 1
 
 
-@pytest.mark.parametrize("warmup", [-1, "five", "-3 epochs", "5 apples", "0.5"])
+@pytest.mark.parametrize("warmup", [-1, "five", "-3 epochs", "5 apples", "0.5", "nan%", "inf", "inf%"])
 def test_what_is_no_length_is_refused(warmup: int | str) -> None:
     with pytest.raises(UserError, match=r"model\.schedule\.warmup .* is not a number of steps, nor text such as"):
         Schedule(warmup)
@@ -101,7 +101,7 @@ def test_a_cool_down_that_begins_before_the_warm_up_ends_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"final": 2.0}, {"timescale": 0}, {"lr_per": 0}, {"final": 0.1, "decay": "constant"}]
+    "wrong", [{"final": 2.0}, {"timescale": 0}, {"lr_per": 0}, {"final": 0.1, "decay": "constant"}, {"cooldown": 5}]
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.schedule\."):
@@ -338,3 +338,9 @@ def test_lamb_continues_from_its_state() -> None:
 def test_lamb_refuses_numbers_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="LAMB takes no"):
         LAMB([nn.Parameter(torch.ones(1))], **wrong)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_lamb_refuses_to_clip_to_nothing(norm: float) -> None:
+    with pytest.raises(UserError, match="null is no clipping"):
+        LAMB([nn.Parameter(torch.ones(1))], max_grad_norm=norm)

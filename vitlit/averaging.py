@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import Metric
@@ -11,6 +12,7 @@ from torchmetrics import Metric
 from vitlit.errors import UserError
 from vitlit.stages import Stage
 from vitlit.stages.metrics import metrics, update
+from vitlit.weights.adapt import set_numerics
 
 
 class EMA(WeightAveraging):
@@ -23,18 +25,38 @@ class EMA(WeightAveraging):
         decay: the share of the average that a step keeps; 0.9999 averages over the last ten thousand steps or so.
 
     Raises:
-        UserError: the decay is not between 0 and 1.
+        UserError: the decay is not between 0 and 1, or the weights that are trained are not float32.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"an EMA's decay {decay} is not at least 0 and below 1")
+        self.decay = decay
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self._raw: nn.ModuleDict | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise UserError(
+                f"an EMA cannot average weights of trainer.precision {trainer.precision}, which are too coarse for its "
+                "steps; use bf16-mixed"
+            )
+        super().setup(trainer, pl_module, stage)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
-        self._average_model.to(pl_module.device)  # it was copied before the module was on its device
+        assert isinstance(pl_module, Stage)
+        # It was copied before the module was on its device, and before weights told their numerics.
+        self._average_model.to(pl_module.device)
+        copy: Any = self._average_model.module
+        set_numerics(copy.vit, pl_module.vit.config)
+        steps = trainer.estimated_stepping_batches
+        if 5 / (1 - self.decay) > steps:
+            rank_zero_only(print)(
+                f"vitlit: warning: an EMA with decay {self.decay:g} averages over {1 / (1 - self.decay):,.0f} steps, "
+                f"much of a training of {steps:,.0f}, so that it lags behind; {max(0.0, 1 - 10 / steps):.2g} would fit",
+                flush=True,
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # the two change places

@@ -140,7 +140,7 @@ class Mistakes(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is not None and len(batch) > 2:
+        if outputs is not None and len(batch) > 2 and batch[1].ndim == 1:  # not with several classes an image
             _, labels, indices = batch
             probability, prediction = outputs["probabilities"].max(-1)
             columns = (indices, labels, prediction, probability)
@@ -256,8 +256,9 @@ def progress(trainer: Trainer) -> dict[str, str]:
     shown = {}
     if "train/loss" in metrics:
         shown["loss"] = f"{metrics['train/loss']:.4f}"
-    if "val/top1" in metrics:
-        shown["top-1"] = f"{100 * float(metrics['val/top1']):.2f} %"
+    for name, title in (("top1", "top-1"), ("map", "mAP")):
+        if f"val/{name}" in metrics:
+            shown[title] = f"{100 * float(metrics[f'val/{name}']):.2f} %"
     if "train/images_per_second" in metrics:
         shown["images/s"] = f"{float(metrics['train/images_per_second']):,.0f}"
     return shown

@@ -36,12 +36,32 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
             raise UserError(f"{path} holds a {made_by}, but the config asks for a {wanted}; {remedy}")
         if fitting and "optimizer_states" not in checkpoint:
             raise UserError(f"{path} holds weights alone; continue from last.ckpt, or start from it (model.init_from)")
+        if fitting:
+            check_parts(config.model.init_args, checkpoint["hyper_parameters"], path)
         return read(path)
     if "init_from" not in arguments:
         return None
     if arguments.init_from is None:
         raise UserError("finetuning starts from weights: give --model.init_from a run folder or a checkpoint file")
     return read(arguments.init_from)
+
+
+def check_parts(arguments: Namespace, before: dict[str, Any], path: Path) -> None:
+    """Refuse to continue with other trained parts than a checkpoint's, whose optimizer state they would not fit."""
+    now = arguments.as_dict()
+    for name in ("lora", "freeze", "last_blocks", "groups"):
+        if name in before and plain(now.get(name)) != plain(before[name]):
+            raise UserError(
+                f"model.{name} is {now.get(name)}, but {path} was trained with {before[name]}; leave it as it was, or "
+                "start from its weights (model.init_from)"
+            )
+
+
+def plain(value: Any) -> Any:
+    """A value with its tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def complete(config: Namespace, weights: Weights | None) -> list[str]:
@@ -60,16 +80,20 @@ def complete(config: Namespace, weights: Weights | None) -> list[str]:
         data.seed = int(config.seed_everything)
     complete_vit(model, data.image_size, weights, new)
     complete_preprocess(data, weights, model.vit.init_args.get("in_channels", 3), new)
-    several = False
-    if data.manifest is not None:
+    objective = model.objective.init_args
+    if classes:  # what they were made from need not be there any more
+        made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
+        count, several = len(classes), made_with.get("init_args", {}).get("multi_label", False)
+    elif data.manifest is not None:
         found = read_manifest(Path(data.manifest), Path(data.root))
         count, several = len(found.classes), found.multi_label
     else:
-        count = len(classes or find_classes(Path(data.root), parse_share(data.holdout)))
+        count, several = len(find_classes(Path(data.root), parse_share(data.holdout))), False
     complete_classes(model, "model", count)
-    objective = model.objective.init_args
     complete_classes(objective, "model.objective", count)
     if "multi_label" in objective:
+        if objective.multi_label and not several:
+            raise UserError("model.objective.multi_label is true, but the data has one label an image; leave it out")
         objective.multi_label = several
     return classes
 
@@ -87,11 +111,14 @@ def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
     stage = (source.get("model") or {}).get("init_args") or {}
     before = ((stage.get("optimizer") or {}).get("init_args") or {}).get("lr")
     now = config.model.init_args.optimizer.init_args.get("lr")
-    if made_for != batch and now == before and config.model.init_args.schedule.lr_per is None and now is not None:
+    given = before is not None and float(before) == now  # YAML reads 1e-3 as text
+    if made_for != batch and given and config.model.init_args.schedule.lr_per is None:
         found.append(
             f"data.batch_size is {batch}, but the config's learning rate {now:g} is for {made_for}; in proportion it "
             f"would be {now * batch / made_for:.3g} (--model.schedule.lr_per {made_for})"
         )
+    if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
+        found.append("data.balanced draws rare classes more often, and class_weights weigh them more besides; give one")
     return found
 
 
@@ -122,8 +149,10 @@ def complete_preprocess(data: Namespace, weights: Weights | None, channels: int,
 # What a config leaves at its default comes from the weights, but for what the data says.
 SIZE = ("image_size", "num_classes", "hidden_dim")
 DEFAULTS = {name: parameter.default for name, parameter in signature(ViT).parameters.items()}
+# What is a training's, not its weights'.
+TRAINING = ("dropout", "attention_dropout", "drop_path", "activation_checkpointing")
 # What a config may give otherwise than the weights had it, and what a new run may besides.
-FREE = {"num_classes", "hidden_dim", "dropout", "attention_dropout", "drop_path", "activation_checkpointing"}
+FREE = {"num_classes", "hidden_dim", *TRAINING}
 NEW = {"image_size", "in_channels", "class_position", "pool", "norm"}
 
 
@@ -134,7 +163,8 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         assert weights is not None  # only Finetune may leave it out
-        config = network(weights, num_classes=0, hidden_dim=None, image_size=size)
+        own = {name: DEFAULTS[name] for name in TRAINING} if new else {}
+        config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **own)
         model.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
     if vit.image_size not in (224, size):  # 224 is the constructor's default
@@ -143,24 +173,28 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
     vit.image_size = size
     preset = model.vit.class_path.endswith("from_preset")
-    for name, value in weights.config.items() if weights is not None and new else ():
-        if name not in SIZE and not (preset and name in Size._fields) and vit.get(name) in (None, DEFAULTS[name]):
+    for name, value in weights.config.items() if weights is not None and (new or "init_from" in model) else ():
+        if (
+            name not in (*SIZE, *TRAINING)
+            and not (preset and name in Size._fields)
+            and vit.get(name) in (None, DEFAULTS[name])
+        ):
             vit[name] = value
     build = ViT.from_preset if preset else ViT
     with torch.device("meta"):
-        own = build(**vit.as_dict()).config
+        built = build(**vit.as_dict()).config
     if weights is None:
         return
     free = FREE | NEW if new else FREE
     for name, value in weights.config.items():
         if name == "heads" and name not in weights.told:
             continue
-        if name == "layer_scale" and None not in (value, own[name]):
+        if name == "layer_scale" and None not in (value, built[name]):
             continue
-        if name not in free and pair(own.get(name)) != pair(value):
+        if name not in free and pair(built.get(name)) != pair(value):
             key = "data.image_size" if name == "image_size" else f"model.vit.{name}"
             raise UserError(
-                f"{key} is {own.get(name)}, but {weights.path} was made with {value}; leave it out or give {value}"
+                f"{key} is {built.get(name)}, but {weights.path} was made with {value}; leave it out or give {value}"
             )
 
 

@@ -49,6 +49,7 @@ OURS = {
     "barebones": (False, "best.ckpt and last.ckpt are always kept"),
     "default_root_dir": (None, "the run's folder is run.root and run.name"),
     "enable_checkpointing": (None, "best.ckpt and last.ckpt are always kept"),
+    "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
     "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
 }
 
@@ -221,6 +222,7 @@ class CLI(LightningCLI):
             limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
             self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)
             self.model.check(self.datamodule)
+            self.model.objective.prepare(self.datamodule)
 
     def _set_seed(self) -> None:
         try:
@@ -269,6 +271,8 @@ class CLI(LightningCLI):
             parts = ["vitlit", "fit", "--config", "finetune", "--model.init_from", str(self.folder.path)]
             if str(self.datamodule.root) != DIGITS:
                 parts += ["--data.root", str(self.datamodule.root), "--run.name", f"{self.folder.name}-finetuned"]
+            if self.datamodule.manifest:
+                parts += ["--data.manifest", str(self.datamodule.manifest)]
             if self.datamodule.holdout:
                 parts += ["--data.holdout", str(self.datamodule.holdout)]
             rows["next"] = shlex.join(parts)

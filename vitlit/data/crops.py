@@ -120,12 +120,7 @@ class SimpleCrop(v2.Transform):
         self.size, self.interpolation, self.padding = size, interpolation, padding
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        (rows, columns), (height, width) = flat_inputs[0].shape[-2:], self.size
-        # The side that does not bind is rounded down, as torchvision's Resize does.
-        if rows * width <= columns * height:
-            resized = height, max(width, height * columns // rows)
-        else:
-            resized = max(height, width * rows // columns), width
+        resized = cover(self.size, flat_inputs[0])
         return {"resized": resized, **_position(resized, self.size, self.padding)}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
@@ -162,6 +157,17 @@ class PadCrop(v2.Transform):
         # resize returns an image that has the size already as it is.
         image = F.resize(inpt, list(self.size), self.interpolation, antialias=True)
         return F.crop(F.pad(image, [self.padding]), params["top"], params["left"], *self.size)
+
+
+def cover(size: tuple[int, int], image: Tensor) -> tuple[int, int]:
+    """The (height, width) at which an image (..., H, W) just covers a size, its aspect kept.
+
+    The side that does not bind is rounded down, as torchvision's Resize does.
+    """
+    (rows, columns), (height, width) = image.shape[-2:], size
+    if rows * width <= columns * height:
+        return height, max(width, height * columns // rows)
+    return max(height, width * rows // columns), width
 
 
 def _check_size(size: tuple[int, int]) -> None:

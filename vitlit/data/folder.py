@@ -158,7 +158,7 @@ def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Inde
 def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
     """Cut a share off for validation: (the rest, the share).
 
-    Of every class so much is held out, one image at least, unless it is the only one. Images with several classes are
+    Of every class so much is held out, one image at least, but never all. Images with several classes are
     held out regardless of them. What is drawn depends on the paths alone.
     """
     drawn = mix(np.array([zlib.crc32(path) for path in index.paths]))  # by name: another class changes nothing
@@ -167,8 +167,8 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
         groups = [np.flatnonzero(index.labels == label) for label in range(len(classes))]
     held = np.zeros(len(index), bool)
     for group in groups:
-        wanted = max(1, round(len(group) * share)) if len(group) > 1 else 0
-        held[group[np.argsort(drawn[group], kind="stable")[:wanted]]] = True
+        wanted = min(len(group) - 1, max(1, round(len(group) * share)))
+        held[group[np.argsort(drawn[group], kind="stable")][: max(0, wanted)]] = True
     return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 

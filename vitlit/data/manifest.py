@@ -75,12 +75,15 @@ def read_manifest(file: Path, root: Path) -> Manifest:
     splits = {}
     for split in SPLITS:
         own = [row for row in rows if row.split == split]
-        labels = np.zeros((len(own), len(classes)), bool)
-        for place, row in enumerate(own):
-            labels[place, [number[name] for name in row.names]] = True
-        if own:
-            paths = np.array([os.fsencode(row.path) for row in own])
-            splits[split] = Index(root, paths, labels if multi_label else labels.argmax(1))
+        if not own:
+            continue
+        if multi_label:
+            labels = np.zeros((len(own), len(classes)), bool)
+            for place, row in enumerate(own):
+                labels[place, [number[name] for name in row.names]] = True
+        else:
+            labels = np.array([number[row.names[0]] for row in own])
+        splits[split] = Index(root, np.array([os.fsencode(row.path) for row in own]), labels)
     return Manifest(classes, splits, multi_label)
 
 

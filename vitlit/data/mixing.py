@@ -51,8 +51,9 @@ class Mix(NamedTuple):
 class Mixing:
     """mixup (1710.09412, section 2) and cutmix (1905.04899, section 3.1), one draw a global batch.
 
-    So do timm (mode "batch"), torchvision and big_vision. Partners are mixed both ways, for which mixup with lam and
-    with 1 - lam gives the same set of images and targets: big_vision's max(lam, 1 - lam) would change nothing.
+    So does big_vision; timm (mode "batch") and torchvision draw for each device's batch. Partners are mixed both ways,
+    for which mixup with lam and with 1 - lam gives the same set of images and targets: big_vision's max(lam, 1 - lam)
+    would change nothing.
 
     Args:
         mixup: lam is drawn from Beta(mixup, mixup); 0 for no mixup.

@@ -15,20 +15,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vitlit.data.erasing import Erasing, erase
-from vitlit.data.folder import (
-    ImageFolder,
-    Index,
-    brief,
-    hold_out,
-    parse_share,
-    scan_photos,
-    scan_split,
-    scan_train,
-)
+from vitlit.data.folder import ImageFolder, Index, brief, hold_out, parse_share, scan_photos, scan_split, scan_train
 from vitlit.data.manifest import read_manifest
 from vitlit.data.mixing import Mixing, soft_targets
-from vitlit.data.stream import EvalShard, TrainStream, split_batch
-from vitlit.data.transforms import Crop, Interpolation, Preprocess, train_transform
+from vitlit.data.stream import EvalShard, TrainStream, paired_rows, split_batch
+from vitlit.data.transforms import Crop, Interpolation, Preprocess, check_transform, train_transform
 from vitlit.data.workers import count, end_at_exit, leave_signals
 from vitlit.errors import UserError
 
@@ -125,7 +116,6 @@ class ImageFolderData(LightningDataModule):
         self._held: Index | None = None
         self._splits: dict[str, Index] = {}
         self._entered = 0  # the step that a continued run begins with
-        self._positions: list[int] = []  # in the stream, of the training batch on its way to the device
 
     def scan(self) -> None:
         """Find classes and training images, once.
@@ -205,10 +195,12 @@ class ImageFolderData(LightningDataModule):
             )
         if self.mixing.on and micro % 2:
             raise UserError(
-                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even number"
+                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even "
+                "--data.micro_batch or --data.batch_size"
             )
         if self.multi_label and self.balanced:
-            raise UserError("data.balanced needs one label an image")
+            raise UserError("data.balanced needs one label an image, but the data has several; leave it out")
+        paired_rows(self.batch_size, self.repeats)
         return micro, accumulate
 
     @property
@@ -220,7 +212,10 @@ class ImageFolderData(LightningDataModule):
         """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
         if stage == "fit":
             self.plan(world_size)
+            check_transform(self.augment, self.preprocess.image_size)
         name = {"fit": "val", "validate": "val"}.get(stage, stage)
+        if not len(self.split(name)):
+            raise UserError(f"the {name} split has no image; hold out more, or none (--data.holdout)")
         if len(self.split(name)) < world_size:
             raise UserError(
                 f"the {name} split has {len(self.split(name))} images, fewer than the {world_size} devices; "
@@ -232,6 +227,8 @@ class ImageFolderData(LightningDataModule):
         self.check(TrainerFn(stage).value, self.trainer.world_size)  # Lightning's stage prints as TrainerFn.TESTING
         if stage == "fit":
             self._entered = 0
+            if self.trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning would put its own sampler in
+                raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
             _, accumulate = self.plan(self.trainer.world_size)
             if self.trainer.accumulate_grad_batches not in (1, accumulate):
                 raise UserError(
@@ -301,23 +298,22 @@ class ImageFolderData(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        *rest, positions = batch if len(batch) == 4 else (*batch, None)
-        self._positions = [] if positions is None else positions.tolist()  # on the device, reading them would wait
-        return rest
+        # Of training, the first sample's position is kept on the host: to read it on the device would wait.
+        return [*batch[:3], *(int(positions[0]) for positions in batch[3:])]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels, indices = batch
+        images, labels, indices, *position = batch
         assert self.trainer is not None
         dtype = self.trainer.lightning_module.dtype
         assert isinstance(dtype, torch.dtype)
         images = self.preprocess.normalise(images, dtype)
-        if self._positions and (self.erasing.prob or self.mixing.on):
-            images, labels = self._regularise(images, labels)
+        if position:
+            images, labels = self._regularise(images, labels, position[0])
         return images, labels, indices
 
-    def _regularise(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Erase and mix a training batch by what is drawn for its step and its rows of the global batch."""
-        step, first = divmod(self._positions[0], self.batch_size)
+    def _regularise(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Erase and mix training images, from a position of the stream on, by what is drawn for their step and rows."""
+        step, first = divmod(position, self.batch_size)
         rows = range(first, first + len(images))
         if self.erasing.prob:
             images = erase(images, self.erasing, self.seed, step, rows)
@@ -333,14 +329,16 @@ class ImageFolderData(LightningDataModule):
         assert self.trainer is not None
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
+        before = {"repeats": 1, "balanced": False, **state_dict}  # as it was before there were such
         for name, value in self._stream_of().items():
-            if state_dict[name] != value:
+            if before[name] != value:
                 raise UserError(
-                    f"the checkpoint's run had {name} {state_dict[name]}, this one has {value}: "
+                    f"the checkpoint's run had {name} {before[name]}, this one has {value}: "
                     "it cannot be continued, only started from (model.init_from)"
                 )
         self._entered = state_dict["step"]
 
     def _stream_of(self) -> dict[str, int]:
         """What the order of samples depends on, beside the step."""
-        return {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}
+        given = {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}
+        return {**given, "repeats": self.repeats, "balanced": self.balanced}

@@ -125,12 +125,15 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
     return batch_size // (world_size * accumulate), accumulate
 
 
-def _rows(batch_size: int, repeats: int) -> np.ndarray:
+def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     """Which of a batch's samples, listed image by image, each row takes, so that partners are of two images.
 
     Even rows take the first half in its order, odd rows the second half in strides of `repeats`, so that the copies of
     an image meet different ones. So partners are at least `repeats` apart in the list: what is s before the end of the
     first half meets place repeats - s of the second half, or a later one.
+
+    Raises:
+        UserError: the batch is too small for it.
     """
     if repeats == 1:
         return np.arange(batch_size)
@@ -185,7 +188,7 @@ class TrainStream(DistributedSampler[Any]):
         self.repeats, self.labels = repeats, labels
         self.share = batch_size // world_size
         self.offset = rank * self.share
-        self.rows = _rows(batch_size, repeats)[self.offset : self.offset + self.share]
+        self.rows = paired_rows(batch_size, repeats)[self.offset : self.offset + self.share]
         self.steps = length // batch_size
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
+from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop, cover
 from vitlit.data.decode import decode
 from vitlit.errors import UserError
 
@@ -57,12 +57,8 @@ class Preprocess:
         """
         # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
         height, width = (math.floor(side / self.crop_ratio + 1e-6) for side in self.image_size)
-        rows, columns = image.shape[-2:]
-        if rows * width <= columns * height:  # rows bind; torchvision's Resize rounds the other side down, too
-            size = [height, max(self.image_size[1], int(height * columns / rows))]
-        else:
-            size = [max(self.image_size[0], int(width * rows / columns)), width]
-        image = F.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
+        size = cover((height, width), image)
+        image = F.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
         return F.center_crop(image, list(self.image_size))
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,11 +101,17 @@ def train_transform(
         "pad": lambda: PadCrop(size, interpolation=how),
         "center": lambda: preprocess.crop,
     }
-    steps = [crops[crop](), v2.RandomHorizontalFlip(flip), *augment]
+    if crop not in crops:
+        raise UserError(f"data.crop {crop} is unknown; give one of {' '.join(crops)}")
+    return v2.Compose([crops[crop](), v2.RandomHorizontalFlip(flip), *augment])
 
-    def transform(image: Tensor) -> Tensor:
-        for step in steps:
-            image = step(image)
-        return image
 
-    return transform
+def check_transform(transform: Transform, image_size: tuple[int, int]) -> None:
+    """Try a training transform on a grey image; UserError where uint8 (3, height, width) does not come out."""
+    with torch.random.fork_rng(devices=[]):
+        image = transform(torch.full((3, 64, 48), 128, dtype=torch.uint8))
+    if image.dtype != torch.uint8 or image.shape != (3, *image_size):
+        raise UserError(
+            f"data.augment makes images {list(image.shape)} of {str(image.dtype).removeprefix('torch.')}; it must "
+            f"leave them uint8 {[3, *image_size]}: normalisation follows on the device"
+        )

@@ -56,6 +56,8 @@ class Distillation(Supervised):
     def prepare(self, data: Any) -> None:
         """Read the teacher; refuse one of other classes."""
         super().prepare(data)
+        if self._loaded:
+            return
         teacher = load(self.teacher).requires_grad_(False).eval()
         classes, own = teacher.config["num_classes"], list(getattr(data, "classes", []))
         if classes != self.num_classes:

@@ -39,7 +39,7 @@ class Objective(nn.Module):
         super().__init__()
 
     def prepare(self, data: Any) -> None:
-        """Called before training with the data module, None where there is none."""
+        """Called with the data module, None where there is none, before training and perhaps earlier besides."""
 
     def forward(self, vit: ViT, batch: Any) -> Step:
         """Compute the loss of a batch (images (B, C, H, W), labels (B,) or (B, classes), ...)."""

@@ -23,7 +23,7 @@ class Supervised(Objective):
         num_classes: the command line fills it from the data.
         head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default that of the stage.
         hidden_dim: hidden units of the pretraining head; the ViT's width unless given.
-        head_std: standard deviation of the output layer's initial weights, normal cut at two of them; 0 for zeros.
+        head_std: standard deviation of the output layer's initial weights, normal and cut at 2 as timm's; 0 for zeros.
         head_bias: the output layer's initial bias; for sigmoid -log(classes) or so, since most answers are no.
         loss: softmax, sigmoid or bce.
         label_smoothing: the share of each label that is spread over all classes (1512.00567, section 7).
@@ -63,12 +63,14 @@ class Supervised(Objective):
             raise UserError(f"{wrong} needs one label an image, but the data has several; use loss sigmoid or bce")
         if vit.config["num_classes"] != num_classes or head is not None:
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
+        if hidden_dim not in (None, vit.config["hidden_dim"]):
+            raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
         for made in (vit.head, vit.head_dist):
             if made is not None:
                 output = made if isinstance(made, nn.Linear) else made.get_submodule("out")
                 assert isinstance(output, nn.Linear)
                 if head_std:
-                    nn.init.trunc_normal_(output.weight, std=head_std, a=-2 * head_std, b=2 * head_std)
+                    nn.init.trunc_normal_(output.weight, std=head_std)
                 nn.init.constant_(output.bias, head_bias)
         self.num_classes, self.loss, self.label_smoothing = num_classes, loss, label_smoothing
         self.multi_label, self.class_weights = multi_label, class_weights
@@ -82,6 +84,8 @@ class Supervised(Objective):
         counts = getattr(data, "class_counts", None)
         if counts is None:
             raise UserError("class_weights balanced needs a data module that counts its classes (ImageFolderData)")
+        if not all(counts):
+            raise UserError(f"class_weights balanced: the training set has no image of class {list(counts).index(0)}")
         images = torch.as_tensor(counts, dtype=torch.float64)
         self.weights = (images.sum() / (len(images) * images)).float()
 
@@ -92,6 +96,7 @@ class Supervised(Objective):
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits (B, classes) on labels (B,) or shares of classes (B, classes), a scalar."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # not a loss of 8 bits
         shares = F.one_hot(labels, self.num_classes).to(logits.dtype) if labels.ndim == 1 else labels
         targets = (shares > 0).to(shares.dtype) if self.loss == "bce" else shares
         if self.training and self.label_smoothing:
@@ -102,7 +107,7 @@ class Supervised(Objective):
             errors = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
             errors = errors / self.num_classes if self.loss == "bce" else errors
         if self.training and self.weights is not None:
-            errors = errors * (shares.float() @ self.weights.to(shares.device))
+            errors = errors * (shares.float() @ self.weights)
         return errors.mean()
 
     def probabilities(self, logits: Tensor) -> Tensor:

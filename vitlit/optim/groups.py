@@ -26,7 +26,7 @@ class Groups:
             for the last block, layer_decay ^ (depth + 1) for the embedding (2106.08254, appendix A.2; MAE's
             util/lr_decay.py).
         lr: further multiples of the learning rate by pattern.
-        weight_decay: multiples of the weight decay by pattern, in place of 1 for kernels (weights of linear layers and
+        weight_decay: multiples of the weight decay by pattern, in place of 1 for kernels (matrices of linear layers and
             convolutions) and 0 for all else (big_vision, configs/vit_s16_i1k.py).
 
     Raises:
@@ -94,8 +94,8 @@ def group_members(layers: Layers, module: nn.Module, groups: Groups) -> list[dic
     for name, layer in layered.items():
         if name not in trainable:
             continue
-        owner, _, last = name.rpartition(".")
-        kernel = last == "weight" and isinstance(owners[owner], nn.Linear | nn.Conv2d)
+        owner = name.rpartition(".")[0]
+        kernel = trainable[name].ndim > 1 and isinstance(owners[owner], nn.Linear | nn.Conv2d)
         decay = product(groups.weight_decay, name, default=float(kernel))
         rate = rates[layer] * product(groups.lr, name, default=1.0)
         group = found.setdefault((rate, decay), {"params": [], "layers": [], "lr": rate, "weight_decay": decay})

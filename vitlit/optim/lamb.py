@@ -37,6 +37,8 @@ class LAMB(Optimizer):
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"LAMB takes no lr {lr}, eps {eps}, weight_decay {weight_decay}, betas {betas}")
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise UserError(f"LAMB's max_grad_norm {max_grad_norm} is not above 0; null is no clipping")
         self.max_grad_norm = max_grad_norm
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

@@ -47,6 +47,8 @@ class Schedule:
             raise UserError(f"model.schedule.lr_per {self.lr_per} is less than 1")
         if self.final and self.decay not in ("cosine", "linear"):
             raise UserError(f"model.schedule.final is for cosine and linear; {self.decay} has cooldown")
+        if self.decay in ("cosine", "linear") and length("model.schedule.cooldown", self.cooldown, 100, 1):
+            raise UserError(f"model.schedule.cooldown is for rsqrt and constant; {self.decay} has final")
 
     def over(self, total: int, epoch: int = 0) -> Callable[[int], float]:
         """The multiple of the peak learning rate by update, in a training of `total` steps, `epoch` steps an epoch.
@@ -93,7 +95,7 @@ def length(name: str, value: int | str, total: int, epoch: int) -> int:
         amount = float(number)
     except ValueError:
         amount = -1.0
-    if amount < 0 or unit not in ("", "%", "epoch", "epochs") or (unit == "" and amount != int(amount)):
+    if not 0 <= amount < math.inf or unit not in ("", "%", "epoch", "epochs") or (unit == "" and amount != int(amount)):
         raise UserError(f'{name} {value!r} is not a number of steps, nor text such as "5 epochs" or "10%"')
     if unit.startswith("epoch") and not epoch:
         raise UserError(f"{name} {value!r}: the steps of an epoch are not known here; give steps")

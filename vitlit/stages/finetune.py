@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -15,19 +15,21 @@ from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
-from vitlit.weights import load_weights, network, read
+from vitlit.weights import Weights, load_weights, network, read
 
 
 class Finetune(Stage):
-    """Train a ViT from given weights, with a fresh head, on classification (2010.11929, section 3.2).
+    """Train a ViT from given weights on classification, with a fresh head unless told (2010.11929, section 3.2).
 
     Args:
-        vit: the architecture, without a head; that of the weights unless given.
+        vit: the architecture, without a head; that of the weights, without dropouts, unless given.
         image_size: pixels, an int or (height, width), where the architecture is that of the weights; theirs unless
             given. The command line takes data.image_size.
         init_from: the weights to start from: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
             Where the resolution differs the position table is resampled; the head is new, and so are the final norm and
             the attention pool where the weights have none in that place. It is read when training starts.
+        keep_head: go on with the head of the weights, which must be one linear layer for the same classes; for another
+            resolution (1906.06423) or more training.
         objective: makes the objective of the ViT, which by now has one zero-initialised linear layer for a head.
         num_classes: the command line fills it from the data.
         freeze: what is not trained: true for all but the head (linear probe), or shell patterns of parameter names.
@@ -40,7 +42,8 @@ class Finetune(Stage):
 
     Raises:
         UserError: neither vit nor init_from is given, or both vit and image_size are; more than one of freeze,
-            last_blocks and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks.
+            last_blocks and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks; at the start of
+            training, the weights do not fit, or have no head to keep.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Finetune(Stage):
         vit: ViT | None = None,
         image_size: int | tuple[int, int] | None = None,
         init_from: str | None = None,
+        keep_head: bool = False,
         objective: Callable[[ViT], Objective] = Supervised,
         num_classes: int | None = None,
         freeze: bool | Sequence[str] = False,
@@ -61,20 +65,26 @@ class Finetune(Stage):
         if vit is None:
             if init_from is None:
                 raise UserError("finetuning needs model.init_from (a run folder or a file of weights) or model.vit")
-            size = {} if image_size is None else {"image_size": image_size}
-            vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **size))
+            own: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}  # a training's
+            own |= {} if image_size is None else {"image_size": image_size}
+            vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **own))
         elif image_size is not None:
             raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
-        if sum(choice not in (None, False) for choice in (freeze, last_blocks, lora)) > 1:
+        if sum([bool(freeze), last_blocks is not None, lora is not None]) > 1:
             raise UserError("model.freeze, model.last_blocks and model.lora exclude one another; give one")
         if num_classes is None or num_classes < 2:
             raise UserError(f"finetuning needs num_classes of at least 2, not {num_classes}")
+        given = getattr(objective, "keywords", {}).get("num_classes")
+        if given not in (None, num_classes):
+            raise UserError(
+                f"the objective has num_classes {given}, but the stage {num_classes}; give the latter alone"
+            )
         vit.set_head("finetune", num_classes)
         objective = partial(objective, num_classes=num_classes)  # type: ignore[call-arg]
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
         arguments = {"objective": objective, "num_classes": num_classes, **ways}
         super().__init__(vit, objective, optimizer, schedule, groups, arguments)
-        self.init_from = init_from
+        self.init_from, self.keep_head = init_from, keep_head
         if lora is not None:
             add_lora(self.vit, lora)
         elif last_blocks is not None:
@@ -85,7 +95,11 @@ class Finetune(Stage):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             weights = read(self.init_from)
-            fresh = ["head*", "*.lora_*"]
+            fresh = ["*.lora_*"]
+            if self.keep_head:
+                self.check_head(weights)
+            else:
+                fresh.append("head*")
             if weights.config.get("norm", "tokens") != self.vit.config["norm"]:
                 fresh += ["norm.*", "fc_norm.*"]
             if weights.config.get("pool", "cls") != self.vit.config["pool"]:
@@ -98,6 +112,18 @@ class Finetune(Stage):
             report = report._replace(new=[name for name in report.new if ".lora_" not in name])
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
             self.init_from = None  # a second fit goes on
+
+    def check_head(self, weights: Weights) -> None:
+        """Refuse to keep a head of other classes or of another kind."""
+        known = list(getattr(self.data, "classes", []))
+        count, hidden = weights.config.get("num_classes"), weights.config.get("hidden_dim")
+        others = bool(weights.classes and known) and weights.classes != known
+        if count != self.vit.config["num_classes"] or hidden or others:
+            has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
+            raise UserError(
+                f"model.keep_head needs one linear layer for the data's {self.vit.config['num_classes']} classes, in "
+                f"their order, but {weights.path} has {has}; leave it out"
+            )
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

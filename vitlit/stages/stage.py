@@ -60,7 +60,7 @@ class Stage(LightningModule):
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         classes, several = self.vit.config["num_classes"], self.objective.multi_label
         self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
-        self._window: list[Tensor] = []
+        self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
         self._rate = 0.0
         self._clock, self._images = 0.0, 0
 
@@ -78,7 +78,9 @@ class Stage(LightningModule):
         total = trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
-        epoch = getattr(self.data, "steps_per_epoch", None) or int(trainer.num_training_batches)
+        batches = trainer.num_training_batches
+        given = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        epoch = getattr(self.data, "steps_per_epoch", given)
         schedule = Schedule(decay="constant") if trainer.fast_dev_run else self.schedule
         layers = self.vit.layers()
         layers = {layer: {f"vit.{name}": p for name, p in members.items()} for layer, members in layers.items()}
@@ -101,6 +103,7 @@ class Stage(LightningModule):
     def on_fit_start(self) -> None:
         self.check(self.data)
         self.objective.prepare(self.data)
+        self.objective.to(self.device)
 
     def check(self, data: Any) -> None:
         """Refuse data that does not fit the network or the objective, where they are built in Python."""
@@ -160,15 +163,14 @@ class Stage(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.objective(self.vit, batch)
-        self._window.append(step.loss.detach())
-        self._logs = step.logs
+        self._window.append({"loss": step.loss.detach(), **step.logs})
         return step.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += len(batch[0]) * self.trainer.world_size
         if len(self._window) < self.trainer.accumulate_grad_batches:
             return
-        loss = torch.stack(self._window).mean()
+        logs = {name: torch.stack([micro[name] for micro in self._window]).mean() for name in self._window[0]}
         self._window.clear()
         trainer: Any = self.trainer
         step = trainer.global_step
@@ -176,15 +178,13 @@ class Stage(LightningModule):
             trainer.should_stop = True  # in the midst of an epoch Lightning would end without a validation
         if step % trainer.log_every_n_steps and not trainer.is_last_batch:
             return
-        mean = trainer.strategy.reduce(loss, reduce_op="mean")
-        assert isinstance(mean, Tensor)
-        self.require_finite("training", mean)
+        logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
+        self.require_finite("training", logs["loss"])
         elapsed = time.perf_counter() - self._clock
-        self.log("train/loss", mean, prog_bar=True)
+        for name, value in logs.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         self.log("train/lr", self._rate)
         self.log("train/images_per_second", self._images / elapsed, prog_bar=True)
-        for name, value in self._logs.items():
-            self.log(f"train/{name}", value)
         self._restart_clock()
 
     # Evaluation: every image counts once, on any number of devices, so the numbers come from torchmetrics alone.
@@ -218,7 +218,8 @@ class Stage(LightningModule):
         if averaging is not None and "averaging_state" not in checkpoint:
             # Lightning leaves callbacks out of a file of weights alone; it would not hold what was validated.
             averaging.on_save_checkpoint(self.trainer, self, checkpoint)
-            del checkpoint["current_model_state"], checkpoint["averaging_state"]
+            for name in ("current_model_state", "averaging_state"):
+                checkpoint.pop(name, None)  # there is neither before training
         checkpoint["state_dict"], adapters = merge(checkpoint["state_dict"])
         if adapters and "optimizer_states" in checkpoint:
             checkpoint["adapters"] = adapters

@@ -37,9 +37,9 @@ class BigVisionRandAugment(v2.Transform):
 
     It computes what the source computes, two known mistakes included, since the published results come from them:
     Contrast blends with a grey of height * width / 256 (196 at 224 pixels), not with the image's mean
-    (google-research/big_vision issue 109); and Solarize's threshold of 25.6 times the magnitude wraps around at 256,
-    so that at magnitude 10 it inverts the image, and at 15 is the usual 128 (issue 110; without the wrap it would do
-    nothing from 10 on).
+    (google-research/big_vision issue 109; the file as it was in May 2025); and Solarize's threshold of 25.6 times the
+    magnitude wraps around at 256, so that at magnitude 10 it inverts the image, and at 15 is the usual 128 (issue 110;
+    without the wrap it would do nothing from 10 on).
 
     It differs in two ops. Sharpness rounds its mean of 3 x 3 pixels down exactly, where the source's floats fall short
     for up to 1.5 % of pixels, and leaves images below 3 pixels as they are, where the source fails. Posterize does
