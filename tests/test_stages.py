@@ -14,7 +14,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    log_loss,
+    top_k_accuracy_score,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +32,7 @@ from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.optim import Schedule
 from vitlit.stages import Finetune, Pretrain, Stage
+from vitlit.stages.metrics import metrics, update
 
 TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
 
@@ -579,3 +586,17 @@ def test_data_that_does_not_fit_the_network_is_refused(few: Path, size: int, cla
     data = ImageFolderData(str(few), image_size=size, batch_size=8, num_workers=0)
     with pytest.raises(UserError, match=words):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1).fit(stage, data)
+
+
+def test_the_mean_average_precision_is_scikit_learns_over_the_classes_that_have_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 5, generator=generator)
+    labels = (torch.rand(40, 5, generator=generator) < 0.3).float()
+    labels[:, 3] = 0
+    measures = metrics(5, multi_label=True)
+    for part in (slice(0, 15), slice(15, 40)):
+        update(measures, torch.tensor(1.0), logits[part], labels[part], len(logits[part]))
+    measure: Any = measures["map"]
+    present = [0, 1, 2, 4]
+    expected = average_precision_score(labels[:, present], logits[:, present], average="macro")
+    assert measure.compute().item() == pytest.approx(expected, abs=1e-6)

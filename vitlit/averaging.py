@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
@@ -46,8 +47,9 @@ class EMA(WeightAveraging):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         assert isinstance(pl_module, Stage)
-        # It was copied before the module was on its device, and before weights told their numerics.
-        self._average_model.to(pl_module.device)
+        # It was copied before the module had its device and precision, and before weights told their numerics.
+        assert isinstance(pl_module.dtype, torch.dtype)
+        self._average_model.to(pl_module.device, pl_module.dtype)
         copy: Any = self._average_model.module
         set_numerics(copy.vit, pl_module.vit.config)
         steps = trainer.estimated_stepping_batches
