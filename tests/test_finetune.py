@@ -260,9 +260,9 @@ def test_a_stage_takes_plain_loaders(accumulate: int, steps: int, weights: str) 
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
     quiet |= {"accelerator": "cpu", "accumulate_grad_batches": accumulate}
     trainer = Trainer(max_epochs=2, **quiet)
-    trainer.fit(made(weights, schedule=Schedule("1 epoch", "constant")), batches, loader)
+    trainer.fit(made(weights, schedule=Schedule("1 epoch", "constant")), loader, loader)
     factor: Any = trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0]  # type: ignore[union-attr]
     assert [factor(step) < 1 for step in (steps - 1, steps)] == [True, False]
     trainer = Trainer(max_steps=3, **quiet)  # whose epochs Lightning does not count beforehand
-    trainer.fit(made(weights), batches, loader)
+    trainer.fit(made(weights), loader, loader)
     assert trainer.global_step == 3
