@@ -12,7 +12,6 @@ from pathlib import Path
 
 from runs import Run, arguments, fit_all, summary, write
 
-SEEDS = (0, 1)
 BASE = """
 --config pretrain --data.image_size 28 --data.crop center --data.batch_size 50 --data.micro_batch null
 --model.vit.patch_size 7 --model.vit.width 96 --model.vit.depth 4 --model.vit.mlp_dim 192
@@ -74,15 +73,16 @@ def manifest(root: Path, out: Path, counts: list[int]) -> Path:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--mnist", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     root = given.mnist.absolute()
     given.work.mkdir(parents=True, exist_ok=True)
     even = manifest(root, given.work / "even.csv", [200] * 10)
     uneven = manifest(root, given.work / "uneven.csv", [round(300 * 0.7**label) for label in range(10)])
     base = [*BASE.split(), "--data.root", str(root), "--data.manifest"]
-    runs = [Run(name, seed, [*base, str(even), *more]) for name, more in ROWS.items() for seed in SEEDS]
+    runs = [Run(name, seed, [*base, str(even), *more]) for name, more in ROWS.items() for seed in given.seeds]
     made = fit_all(runs, given.work, given.at_once)
-    runs = [Run(name, seed, [*base, str(uneven), *more]) for name, more in UNEVEN.items() for seed in SEEDS]
+    runs = [Run(name, seed, [*base, str(uneven), *more]) for name, more in UNEVEN.items() for seed in given.seeds]
     more = fit_all(runs, given.work, given.at_once)
     rows = summary(made, "val/top1") + summary(more, "val/top1_macro")
     for row in rows:  # the machine's paths are nobody's business

@@ -155,6 +155,15 @@ def test_layer_decay_and_rate_per_images_reach_the_optimizer(weights: str, few: 
     )
 
 
+def test_multiples_go_by_the_names_that_freezing_goes_by(weights: str, few: Path) -> None:
+    groups = Groups(lr={"blocks.2.*": 0.5, "head.*": 10.0}, weight_decay={"pos_embed": 1.0})
+    trainer = fit(made(weights, groups=groups, schedule=Schedule(decay="constant")), few, steps=1)
+    rates = {group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == {0.005, 0.01, 0.1}
+    with pytest.raises(UserError, match=r"'blokcs\.\*' matches no trainable parameter, such as head\."):
+        fit(made(weights, groups=Groups(lr={"blokcs.*": 0.5})), few)
+
+
 def test_a_share_of_the_learning_rate_needs_a_global_batch(weights: str) -> None:
     stage = made(weights, schedule=Schedule(lr_per=256))
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -226,6 +235,8 @@ def test_mixed_and_distilled_training_steps_and_reloads(weights: str, few: Path,
         ({"freeze": True, "lora": LoRA()}, "exclude one another"),
         ({"freeze": ["a*"], "last_blocks": 1}, "exclude one another"),
         ({"freeze": True, "last_blocks": 0}, "exclude one another"),
+        ({"freeze": "head*"}, r"model\.freeze head\* leaves the new head as it begins"),
+        ({"lora": LoRA(rank=17)}, r"model\.lora\.rank 17 is more than attn\.qkv has, 16"),
         ({"lora": LoRA(), "last_blocks": 0}, "exclude one another"),
         ({"objective": partial(Supervised, num_classes=10)}, "num_classes 10, but the stage 4"),
         ({"freeze": ["blocs.*"]}, r"model\.freeze 'blocs\.\*' matches no parameter of the ViT, such as"),

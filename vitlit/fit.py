@@ -19,7 +19,7 @@ from rich.markup import escape
 from vitlit import averaging, callbacks
 from vitlit.arguments import CommandLine, Parser, load_yaml
 from vitlit.completion import complete, doubts, starting_weights
-from vitlit.data import ImageFolderData, sources
+from vitlit.data import ImageFolderData, augment, sources
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
 from vitlit.run import Decision, RunFolder, RunOptions, agree, rank
@@ -41,7 +41,7 @@ QUIET = (
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 
-EMA = averaging.EMA  # a callback that a config may name
+NAMED = (averaging, augment)  # a config may name what they hold
 
 # Settings of the Trainer that a config must leave at their defaults, and why.
 OURS = {

@@ -131,6 +131,8 @@ class ImageFolderData(LightningDataModule):
             if self.classes and self.classes != classes:
                 raise UserError(f"{self.root} has the classes {brief(classes)}, the weights {brief(self.classes)}")
             self.classes = classes
+            if self.holdout and ("val" in self._splits or (not self.manifest and (self.root / "val").is_dir())):
+                rank_zero_only(print)(f"{self.manifest or self.root}: val is left alone, a part of train is held out")
 
     def _scan_manifest(self, file: Path) -> list[str]:
         """Take the splits from a manifest, and return its classes."""

@@ -24,7 +24,7 @@ class LoRA:
         layers: names within a block, of attn.qkv, attn.proj, mlp.fc1 and mlp.fc2.
 
     Raises:
-        UserError: the rank is less than 1, or a block has no such layer.
+        UserError: the rank is less than 1 or more than a layer's, alpha is not above 0, or a block has no such layer.
     """
 
     rank: int = 8
@@ -34,6 +34,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"model.lora.rank {self.rank} is less than 1")
+        if self.alpha <= 0:
+            raise UserError(f"model.lora.alpha {self.alpha} is not above 0")
         known = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         strange = [layer for layer in self.layers if layer not in known]
         if strange or not self.layers:
@@ -66,6 +68,8 @@ def add_lora(vit: ViT, lora: LoRA) -> None:
             part = block.get_submodule(owner)
             adapted = part.get_submodule(name)
             assert isinstance(adapted, nn.Linear)
+            if lora.rank > min(adapted.weight.shape):
+                raise UserError(f"model.lora.rank {lora.rank} is more than {layer} has, {min(adapted.weight.shape)}")
             setattr(part, name, LoRALinear(adapted, lora.rank, lora.alpha))
 
 

@@ -46,8 +46,10 @@ class Distillation(Supervised):
         super().__init__(vit, **options)
         if kind not in ("hard", "soft"):
             raise UserError(f"distillation {kind!r} is neither hard nor soft")
-        if not 0 <= share <= 1 or temperature <= 0:
-            raise UserError(f"distillation takes no share {share} with temperature {temperature}")
+        if not 0 <= share <= 1:
+            raise UserError(f"distillation's share {share} is not between 0 and 1")
+        if temperature <= 0:
+            raise UserError(f"distillation's temperature {temperature} is not above 0")
         if self.multi_label:
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature
@@ -60,12 +62,19 @@ class Distillation(Supervised):
             return
         teacher = load(self.teacher).requires_grad_(False).eval()
         classes, own = teacher.config["num_classes"], list(getattr(data, "classes", []))
+        if not classes:
+            raise UserError(f"the teacher {self.teacher} has no head; finetune it first")
         if classes != self.num_classes:
             raise UserError(f"the teacher {self.teacher} has {classes} classes, the data {self.num_classes}")
         if teacher.classes and own and teacher.classes != own:
             raise UserError(f"the teacher {self.teacher} has other class names than the data")
         sees: Any = teacher.preprocess
         gets: Any = getattr(data, "preprocess", None)
+        if gets is not None:
+            try:
+                teacher.grid_of(*gets.image_size)
+            except UserError as error:
+                raise UserError(f"the teacher {self.teacher} cannot see the student's images: {error}") from error
         scale, shift = torch.ones(1), torch.zeros(1)
         if sees is not None and gets is not None:
             mean, std = torch.tensor(gets.mean), torch.tensor(gets.std)

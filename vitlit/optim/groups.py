@@ -77,31 +77,33 @@ def build_optimizer(
 
 def group_members(layers: Layers, module: nn.Module, groups: Groups) -> list[dict[str, Any]]:
     """The groups with their multiples: {params, layers, lr, weight_decay}, in the order of the layers."""
-    layered = {name: layer for layer, parameters in layers.items() for name in parameters}
-    owners = dict(module.named_modules())
-    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    strays = sorted(trainable.keys() - layered.keys())
-    if strays:
-        raise UserError(f"the parameter {strays[0]} is in no layer of the ViT, so that no group would train it")
+    known = {id(parameter) for parameters in layers.values() for parameter in parameters.values()}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise UserError(f"the parameter {name} is in no layer of the ViT, so that no group would train it")
+    trainable = [name for parameters in layers.values() for name, p in parameters.items() if p.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable; leave something out of model.freeze")
-    for name in ("lr", "weight_decay"):
-        for pattern in getattr(groups, name):
-            if not any(fnmatchcase(parameter, pattern) for parameter in trainable):
-                raise UserError(f"model.groups.{name} {pattern!r} matches no trainable parameter")
+    for kind in ("lr", "weight_decay"):
+        for pattern in getattr(groups, kind):
+            if not any(fnmatchcase(name, pattern) for name in trainable):
+                raise UserError(
+                    f"model.groups.{kind} {pattern!r} matches no trainable parameter, such as {trainable[-1]}"
+                )
+    parts = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    kernels = {id(parameter) for part in parts for parameter in part.parameters(recurse=False) if parameter.ndim > 1}
     rates = layer_rates(list(layers), groups.layer_decay)
     found: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, layer in layered.items():
-        if name not in trainable:
-            continue
-        owner = name.rpartition(".")[0]
-        kernel = trainable[name].ndim > 1 and isinstance(owners[owner], nn.Linear | nn.Conv2d)
-        decay = product(groups.weight_decay, name, default=float(kernel))
-        rate = rates[layer] * product(groups.lr, name, default=1.0)
-        group = found.setdefault((rate, decay), {"params": [], "layers": [], "lr": rate, "weight_decay": decay})
-        group["params"].append(trainable[name])
-        if layer not in group["layers"]:
-            group["layers"].append(layer)
+    for layer, parameters in layers.items():
+        for name, parameter in parameters.items():
+            if not parameter.requires_grad:
+                continue
+            decay = product(groups.weight_decay, name, default=float(id(parameter) in kernels))
+            rate = rates[layer] * product(groups.lr, name, default=1.0)
+            group = found.setdefault((rate, decay), {"params": [], "layers": [], "lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
+            if layer not in group["layers"]:
+                group["layers"].append(layer)
     return list(found.values())
 
 

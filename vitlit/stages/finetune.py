@@ -32,7 +32,8 @@ class Finetune(Stage):
             resolution (1906.06423) or more training.
         objective: makes the objective of the ViT, which by now has one zero-initialised linear layer for a head.
         num_classes: the command line fills it from the data.
-        freeze: what is not trained: true for all but the head (linear probe), or shell patterns of parameter names.
+        freeze: what is not trained: true for all but the head (linear probe), or shell patterns of parameter names, one
+            or a list.
         last_blocks: train only so many blocks at the end, the final norm and the head.
         lora: train only low-rank adapters and the head. Checkpoints hold the plain network with the adapters merged.
         optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
@@ -55,7 +56,7 @@ class Finetune(Stage):
         keep_head: bool = False,
         objective: Callable[[ViT], Objective] = Supervised,
         num_classes: int | None = None,
-        freeze: bool | Sequence[str] = False,
+        freeze: bool | Sequence[str] | str = False,
         last_blocks: int | None = None,
         lora: LoRA | None = None,
         optimizer: OptimizerFactory,
@@ -91,6 +92,10 @@ class Finetune(Stage):
             freeze_below(self.vit, last_blocks)
         elif freeze:
             freeze_matching(self.vit, freeze)
+        if not keep_head and frozen(self.vit.head):
+            raise UserError(
+                f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out of it"
+            )
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
@@ -140,7 +145,7 @@ def frozen(part: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def freeze_matching(vit: ViT, freeze: bool | Sequence[str]) -> None:
+def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
     """Freeze all but the head, or the parameters whose names match these shell patterns."""
     names = [name for name, _ in vit.named_parameters()]
     patterns = [freeze] if isinstance(freeze, str) else [] if isinstance(freeze, bool) else list(freeze)

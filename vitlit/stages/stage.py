@@ -83,7 +83,6 @@ class Stage(LightningModule):
         epoch = getattr(self.data, "steps_per_epoch", given)
         schedule = Schedule(decay="constant") if trainer.fast_dev_run else self.schedule
         layers = self.vit.layers()
-        layers = {layer: {f"vit.{name}": p for name, p in members.items()} for layer, members in layers.items()}
         layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
         optimizer = build_optimizer(self.optimizer, layers, self, self.groups, self.lr_scale())
         scheduler = LambdaLR(optimizer, schedule.over(int(total), epoch))
