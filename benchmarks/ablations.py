@@ -16,7 +16,7 @@ BASE = """
 --config pretrain --data.image_size 28 --data.crop center --data.batch_size 50 --data.micro_batch null
 --model.vit.patch_size 7 --model.vit.width 96 --model.vit.depth 4 --model.vit.mlp_dim 192
 --model.optimizer.init_args.lr 2e-3 --model.optimizer.init_args.weight_decay 0 --model.schedule.warmup 5%
---trainer.max_epochs 20 --trainer.check_val_every_n_epoch 20
+--trainer.max_epochs 24 --trainer.check_val_every_n_epoch 24
 """
 AFFINE = (
     "{class_path: torchvision.transforms.v2.RandomAffine, init_args: "

@@ -1,6 +1,6 @@
 """Ways to finetune the genuine DINOv2 ViT-S/14 on emoji: Google's drawings train, Twitter's are the test.
 
-    python benchmarks/finetuning.py --emoji FOLDER --weights FILE --work WORK --out benchmarks/results/finetuning.json
+    python benchmarks/finetuning.py --emoji FOLDER --weights FILE --work WORK --out RESULT.json
 
 Class-balanced accuracy at 70 pixels after 3 epochs of recipes/finetune_folder, on a CPU. Each way has the learning
 rate that its row says; none was searched for.

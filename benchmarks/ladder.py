@@ -15,7 +15,7 @@ from vitlit.data import sources
 
 HEART = "--config pretrain --data.crop center --data.image_size 16 --data.batch_size 64 --model.schedule.warmup 10%"
 HEART += " --model.optimizer.init_args.weight_decay 0 --trainer.max_epochs 60 --trainer.check_val_every_n_epoch 60"
-DIGITS = "--config pretrain"
+DIGITS = "--config pretrain --trainer.max_epochs 60"
 
 
 def few(digits: Path, out: Path, count: int) -> Path:
