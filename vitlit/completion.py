@@ -11,6 +11,7 @@ from vitlit.data.folder import find_classes, parse_share
 from vitlit.data.manifest import read_manifest
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT
+from vitlit.stages.finetune import TRAINING
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -149,8 +150,6 @@ def complete_preprocess(data: Namespace, weights: Weights | None, channels: int,
 # What a config leaves at its default comes from the weights, but for what the data says.
 SIZE = ("image_size", "num_classes", "hidden_dim")
 DEFAULTS = {name: parameter.default for name, parameter in signature(ViT).parameters.items()}
-# What is a training's, not its weights'.
-TRAINING = ("dropout", "attention_dropout", "drop_path", "activation_checkpointing")
 # What a config may give otherwise than the weights had it, and what a new run may besides.
 FREE = {"num_classes", "hidden_dim", *TRAINING}
 NEW = {"image_size", "in_channels", "class_position", "pool", "norm"}
@@ -163,8 +162,8 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         assert weights is not None  # only Finetune may leave it out
-        own = {name: DEFAULTS[name] for name in TRAINING} if new else {}
-        config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **own)
+        begins = TRAINING if new else {}
+        config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **begins)
         model.vit = Namespace(class_path="vitlit.model.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
     if vit.image_size not in (224, size):  # 224 is the constructor's default

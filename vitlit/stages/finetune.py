@@ -17,6 +17,14 @@ from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
 
+# What is a training's, not its weights', as a new one begins with it.
+TRAINING: dict[str, Any] = {
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "drop_path": 0.0,
+    "activation_checkpointing": False,
+}
+
 
 class Finetune(Stage):
     """Train a ViT from given weights on classification, with a fresh head unless told (2010.11929, section 3.2).
@@ -66,9 +74,8 @@ class Finetune(Stage):
         if vit is None:
             if init_from is None:
                 raise UserError("finetuning needs model.init_from (a run folder or a file of weights) or model.vit")
-            own: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}  # a training's
-            own |= {} if image_size is None else {"image_size": image_size}
-            vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **own))
+            size = {} if image_size is None else {"image_size": image_size}
+            vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **TRAINING, **size))
         elif image_size is not None:
             raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
         if sum([bool(freeze), last_blocks is not None, lora is not None]) > 1:
@@ -110,8 +117,8 @@ class Finetune(Stage):
             if weights.config.get("pool", "cls") != self.vit.config["pool"]:
                 fresh += ["attn_pool.*"]
             report = load_weights(self.vit, weights, skip=fresh)
-            frozen = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
-            if frozen and "attn_pool.latent" in report.new:
+            fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
+            if fixed and "attn_pool.latent" in report.new:
                 raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
             self.hparams["vit"] = describe(self.vit)  # with what the weights set on it
             report = report._replace(new=[name for name in report.new if ".lora_" not in name])
