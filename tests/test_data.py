@@ -22,9 +22,10 @@ from torchvision.transforms import InterpolationMode, v2
 from vitlit.data import ImageFolderData, Preprocess
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
+from vitlit.data.dataset import Images
 from vitlit.data.decode import decode
 from vitlit.data.erasing import Erasing
-from vitlit.data.folder import ImageFolder, brief, find_classes, parse_share, scan_photos, scan_split, scan_train
+from vitlit.data.folder import brief, find_classes, parse_share, scan_photos, scan_split, scan_train
 from vitlit.data.mixing import Mixing
 from vitlit.data.stream import Sample, TrainStream
 from vitlit.data.transforms import Interpolation, train_transform
@@ -170,7 +171,7 @@ def test_an_unreadable_image_is_named_through_a_loaders_worker(few: Path, tmp_pa
         (tmp_path / label).mkdir()
         (tmp_path / label / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n junk")
     _, index, _ = scan_train(tmp_path, 0.1)
-    loader = DataLoader(ImageFolder(index, Preprocess((8, 8)).crop), num_workers=1)
+    loader = DataLoader(Images(index, Preprocess((8, 8)).crop), num_workers=1)
     with pytest.raises(UserError, match="broken"):
         next(iter(loader))
 
@@ -270,7 +271,7 @@ def test_preprocess_takes_one_or_many_paths_and_tensors(photo: Image.Image, tmp_
 def samples(root: Path, workers: int, seed: int = 0, position: int = 0) -> tuple[Tensor, Tensor]:
     """One epoch's images and indices, sorted by the indices."""
     _, index, _ = scan_train(root)
-    dataset = ImageFolder(
+    dataset = Images(
         index, train_transform(Preprocess((16, 16), interpolation="bicubic"), "random_resized", (0.3, 1.0), 0.5), seed
     )
     loader = DataLoader(dataset, 8, sampler=TrainStream(len(index), 8, 5, lambda: position), num_workers=workers)
@@ -292,9 +293,9 @@ def test_a_training_sample_is_a_function_of_seed_epoch_and_index(few: Path) -> N
 
 def test_an_item_is_what_the_index_and_the_sample_say(few: Path) -> None:
     _, index, _ = scan_train(few)
-    dataset = ImageFolder(index, v2.RandomCrop((4, 4)), 1)
+    dataset = Images(index, v2.RandomCrop((4, 4)), 1)
     image, label, number = dataset[13]
-    assert (image.shape, label, number) == ((3, 4, 4), 1, 13)
+    assert (image.shape, label, number) == ((4, 4, 3), 1, 13)
     image, label, number, position = dataset[Sample(2, 13, 0, 77)]
     assert (label, number, position) == (1, 13, 77)
     assert torch.equal(dataset[Sample(2, 13, 0, 99)][0], image)
@@ -303,7 +304,7 @@ def test_an_item_is_what_the_index_and_the_sample_say(few: Path) -> None:
 
 def test_drawing_a_sample_leaves_the_models_generator_alone(few: Path) -> None:
     _, index, _ = scan_train(few)
-    dataset = ImageFolder(
+    dataset = Images(
         index, train_transform(Preprocess((16, 16), interpolation="bicubic"), "random_resized", (0.3, 1.0), 0.5)
     )
     torch.manual_seed(1)
@@ -354,10 +355,10 @@ def test_names_are_found_as_they_are_and_hidden_files_are_not(tmp_path: Path) ->
     classes, index, held = scan_train(tmp_path)
     assert classes == find_classes(tmp_path) == ["plain", "Ünï code"]
     assert held is None
-    found = {str(index.path(i).relative_to(tmp_path / "train")) for i in range(len(index))}
+    found = {str(Path(index.path(i)).relative_to(tmp_path / "train")) for i in range(len(index))}
     assert found == {"plain/1.png", *(f"Ünï code/{name}" for name in wanted)}
     assert all(decode(index.path(i)).shape == (3, 8, 8) for i in range(len(index)))
-    assert [str(index.path(i).relative_to(tmp_path / "train")).split("/")[0] for i in range(len(index))] == [
+    assert [str(Path(index.path(i)).relative_to(tmp_path / "train")).split("/")[0] for i in range(len(index))] == [
         classes[label] for label in index.labels
     ]
 
@@ -405,7 +406,7 @@ def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> Non
 def test_photos_are_files_or_folders_searched_to_their_depth(tmp_path: Path) -> None:
     paint(tmp_path / "x" / "2.png", tmp_path / "x" / "y" / "1.png", tmp_path / "lone.png")
     index = scan_photos([tmp_path / "lone.png", tmp_path / "x"])
-    assert [index.path(i) for i in range(3)] == [tmp_path / n for n in ("lone.png", "x/2.png", "x/y/1.png")]
+    assert [index.path(i) for i in range(3)] == [str(tmp_path / n) for n in ("lone.png", "x/2.png", "x/y/1.png")]
     assert index.labels.tolist() == [-1, -1, -1]
 
 
@@ -415,13 +416,13 @@ def test_the_holdout_is_stratified_disjoint_complete_and_always_the_same(tree: P
     assert classes == ["a", "b", "c", "d", "e"]
     assert np.bincount(held.labels, minlength=5).tolist() == [4, 2, 1, 1, 0]  # the last image of a class stays
     assert np.bincount(train.labels, minlength=5).tolist() == [16, 8, 4, 1, 1]
-    paths = [index.path(i) for index in (train, held) for i in range(len(index))]
+    paths = [Path(index.path(i)) for index in (train, held) for i in range(len(index))]
     assert sorted(paths) == sorted(tree.rglob("*.png"))
     for seed in (0, 1):
         data = ImageFolderData(str(tree), holdout="20%", batch_size=2, seed=seed)
-        assert data.split("val").paths.tolist() == held.paths.tolist()
-        assert data.split("train").paths.tolist() == train.paths.tolist()
-    names = [held.path(i).name for i in range(4)]
+        assert data.split("val").rows.tolist() == held.rows.tolist()
+        assert data.split("train").rows.tolist() == train.rows.tolist()
+    names = [Path(held.path(i)).name for i in range(4)]
     assert names != ["00.png", "01.png", "02.png", "03.png"]  # drawn, not the first
     assert names != ["16.png", "17.png", "18.png", "19.png"]
 

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from vitlit.data import Preprocess
-from vitlit.data.folder import ImageFolder, Index, hold_out, scan_train
+from vitlit.data.dataset import Images
+from vitlit.data.folder import hold_out, scan_train
+from vitlit.data.index import Index
 from vitlit.data.manifest import read_manifest
 from vitlit.errors import UserError
 
@@ -35,10 +37,10 @@ def test_single_labels_and_splits_in_the_files_order(root: Path, tmp_path: Path)
     assert (classes, multi_label) == (["Ape", "cat", "dog"], False)
     assert list(splits) == ["train", "val"]
     train, val = splits["train"], splits["val"]
-    assert [train.path(i) for i in range(3)] == [root / "3.png", root / "1.png", root / "sub" / "x.png"]
+    assert [train.path(i) for i in range(3)] == [str(root / name) for name in ("3.png", "1.png", "sub/x.png")]
     assert train.labels.dtype == np.int64
     assert train.labels.tolist() == [2, 1, 0]
-    assert [val.path(0), val.labels.tolist()] == [root / "0.png", [1]]
+    assert [val.path(0), val.labels.tolist()] == [str(root / "0.png"), [1]]
 
 
 def test_without_splits_all_is_train(root: Path, tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_several_labels_in_any_row_make_all_rows_multi_label(root: Path, tmp_pat
     assert splits["train"].labels.tolist() == [[True, True, False], [False] * 3, [False, False, True]]
     assert splits["val"].labels.tolist() == [[False, False, True]]
     assert splits["test"].labels.tolist() == [[False] * 3]
-    dataset = ImageFolder(splits["train"], Preprocess((8, 8)).crop)
+    dataset = Images(splits["train"], Preprocess((8, 8)).crop)
     _, label, index = dataset[0]
     assert (label.dtype, label.tolist(), index) == (torch.float32, [1.0, 1.0, 0.0], 0)
 
@@ -69,7 +71,7 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
     train = splits["train"]
     assert classes == ["Käse", "x"]
     names = ("a, b.png", "größe 日本.png", 'quo"te.png', "sub/x.png", "1.png")
-    assert [train.path(i) for i in range(5)] == [root / name for name in names]
+    assert [train.path(i) for i in range(5)] == [str(root / name) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -130,26 +132,26 @@ def test_what_cannot_be_read_is_named(root: Path, tmp_path: Path) -> None:
 def test_a_manifest_of_a_folder_holds_out_what_the_folder_does(few: Path, tmp_path: Path) -> None:
     classes, train, held = scan_train(few, 0.2)
     _, index, _ = scan_train(few)
-    rows = [f"{path.decode()},{classes[label]}" for path, label in zip(index.paths, index.labels, strict=True)]
+    rows = [f"{path.decode()},{classes[label]}" for path, label in zip(index.names(), index.labels, strict=True)]
     found = read_manifest(written(tmp_path, "\n".join(["path,label", *reversed(rows)])), few / "train")
     assert found.classes == classes
     parts = hold_out(found.splits["train"], 0.2, classes)
     for part, expected in zip(parts, (train, held), strict=True):
         assert expected is not None
-        assert dict(zip(part.paths.tolist(), part.labels.tolist(), strict=True)) == dict(
-            zip(expected.paths.tolist(), expected.labels.tolist(), strict=True)
+        assert dict(zip(part.names(), part.labels.tolist(), strict=True)) == dict(
+            zip(expected.names(), expected.labels.tolist(), strict=True)
         )
 
 
 @pytest.mark.parametrize(("count", "share", "held"), [(100, 0.1, 10), (7, 0.5, 4), (10, 0.01, 1), (1, 0.5, 0)])
 def test_images_of_several_classes_are_held_out_by_their_paths(count: int, share: float, held: int) -> None:
-    paths = np.array([f"{i}.png".encode() for i in range(count)])
-    index = Index(Path(), paths, np.random.default_rng(0).random((count, 3)) < 0.5)
+    paths = [f"{i}.png".encode() for i in range(count)]
+    index = Index.of(Path(), paths, np.random.default_rng(0).random((count, 3)) < 0.5)
     rest, part = hold_out(index, share, ["a", "b", "c"])
     assert (len(rest), len(part)) == (count - held, held)
-    assert sorted([*rest.paths, *part.paths]) == sorted(paths)
-    labels = dict(zip(paths.tolist(), index.labels.tolist(), strict=True))
-    assert all(labels[path] == label.tolist() for path, label in zip(part.paths.tolist(), part.labels, strict=True))
-    assert held < 2 or set(part.paths) != set(paths[:held])  # drawn, not the first
-    other = Index(Path(), paths[::-1], index.labels[::-1])
-    assert set(hold_out(other, share, ["a", "b", "c"])[1].paths) == set(part.paths)
+    assert sorted([*rest.names(), *part.names()]) == sorted(paths)
+    labels = dict(zip(paths, index.labels.tolist(), strict=True))
+    assert all(labels[path] == label.tolist() for path, label in zip(part.names(), part.labels, strict=True))
+    assert held < 2 or set(part.names()) != set(paths[:held])  # drawn, not the first
+    other = Index.of(Path(), paths[::-1], index.labels[::-1])
+    assert set(hold_out(other, share, ["a", "b", "c"])[1].names()) == set(part.names())

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor
 
-from vitlit.data.folder import Index
+from vitlit.data.index import Index
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb
 from vitlit.optim import table
@@ -156,7 +156,7 @@ class Mistakes(Callback):
         wrong = wrong[wrong[:, 3].argsort(descending=True, stable=True)][: self.worst]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         index = data.split("val")
-        worst = [Mistake(str(index.path(int(i))), int(label), int(guess), p) for i, label, guess, p in wrong.tolist()]
+        worst = [Mistake(index.path(int(i)), int(label), int(guess), p) for i, label, guess, p in wrong.tolist()]
         for logger in loggers:
             logger.log_mistakes(data.classes, rows[:, 1].int().tolist(), rows[:, 2].int().tolist(), worst)
 

@@ -1,70 +1,63 @@
 """ImageNet-style folders: finding the images, their classes and the splits."""
 
 import os
+import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from vitlit.data.decode import decode
-from vitlit.data.stream import Sample, mix, seed_sample
+from vitlit.data import cache
+from vitlit.data.index import FolderFiles, Index, Names
+from vitlit.data.stream import mix
 from vitlit.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
-class Index:
-    """Images of one split.
-
-    Attributes:
-        root: the folder that the paths are relative to.
-        paths: relative paths as one fixed-width bytes array, so that forked workers share it.
-        labels: class numbers, int64 (N,), -1 where there is none; or bool (N, classes) where an image may have several.
-    """
-
-    root: Path
-    paths: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, index: int) -> Path:
-        """The path of an image."""
-        return self.root / os.fsdecode(self.paths[index])
-
-    def take(self, indices: np.ndarray) -> "Index":
-        """The images at these positions."""
-        return Index(self.root, self.paths[indices], self.labels[indices])
+_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 def _folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(root: Path, below: str = "") -> list[str]:
-    """Paths of all images under root / below, relative to root, sorted. Hidden files and folders do not count."""
-    found = []
-    seen = set()
-    for folder, folders, files in os.walk(root / below, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [name for name in folders if not name.startswith(".")] if real not in seen else []
-        files = files if real not in seen else []  # links may lead in a circle
+def _walk(folder: bytes) -> tuple[list[bytes], list[bytes]]:
+    """(paths of all images below a folder, sorted; all folders there, itself first), each relative to it.
+
+    Hidden files and folders do not count.
+    """
+    images, folders, seen = [], [], set()
+    open_folders = [b""]
+    while open_folders:
+        below = open_folders.pop()
+        here = os.path.join(folder, below)
+        real = os.path.realpath(here)
+        if real in seen:  # links may lead in a circle
+            continue
         seen.add(real)
-        relative = os.path.relpath(folder, root)
-        found += [
-            os.path.normpath(os.path.join(relative, file))
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-    return sorted(found)
+        folders.append(below)
+        for entry in os.scandir(here):
+            name = entry.name
+            if name.startswith(b"."):
+                continue
+            if entry.is_dir():
+                open_folders.append(os.path.join(below, name))
+            elif name.lower().endswith(_ENDINGS):
+                images.append(os.path.join(below, name))
+    return sorted(images), folders
+
+
+def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
+    """The images in class folders, class by class, and how many each has."""
+    scanned = time.time()
+    images, folders, counts = [], [b""], []
+    for name in map(os.fsencode, classes):
+        own, below = _walk(os.path.join(os.fsencode(folder), name))
+        images += [name + b"/" + image for image in own]
+        folders += [os.path.join(name, path) for path in below]
+        counts.append(len(own))
+    found = Names.pack(images), np.array(counts, np.int64)
+    cache.save(folder, classes, _ENDINGS, found, folders, scanned)
+    return found
 
 
 def scan_photos(photos: list[Path]) -> Index:
@@ -79,11 +72,12 @@ def scan_photos(photos: list[Path]) -> Index:
     for photo in photos:
         if not photo.exists():
             raise UserError(f"{photo} does not exist; give images or folders of images")
-        found += [str(photo / name) for name in _images(photo)] if photo.is_dir() else [str(photo)]
+        names = map(os.fsdecode, _walk(os.fsencode(photo))[0]) if photo.is_dir() else [""]
+        found += [str(photo / name) for name in names]
     found = list(dict.fromkeys(found))
     if not found:
         raise UserError(f"no image under {', '.join(map(str, photos))} (known: {' '.join(EXTENSIONS)})")
-    return Index(Path(), np.array([os.fsencode(name) for name in found]), np.full(len(found), -1))
+    return Index.of(Path(), found, np.full(len(found), -1))
 
 
 def train_folder(root: Path, holdout: float) -> Path:
@@ -122,19 +116,16 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
     strange = sorted(set(found) - set(classes))
     if strange:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
-    if not found and _images(folder):
-        raise UserError(
-            f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
-        )
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = _images(folder, name) if name in found else []
-        names += images
-        labels += [label] * len(images)
-    if not names:
+    names, counts = cache.load(folder, found, _ENDINGS) or _scan(folder, found)
+    if not len(names):
+        if not found and _walk(os.fsencode(folder))[0]:
+            raise UserError(
+                f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
+            )
         raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
-    return Index(folder, np.array([os.fsencode(name) for name in names]), np.array(labels))
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.repeat(np.array([number[name] for name in found], np.int64), counts)
+    return Index(FolderFiles(folder, names), np.arange(len(names)), labels)
 
 
 def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
@@ -159,17 +150,46 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
     """Cut a share off for validation: (the rest, the share).
 
     Of every class so much is held out, one image at least, but never all. Images with several classes are
-    held out regardless of them. What is drawn depends on the paths alone.
+    held out regardless of them. What is drawn depends on the paths alone, or on the groups', which stay whole.
+
+    Raises:
+        UserError: the groups are so large that none can be held out.
     """
-    drawn = mix(np.array([zlib.crc32(path) for path in index.paths]))  # by name: another class changes nothing
-    groups = [np.arange(len(index))]
-    if index.labels.ndim == 1:
-        groups = [np.flatnonzero(index.labels == label) for label in range(len(classes))]
-    held = np.zeros(len(index), bool)
-    for group in groups:
-        wanted = min(len(group) - 1, max(1, round(len(group) * share)))
-        held[group[np.argsort(drawn[group], kind="stable")][: max(0, wanted)]] = True
+    labels = index.labels if index.labels.ndim == 1 else np.zeros(len(index), np.int64)
+    counts = np.bincount(labels, minlength=len(classes))
+    wanted = np.minimum(counts - 1, np.maximum(1, np.round(counts * share)))
+    if index.groups is not None:
+        held = _hold_groups(index.groups, labels, counts, wanted)
+        if not held.any() and wanted.any():
+            raise UserError(f"data.holdout {share:g}: every group is most of a class, so none can be held out")
+    else:
+        drawn = mix(np.array([zlib.crc32(name) for name in index.names()]))  # by name: another class changes nothing
+        held = np.zeros(len(index), bool)
+        for label, number in enumerate(wanted):
+            images = np.flatnonzero(labels == label)
+            held[images[np.argsort(drawn[images], kind="stable")][: max(0, int(number))]] = True
     return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
+
+
+def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Which images are held out, bool (N,), group by group in a drawn order, each where more than half of it is wanted.
+
+    Args:
+        groups: of the images, int64 (N,).
+        labels: of the images, int64 (N,).
+        counts: of the classes' images.
+        wanted: of them for the holdout.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    by_group = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1])
+    held, taken = np.zeros(len(groups), bool), np.zeros(len(counts))
+    for group in np.argsort(mix(names), kind="stable"):
+        own = np.bincount(labels[by_group[group]], minlength=len(counts))
+        use = np.minimum(own, np.maximum(0, wanted - taken)).sum()
+        if 2 * use > own.sum() and (taken + own < counts)[own > 0].all():
+            held[by_group[group]] = True
+            taken += own
+    return held
 
 
 def brief(names: list[str]) -> str:
@@ -187,30 +207,3 @@ def parse_share(share: float | str) -> float:
     if not 0 <= value < 1:
         raise UserError(f"data.holdout {share} is not a share such as 10% or 0.1")
     return value
-
-
-class ImageFolder(Dataset[tuple[Any, ...]]):
-    """Images of an index, transformed: (uint8 (3, H, W), label, index), and in training the position in the stream.
-
-    An item is an index, or a Sample in training, which seeds the transform's draws. A label is an int, or float
-    (classes,) of zeros and ones where an image may have several.
-    """
-
-    def __init__(self, index: Index, transform: Callable[[Tensor], Tensor], seed: int = 0) -> None:
-        self.index, self.transform, self.seed = index, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
-        if isinstance(item, int):
-            return self.transform(decode(self.index.path(item))), self._label(item), item
-        image = decode(self.index.path(item.index))
-        with torch.random.fork_rng(devices=[]):  # without workers this is the model's generator, too
-            seed_sample(self.seed, item.epoch, item.index, item.repeat)
-            image = self.transform(image)
-        return image, self._label(item.index), item.index, item.position
-
-    def _label(self, index: int) -> int | Tensor:
-        label = self.index.labels[index]
-        return int(label) if label.ndim == 0 else torch.from_numpy(label).float()

@@ -2,18 +2,19 @@
 
 import csv
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vitlit.data.folder import Index
+from vitlit.data.index import Index
 from vitlit.errors import UserError
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("path", "label")
-COLUMNS = (*REQUIRED, "split")
+COLUMNS = (*REQUIRED, "split", "group")
 
 
 class Manifest(NamedTuple):
@@ -35,13 +36,16 @@ class _Row(NamedTuple):
     path: str
     names: list[str]
     split: str
+    group: str
 
 
 def read_manifest(file: Path, root: Path) -> Manifest:
-    """Read a CSV file, UTF-8, whose header has the columns path, label and, where there are splits, split.
+    """Read a CSV file, UTF-8, whose header has the columns path, label and, where there are such, split and group.
 
     Paths are absolute or relative to root; a split is train, val or test. Where some label is several, separated by |,
-    every image may have several, or none, for which the label is empty. Other columns are ignored.
+    every image may have several, or none, for which the label is empty. Images of one group, such as those of one
+    patient, may not be in several splits, and a holdout takes all of them or none; an empty group is the image's own.
+    Other columns are ignored.
 
     Args:
         file: the CSV file.
@@ -67,7 +71,7 @@ def read_manifest(file: Path, root: Path) -> Manifest:
         first = lines.setdefault(os.path.normpath(root / path), line)
         if first != line:
             raise UserError(f"{file}, line {line}: {path} is in line {first}, too; remove one")
-        rows.append(_Row(line, path, names, split))
+        rows.append(_Row(line, path, names, split, fields.get("group", "").strip()))
     _check(file, root, rows, multi_label)
 
     classes = sorted({name for row in rows for name in row.names})
@@ -83,7 +87,10 @@ def read_manifest(file: Path, root: Path) -> Manifest:
                 labels[place, [number[name] for name in row.names]] = True
         else:
             labels = np.array([number[row.names[0]] for row in own])
-        splits[split] = Index(root, np.array([os.fsencode(row.path) for row in own]), labels)
+        groups = None
+        if any(row.group for row in own):
+            groups = np.array([zlib.crc32((row.group or row.path).encode(errors="surrogateescape")) for row in own])
+        splits[split] = Index.of(root, [row.path for row in own], labels, groups)
     return Manifest(classes, splits, multi_label)
 
 
@@ -120,7 +127,7 @@ def _check_header(file: Path, header: list[str]) -> None:
     for name in REQUIRED:
         if name not in header:
             found = ", ".join(map(repr, header))
-            raise UserError(f"{file} has no column {name!r} but {found}; the header must be path,label[,split]")
+            raise UserError(f"{file} has no column {name!r} but {found}; the header must be path,label[,split][,group]")
 
 
 def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:
@@ -138,6 +145,14 @@ def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:
                 raise UserError(
                     f"{file}, line {row.line}: {row.split} has the class {name!r}, which the training images lack"
                 )
+    parted: dict[str, _Row] = {}
+    for row in rows:
+        first = parted.setdefault(row.group, row) if row.group else row
+        if first.split != row.split:
+            raise UserError(
+                f"{file}, line {row.line}: the group {row.group!r} is in {row.split}, and in {first.split} by line "
+                f"{first.line}; keep it in one, or leave the split out and give --data.holdout 10%"
+            )
     missing = [row for row in rows if not os.path.isfile(root / row.path)]
     if missing:
         others = f" ({len(missing)} such rows)" if len(missing) > 1 else ""

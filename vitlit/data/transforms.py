@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop, cover
+from vitlit.data.crops import InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop, cover
 from vitlit.data.decode import decode
 from vitlit.errors import UserError
 
@@ -95,7 +95,7 @@ def train_transform(
     """
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[Crop, Callable[[], Transform]] = {
-        "random_resized": lambda: v2.RandomResizedCrop(size, crop_scale, interpolation=how, antialias=True),
+        "random_resized": lambda: RandomResizedCrop(size, crop_scale, interpolation=how, antialias=True),
         "inception": lambda: InceptionCrop(size, crop_scale, how),
         "simple": lambda: SimpleCrop(size, how),
         "pad": lambda: PadCrop(size, interpolation=how),

@@ -1,0 +1,118 @@
+"""Which images a split has, in arrays that forked workers share: a list of paths would be copied, page by page."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from vitlit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Names:
+    """Byte strings as one array: name i is bytes ends[i - 1] to ends[i]."""
+
+    packed: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def pack(cls, names: list[bytes]) -> "Names":
+        """Of a list."""
+        ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), dtype=np.int64)
+        return cls(np.frombuffer(b"".join(names), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> bytes:
+        if not 0 <= row < len(self.ends):
+            raise IndexError(row)
+        return self.packed[self.ends[row - 1] if row else 0 : self.ends[row]].tobytes()
+
+
+class Files(Protocol):
+    """Where the bytes of images are: files of a folder, or parts of shards."""
+
+    def name(self, row: int) -> bytes:
+        """Of an image within its split, by which it is drawn for the holdout."""
+
+    def path(self, row: int) -> str:
+        """Of an image, for people."""
+
+    def read(self, row: int) -> bytes:
+        """The content of an image file; UserError where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """Files at paths relative to a folder."""
+
+    root: Path
+    names: Names
+
+    def name(self, row: int) -> bytes:
+        return self.names[row]
+
+    def path(self, row: int) -> str:
+        return str(self.root / Path(self.names[row].decode(errors="surrogateescape")))
+
+    def read(self, row: int) -> bytes:
+        path = self.path(row)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Index:
+    """Images of one split.
+
+    Attributes:
+        files: where they are.
+        rows: which of them, int64 (N,).
+        labels: class numbers, int64 (N,), -1 where there is none; or bool (N, classes) where an image may have several.
+        groups: int64 (N,), equal for images that must not be parted by a holdout; None where each may go by itself.
+    """
+
+    files: Files
+    rows: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, root: Path, names: Iterable[str | bytes], labels: np.ndarray, groups: np.ndarray | None = None
+    ) -> "Index":
+        """Of files at paths relative to root."""
+        packed = Names.pack(
+            [name.encode(errors="surrogateescape") if isinstance(name, str) else name for name in names]
+        )
+        return cls(FolderFiles(root, packed), np.arange(len(packed)), labels, groups)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def names(self) -> list[bytes]:
+        """The images' names within their split."""
+        return [self.files.name(row) for row in self.rows.tolist()]
+
+    def path(self, index: int) -> str:
+        """The path of an image, for people."""
+        return self.files.path(int(self.rows[index]))
+
+    def read(self, index: int) -> bytes:
+        """The content of an image file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return self.files.read(int(self.rows[index]))
+
+    def take(self, indices: np.ndarray) -> "Index":
+        """The images at these positions."""
+        groups = None if self.groups is None else self.groups[indices]
+        return Index(self.files, self.rows[indices], self.labels[indices], groups)
