@@ -15,7 +15,6 @@ from runs import Run, arguments, fit_all, summary, write
 BASE = """
 --config pretrain --data.image_size 28 --data.crop center --data.batch_size 50 --data.micro_batch null
 --model.vit.patch_size 7 --model.vit.width 96 --model.vit.depth 4 --model.vit.mlp_dim 192
---model.vit.position sincos2d --model.vit.pool gap
 --model.optimizer.init_args.lr 2e-3 --model.optimizer.init_args.weight_decay 0 --model.schedule.warmup 5%
 --trainer.max_epochs 24 --trainer.check_val_every_n_epoch 24
 """
@@ -37,8 +36,8 @@ def flags(**values: object) -> list[str]:
 
 ROWS: dict[str, list[str]] = {
     "nothing": [],
-    "learned position": flags(model__vit__position="learned"),
-    "learned position, class token": flags(model__vit__position="learned", model__vit__pool="cls"),
+    "sincos position": flags(model__vit__position="sincos2d"),
+    "sincos position, pooled tokens": flags(model__vit__position="sincos2d", model__vit__pool="gap"),
     "affine": augment(AFFINE),
     "timm RandAugment 9": augment(RAND_AUGMENT % ("TimmRandAugment", 9)),
     "big_vision RandAugment 10": augment(RAND_AUGMENT % ("BigVisionRandAugment", 10)),

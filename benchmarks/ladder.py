@@ -15,7 +15,7 @@ from vitlit.data import sources
 
 HEART = "--config pretrain --data.crop center --data.image_size 16 --data.batch_size 64 --model.schedule.warmup 10%"
 HEART += " --model.optimizer.init_args.weight_decay 0 --trainer.max_epochs 60 --trainer.check_val_every_n_epoch 60"
-# A learned position embedding of 17 tokens is not learned from 1,438 images: given, it is worth 1.5 points.
+# Of 8 x 8 pixels, 1,438 images do not teach where a token lies: a fixed position is worth a point.
 DIGITS = "--config pretrain --model.vit.position sincos2d --model.vit.pool gap --model.objective.label_smoothing 0.1"
 DIGITS += (
     " --model.optimizer.init_args.weight_decay 0.05 --data.crop center --data.batch_size 64 --trainer.max_epochs 40"

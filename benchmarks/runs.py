@@ -114,11 +114,12 @@ def summary(made: list[Made], metric: str) -> list[dict[str, Any]]:
                 "cpu_seconds": [round(done.seconds) for done in own],
             }
         )
+        print(f"{name:<34} {rows[-1]['mean']:>6} +- {rows[-1]['std']}")
     return rows
 
 
 def write(out: Path, about: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write a result with date, machine and versions, and print its table."""
+    """Write a result with date, machine and versions."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     result = {
         "about": about,
@@ -130,5 +131,3 @@ def write(out: Path, about: str, rows: list[dict[str, Any]], **more: Any) -> Non
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
-        print(f"{row['name']:<34} {row['mean']:>6} +- {row['std']}")

@@ -408,9 +408,16 @@ def test_config_lists_and_prints_what_is_shipped(vitlit: Command) -> None:
     refused(vitlit("config", "pretrian"), "did you mean pretrain?")
 
 
-@pytest.mark.parametrize("arguments", [[], ["digits"], ["digits", "a", "b"], ["--out", "a"]])
+@pytest.mark.parametrize("arguments", [["digits"], ["digits", "a", "b"], ["--out", "a"], ["imagenet", "a"]])
 def test_data_says_how_it_is_used(vitlit: Command, arguments: list[str]) -> None:
-    refused(vitlit("data", *arguments), "usage: vitlit data NAME OUT", "cifar10")
+    refused(vitlit("data", *arguments), "usage: vitlit data", "OUT", "cifar10")
+
+
+def test_data_lists_its_commands_and_each_has_help(vitlit: Command) -> None:
+    for arguments in (["data"], ["data", "--help"]):
+        assert all(name in done(vitlit(*arguments)) for name in ("cifar10", "imagenet", "check", "shard"))
+    for arguments in (["data", "check"], ["data", "shard"], ["benchmark"], ["benchmark", "data"]):
+        assert "ROOT" in done(vitlit(*arguments, "--help"))
 
 
 @pytest.mark.parametrize("skip", ["", "=skip_default"])
@@ -432,7 +439,8 @@ def test_metrics_have_their_names(vitlit: Command, digits: Path, tmp_path: Path,
             (tmp_path / "part" / split).mkdir(parents=True, exist_ok=True)
             (tmp_path / "part" / split / str(label)).symlink_to(digits / split / str(label))
     done(vitlit("fit", *SMALL, "--data.root", "part"))
-    names = {"train/loss", "train/lr", "train/images_per_second", "val/loss", "val/top1", "val/top1_macro"}
+    names = {"train/loss", "train/lr", "train/images_per_second", "train/data_wait"}
+    names |= {"val/loss", "val/top1", "val/top1_macro"}
     assert columns(tmp_path / "runs" / "pretrain") == {"step", "epoch"} | names | ({"val/top5"} if top5 else set())
 
 

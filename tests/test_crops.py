@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
+from vitlit.data.crops import InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
 from vitlit.errors import UserError
 
 CROPS: list[v2.Transform] = [InceptionCrop((8, 6)), SimpleCrop((8, 6)), PadCrop((8, 6))]
@@ -192,3 +192,21 @@ def test_crops_differ_by_seed() -> None:
 def test_what_admits_no_crop_is_refused(make: Callable[[], v2.Transform], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("how", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+@pytest.mark.parametrize("shape", [(37, 50), (50, 37), (4, 60), (60, 4), (16, 12), (1, 1)])
+def test_random_resized_crops_are_torchvisions_bit_for_bit(shape: tuple[int, int], how: InterpolationMode) -> None:
+    """In draws, also where no box fits, in pixels, and in what is drawn afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *shape), generator=generator, dtype=torch.uint8)
+    channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as decoders give them
+    ours = RandomResizedCrop((16, 12), (0.3, 1.0), how)
+    theirs = v2.RandomResizedCrop((16, 12), (0.3, 1.0), interpolation=how, antialias=True)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected, then = theirs(image), torch.rand(())
+        for given in (image, channels_last):
+            torch.manual_seed(seed)
+            assert torch.equal(ours(given), expected)
+            assert torch.rand(()) == then

@@ -1,9 +1,11 @@
 """Decoding, crops, folders and batches against Pillow, torchvision and what a user does."""
 
 import pickle
+import struct
 import subprocess
 import sys
 import textwrap
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +81,14 @@ FORMATS = {
 }
 
 
+@pytest.fixture(params=["torchcodec", "Pillow"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two paths: with torchcodec, and without it."""
+    if request.param == "Pillow":
+        monkeypatch.setattr("vitlit.data.decode.decode_image", None)
+
+
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize(("extension", "mode"), [(e, mode) for e, modes in FORMATS.items() for mode in modes])
 def test_every_format_and_mode_reads_as_pillow_reads_it(
     photo: Image.Image, tmp_path: Path, extension: str, mode: str
@@ -109,6 +119,7 @@ def test_variants_of_the_formats_read_as_pillow_reads_them(
     assert np.array_equal(pixels(decode(tmp_path / name)), pillow(tmp_path / name))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("extension", ["jpg", "tiff", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_turned_upright(photo: Image.Image, tmp_path: Path, orientation: int, extension: str) -> None:
@@ -121,6 +132,7 @@ def test_photographs_are_turned_upright(photo: Image.Image, tmp_path: Path, orie
     assert np.array_equal(pixels(image), pillow(path))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("extension", ["png", "tiff", "pgm"])
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, extension: str) -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -130,6 +142,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, extension: str) -> Non
     assert np.array_equal(pixels(decode(path)), np.repeat(expected[..., None], 3, axis=-1))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("extension", ["gif", "webp", "png"])
 def test_the_first_frame_of_an_animation_counts(photo: Image.Image, tmp_path: Path, extension: str) -> None:
     path = tmp_path / f"film.{extension}"
@@ -137,6 +150,7 @@ def test_the_first_frame_of_an_animation_counts(photo: Image.Image, tmp_path: Pa
     assert np.array_equal(pixels(decode(path)), pillow(path))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so, too
 @pytest.mark.parametrize("extension", list(FORMATS))
 def test_a_cut_off_file_is_an_error_that_names_it_in_one_line(
@@ -154,6 +168,19 @@ def test_a_cut_off_file_is_an_error_that_names_it_in_one_line(
         assert "\n" not in message
         assert "_core" not in message
         assert "BytesIO" not in message
+
+
+def test_sixteen_bits_of_colour_are_scaled_to_eight(tmp_path: Path) -> None:
+    """Pillow, which cannot write them, cuts the lower byte off, so that the two decoders are a level apart."""
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "deep.png").write_bytes(png)
+    assert np.array_equal(pixels(decode(tmp_path / "deep.png")), np.round(values / 257).astype(np.uint8))
+    assert np.abs(pillow(tmp_path / "deep.png").astype(int) - values / 257).max() <= 1
 
 
 def test_what_is_no_image_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -280,13 +307,16 @@ def samples(root: Path, workers: int, seed: int = 0, position: int = 0) -> tuple
     return images[indices.argsort()], indices.sort().values
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than there are cores
 def test_a_training_sample_is_a_function_of_seed_epoch_and_index(few: Path) -> None:
     torch.manual_seed(1)
     images, indices = samples(few, workers=0)
     torch.manual_seed(2)
-    again, same_indices = samples(few, workers=2)
-    assert indices.tolist() == same_indices.tolist() == list(range(40))
-    assert torch.equal(images, again)
+    assert indices.tolist() == list(range(40))
+    for workers in (1, 2, 4):
+        again, same_indices = samples(few, workers)
+        assert indices.tolist() == same_indices.tolist()
+        assert torch.equal(images, again)
     for other in (samples(few, 0, position=5)[0], samples(few, 0, seed=1)[0]):  # the next epoch, another seed
         assert (images != other).flatten(1).any(1).float().mean() > 0.9
 
@@ -527,10 +557,10 @@ def test_evaluation_images_are_the_preprocessed_files_in_order(few: Path) -> Non
 def test_prediction_takes_photos_in_their_order(few: Path, tmp_path: Path) -> None:
     paint(tmp_path / "b.png", tmp_path / "a.png")
     module, data = Recorder(), small_data(few)
-    data.photos = [tmp_path / "b.png", tmp_path / "a.png"]
+    data.splits.photos = [tmp_path / "b.png", tmp_path / "a.png"]
     trainer().predict(module, data)
     [(images, labels, indices)] = module.seen["predict"]
-    assert torch.equal(images, data.preprocess(data.photos))
+    assert torch.equal(images, data.preprocess(data.splits.photos))
     assert labels.tolist() == [-1, -1]
     assert indices.tolist() == [0, 1]
 
@@ -539,6 +569,14 @@ def test_batches_follow_the_precision_of_the_module(few: Path) -> None:
     module = Recorder()
     trainer(precision="64-true").validate(module, small_data(few), verbose=False)
     assert module.seen["val"][0][0].dtype == torch.float64
+
+
+def test_a_missing_torchcodec_is_said_once(
+    few: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vitlit.data.module.DECODER", "Pillow")
+    trainer().fit(Recorder(), small_data(few))
+    assert capsys.readouterr().out.count("torchcodec is missing, so Pillow decodes") == 1
 
 
 def test_a_val_folder_without_some_class_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -571,9 +609,9 @@ def test_what_the_data_lacks_is_refused_before_training(few: Path, tree: Path) -
 
 def test_other_classes_than_the_weights_are_refused_with_both_lists(few: Path) -> None:
     data = small_data(few)
-    data.classes = ["cat", "dog"]
+    data.splits.classes = ["cat", "dog"]
     with pytest.raises(UserError, match=r"has the classes 0, 1, 2, 3 \(4\), the weights cat, dog \(2\)"):
-        data.scan()
+        data.split("train")
 
 
 def test_an_error_beside_data_workers_ends_the_process(few: Path) -> None:

@@ -61,6 +61,8 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
     """The command's arguments with real folders, and flags that make its run small."""
     real = {"FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
     arguments = [real.get(part, part) for part in shlex.split(command)[1:]]
+    if arguments[0] == "benchmark":
+        return [*arguments, "--image_size", "32", "--model", "Ti/16"]
     if arguments[0] != "fit" or any("help" in part or "print_config" in part for part in arguments):
         return arguments
     config = arguments[arguments.index("--config") + 1]
@@ -78,7 +80,7 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
 
 
 def write_labels(root: Path, cwd: Path) -> None:
-    """The files of labels that docs/finetune.md names: of one class an image, and of one or two."""
+    """The files of labels that the pages name: of one class an image, of one or two, and of groups of images."""
     paths = sorted(path.relative_to(root) for path in (root / "train").rglob("*.png"))
     rows = {
         "labels.csv": [f"{path},{path.parent.name}" for path in paths],
@@ -86,6 +88,8 @@ def write_labels(root: Path, cwd: Path) -> None:
     }
     for name, lines in rows.items():
         (cwd / name).write_text("\n".join(["path,label", *lines]))
+    lines = [f"{path},{path.parent.name},{i // 2}" for i, path in enumerate(paths)]
+    (cwd / "groups.csv").write_text("\n".join(["path,label,group", *lines]))
 
 
 @pytest.mark.parametrize("sources", [[*PAGES, *CONFIGS], RECIPES], ids=["pages", "recipes"])

@@ -155,3 +155,48 @@ def test_images_of_several_classes_are_held_out_by_their_paths(count: int, share
     assert held < 2 or set(part.names()) != set(paths[:held])  # drawn, not the first
     other = Index.of(Path(), paths[::-1], index.labels[::-1])
     assert set(hold_out(other, share, ["a", "b", "c"])[1].names()) == set(part.names())
+
+
+# Groups
+
+
+def grouped(root: Path, rows: list[tuple[str, str, str]]) -> Path:
+    """A manifest of (path, label, group); the images are made."""
+    (root / "images").mkdir(exist_ok=True)
+    for path, _, _ in rows:
+        (root / "images" / path).touch()
+    lines = ["path,label,group", *(",".join(row) for row in rows)]
+    return written(root, "\n".join(lines))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_group_is_held_out_whole_or_not_at_all(tmp_path: Path, share: float) -> None:
+    draw = np.random.default_rng(0)
+    rows = [(f"{i}.png", "abc"[i % 3], f"patient {draw.integers(60)}") for i in range(600)]
+    rows += [(f"lone{i}.png", "a", "") for i in range(20)]
+    group = {path: patient or path for path, _, patient in rows}
+    found = read_manifest(grouped(tmp_path, rows), tmp_path / "images")
+    rest, held = hold_out(found.splits["train"], share, found.classes)
+    sides = [{group[name.decode()] for name in part.names()} for part in (rest, held)]
+    assert not sides[0] & sides[1]
+    assert len(rest) + len(held) == 620
+    counts = np.bincount(found.splits["train"].labels)
+    assert np.abs(np.bincount(held.labels, minlength=3) / counts - share).max() < 0.05
+    again = read_manifest(grouped(tmp_path, rows[::-1]), tmp_path / "images")
+    assert sorted(hold_out(again.splits["train"], share, again.classes)[1].names()) == sorted(held.names())
+
+
+def test_groups_that_leave_nothing_to_hold_out_are_refused(tmp_path: Path) -> None:
+    rows = [(f"{i}.png", "ab"[i % 2], "all") for i in range(20)]
+    found = read_manifest(grouped(tmp_path, rows), tmp_path / "images")
+    with pytest.raises(UserError, match="every group is most of a class, so none can be held out"):
+        hold_out(found.splits["train"], 0.1, found.classes)
+
+
+def test_a_group_on_two_sides_is_refused_with_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in "12":
+        (tmp_path / "images" / f"{name}.png").touch()
+    file = written(tmp_path, "path,label,split,group\n1.png,a,train,p\n2.png,a,val,p\n")
+    with pytest.raises(UserError, match=r"line 3: the group 'p' is in val, and in train by line 2; keep it in one"):
+        read_manifest(file, tmp_path / "images")

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -374,6 +375,29 @@ def test_throughput_counts_images_not_batches(few: Path) -> None:
     assert all(math.isfinite(rate) and rate > 8 for rate in rates)
 
 
+def test_the_wait_for_data_is_its_share_of_the_time(few: Path) -> None:
+    """A loader that sleeps for four fifths of the time, beside a step that sleeps for the rest."""
+
+    class Slow(ImageFolderData):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            time.sleep(0.2)
+            return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    class Busy(Callback):
+        def on_before_zero_grad(self, *args: Any) -> None:
+            time.sleep(0.05)
+
+    waits = {}
+    for name, kind in (("slow", Slow), ("fast", ImageFolderData)):
+        memory = Memory()
+        slow = kind(str(few), image_size=16, batch_size=4, num_workers=0)
+        trainer(max_steps=10, log_every_n_steps=2, callbacks=[Busy()], logger=memory).fit(pretrain(), slow)
+        waits[name] = [value for _, value in memory.rows["train/data_wait"]]
+    assert len(waits["slow"]) >= 4
+    assert all(0.5 < wait < 0.85 for wait in waits["slow"][1:])
+    assert all(wait < 0.4 for wait in waits["fast"][1:])
+
+
 # Training
 
 
@@ -568,7 +592,7 @@ def test_loaders_in_place_of_a_data_module_train(few: Path, tmp_path: Path) -> N
 def test_prediction_gives_probabilities(few: Path) -> None:
     stage = pretrain()
     folder = data(few)
-    folder.photos = [few / "val" / "0"]
+    folder.splits.photos = [few / "val" / "0"]
     batches = trainer().predict(stage, folder)
     assert isinstance(batches, list)
     probabilities = torch.cat(batches)  # type: ignore[arg-type]

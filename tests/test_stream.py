@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from vitlit.data.stream import EvalShard, Sample, TrainStream, mix, order, seed_sample, seed_step, split_batch
+from vitlit.data.stream import (
+    EvalShard,
+    Sample,
+    TrainStream,
+    mix,
+    mix_one,
+    order,
+    seed_step,
+    seeded_sample,
+    split_batch,
+)
 from vitlit.errors import UserError
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -50,7 +60,7 @@ def test_mix_of_one_number_is_splitmix64s_published_output() -> None:
 
 @pytest.mark.parametrize("values", [(0, 0, 0), (1, 2, 3), (3, 2, 1), (0, 2**63, 7, 2**64 - 1), (-1, 5)])
 def test_mix_of_several_numbers_is_the_same_in_pythons_integers(values: tuple[int, ...]) -> None:
-    assert int(mix(*values)[0]) == reference_mix(*values)
+    assert int(mix(*values)[0]) == mix_one(*values) == reference_mix(*values)
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.uint64])
@@ -337,13 +347,16 @@ def test_a_batch_of_nothing_is_refused(batch_size: int, micro_batch: int | None)
 
 def test_draws_are_a_function_of_seed_epoch_index_and_repeat() -> None:
     def draw(seed: int, epoch: int, index: int, repeat: int) -> float:
-        seed_sample(seed, epoch, index, repeat)
-        return torch.rand(()).item()
+        with seeded_sample(seed, epoch, index, repeat):
+            return torch.rand(()).item()
 
     torch.manual_seed(0)
     first = draw(1, 2, 3, 0)
     torch.manual_seed(99)
+    expected = torch.rand(2)
+    torch.manual_seed(99)
     assert draw(1, 2, 3, 0) == first
+    assert torch.equal(torch.rand(2), expected)  # the generator is left as it was
     assert len({draw(s, e, i, r) for s in range(3) for e in range(3) for i in range(3) for r in range(3)}) == 81
 
 
@@ -356,5 +369,5 @@ def test_draws_of_the_model_are_a_function_of_step_micro_batch_and_rank_and_not_
     drawn = {draw(0, step, micro, rank) for step in range(3) for micro in range(3) for rank in range(3)}
     assert len(drawn) == 27
     for index in range(3):
-        seed_sample(0, 0, index, 0)
-        assert torch.rand(()).item() not in drawn
+        with seeded_sample(0, 0, index, 0):
+            assert torch.rand(()).item() not in drawn

@@ -172,6 +172,7 @@ class Predictions(Callback):
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
         self.out, self.index, self.classes = out, index, classes
+        self.written = 0
         self._partial = out.with_name(out.name + ".partial")
         self._rows: list[Tensor] = []
 
@@ -207,6 +208,8 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         rows = rows[rows[:, 0].argsort()]
+        rows = rows[rows[:, 0] >= 0]  # data.on_bad_image skip leaves others out
+        self.written = len(rows)
         head = ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
         with self._partial.open("w", newline="") as file:
@@ -261,4 +264,6 @@ def progress(trainer: Trainer) -> dict[str, str]:
             shown[title] = f"{100 * float(metrics[f'val/{name}']):.2f} %"
     if "train/images_per_second" in metrics:
         shown["images/s"] = f"{float(metrics['train/images_per_second']):,.0f}"
+    if "train/data_wait" in metrics:
+        shown["data wait"] = f"{100 * float(metrics['train/data_wait']):.0f} %"
     return shown

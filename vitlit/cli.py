@@ -17,6 +17,10 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit validate|test RUN [--KEY VALUE ...]        evaluate a run's best checkpoint on its val or test split
   vitlit predict RUN PHOTOS... --out FILE.csv       classify images: files, or folders searched to their depth
   vitlit data NAME OUT                              write a data set as an image folder; digits works offline
+  vitlit data check ROOT                            find what is wrong with a folder before a training does
+  vitlit data shard ROOT OUT                        pack it into tars that are read from disk, S3, GCS or HTTP
+  vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
+  vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
   vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit config [NAME]                              print a shipped config, or list them
@@ -90,17 +94,17 @@ def explain(error: BaseException) -> str | None:
 
 
 def data(arguments: list[str]) -> int:
-    """`vitlit data NAME OUT`"""
-    from vitlit.data import sources
+    """`vitlit data NAME OUT`, and check, shard and imagenet."""
+    from vitlit.data import command
 
-    if len(arguments) != 2 or arguments[0].startswith("-"):
-        if arguments in (["-h"], ["--help"]):
-            print("vitlit data NAME OUT\n\nWrite a data set as OUT/{train,val}/CLASS/*. NAME is one of")
-            print(" ".join(sources.NAMES))
-            return 0
-        raise UserError("usage: vitlit data NAME OUT; NAME is one of " + " ".join(sources.NAMES))
-    sources.write(arguments[0], Path(arguments[1]))
-    return 0
+    return command.run(arguments)
+
+
+def benchmark(arguments: list[str]) -> int:
+    """`vitlit benchmark data`"""
+    from vitlit import benchmark
+
+    return benchmark.run(arguments)
 
 
 def config(arguments: list[str]) -> int:
@@ -120,7 +124,7 @@ def weights(arguments: list[str]) -> int:
     return command.run(arguments)
 
 
-COMMANDS = {"data": data, "config": config, "weights": weights}
+COMMANDS = {"data": data, "benchmark": benchmark, "config": config, "weights": weights}
 
 
 def configs() -> Path:

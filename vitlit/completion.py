@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from vitlit.data.folder import find_classes, parse_share
-from vitlit.data.manifest import read_manifest
+from vitlit.data.folder import parse_share
+from vitlit.data.splits import find_labels
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT
 from vitlit.stages.finetune import TRAINING
@@ -85,11 +85,9 @@ def complete(config: Namespace, weights: Weights | None) -> list[str]:
     if classes:  # what they were made from need not be there any more
         made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
         count, several = len(classes), made_with.get("init_args", {}).get("multi_label", False)
-    elif data.manifest is not None:
-        found = read_manifest(Path(data.manifest), Path(data.root))
-        count, several = len(found.classes), found.multi_label
     else:
-        count, several = len(find_classes(Path(data.root), parse_share(data.holdout))), False
+        found, several = find_labels(data.root, parse_share(data.holdout), data.manifest)
+        count = len(found)
     complete_classes(model, "model", count)
     complete_classes(objective, "model.objective", count)
     if "multi_label" in objective:

@@ -1,5 +1,8 @@
 """The errors a user sees as one line."""
 
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """A mistake of the user's: `vitlit` prints the message on one line and exits with code 2.
@@ -10,3 +13,18 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
+
+
+class CommandParser(ArgumentParser):
+    """argparse's, whose errors are `UserError`.
+
+    Args:
+        command: such as "vitlit data shard".
+        about: what it does, printed as it is.
+    """
+
+    def __init__(self, command: str, about: str) -> None:
+        super().__init__(command, None, about, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; {self.prog} --help says more")

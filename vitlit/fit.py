@@ -178,8 +178,8 @@ class CLI(LightningCLI):
                 about.id = about.get("id") or (self.folder.wandb_id() if config.ckpt_path else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
-        self.datamodule.classes = self.classes
-        self.datamodule.photos = self.line.photos
+        self.datamodule.splits.classes = self.classes
+        self.datamodule.splits.photos = self.line.photos
         bar = self.config[self.subcommand].trainer.enable_progress_bar is not False
         terminal = sys.stdout.isatty()
         extra: list[Any] = [callbacks.Bar() if terminal else callbacks.Lines()] if bar else []
@@ -187,6 +187,8 @@ class CLI(LightningCLI):
             extra += self.training_callbacks()
         elif self.subcommand == "predict":
             out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
+            self.datamodule.bad_photos = out.with_name(f"{out.stem}-bad.csv")
+            rank_zero_only(self.datamodule.bad_photos.unlink)(missing_ok=True)
             extra.append(callbacks.Predictions(out, self.datamodule.split("predict"), self.classes))
         self.trainer_defaults["callbacks"] = extra
         return super().instantiate_trainer(
@@ -269,12 +271,13 @@ class CLI(LightningCLI):
         rows["next"] = f"vitlit predict {shlex.quote(str(self.folder.path))} PHOTOS --out predictions.csv"
         if isinstance(self.model, Pretrain):
             parts = ["vitlit", "fit", "--config", "finetune", "--model.init_from", str(self.folder.path)]
-            if str(self.datamodule.root) != DIGITS:
-                parts += ["--data.root", str(self.datamodule.root), "--run.name", f"{self.folder.name}-finetuned"]
-            if self.datamodule.manifest:
-                parts += ["--data.manifest", str(self.datamodule.manifest)]
-            if self.datamodule.holdout:
-                parts += ["--data.holdout", str(self.datamodule.holdout)]
+            splits = self.datamodule.splits
+            if splits.root != DIGITS:
+                parts += ["--data.root", splits.root, "--run.name", f"{self.folder.name}-finetuned"]
+            if splits.manifest:
+                parts += ["--data.manifest", splits.manifest]
+            if splits.holdout:
+                parts += ["--data.holdout", str(splits.holdout)]
             rows["next"] = shlex.join(parts)
         console = Console(soft_wrap=True, highlight=False)  # a command must stay on one line
         console.print(f"\n[bold]{escape(str(self.folder.path))} is complete[/bold]")
@@ -284,7 +287,9 @@ class CLI(LightningCLI):
     def after_predict(self) -> None:
         trainer: Any = self.trainer
         writer = next(c for c in trainer.callbacks if isinstance(c, callbacks.Predictions))
-        rank_zero_only(print)(f"{writer.out}: {len(writer.index):,} images")
+        left = len(writer.index) - writer.written
+        beside = f"; {left:,} could not be read, see {self.datamodule.bad_photos}" if left else ""
+        rank_zero_only(print)(f"{writer.out}: {writer.written:,} images{beside}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}  # execute nothing

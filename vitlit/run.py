@@ -17,6 +17,7 @@ from vitlit.errors import UserError
 FREE = (
     "data.micro_batch",
     "data.num_workers",
+    "data.on_bad_image",
     "data.pin_memory",
     "data.prefetch",
     "run.root",

@@ -1,17 +1,16 @@
-"""What a scan of a large folder found, kept beside it: ROOT/.vitlit/train.npz for ROOT/train.
+"""What a scan of a large folder found, kept beside it in .vitlit: ROOT/.vitlit/train.npz for ROOT/train.
 
 Adding, removing or renaming a file changes the time of its folder, and a folder's time is all that must be asked:
 a thousand for ImageNet, not 1.28 million.
 """
 
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from vitlit.data.index import Names
+from vitlit.data.index import Names, save_arrays
 
 WORTH = 50_000  # fewer images are scanned in a blink, and nobody's folder is written to
 TICK = 2.0  # seconds: a change so shortly before the scan could leave the folder's time as it is
@@ -71,19 +70,10 @@ def save(
         if times.max() > (scanned - TICK) * 1e9:
             return
         target.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".partial", delete=False) as file:
-            searched = Names.pack(folders)
-            np.savez(
-                file,
-                key=np.frombuffer(_key(classes, endings), np.uint8),
-                names=names.packed,
-                name_ends=names.ends,
-                counts=counts,
-                folders=searched.packed,
-                folder_ends=searched.ends,
-                times=times,
-            )
-        os.replace(file.name, target)
+        searched = Names.pack(folders)
+        arrays = {"key": np.frombuffer(_key(classes, endings), np.uint8), "counts": counts, "times": times}
+        arrays |= {"names": names.packed, "name_ends": names.ends}
+        save_arrays(target, {**arrays, "folders": searched.packed, "folder_ends": searched.ends})
     except OSError:
         return  # read-only data is scanned each time
 

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vitlit.data.bad_images import BadImages
 from vitlit.data.decode import decode_bytes
-from vitlit.data.index import Index
-from vitlit.data.stream import Sample, seed_sample
+from vitlit.data.index import Index, StorageUserError
+from vitlit.data.stream import REPLACE, Sample, mix, seeded_sample
+from vitlit.errors import UserError
 
 
 class Images(Dataset[tuple[Any, ...]]):
@@ -19,25 +22,69 @@ class Images(Dataset[tuple[Any, ...]]):
 
     An item is an index, or a Sample in training, which seeds the transform's draws. A label is an int, or float
     (classes,) of zeros and ones where an image may have several.
+
+    Args:
+        index: of the images.
+        transform: uint8 (3, H, W) -> uint8 (3, height, width).
+        seed: of the draws.
+        bad: the list of images that cannot be read. In training, another of the same class comes in place of one,
+            always the same for the same (seed, epoch, index, repeat); in prediction, a black image of the index -1.
+            None for an error that names it.
     """
 
-    def __init__(self, index: Index, transform: Callable[[Tensor], Tensor], seed: int = 0) -> None:
-        self.index, self.transform, self.seed = index, transform, seed
+    def __init__(
+        self, index: Index, transform: Callable[[Tensor], Tensor], seed: int = 0, bad: BadImages | None = None
+    ) -> None:
+        self.index, self.transform, self.seed, self.bad = index, transform, seed, bad
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
         if isinstance(item, int):
-            return channels_last(self.transform(self._decode(item))), self._label(item), item
-        image = self._decode(item.index)
-        with torch.random.fork_rng(devices=[]):  # without workers this is the model's generator, too
-            seed_sample(self.seed, item.epoch, item.index, item.repeat)
+            image, index = self._eval_image(item)
+            return channels_last(self.transform(image)), self._label(item), index
+        image, index = self._sample(item)
+        with seeded_sample(self.seed, item.epoch, item.index, item.repeat):
             image = self.transform(image)
-        return channels_last(image), self._label(item.index), item.index, item.position
+        return channels_last(image), self._label(index), index, item.position
 
     def _decode(self, index: int) -> Tensor:
         return decode_bytes(self.index.read(index), self.index.path(index))
+
+    def _eval_image(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return self._decode(index), index
+        except StorageUserError:
+            raise
+        except UserError as error:
+            if self.bad is None:
+                raise
+            self.bad.note(self.index.path(index), str(error))
+            return torch.zeros(3, 8, 8, dtype=torch.uint8), -1
+
+    def _sample(self, item: Sample) -> tuple[Tensor, int]:
+        """An image for training, and its index: the item's where it can be read."""
+        try:
+            return self._decode(item.index), item.index
+        except StorageUserError:
+            raise
+        except UserError as error:
+            if self.bad is None:
+                raise UserError(f"{error}; --data.on_bad_image skip trains without it") from error
+            self.bad.note(self.index.path(item.index), str(error))
+        labels = self.index.labels
+        alike = labels == labels[item.index]
+        others = np.flatnonzero(alike if labels.ndim == 1 else alike.all(1))
+        drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, others), kind="stable")
+        for index in others[drawn].tolist():
+            try:
+                return self._decode(index), index
+            except StorageUserError:
+                raise
+            except UserError as error:
+                self.bad.note(self.index.path(index), str(error))
+        raise UserError(f"no image can be read of the class of {self.index.path(item.index)}; see {self.bad.file}")
 
     def _label(self, index: int) -> int | Tensor:
         label = self.index.labels[index]

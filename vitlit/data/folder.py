@@ -13,6 +13,7 @@ from vitlit.data.stream import mix
 from vitlit.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+HIDDEN = ord(".")
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
@@ -35,14 +36,15 @@ def _walk(folder: bytes) -> tuple[list[bytes], list[bytes]]:
             continue
         seen.add(real)
         folders.append(below)
+        prefix = below and below + b"/"
         for entry in os.scandir(here):
             name = entry.name
-            if name.startswith(b"."):
+            if name[0] == HIDDEN:
                 continue
             if entry.is_dir():
-                open_folders.append(os.path.join(below, name))
+                open_folders.append(prefix + name)
             elif name.lower().endswith(_ENDINGS):
-                images.append(os.path.join(below, name))
+                images.append(prefix + name)
     return sorted(images), folders
 
 
@@ -77,7 +79,7 @@ def scan_photos(photos: list[Path]) -> Index:
     found = list(dict.fromkeys(found))
     if not found:
         raise UserError(f"no image under {', '.join(map(str, photos))} (known: {' '.join(EXTENSIONS)})")
-    return Index.of(Path(), found, np.full(len(found), -1))
+    return Index.of("", found, np.full(len(found), -1))
 
 
 def train_folder(root: Path, holdout: float) -> Path:
@@ -125,7 +127,7 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
         raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
     number = {name: label for label, name in enumerate(classes)}
     labels = np.repeat(np.array([number[name] for name in found], np.int64), counts)
-    return Index(FolderFiles(folder, names), np.arange(len(names)), labels)
+    return Index(FolderFiles(str(folder), names), np.arange(len(names)), labels)
 
 
 def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
@@ -137,13 +139,22 @@ def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Inde
     Raises:
         UserError: as `train_folder`; or a class has no image.
     """
-    folder = train_folder(root, holdout)
+    classes, index = scan_classes(train_folder(root, holdout))
+    return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
+
+
+def scan_classes(folder: Path) -> tuple[list[str], Index]:
+    """The classes whose folders are in a folder, and their images.
+
+    Raises:
+        UserError: as `scan_split`; or a class has no image.
+    """
     classes = _folders(folder)
     index = scan_split(folder, classes)
     counts = np.bincount(index.labels, minlength=len(classes))
     if not counts.all():
         raise UserError(f"class folder {folder / classes[int(counts.argmin())]} holds no image; fill or remove it")
-    return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
+    return classes, index
 
 
 def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:

@@ -1,13 +1,22 @@
 """Which images a split has, in arrays that forked workers share: a list of paths would be copied, page by page."""
 
+import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from vitlit.errors import UserError
+
+
+class StorageUserError(UserError):
+    """An image could not be fetched, which says nothing of the image: no other may come in its place.
+
+    "UserError" ends the name since what a data worker raises arrives as text.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,26 +51,26 @@ class Files(Protocol):
         """Of an image, for people."""
 
     def read(self, row: int) -> bytes:
-        """The content of an image file; UserError where it cannot be read."""
+        """The content of an image file; UserError where it cannot be read, StorageUserError where none may be."""
 
 
 @dataclass(frozen=True)
 class FolderFiles:
     """Files at paths relative to a folder."""
 
-    root: Path
+    root: str
     names: Names
 
     def name(self, row: int) -> bytes:
         return self.names[row]
 
     def path(self, row: int) -> str:
-        return str(self.root / Path(self.names[row].decode(errors="surrogateescape")))
+        return os.path.join(self.root, self.names[row].decode(errors="surrogateescape"))
 
     def read(self, row: int) -> bytes:
         path = self.path(row)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
             raise UserError(f"cannot read the image {path}: {error.strerror}") from error
@@ -85,13 +94,13 @@ class Index:
 
     @classmethod
     def of(
-        cls, root: Path, names: Iterable[str | bytes], labels: np.ndarray, groups: np.ndarray | None = None
+        cls, root: str | Path, names: Iterable[str | bytes], labels: np.ndarray, groups: np.ndarray | None = None
     ) -> "Index":
         """Of files at paths relative to root."""
         packed = Names.pack(
             [name.encode(errors="surrogateescape") if isinstance(name, str) else name for name in names]
         )
-        return cls(FolderFiles(root, packed), np.arange(len(packed)), labels, groups)
+        return cls(FolderFiles(os.fspath(root), packed), np.arange(len(packed)), labels, groups)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,3 +125,14 @@ class Index:
         """The images at these positions."""
         groups = None if self.groups is None else self.groups[indices]
         return Index(self.files, self.rows[indices], self.labels[indices], groups)
+
+
+def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
+    """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
+    partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as opened:
+            np.savez(opened, **arrays)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,11 +1,10 @@
-"""ImageNet-style folders as a LightningDataModule."""
+"""Image folders and shards as a LightningDataModule."""
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,27 +13,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from vitlit.data.bad_images import BadImages
 from vitlit.data.dataset import Images
 from vitlit.data.decode import DECODER
 from vitlit.data.erasing import Erasing, erase
-from vitlit.data.folder import brief, hold_out, parse_share, scan_photos, scan_split, scan_train
+from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
-from vitlit.data.manifest import read_manifest
 from vitlit.data.mixing import Mixing, soft_targets
+from vitlit.data.splits import Splits
 from vitlit.data.stream import EvalShard, TrainStream, paired_rows, split_batch
 from vitlit.data.transforms import Crop, Interpolation, Preprocess, check_transform, train_transform
-from vitlit.data.workers import count, end_at_exit, leave_signals
+from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
 
 
 class ImageFolderData(LightningDataModule):
-    """Images in class folders: ROOT/{train,val[,test]}/CLASS/*, or ROOT/CLASS/* with a holdout.
+    """Images in class folders, ROOT/{train,val[,test]}/CLASS/* or ROOT/CLASS/* with a holdout, or in shards.
 
     A batch is (images, labels, indices): float (B, C, H, W) normalised on the device, int64 (B,), int64 (B,). Labels
     are float (B, classes) shares where images have several classes or training mixes them.
 
     Args:
-        root: the folder.
+        root: the folder, or the URL of shards.
         manifest: a CSV file with the columns path, label and, unless a holdout is cut, split, in place of class
             folders; paths are relative to root. Several labels are separated by |.
         image_size: pixels, an int or (height, width).
@@ -52,6 +52,10 @@ class ImageFolderData(LightningDataModule):
         mixing: mixup and cutmix of training images.
         repeats: how often an epoch has each image, augmented anew and in the same batch; it has so many fewer images.
         balanced: draw every class equally often; else every image once.
+        on_bad_image: what an image that cannot be read does: error stops; skip trains on another of its class, leaves a
+            photo out of predictions, and lists path and reason in the run's bad_images.csv, or beside the
+            predictions. Evaluation stops either way, since its numbers would be of other images, and so does a disk
+            or server that fails.
         crop_ratio: the share of the resized image's side that the central crop of evaluation keeps; 0.875 unless given
             here or by the weights started from.
         interpolation: of resizing, always antialiased; bicubic unless given here or by the weights started from.
@@ -80,6 +84,7 @@ class ImageFolderData(LightningDataModule):
         mixing: Mixing = Mixing(),
         repeats: int = 1,
         balanced: bool = False,
+        on_bad_image: Literal["error", "skip"] = "error",
         crop_ratio: float | None = None,
         interpolation: Interpolation | None = None,
         mean: tuple[float, ...] | None = None,
@@ -102,89 +107,42 @@ class ImageFolderData(LightningDataModule):
             raise UserError(f"data.repeats {repeats} is less than 1")
         if crop_ratio is not None and not 0 < crop_ratio <= 1:
             raise UserError(f"data.crop_ratio {crop_ratio} is not a share above 0 and up to 1")
-        self.root, self.manifest = Path(root), Path(manifest) if manifest else None
+        self.splits = Splits(root, parse_share(holdout), manifest)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        self.batch_size, self.micro_batch, self.holdout = batch_size, micro_batch, parse_share(holdout)
+        self.batch_size, self.micro_batch = batch_size, micro_batch
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.seed = seed or 0
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
         self.preprocess = Preprocess(size, **{name: value for name, value in given.items() if value is not None})
         self.augment = train_transform(self.preprocess, crop, crop_scale, flip, augment or ())
+        self.on_bad_image = on_bad_image
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
-        self.multi_label = False
-        self.classes: list[str] = []  # those of the weights where they come first, else of the folder
-        self.photos: list[Path] = []
-        self._train: Index | None = None
-        self._held: Index | None = None
-        self._splits: dict[str, Index] = {}
+        self.bad_photos: Path | None = None  # the list of those that prediction skips; in the trainer's root by default
         self._entered = 0  # the step that a continued run begins with
-
-    def scan(self) -> None:
-        """Find classes and training images, once.
-
-        Raises:
-            UserError: the folder is not laid out as it must be.
-        """
-        if self._train is None:
-            if self.manifest is None:
-                classes, self._train, self._held = scan_train(self.root, self.holdout)
-            else:
-                classes = self._scan_manifest(self.manifest)
-            if self.classes and self.classes != classes:
-                raise UserError(f"{self.root} has the classes {brief(classes)}, the weights {brief(self.classes)}")
-            self.classes = classes
-            if self.holdout and ("val" in self._splits or (not self.manifest and (self.root / "val").is_dir())):
-                rank_zero_only(print)(f"{self.manifest or self.root}: val is left alone, a part of train is held out")
-
-    def _scan_manifest(self, file: Path) -> list[str]:
-        """Take the splits from a manifest, and return its classes."""
-        found = read_manifest(file, self.root)
-        self._splits = {name: index for name, index in found.splits.items() if name != "train"}
-        self._train, self.multi_label = found.splits["train"], found.multi_label
-        if self.holdout:
-            self._train, self._held = hold_out(self._train, self.holdout, found.classes)
-        return found.classes
-
-    @property
-    def class_counts(self) -> list[int]:
-        """Training images of each class."""
-        labels = self.split("train").labels
-        return (labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(self.classes))).tolist()
 
     def split(self, name: str) -> Index:
         """The images of train, val, test or predict.
 
         Raises:
-            UserError: there is no such split.
+            UserError: there is no such split, or its layout is wrong.
         """
-        if name == "predict":
-            if name not in self._splits:
-                self._splits[name] = scan_photos(self.photos)
-            return self._splits[name]
-        if name == "train" or self.holdout or self.manifest or not self.classes:
-            self.scan()
-        if name == "train":
-            assert self._train is not None
-            return self._train
-        if name == "val" and self._held is not None:
-            return self._held
-        if name not in self._splits and self.manifest is not None:
-            raise UserError(f"{self.manifest} has no row of split {name}; --data.holdout 10% holds out a part for val")
-        if name not in self._splits:
-            folder = self.root / name
-            if not self.root.is_dir():
-                raise UserError(f"data.root {self.root} is not a folder; give --data.root a folder of images")
-            if not folder.is_dir():
-                remedy = "; --data.holdout 10% holds out a part of the training images"
-                remedy = remedy if name == "val" else "; `vitlit validate` evaluates on val"
-                raise UserError(f"{self.root} has no folder {name}{remedy}")
-            index = self._splits[name] = scan_split(folder, self.classes)
-            present = set(index.labels.tolist())
-            missing = [name for label, name in enumerate(self.classes) if label not in present]
-            if missing:
-                rank_zero_only(print)(f"{folder} has no image of {len(missing)} classes, {missing[0]!r} among them")
-        return self._splits[name]
+        return self.splits[name]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of their numbers; empty before they are known."""
+        return self.splits.classes
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes."""
+        return self.splits.multi_label
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        return self.splits.class_counts
 
     def plan(self, world_size: int) -> tuple[int, int]:
         """(images of a device's micro-batch, micro-batches accumulated) for training on so many devices.
@@ -265,7 +223,7 @@ class ImageFolderData(LightningDataModule):
             repeats=self.repeats,
             labels=index.labels if self.balanced else None,
         )
-        return self._loader(Images(index, self.augment, self.seed), stream, micro)
+        return self._loader(Images(index, self.augment, self.seed, self._bad_images(index)), stream, micro)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._eval_loader("val")
@@ -281,28 +239,26 @@ class ImageFolderData(LightningDataModule):
         index = self.split(split)
         shard = EvalShard(len(index), self.trainer.global_rank, self.trainer.world_size)
         share = -(-self.batch_size // self.trainer.world_size)
-        return self._loader(
-            Images(index, self.preprocess.crop), shard, min(share, self.micro_batch or share, len(shard))
+        images = Images(
+            index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
         )
+        return self._loader(images, shard, min(share, self.micro_batch or share, len(shard)))
+
+    def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:
+        assert self.trainer is not None
+        if self.on_bad_image == "error":
+            return None
+        file = self.bad_photos if kind == "photos" else None
+        return BadImages(file or Path(self.trainer.default_root_dir) / f"bad_{kind}.csv", len(index))
 
     def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> DataLoader[Any]:
         assert self.trainer is not None
         workers = self.num_workers
         if workers is None:
             workers = count(self.trainer.num_devices)
-        if workers:
-            end_at_exit()
         gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=gpu if self.pin_memory is None else self.pin_memory,
-            prefetch_factor=self.prefetch if workers else None,
-            persistent_workers=workers > 0,
-            worker_init_fn=leave_signals,
-        )
+        pin = gpu if self.pin_memory is None else self.pin_memory
+        return loader(dataset, sampler, batch_size, workers, self.prefetch, pin)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Of training, the first sample's position is kept on the host: to read it on the device would wait.

@@ -9,6 +9,7 @@ Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixe
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch.utils.data import DistributedSampler
 from vitlit.errors import UserError
 
 # What a number is drawn for: the streams must not meet. A new purpose goes to the end.
-ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING = range(6)
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE = range(7)
+LARGEST = 2**64 - 1
 
 
 class Sample(NamedTuple):
@@ -49,8 +51,16 @@ def mix(*values: int | np.ndarray) -> np.ndarray:
 
 
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(length), int64."""
-    return np.argsort(mix(ORDER, seed, epoch, np.arange(length)), kind="stable")
+    """The order of an epoch: a permutation of range(length), int64.
+
+    The lowest bits of the drawn numbers give way to what they are drawn for, so that sorting them, in a fifth of the
+    time that argsort takes, leaves the order in those bits.
+    """
+    numbers = np.arange(length, dtype=np.uint64)
+    below = np.uint64((1 << max(length - 1, 0).bit_length()) - 1)
+    keys = (mix(ORDER, seed, epoch, numbers) & ~below) | numbers
+    keys.sort()
+    return (keys & below).astype(np.int64)
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,14 +90,34 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tup
     return images[(np.cumsum(sizes) - sizes)[drawn] + place], before
 
 
-def seed_sample(seed: int, epoch: int, index: int, repeat: int) -> None:
-    """Seed torch's CPU generator for the augmentation of one sample."""
-    torch.default_generator.manual_seed(int(mix(SAMPLE, seed, epoch, index, repeat)[0]))
+def mix_one(*values: int) -> int:
+    """What `mix` makes of single numbers, in an eighth of the time."""
+    mixed = 0
+    for value in values:
+        mixed = ((mixed ^ (value & LARGEST)) + 0x9E3779B97F4A7C15) & LARGEST
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & LARGEST
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & LARGEST
+        mixed ^= mixed >> 31
+    return mixed
+
+
+@contextmanager
+def seeded_sample(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
+    """Seed torch's CPU generator for the augmentation of one sample, and leave it as it was before.
+
+    Without data workers it is the model's generator, too.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(mix_one(SAMPLE, seed, epoch, index, repeat))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed torch for dropout and other draws of the model in one micro-batch of one step on one device."""
-    torch.manual_seed(int(mix(STEP, seed, step, micro, rank)[0]))
+    torch.manual_seed(mix_one(STEP, seed, step, micro, rank))
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.data.crops import InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop, cover
@@ -95,7 +95,7 @@ def train_transform(
     """
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[Crop, Callable[[], Transform]] = {
-        "random_resized": lambda: RandomResizedCrop(size, crop_scale, interpolation=how, antialias=True),
+        "random_resized": lambda: RandomResizedCrop(size, crop_scale, how),
         "inception": lambda: InceptionCrop(size, crop_scale, how),
         "simple": lambda: SimpleCrop(size, how),
         "pad": lambda: PadCrop(size, interpolation=how),
@@ -103,7 +103,24 @@ def train_transform(
     }
     if crop not in crops:
         raise UserError(f"data.crop {crop} is unknown; give one of {' '.join(crops)}")
-    return v2.Compose([crops[crop](), v2.RandomHorizontalFlip(flip), *augment])
+    return TrainTransform(crops[crop](), flip, tuple(augment))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Crop, flip with a probability, augment: uint8 (3, H, W) -> uint8 (3, height, width)."""
+
+    crop: Transform
+    flip: float
+    augment: tuple[Transform, ...]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = self.crop(image)
+        if torch.rand(1) < self.flip:
+            image = image.flip(-1)
+        for transform in self.augment:
+            image = transform(image)
+        return image
 
 
 def check_transform(transform: Transform, image_size: tuple[int, int]) -> None:

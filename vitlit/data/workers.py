@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.util import Finalize
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def count(devices: int) -> int:
@@ -11,6 +14,33 @@ def count(devices: int) -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // max(1, devices))
+
+
+def loader(
+    dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, prefetch: int = 2, pin: bool = False
+) -> DataLoader[Any]:
+    """Batches of a dataset in a sampler's order.
+
+    Args:
+        dataset: of the images.
+        sampler: what items come in which order.
+        batch_size: items of a batch; the last may have fewer.
+        workers: processes that load; 0 for this one.
+        prefetch: batches that a worker prepares ahead.
+        pin: whether batches are put into pinned memory.
+    """
+    if workers:
+        end_at_exit()
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals,
+    )
 
 
 def leave_signals(worker: int) -> None:

@@ -1,7 +1,6 @@
 """What the two stages share: steps, metrics, optimiser, and what a checkpoint says of itself."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +19,7 @@ from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
 from vitlit.objectives import Objective
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.stages.clock import Clock
 from vitlit.stages.metrics import metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights.adapt import set_numerics
@@ -62,7 +62,7 @@ class Stage(LightningModule):
         self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
         self._rate = 0.0
-        self._clock, self._images = 0.0, 0
+        self._clock = Clock(torch.device("cpu"))
 
     @property
     def data(self) -> Any:
@@ -127,10 +127,10 @@ class Stage(LightningModule):
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
-        self._restart_clock()
+        self._clock = Clock(self.device)
 
     def on_train_epoch_start(self) -> None:
-        self._restart_clock()
+        self._clock.restart()
 
     def on_validation_epoch_end(self) -> None:
         measures = self.measures["val"]
@@ -141,7 +141,7 @@ class Stage(LightningModule):
             self.require_finite("validation", loss.compute())
 
     def on_validation_end(self) -> None:
-        self._restart_clock()
+        self._clock.restart()
 
     def require_finite(self, kind: str, loss: Tensor) -> None:
         """Raise UserError where training has come to no number, before a checkpoint is made of it."""
@@ -151,10 +151,8 @@ class Stage(LightningModule):
                 "gradients (trainer.gradient_clip_val) or use more precision, and begin again (--run.overwrite true)"
             )
 
-    def _restart_clock(self) -> None:
-        self._clock, self._images = time.perf_counter(), 0
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._clock.begin_batch()
         seed = getattr(self.data, "seed", 0)
         seed_step(seed, self.trainer.global_step, len(self._window), self.global_rank)
         # The highest, which is the head's; the scheduler moves on before the batch ends.
@@ -166,7 +164,7 @@ class Stage(LightningModule):
         return step.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._images += len(batch[0]) * self.trainer.world_size
+        self._clock.end_batch(len(batch[0]) * self.trainer.world_size)
         if len(self._window) < self.trainer.accumulate_grad_batches:
             return
         logs = {name: torch.stack([micro[name] for micro in self._window]).mean() for name in self._window[0]}
@@ -179,12 +177,12 @@ class Stage(LightningModule):
             return
         logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
         self.require_finite("training", logs["loss"])
-        elapsed = time.perf_counter() - self._clock
+        speed, waited = self._clock.lap()
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         self.log("train/lr", self._rate)
-        self.log("train/images_per_second", self._images / elapsed, prog_bar=True)
-        self._restart_clock()
+        self.log("train/images_per_second", speed, prog_bar=True)
+        self.log("train/data_wait", waited, prog_bar=True)
 
     # Evaluation: every image counts once, on any number of devices, so the numbers come from torchmetrics alone.
 

@@ -1,0 +1,112 @@
+"""The kept scan of a large folder: the same index, and anew where the folder is another."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vitlit.data import cache
+from vitlit.data.folder import scan_split, scan_train
+from vitlit.data.index import Names
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that counts as large, and as old enough for its times to tell a change."""
+    monkeypatch.setattr(cache, "WORTH", 1)
+    root = tmp_path / "root"
+    for name in ("train/cat/1.png", "train/cat/deep/er/2.png", "train/dog/3.jpg", "val/cat/4.png", "train/dog/x.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    age(root)
+    return root
+
+
+def age(root: Path) -> None:
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (time.time() - 100,) * 2)
+
+
+def scanned(root: Path) -> list[tuple[str, int]]:
+    _, index, _ = scan_train(root)
+    return list(zip([name.decode() for name in index.names()], index.labels.tolist(), strict=True))
+
+
+FOUND = [("cat/1.png", 0), ("cat/deep/er/2.png", 0), ("dog/3.jpg", 1)]
+
+
+def test_a_scan_is_kept_beside_the_split_and_read_without_looking_again(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scanned(large) == FOUND
+    assert sorted(path.name for path in (large / ".vitlit").iterdir()) == ["train.npz"]
+    monkeypatch.setattr("vitlit.data.folder._walk", None)
+    assert scanned(large) == FOUND
+    moved = large.rename(large.with_name("moved"))
+    assert scanned(moved) == FOUND
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "add deep", "class", "garbage", "cut"])
+def test_a_change_is_noticed(large: Path, change: str) -> None:
+    assert scanned(large) == FOUND
+    train, kept = large / "train", large / ".vitlit" / "train.npz"
+    wanted = list(FOUND)
+    if change == "add":
+        (train / "dog" / "4.png").touch()
+        wanted.append(("dog/4.png", 1))
+    elif change == "remove":
+        (train / "cat" / "1.png").unlink()
+        wanted.pop(0)
+    elif change == "rename":
+        (train / "dog" / "3.jpg").rename(train / "dog" / "0.jpg")
+        wanted[2] = ("dog/0.jpg", 1)
+    elif change == "add deep":
+        (train / "cat" / "deep" / "er" / "9.png").touch()
+        wanted.insert(2, ("cat/deep/er/9.png", 0))
+    elif change == "class":
+        shutil.copytree(train / "dog", train / "ape")
+        wanted = [("ape/3.jpg", 0), *((name, label + 1) for name, label in FOUND)]
+    elif change == "garbage":
+        kept.write_bytes(b"PK garbage")
+    else:
+        kept.write_bytes(kept.read_bytes()[:-300])
+    assert scanned(large) == wanted
+    age(large)
+    assert scanned(large) == wanted
+
+
+def test_a_folder_that_has_just_changed_is_not_kept(large: Path) -> None:
+    """Its time may not tell a change that follows at once."""
+    (large / "train" / "dog" / "5.png").touch()
+    scanned(large)
+    assert not (large / ".vitlit").exists() or not list((large / ".vitlit").iterdir())
+
+
+def test_small_folders_and_read_only_data_are_left_alone(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "WORTH", 4)
+    assert scanned(large) == FOUND
+    assert not (large / ".vitlit").exists()
+    monkeypatch.setattr(cache, "WORTH", 1)
+    (large / ".vitlit").write_text("a file, so that no folder can be made")
+    assert scanned(large) == FOUND
+
+
+def test_classes_by_another_order_are_numbered_by_it(large: Path) -> None:
+    for _ in range(2):
+        index = scan_split(large / "val", ["dog", "cat"])
+        assert (index.names(), index.labels.tolist()) == ([b"cat/4.png"], [1])
+
+
+def test_names_are_what_was_packed_and_cost_their_bytes() -> None:
+    names = [b"", b"a", "日本".encode(), b"x" * 300, b""]
+    packed = Names.pack(names)
+    assert [packed[row] for row in range(len(packed))] == names
+    assert packed.packed.nbytes == sum(map(len, names))
+    for row in (5, -1):
+        with pytest.raises(IndexError):
+            packed[row]
+    assert len(Names.pack([])) == 0
+    assert Names.pack([]).ends.dtype == np.int64

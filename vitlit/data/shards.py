@@ -1,0 +1,347 @@
+"""Images in tars (shards, as WebDataset has them), each read by itself: a range of bytes of a local or remote file.
+
+index.npz, beside the tars, says where each image lies, and keeps the order of the folder that they come from.
+"""
+
+import hashlib
+import io
+import os
+import re
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+from vitlit.data.index import Index, Names, StorageUserError, save_arrays
+from vitlit.data.manifest import SPLITS, Manifest
+from vitlit.errors import UserError
+
+INDEX = "index.npz"
+CLASSES = ("classes.txt", "classnames.txt")
+SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+BLOCK = 512  # bytes of the header that a tar has before a file's content
+PAUSES = (0.3, 1.2, 3.0)  # seconds before a read is tried again
+TIMEOUT = 60.0  # seconds for an answer
+
+_filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """Files within tars.
+
+    Attributes:
+        root: the folder of the tars, a path or a URL.
+        shards: the tars' names in it.
+        parts: int64 (N, 4): the number of the shard, the first byte, the size, and the CRC-32 of the file's header in
+            the tar. The header is read, too, so that nothing is taken for an image that it is not, whatever happened
+            to the shard.
+        names: of the files within their split.
+    """
+
+    root: str
+    shards: tuple[str, ...]
+    parts: np.ndarray
+    names: Names
+
+    def name(self, row: int) -> bytes:
+        return self.names[row]
+
+    def path(self, row: int) -> str:
+        return f"{self.shards[self.parts[row, 0]]}/{self.names[row].decode(errors='surrogateescape')}"
+
+    def read(self, row: int) -> bytes:
+        shard, start, size, check = self.parts[row].tolist()
+        data = read_range(self.root, self.shards[shard], start - BLOCK, start + size)
+        if zlib.crc32(data[:BLOCK]) != check:
+            raise StorageUserError(
+                f"{join(self.root, self.shards[shard])} is not the file that {INDEX} was made of: {self.path(row)} is "
+                f"not at its byte {start}; put the shards and {INDEX} of one making there"
+            )
+        return data[BLOCK:]
+
+
+class Kept(NamedTuple):
+    """What index.npz holds: also the tars' names and sizes, bytes, int64, and a key where they were made elsewhere."""
+
+    found: Manifest
+    shards: tuple[str, ...]
+    sizes: np.ndarray
+    key: bytes = b""
+
+
+def join(root: str, name: str) -> str:
+    """The path or URL of a file in a folder."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def connect(root: str) -> tuple[Any, str]:
+    """A new filesystem of fsspec, and the path of a folder in it.
+
+    Raises:
+        UserError: there is none for such URLs, or it needs another package.
+    """
+    try:
+        # Of an instance in fsspec's own cache, every fork would close the connections.
+        filesystem, path = url_to_fs(root, skip_instance_cache=True)
+    except ImportError as error:
+        raise UserError(f"{root} cannot be read without another package: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{root} cannot be read ({error}): give a folder, or a URL such as s3://BUCKET/SET") from error
+    return filesystem, path
+
+
+def read_range(root: str, name: str, start: int, end: int) -> bytes:
+    """Bytes start to end of a file in a folder. What fails is tried again, after `PAUSES`.
+
+    Raises:
+        UserError: it still fails.
+    """
+    got: bytes | Exception = b""
+    for pause in (0.0, *PAUSES):
+        if pause:  # even none takes 60 us
+            time.sleep(pause)
+        try:
+            got = _read_once(root, name, start, end)
+        except UserError:
+            raise
+        except Exception as error:  # every filesystem has its own
+            got = error
+        else:
+            if len(got) == end - start:
+                return got
+    cause = got if isinstance(got, Exception) else None
+    raise StorageUserError(
+        f"cannot read bytes {start}-{end} of {join(root, name)}, tried {1 + len(PAUSES)} times "
+        f"({why(cause) if cause else 'the file is cut short: ' + _ends(root, name, end)}); "
+        "once they can be read, the same command continues the run"
+    ) from cause
+
+
+def _read_once(root: str, name: str, start: int, end: int) -> bytes:
+    if "://" not in root:
+        with open(os.path.join(root, name), "rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(end - start)
+    key = (os.getpid(), root)  # a fork must not use its parent's, nor drop it, which would close the connections
+    filesystem, path = _filesystems.get(key) or _filesystems.setdefault(key, connect(root))
+    if root.startswith("http"):
+        from aiohttp import ClientTimeout
+
+        # Unlike cat_file this notices a server that sends the whole file, before it has come.
+        limit = ClientTimeout(total=TIMEOUT)
+        with filesystem.open(join(path, name), "rb", cache_type="none", size=end, timeout=limit) as file:
+            file.seek(start)
+            return bytes(file.read(end - start))
+    limits = {"timeout": TIMEOUT} if filesystem.async_impl else {}
+    return bytes(filesystem.cat_file(join(path, name), start=start, end=end, **limits))
+
+
+def _ends(root: str, name: str, end: int) -> str:
+    """Where a file ends, in words."""
+    try:
+        filesystem, path = connect(root)
+        return f"it ends at byte {filesystem.size(join(path, name))}"
+    except Exception:  # what is wrong is told without it, too
+        return f"it ends before byte {end}"
+
+
+def why(error: Exception) -> str:
+    """What went wrong with a filesystem, in words on one line."""
+    status, text = getattr(error, "status", None), " ".join(str(error).split())
+    if isinstance(status, int):
+        return f"the server answers with HTTP status {status}"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {TIMEOUT:g} seconds"
+    if re.search("connect", type(error).__name__, re.IGNORECASE):
+        return f"the server cannot be reached: {text}"
+    if "range requests" in text:
+        return "the server ignores Range and sends the whole file: use one that serves parts of files"
+    return str(getattr(error, "strerror", None) or text or type(error).__name__)
+
+
+def is_shards(root: str) -> bool:
+    """Whether a data root is a URL, or a folder with index.npz, or with tars in it or in its folder train.
+
+    Class folders count for more than tars beside them, which may be the archive that they came in.
+    """
+    folder = Path(root)
+    if "://" in root or (folder / INDEX).is_file():
+        return True
+    if any(path.is_dir() for path in folder.glob("train/[!.]*")):
+        return False
+    return any((*folder.glob("*.tar"), *folder.glob("train/*.tar")))
+
+
+def read_shards(root: str) -> Manifest:
+    """The classes and splits of shards.
+
+    Tars made elsewhere are searched for their images once; they may be without the split train.
+
+    Args:
+        root: the folder of the tars, a path or a URL.
+
+    Raises:
+        UserError: they cannot be read, or do not belong together; the message names the file.
+    """
+    filesystem, path = connect(root)
+    try:
+        data = filesystem.cat_file(join(path, INDEX))
+    except FileNotFoundError:
+        data = None
+    except Exception as error:  # every filesystem has its own
+        raise UserError(f"cannot read {join(root, INDEX)}: {why(error)}") from error
+    kept = None if data is None else load_index(data, root, join(root, INDEX))
+    if kept is None or kept.key:
+        return _find(filesystem, path, root, kept)
+    for shard, size in zip(kept.shards, kept.sizes.tolist(), strict=True) if "://" not in root else ():
+        place = Path(root) / shard
+        if (there := place.stat().st_size if place.is_file() else "no") != size:
+            raise UserError(f"{place} has {there} bytes, {size} by {INDEX}: put shards and {INDEX} of one making there")
+    return kept.found
+
+
+def _find(filesystem: Any, path: str, root: str, kept: Kept | None) -> Manifest:
+    """What tars made elsewhere hold: as it is kept, or found anew and kept, beside them or in the user's cache."""
+    tars, classes, key = _list(filesystem, path, root)
+    local = "://" not in root
+    place = os.path.abspath(root) if local else root
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitlit"
+    cached = cache / f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:16]}.npz"
+
+    def fresh(kept: Kept | None) -> bool:
+        # The times of local files follow the rest: what is copied to a server has its own.
+        return kept is not None and (kept.key == key if local else kept.key.startswith(key.partition(b"\0")[0] + b"\0"))
+
+    if not fresh(kept) and cached.is_file():
+        kept = load_index(cached.read_bytes(), root, str(cached))
+    if kept is None or not fresh(kept):
+        from vitlit.data.sharding import search  # it imports this module
+
+        kept = search(filesystem, path, root, tars, classes)._replace(key=key)
+        for file in (Path(root) / INDEX, cached) if local else (cached,):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_index(file, kept)
+                break
+            except OSError:  # read-only
+                continue
+    return kept.found
+
+
+def _list(filesystem: Any, path: str, root: str) -> tuple[dict[str, str], list[str] | None, bytes]:
+    """Of a folder of tars made elsewhere: their names and splits, the classes where a file names them, and a key."""
+
+    def below(folder: str) -> dict[str, Any]:
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in filesystem.ls(folder, detail=True)}
+
+    try:
+        top = below(path)
+        found = {name: entry for name, entry in top.items() if name.endswith(".tar")}
+        for folder in SPLIT_NAMES:
+            if folder in top and top[folder]["type"] != "file":
+                inner = below(top[folder]["name"])
+                found |= {f"{folder}/{name}": entry for name, entry in inner.items() if name.endswith(".tar")}
+        sizes = [entry.get("size") for entry in found.values()]
+        if None in sizes:  # a listing over HTTP has none
+            sizes = filesystem.sizes([entry["name"] for entry in found.values()])
+        texts = [os.fsdecode(filesystem.cat_file(top[name]["name"])) for name in CLASSES if name in top]
+    except Exception as error:  # every filesystem has its own
+        raise UserError(f"{root} has no {INDEX}, and cannot be searched for tars: {why(error)}") from error
+    if not found:
+        raise UserError(f"{root} holds neither {INDEX} nor *.tar, nor does its folder train; give a folder of shards")
+    lines = sorted(f"{name} {size}" for name, size in zip(found, sizes, strict=True))
+    times = sorted(f"{name} {entry.get('mtime')}" for name, entry in found.items())
+    key = "\n".join([*lines, *texts]) + "\0" + "\n".join(times)
+    classes = texts[0].splitlines() if texts else None
+    return _split_tars(sorted(found), root), classes, key.encode(errors="surrogateescape")
+
+
+def _split_tars(names: list[str], root: str) -> dict[str, str]:
+    """The split of each tar, by its folder or a word in its name; train where no name has such a word."""
+    matches = {name: re.search(r"(?<![a-z])(train|validation|val|test)(?![a-z])", name.lower()) for name in names}
+    if not any(matches.values()):
+        return dict.fromkeys(names, "train")
+    for name, match in matches.items():
+        if match is None:
+            raise UserError(f"{join(root, name)} is of no split: its name has none of the words train, val and test")
+    return {name: SPLIT_NAMES[match[1]] for name, match in matches.items() if match}
+
+
+def save_index(file: Path, kept: Kept) -> None:
+    """Write index.npz, whole or not at all."""
+    arrays: dict[str, Any] = {"sizes": kept.sizes, "key": np.frombuffer(kept.key, np.uint8)}
+    lists = {"classes": kept.found.classes, "shards": kept.shards}
+    packed = {name: Names.pack([text.encode(errors="surrogateescape") for text in lists[name]]) for name in lists}
+    for split, index in kept.found.splits.items():
+        assert isinstance(index.files, ShardFiles)
+        packed[f"{split}_names"] = index.files.names
+        arrays |= {f"{split}_parts": index.files.parts, f"{split}_labels": index.labels}
+        arrays |= {} if index.groups is None else {f"{split}_groups": index.groups}
+    for name, names in packed.items():
+        arrays |= {name: names.packed, f"{name}_ends": names.ends}
+    save_arrays(file, arrays)
+
+
+def load_index(data: bytes, root: str, place: str) -> Kept:
+    """Read what `save_index` wrote.
+
+    Args:
+        data: the file's content.
+        root: the folder of the shards.
+        place: of the file, for the error.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return _parse({name: file[name] for name in file.files}, root)
+    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{place} is damaged, or no index of shards ({reason}): copy it again, or remove it so that the tars are "
+            "searched anew, in an order of their own"
+        ) from error
+
+
+def _parse(known: dict[str, np.ndarray], root: str) -> Kept:
+    classes, shards, sizes = _texts(known, "classes"), tuple(_texts(known, "shards")), known["sizes"]
+    sound = [sizes.dtype == np.int64, sizes.shape == (len(shards),), (sizes >= 0).all()]
+    sound += [not name.startswith("/") and ".." not in name.split("/") for name in shards]
+    splits = {}
+    for split in [split for split in SPLITS if f"{split}_parts" in known]:
+        parts, labels, names = known[f"{split}_parts"], known[f"{split}_labels"], _names(known, f"{split}_names")
+        groups = known.get(f"{split}_groups")
+        shard, start, size, _ = parts.T
+        sound += [len(parts) == len(names) == len(labels) > 0, parts.dtype == np.int64]
+        sound += [(shard >= 0).all(), (start >= BLOCK).all(), (size >= 0).all(), (size <= sizes[shard] - start).all()]
+        if labels.dtype == bool:
+            sound += [labels.shape[1:] == (len(classes),)]
+        else:
+            sound += [labels.dtype == np.int64, labels.ndim == 1, (labels >= 0).all(), (labels < len(classes)).all()]
+        sound += [groups is None or (groups.dtype == np.int64 and groups.shape == (len(parts),))]
+        splits[split] = Index(ShardFiles(root, shards, parts, names), np.arange(len(parts)), labels, groups)
+    if not splits or not all(sound):
+        raise ValueError("its arrays do not fit together")
+    several = any(index.labels.ndim == 2 for index in splits.values())
+    return Kept(Manifest(classes, splits, several), shards, sizes, known["key"].tobytes())
+
+
+def _names(known: dict[str, np.ndarray], name: str) -> Names:
+    packed, ends = known[name], known[f"{name}_ends"]
+    whole = packed.dtype == np.uint8 and packed.ndim == ends.ndim == 1 and ends.dtype == np.int64
+    if not whole or (np.diff(ends, prepend=0) < 0).any() or ends[-1:].sum() != len(packed):
+        raise ValueError(f"its array {name} is wrong")
+    return Names(packed, ends)
+
+
+def _texts(known: dict[str, np.ndarray], name: str) -> list[str]:
+    names = _names(known, name)
+    return [names[row].decode(errors="surrogateescape") for row in range(len(names))]
