@@ -189,7 +189,8 @@ def built(name: str) -> Built:
     config = parser().parse_object({key: recipe[key] for key in ("seed_everything", "model", "data")})
     config.ckpt_path = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vitlit.completion, "find_classes", lambda root, holdout: [str(i) for i in range(classes)])
+        names = [str(i) for i in range(classes)]
+        patch.setattr(vitlit.completion, "find_labels", lambda root, holdout, manifest: (names, False))
         vitlit.completion.complete(config, begins(name))
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))

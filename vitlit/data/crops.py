@@ -111,7 +111,8 @@ class RandomResizedCrop(Crop, v2.RandomResizedCrop):
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], interpolation: InterpolationMode) -> None:
         super().__init__(size, scale, interpolation=interpolation, antialias=True)
-        self._lowest, self._highest = self._log_ratio.tolist()
+        # As torchvision has it, but on the CPU also where a network is built on the meta device.
+        self._lowest, self._highest = torch.log(torch.tensor(self.ratio, device="cpu")).tolist()
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         rows, columns = flat_inputs[0].shape[-2:]
