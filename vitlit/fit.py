@@ -188,7 +188,8 @@ class CLI(LightningCLI):
         elif self.subcommand == "predict":
             out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
             self.datamodule.bad_photos = out.with_name(f"{out.stem}-bad.csv")
-            rank_zero_only(self.datamodule.bad_photos.unlink)(missing_ok=True)
+            if rank() == 0 and self.datamodule.bad_photos.is_file():  # of a prediction before
+                self.datamodule.bad_photos.unlink()
             extra.append(callbacks.Predictions(out, self.datamodule.split("predict"), self.classes))
         self.trainer_defaults["callbacks"] = extra
         return super().instantiate_trainer(
