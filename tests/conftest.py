@@ -20,6 +20,9 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+# Autograd's engine starts with the first backward. Were that after a torch.compile, which pretends that there is a GPU,
+# the engine would start that GPU's thread, and refuse every backward of a forked child.
+torch.zeros((), requires_grad=True).backward()
 
 REPOSITORY = Path(__file__).parent.parent
 
