@@ -7,8 +7,10 @@ os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import math
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +20,7 @@ from typing import NamedTuple, TypeVar
 import pytest
 import torch
 from torch import nn
+from torch.distributed import TCPStore
 
 torch.set_num_threads(1)
 # Autograd's engine starts with the first backward. Were that after a torch.compile, which pretends that there is a GPU,
@@ -55,9 +58,9 @@ class Result(NamedTuple):
     err: str
 
 
-def forked(function: Callable[[], int], cwd: Path) -> Result:
-    """Run a function in a forked child, in a folder, with its own output: an import costs seconds, a fork nothing."""
-    files = [cwd / ".stdout", cwd / ".stderr"]
+def start(function: Callable[[], int], cwd: Path, name: str = "") -> int:
+    """Begin a function in a forked child, in a folder, with its own output: an import costs seconds, a fork nothing."""
+    files = [cwd / f".stdout{name}", cwd / f".stderr{name}"]
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -81,8 +84,66 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    return child
+
+
+def finish(child: int, cwd: Path, name: str = "") -> Result:
+    """Wait for a child that was started."""
     _, status = os.waitpid(child, 0)
-    return Result(os.waitstatus_to_exitcode(status), *(file.read_text() for file in files))
+    output = ((cwd / f".{stream}{name}").read_text() for stream in ("stdout", "stderr"))
+    return Result(os.waitstatus_to_exitcode(status), *output)
+
+
+def forked(function: Callable[[], int], cwd: Path) -> Result:
+    """Run a function in a forked child."""
+    return finish(start(function, cwd), cwd)
+
+
+def launched(
+    ranks: int,
+    *arguments: object,
+    cwd: Path,
+    before: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[list[int]], object] = lambda children: None,
+) -> list[Result]:
+    """`vitlit ARGUMENTS` as torchrun launches it, on so many processes, of which a dead one ends the others.
+
+    `before` is called in each, and `meanwhile` here, with their process ids. Of one rank, it is the command alone.
+    """
+    import vitlit.fit
+    from vitlit.cli import main
+
+    assert vitlit.fit
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def run(rank: int) -> int:
+        if ranks > 1:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            numbers |= {"GROUP_RANK": 0, "MASTER_PORT": store.port, "TORCHELASTIC_RESTART_COUNT": 0}
+            words = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
+            os.environ.update({name: str(value) for name, value in (numbers | words).items()})
+        os.setpgid(0, 0)
+        before()
+        devices = ["--trainer.devices", ranks, "--trainer.accelerator", "cpu"] if ranks > 1 else []
+        return main([str(argument) for argument in (*arguments, *devices)])
+
+    names = [str(rank) for rank in range(ranks)]
+    children = [start(partial(run, rank), cwd, name) for rank, name in enumerate(names)]
+    meanwhile(children)
+    codes: dict[int, int] = {}
+    deadline = math.inf
+    while len(codes) < ranks:
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                # As torchrun does, which lets others end by themselves for a while where they can.
+                deadline = time.monotonic() + (0 if codes[child] < 0 else 30) if codes[child] else deadline
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    files = [[(cwd / f".{stream}{name}").read_text() for stream in ("stdout", "stderr")] for name in names]
+    return [Result(codes[child], *output) for child, output in zip(children, files, strict=True)]
 
 
 def command(*arguments: object, cwd: Path, before: Callable[[], object] = lambda: None) -> Result:

@@ -20,6 +20,7 @@ from test_loggers import recorded
 
 from vitlit import __version__, load
 from vitlit.cli import HELP, explain
+from vitlit.data.stream import order
 from vitlit.errors import UserError
 from vitlit.stages import Stage
 
@@ -494,11 +495,15 @@ def no_number(where: str) -> Callable[[], None]:
     return before
 
 
-@pytest.mark.parametrize(("where", "words"), [("loss", "training loss is nan"), ("gradient", "validation loss is nan")])
+@pytest.mark.parametrize(("where", "words"), [("loss", "the loss of step 3"), ("gradient", "the gradient of step 3")])
 def test_a_run_that_comes_to_no_number_stops_with_sound_checkpoints(
     vitlit: Command, few: Path, tmp_path: Path, where: str, words: str
 ) -> None:
-    refused(vitlit("fit", *SMALL, "--data.root", few, before=no_number(where)), words, "learning rate")
+    result = vitlit("fit", *SMALL, "--data.root", few, before=no_number(where))
+    shown = order(0, 1, 40)[16:32].tolist()
+    listed = f"(training images {' '.join(map(str, shown[:8]))} and 8 more) is no finite number"
+    good = "the last good checkpoint is runs/pretrain/checkpoints/last.ckpt"
+    refused(result, f"{words} {listed}", "vitlit data show runs/pretrain --step 3", "learning rate", good)
     for name in ("last", "best"):
         checkpoint = torch.load(tmp_path / "runs" / "pretrain" / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert checkpoint["global_step"] == 2
@@ -509,7 +514,7 @@ def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
     vitlit: Command, few: Path, tmp_path: Path
 ) -> None:
     flags = ("--model.optimizer.lr", 1e30, "--model.schedule.warmup", 0)
-    refused(vitlit("fit", *SMALL, "--data.root", few, *flags), "training loss is nan")
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags), "is no finite number")
     assert not (tmp_path / "runs" / "pretrain" / "checkpoints").exists()
 
 
@@ -807,18 +812,22 @@ def test_two_ways_of_balancing_are_doubted(vitlit: Command, few: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--model.freeze true", "model.freeze is True, but"),
-        ("--model.lora.rank 2", "model.lora is"),
-        ("--model.groups.layer_decay 0.5", "model.groups is"),
+        ("--model.freeze true", "(model.freeze False -> True)"),
+        ("--model.lora.rank 2", "model.lora.rank None -> 2"),
+        ("--model.groups.layer_decay 0.5", "(model.groups.layer_decay 1.0 -> 0.5)"),
+        ("--model.optimizer.init_args.lr 0.5", "(model.optimizer.lr 0.001 -> 0.5)"),
+        ("--model.schedule.lr_per 8", "(model.schedule.lr_per None -> 8"),
     ],
 )
-def test_other_parts_than_a_checkpoints_are_not_trained_on(
+def test_other_settings_than_a_checkpoints_would_lose_and_are_refused(
     flags: str, words: str, vitlit: Command, few: Path, work: Path
 ) -> None:
     done(vitlit(*FINETUNE.split(), few))
     last = "runs/finetune/checkpoints/last.ckpt"
     longer = "--trainer.max_steps 4 --run.name other --ckpt_path"
-    refused(vitlit(*FINETUNE.split(), few, *longer.split(), last, *flags.split()), words, "was trained with")
+    refused(
+        vitlit(*FINETUNE.split(), few, *longer.split(), last, *flags.split()), words, "was trained with", "would win"
+    )
 
 
 def test_a_teacher_that_is_not_there_is_said_before_anything_is_written(

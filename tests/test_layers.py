@@ -24,6 +24,9 @@ MAY_IMPORT = {
     "evaluation": ("errors",),
     "loggers": ("errors",),
     "callbacks": ("loggers", "data", "optim", "errors"),
+    "checkpoints": ("errors",),
+    "interrupt": ("checkpoints",),
+    "lock": ("errors",),
 }
 # And of other packages, beside Python's own library.
 TORCH_ONLY = ("model", "objectives", "optim")

@@ -1,11 +1,18 @@
 """A run that is interrupted and continued is, bit for bit, the run that was not."""
 
+import csv
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import SMALL, launched
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -15,7 +22,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.optim import Schedule
-from vitlit.stages import Pretrain
+from vitlit.stages import Pretrain, Stage
 
 EPOCHS, STEPS = 3, 5  # 40 images by 8
 
@@ -196,3 +203,116 @@ def test_another_division_of_the_batch_may_continue_a_run(
     run(few, stop, tmp_path / "a.ckpt", micro_batch=first)
     after = run(few, source=tmp_path / "a.ckpt", micro_batch=second)
     assert after.steps == {step: whole.steps[step] for step in range(stop, EPOCHS * STEPS)}
+
+
+# Kills: the command line, with all that draws numbers, is killed at random moments and run again.
+
+COMMAND = (
+    *("fit", *SMALL, "--data.batch_size", 8, "--trainer.max_steps", -1, "--trainer.max_epochs", 4),  # 5 steps an epoch
+    *("--model.vit.dropout", 0.1, "--model.vit.attention_dropout", 0.1, "--model.vit.drop_path", 0.1),
+    *("--data.mixing.mixup", 0.8, "--data.mixing.cutmix", 1.0, "--data.erasing.prob", 0.5),
+    *("--trainer.callbacks", "[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.7}}]"),
+    *("--run.save_minutes", 0),  # after every step
+)
+KILLED = -signal.SIGKILL
+CASES = [(workers, ranks) for ranks in (1, 2) for workers in (0, 2)]
+
+
+def log_samples() -> None:
+    """Let every rank append the samples of each step to a file of its own."""
+    original = Stage.on_train_batch_start
+
+    def patched(self: Stage, batch: Any, index: int) -> None:
+        with Path(f"samples-{self.global_rank}").open("a") as file:
+            file.write(f"{self.trainer.global_step} {batch[2].tolist()}\n")
+        original(self, batch, index)
+
+    setattr(Stage, "on_train_batch_start", patched)  # noqa: B010
+
+
+def killed_after(seconds: float, rank: int) -> Callable[[], None]:
+    """Let a rank kill itself so long after training has begun, whatever it is doing then."""
+
+    def before() -> None:
+        log_samples()
+        original = Stage.on_train_start
+
+        def patched(self: Stage) -> None:
+            original(self)
+            if self.global_rank == rank:
+                timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+                timer.daemon = True
+                timer.start()
+
+        setattr(Stage, "on_train_start", patched)  # noqa: B010
+
+    return before
+
+
+def samples(folder: Path) -> dict[tuple[int, int], str]:
+    """The samples of each (rank, step); a step that was trained twice must have had the same ones."""
+    found: dict[tuple[int, int], str] = {}
+    for file in folder.glob("samples-*"):
+        for line in file.read_text().splitlines(keepends=True):
+            step, _, listed = line.partition(" ")
+            if line.endswith("\n"):  # else cut off by a kill
+                assert found.setdefault((int(file.name[8:]), int(step)), listed) == listed
+    return found
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """What a run comes to: weights, average, optimizer and metrics, but for the speed."""
+    run = folder / "runs" / "pretrain"
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "loops")
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    metrics = [{name: row[name] for name in row if "second" not in name and "wait" not in name} for row in rows]
+    made = {name: content[name] for name in names}
+    return {**made, "step": content["global_step"], "best": best["state_dict"], "metrics": metrics}
+
+
+def survive(kills: int, workers: int, ranks: int, few: Path, folder: Path, draw: random.Random) -> int:
+    """Run the command until it is complete, killing it so often; how often that was in time to hit the training."""
+    command = (*COMMAND, "--data.root", few, "--data.num_workers", workers)
+    hit = 0
+    for _ in range(kills):
+        before = killed_after(draw.uniform(0, 0.6), draw.randrange(ranks))
+        hit += KILLED in [result.code for result in launched(ranks, *command, cwd=folder, before=before)]
+    for result in launched(ranks, *command, cwd=folder, before=log_samples):
+        assert result.code == 0, result.err
+    return hit
+
+
+@pytest.fixture(scope="module")
+def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The command on one process and on two, never killed."""
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        assert survive(0, 0, ranks, few, folder, random.Random(0)) == 0
+    return folders
+
+
+def check_kills(
+    kills: int, workers: int, ranks: int, few: Path, folder: Path, undisturbed: dict[int, Path], seed: int
+) -> None:
+    hit = survive(kills, workers, ranks, few, folder, random.Random(seed))
+    assert_same(left(folder), left(undisturbed[ranks]))
+    assert samples(folder) == samples(undisturbed[ranks])
+    print(f"{workers} workers, {ranks} processes: killed {hit} times, identical")
+
+
+@pytest.mark.parametrize(("workers", "ranks"), CASES)
+def test_a_run_that_is_killed_twice_is_the_undisturbed_one(
+    workers: int, ranks: int, few: Path, tmp_path: Path, undisturbed: dict[int, Path]
+) -> None:
+    check_kills(2, workers, ranks, few, tmp_path, undisturbed, seed=workers)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("workers", "ranks"), CASES)
+def test_a_run_that_is_killed_twenty_times_is_the_undisturbed_one(
+    workers: int, ranks: int, few: Path, tmp_path: Path, undisturbed: dict[int, Path]
+) -> None:
+    check_kills(20, workers, ranks, few, tmp_path, undisturbed, seed=100 + workers)

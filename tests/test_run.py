@@ -1,23 +1,29 @@
 """The folder of a run: begun, continued, finished, interrupted, refused."""
 
 import csv
+import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result
+from conftest import SMALL, Result, launched
 from torch.distributed import TCPStore
 
+from vitlit.checkpoints import Last
 from vitlit.errors import UserError
-from vitlit.run import Decision, RunFolder, RunOptions, agree, exchange, flatten, longer
+from vitlit.lock import Lock
+from vitlit.run import Decision, RunFolder, RunOptions, agree, exchange, flatten, longer, seconds
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
@@ -193,6 +199,7 @@ def test_a_config_that_a_run_left_repeats_it_bit_for_bit(vitlit: Command, finish
         (signal.SIGTERM, "training_step", 1, (0, 0)),  # ends an epoch
         (signal.SIGINT, "training_step", 2, (2, 2)),
         (signal.SIGTERM, "validation_step", 4, (2, 0)),
+        (signal.SIGUSR1, "training_step", 2, (0, 0)),
     ],
 )
 def test_a_run_that_a_signal_ended_continues_bit_for_bit(
@@ -201,7 +208,7 @@ def test_a_run_that_a_signal_ended_continues_bit_for_bit(
     command = (*FIT, "--data.root", few, "--run.name", "stopped", "--data.num_workers")
     stopped = finished.parent / "stopped"
     result = vitlit(*command, workers[0], before=signalled(step, number, hook=hook))
-    assert result.code == 128 + number
+    assert result.code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}[signal.Signals(number)]
     at = checkpoint(stopped)["global_step"]
     assert at == step + (hook == "training_step")
     name = signal.Signals(number).name
@@ -218,6 +225,208 @@ def test_a_run_that_a_signal_ended_continues_bit_for_bit(
         assert differences(whole[key], parts[key], key) == []
     assert differences(checkpoint(finished, "best")["state_dict"], checkpoint(stopped, "best")["state_dict"]) == []
     assert rows(stopped) == rows(finished)
+
+
+def test_a_time_limit_stops_a_run_which_continues_bit_for_bit(vitlit: Command, few: Path, finished: Path) -> None:
+    def slow() -> None:
+        original = Stage.training_step
+
+        def training_step(self: Stage, *arguments: Any) -> Any:
+            time.sleep(1.2 if self.trainer.global_step == 2 else 0)
+            return original(self, *arguments)
+
+        setattr(Stage, "training_step", training_step)  # noqa: B010
+
+    command = (*FIT, "--data.root", few, "--run.name", "stopped")
+    start = time.monotonic()
+    codes: list[int] = []
+    while not codes or codes[-1] == 75:
+        result = vitlit(*command, "--run.time_limit", "0:00:01", before=slow)
+        codes.append(result.code)
+        assert "stopped by run.time_limit after step" in result.out or result.code == 0, result.err
+        assert time.monotonic() - start < 300
+    assert codes == [75, 0] or set(codes[:-1]) == {75}  # a slow machine needs several
+    stopped = finished.parent / "stopped"
+    assert differences(checkpoint(finished)["state_dict"], checkpoint(stopped)["state_dict"]) == []
+    assert rows(stopped) == rows(finished)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("01:30:00", 5400), ("1:02:03:04", 93784), ("1-02:03:04", 93784), (5400, 5400), ("90", 90)],
+)
+def test_a_time_limit_is_hours_minutes_and_seconds(limit: int | str, expected: int) -> None:
+    assert seconds(limit) == expected
+
+
+@pytest.mark.parametrize("limit", ["soon", "1:30", "-5", "0", "", "1:2:3:4:5", "1h"])
+def test_a_time_limit_that_is_none_is_refused(limit: str) -> None:
+    with pytest.raises(UserError, match="is no time; give HH:MM:SS"):
+        seconds(limit)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of SLURM's, whose scontrol notes what it is asked; the file of its notes."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    notes, tool = tmp_path / "scontrol.txt", tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {notes}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    return notes
+
+
+def test_a_job_that_asks_for_its_end_is_requeued_after_the_save(
+    vitlit: Command, few: Path, run: Path, slurm: Path
+) -> None:
+    for step, number in ((1, signal.SIGTERM), (3, signal.SIGUSR1)):
+        result = vitlit(*FIT, "--data.root", few, before=signalled(step, number))
+        assert slurm.exists() == (number == signal.SIGUSR1)
+    assert slurm.read_text() == "requeue 77\n"
+    assert result.code == 75
+    assert "SLURM job 77 is requeued" in result.out
+    assert checkpoint(run)["global_step"] == 4
+    assert not list(run.parent.rglob("hpc_ckpt*"))
+
+
+def test_a_job_that_is_not_requeued_says_so(
+    vitlit: Command, few: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm.parent / "bin" / "scontrol").write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    result = vitlit(*FIT, "--data.root", few, before=signalled(1, signal.SIGUSR1))
+    assert result.code == 75
+    assert "scontrol did not requeue job 70_7 (no such job); submit it again" in result.out
+
+
+# Several processes.
+
+
+@pytest.mark.parametrize("who", ["group", 0, 1])
+def test_a_signal_to_any_process_stops_all_at_one_step(who: str | int, few: Path, tmp_path: Path) -> None:
+    def send(children: list[int]) -> None:
+        metrics = tmp_path / "runs" / "pretrain" / "metrics.csv"
+        while not metrics.exists() or metrics.read_text().count("\n") < 4:
+            time.sleep(0.01)
+        for child in children:
+            if who == "group":
+                os.killpg(child, signal.SIGTERM)  # its data workers, too
+            elif child == children[int(who)]:
+                os.kill(child, signal.SIGTERM)
+
+    flags = ("--data.num_workers", 2, "--trainer.max_steps", 2000, "--trainer.limit_val_batches", 1)
+    command = (*FIT, "--data.root", few, *flags)
+    results = launched(2, *command, cwd=tmp_path, meanwhile=send)
+    assert [result.code for result in results] == [143, 143], [result.err for result in results]
+    said = [line for result in results for line in result.out.splitlines() if "stopped by" in line]
+    run = tmp_path / "runs" / "pretrain"
+    at = checkpoint(run)["global_step"]
+    assert said == [f"stopped by SIGTERM after step {at}; the same command continues the run"]
+    assert steps(run)[-1] == at - 1
+    assert checkpoint(run)["ImageFolderData"]["step"] == at
+
+
+# Checkpoints.
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(vitlit: Command, few: Path, finished: Path) -> None:
+    command = (*FIT, "--data.root", few, "--run.name", "stopped")
+    stopped = finished.parent / "stopped"
+    assert vitlit(*command, before=signalled(4, signal.SIGTERM)).code == 143
+    last = stopped / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    refused(vitlit("fit", *FIT[1:], "--data.root", few, "--run.name", "x", "--ckpt_path", last), last, "is damaged")
+    result = vitlit(*command)
+    assert result.code == 0, result.err
+    assert "runs/stopped/checkpoints/last.ckpt is damaged" in result.out
+    assert "continuing runs/stopped from runs/stopped/checkpoints/previous.ckpt" in result.out
+    assert differences(checkpoint(finished)["state_dict"], checkpoint(stopped)["state_dict"]) == []
+    assert rows(stopped) == rows(finished)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(vitlit: Command, few: Path, run: Path) -> None:
+    assert vitlit(*FIT, "--data.root", few, before=signalled(4, signal.SIGTERM)).code == 143
+    for name in ("last", "previous"):
+        file = run / "checkpoints" / f"{name}.ckpt"
+        file.write_bytes(file.read_bytes()[:-100])
+    refused(vitlit(*FIT, "--data.root", few), "last.ckpt is damaged", "and so is", "--run.overwrite true")
+
+
+@pytest.mark.parametrize("moment", ["write", "link", "replace"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    moment: str, vitlit: Command, few: Path, finished: Path
+) -> None:
+    name = {"write": "fsync"}.get(moment, moment)
+
+    def before() -> None:
+        original = getattr(os, name)
+        left = [4]
+
+        def deadly(*arguments: Any) -> None:
+            left[0] -= moment == "write" or "last.ckpt" in str(arguments)
+            if not left[0]:
+                if moment == "write":
+                    os.ftruncate(arguments[0], 1000)
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(*arguments)
+
+        setattr(os, name, deadly)
+
+    command = (*FIT, "--data.root", few, "--run.name", "stopped", "--run.save_minutes", 0)
+    stopped = finished.parent / "stopped"
+    assert vitlit(*command, before=before).code == -signal.SIGKILL
+    assert 0 < checkpoint(stopped)["global_step"] < 6
+    assert vitlit(*command).code == 0
+    assert differences(checkpoint(finished)["state_dict"], checkpoint(stopped)["state_dict"]) == []
+    assert rows(stopped) == rows(finished)
+
+
+def test_checkpoints_are_kept_for_good(vitlit: Command, few: Path, finished: Path) -> None:
+    command = (*FIT, "--data.root", few, "--run.name", "kept", "--run.keep_every", 3)  # in and at the end of an epoch
+    assert vitlit(*command).code == 0
+    kept = finished.parent / "kept"
+    names = sorted(path.name for path in (kept / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt", "step-3.ckpt", "step-6.ckpt"]
+    assert [checkpoint(kept, f"step-{step}")["global_step"] for step in (3, 6)] == [3, 6]
+    assert differences(checkpoint(finished)["state_dict"], checkpoint(kept, "step-6")["state_dict"]) == []
+    branch = (*FIT, "--data.root", few, "--run.name", "branch", "--ckpt_path", kept / "checkpoints" / "step-3.ckpt")
+    assert vitlit(*branch).code == 0
+    assert differences(checkpoint(finished)["state_dict"], checkpoint(kept.parent / "branch")["state_dict"]) == []
+
+
+def test_a_disk_that_is_too_small_is_refused(vitlit: Command, few: Path, run: Path) -> None:
+    def before() -> None:
+        setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))  # noqa: B010
+
+    refused(vitlit(*FIT, "--data.root", few, before=before), "the disk of runs/pretrain has 0.0 GB left", "--run.root")
+    assert not run.exists()
+
+
+def test_a_disk_that_gets_full_leaves_the_checkpoint_before(vitlit: Command, few: Path, finished: Path) -> None:
+    """A file may not grow beyond some size, which a write reports as a full disk is."""
+
+    def before() -> None:
+        original = Last.save
+
+        def save(self: Last, trainer: Any) -> None:
+            if trainer.global_step == 4:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            original(self, trainer)
+
+        setattr(Last, "save", save)  # noqa: B010
+
+    command = (*FIT, "--data.root", few, "--run.name", "stopped")
+    stopped = finished.parent / "stopped"
+    refused(vitlit(*command, before=before), "cannot write runs/stopped/checkpoints/last.ckpt: File too large", "room")
+    assert not list(stopped.rglob("*.partial"))
+    assert checkpoint(stopped)["global_step"] == 2
+    assert vitlit(*command).code == 0
+    assert differences(checkpoint(finished)["state_dict"], checkpoint(stopped)["state_dict"]) == []
 
 
 def test_a_killed_run_continues_from_its_last_epoch_and_logs_no_step_twice(
@@ -292,7 +501,7 @@ def begun(tmp_path: Path, config: dict[str, Any], finished: bool = False) -> Run
     made = folder(tmp_path)
     made.begin(config, overwrite=False)
     made.last.parent.mkdir()
-    made.last.touch()
+    torch.save({}, made.last)
     if finished:
         made.finish(6)
     return made
@@ -474,9 +683,49 @@ def test_ranks_with_different_configs_are_refused(tmp_path: Path, monkeypatch: p
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     first, second = (RunFolder(RunOptions(name="x", root=str(tmp_path)), None) for _ in range(2))
     first.begin({"run": {}}, overwrite=False)
-    with pytest.raises(UserError, match=r"another process is at work on the run .*x; give another --run.name"):
+    with pytest.raises(
+        UserError, match=rf"another process is at work on the run .*x \(.*{os.getpid()}.*; give|another"
+    ):
         second.begin({"run": {}}, overwrite=True)
     assert (tmp_path / "x" / "config.yaml").exists()
+
+
+def lock_of(folder: Path, **holder: Any) -> Lock:
+    lock = Lock(folder / ".x.lock")
+    lock.path.write_text(json.dumps({"host": "elsewhere", "pid": 12, "job": None, **holder}) + "\n")
+    return lock
+
+
+def test_a_heartbeat_on_another_machine_is_respected_for_two_minutes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"another process is at work on x .*elsewhere"):
+        lock_of(tmp_path).take("x")
+    lock = lock_of(tmp_path)
+    past = time.time() - 121
+    os.utime(lock.path, (past, past))
+    lock.take("x")
+    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+    lock.release()
+    assert lock.path.read_text() == ""
+
+
+def test_the_same_job_or_machine_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with pytest.raises(UserError, match="another process"):
+        lock_of(tmp_path, job="78").take("x")
+    for holder in ({"job": "77"}, {"host": socket.gethostname(), "job": "78"}):
+        lock = lock_of(tmp_path, **holder)
+        lock.take("x")
+        lock.release()
+
+
+def test_a_lock_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitlit.lock.BEAT", 0.01)
+    lock = Lock(tmp_path / ".x.lock")
+    lock.take("x")
+    os.utime(lock.path, (0, 0))
+    while lock.path.stat().st_mtime == 0:
+        time.sleep(0.01)
+    lock.release()
 
 
 def test_a_run_that_was_made_longer_is_complete_for_the_first_command_too(

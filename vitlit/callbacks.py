@@ -1,8 +1,7 @@
-"""What accompanies a run: stopping in good order, progress, mistakes, predictions."""
+"""What accompanies a run: progress, mistakes, predictions."""
 
 import csv
 import os
-import signal
 import time
 from errno import EISDIR
 from pathlib import Path
@@ -10,90 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from vitlit.data.index import Index
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb
 from vitlit.optim import table
-
-
-class Interrupted(Exception):
-    """A signal ended the run after a checkpoint was saved.
-
-    Attributes:
-        signal: its number; the process exits with 128 + signal.
-    """
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
-        self.signal = signal_number
-
-
-class Interrupt(Callback):
-    """On SIGTERM or SIGINT finish the step, save `checkpoint` and raise Interrupted on every rank.
-
-    A step that ends an epoch is finished once the epoch is validated. It replaces Lightning's handling, which saves
-    nothing, exits 0, and hangs where one rank alone is signalled. A second SIGINT stops at once.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.received_sigterm:  # by Lightning's handler, before there was anything to save
-            raise Interrupted(signal.SIGTERM, trainer.global_step)
-        loop = trainer.fit_loop
-        if loop.restarted_on_epoch_end:  # where max_steps is given, Lightning would count that epoch once more
-            loop.epoch_progress.increment_completed()
-            loop.reset_restart_stage()
-            loop.epoch_loop.restarting = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches:
-            return
-        if trainer.strategy.reduce_boolean_decision(self.received != 0, all=False):
-            if batch_idx:  # at an epoch's first, the checkpoint of the epoch before is the newest there can be
-                progress = trainer.fit_loop.epoch_loop.batch_progress
-                progress.total.ready -= 1  # the continued run begins this batch again
-                progress.current.ready -= 1
-                progress.is_last_batch = False
-                trainer.save_checkpoint(self.checkpoint)
-            raise Interrupted(self.received or signal.SIGTERM, trainer.global_step)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-
-class Best(ModelCheckpoint):
-    """Keep the weights with the best metric in `folder`/best.ckpt, also where the folder was moved meanwhile.
-
-    Args:
-        folder: of the checkpoints.
-        monitor: the metric; the lowest is best of a loss, else the highest.
-    """
-
-    def __init__(self, folder: Path, monitor: str) -> None:
-        mode = "min" if monitor.endswith("loss") else "max"
-        super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        here = str(Path(str(self.dirpath)) / "best.ckpt")  # Lightning forgets the best score of another folder
-        moved = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here}
-        kept = dict(zip([here], state_dict["best_k_models"].values(), strict=False))
-        super().load_state_dict({**state_dict, **moved, "best_k_models": kept})
 
 
 class Tracking(Callback):
@@ -238,17 +160,28 @@ class Bar(RichProgressBar):
 
 
 class Lines(Callback):
-    """Progress where there is no terminal: a plain line after a validation, at most one a minute."""
+    """Progress where there is no terminal: a plain line a minute, the first after five seconds, and one at the end."""
 
     def __init__(self) -> None:
-        self._last = 0.0
+        self._last: float | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._last is None:
+            self._last = time.monotonic() - 55  # a first sign of life after five seconds
+        if time.monotonic() - self._last >= 60:
+            self._print(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
-            return
-        last = trainer.global_step >= trainer.estimated_stepping_batches
-        if last or time.monotonic() - self._last >= 60:
-            self._last = time.monotonic()
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            last = trainer.global_step >= trainer.estimated_stepping_batches
+            if last or self._last is None or time.monotonic() - self._last >= 60:
+                self._print(trainer)
+
+    def _print(self, trainer: Trainer) -> None:
+        self._last = time.monotonic()
+        if trainer.is_global_zero:
             metrics = "  ".join(f"{name} {value}" for name, value in progress(trainer).items())
             print(f"step {trainer.global_step:,} of {trainer.estimated_stepping_batches:,}  {metrics}", flush=True)
 

@@ -19,6 +19,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit data NAME OUT                              write a data set as an image folder; digits works offline
   vitlit data check ROOT                            find what is wrong with a folder before a training does
   vitlit data shard ROOT OUT                        pack it into tars that are read from disk, S3, GCS or HTTP
+  vitlit data show RUN --step N                     which images a step of a run was trained on
   vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
   vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
   vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...

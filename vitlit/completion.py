@@ -11,6 +11,7 @@ from vitlit.data.folder import parse_share
 from vitlit.data.splits import find_labels
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT
+from vitlit.run import flatten
 from vitlit.stages.finetune import TRAINING
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
@@ -38,7 +39,7 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
         if fitting and "optimizer_states" not in checkpoint:
             raise UserError(f"{path} holds weights alone; continue from last.ckpt, or start from it (model.init_from)")
         if fitting:
-            check_parts(config.model.init_args, checkpoint["hyper_parameters"], path)
+            check_settings(config.model.init_args, checkpoint["hyper_parameters"], path)
         return read(path)
     if "init_from" not in arguments:
         return None
@@ -47,15 +48,28 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
     return read(arguments.init_from)
 
 
-def check_parts(arguments: Namespace, before: dict[str, Any], path: Path) -> None:
-    """Refuse to continue with other trained parts than a checkpoint's, whose optimizer state they would not fit."""
-    now = arguments.as_dict()
-    for name in ("lora", "freeze", "last_blocks", "groups"):
-        if name in before and plain(now.get(name)) != plain(before[name]):
-            raise UserError(
-                f"model.{name} is {now.get(name)}, but {path} was trained with {before[name]}; leave it as it was, or "
-                "start from its weights (model.init_from)"
-            )
+def check_settings(arguments: Namespace, before: dict[str, Any], path: Path) -> None:
+    """Refuse to continue with other settings than those of a checkpoint's optimizer state, which would win."""
+    now, then = flatten(plain(arguments.as_dict())), flatten(plain(before))
+    differing = []
+    for key in sorted(now.keys() | then.keys()):
+        part = key.split(".")[0]
+        if part not in before or part not in ("lora", "freeze", "last_blocks", "groups", "optimizer", "schedule"):
+            continue
+        if part == "schedule" and key != "schedule.lr_per":  # the rest of it is not in the state: the config wins
+            continue
+        if part == "optimizer" and not (key in now and key in then):  # in Python only some are given
+            continue
+        values = [side.get(key) for side in (then, now)]
+        if key.endswith(".class_path"):  # torch.optim.AdamW is torch.optim.adamw.AdamW
+            values = [str(value).rsplit(".", 1)[-1] for value in values]
+        if values[0] != values[1]:
+            differing.append(f"model.{key.replace('.init_args', '')} {values[0]} -> {values[1]}")
+    if differing:
+        raise UserError(
+            f"{path} was trained with other settings ({', '.join(differing)}), which its optimizer state has and which "
+            "would win; leave them as they were, or start from its weights (model.init_from)"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -18,11 +19,13 @@ from rich.markup import escape
 
 from vitlit import averaging, callbacks
 from vitlit.arguments import CommandLine, Parser, load_yaml
+from vitlit.checkpoints import Best, Last, check_space
 from vitlit.completion import complete, doubts, starting_weights
 from vitlit.data import ImageFolderData, augment, sources
 from vitlit.errors import UserError
+from vitlit.interrupt import AGAIN, Interrupt, Interrupted, requeue
 from vitlit.loggers import CSV, Wandb
-from vitlit.run import Decision, RunFolder, RunOptions, agree, rank
+from vitlit.run import Decision, RunFolder, RunOptions, agree, inherited, rank, seconds
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
 from vitlit.trainer import Trainer
@@ -68,10 +71,14 @@ def run(command: str, arguments: list[str]) -> int:
         if rank() and not line.launched:
             return 2  # rank 0 has the same to say
         raise
-    except callbacks.Interrupted as stop:
+    except Interrupted as stop:
+        if inherited():
+            return 0  # or Lightning would kill rank 0 for it, before its loggers are closed
         same = "the same command without --run.overwrite" if "--run.overwrite" in arguments else "the same command"
         rank_zero_only(print)(f"{stop}; {same} continues the run", flush=True)
-        return 128 + stop.signal
+        if stop.code == AGAIN and rank() == 0:
+            requeue()
+        return stop.code
     return 0
 
 
@@ -79,7 +86,7 @@ class CLI(LightningCLI):
     """The Lightning CLI over the two stages and image folders."""
 
     def __init__(self, line: CommandLine) -> None:
-        self.line = line
+        self.line, self.begun = line, time.monotonic()
         super().__init__(
             Stage,
             ImageFolderData,
@@ -114,7 +121,8 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
+        self.options = RunOptions(**config.run.as_dict())
+        self.folder = RunFolder(self.options, self.line.config, self.line.exact)
         self.keeps = self.subcommand == "fit" and not config.trainer.fast_dev_run
         if self.subcommand == "fit":
             self.decide(config)
@@ -208,10 +216,12 @@ class CLI(LightningCLI):
         if monitor not in measured:
             raise UserError(f"run.monitor {monitor} is not among {' '.join(measured)}")
         folder = self.folder.best.parent
-        self.best = callbacks.Best(folder, monitor)
-        last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+        self.best = Best(folder, monitor)
+        last = Last(folder, self.options.keep_every)
+        limit = self.options.time_limit
+        until = None if limit is None else self.begun + seconds(limit)
         return [
-            callbacks.Interrupt(self.folder.last),
+            Interrupt(last, until, self.options.save_minutes),
             callbacks.Tracking(self.resolved),
             callbacks.Mistakes(),
             self.best,
@@ -244,7 +254,10 @@ class CLI(LightningCLI):
         )
         if not self.keeps:
             return
+        trainer: Any = self.trainer
         if rank() == 0:
+            averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+            check_space(self.folder.path, self.model, averaged)
             self.folder.begin(self.asked, self.config.fit.run.overwrite)
         given = self.config_init.fit.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given else []

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
+from vitlit.lock import Lock
+from vitlit.weights.checkpoint import verify
 
 # Settings of how a run is computed, not of what: they may differ when it is continued.
 FREE = (
@@ -20,7 +22,10 @@ FREE = (
     "data.on_bad_image",
     "data.pin_memory",
     "data.prefetch",
+    "run.keep_every",
     "run.root",
+    "run.save_minutes",
+    "run.time_limit",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.enable_*",
@@ -43,12 +48,20 @@ class RunOptions:
         overwrite: delete what is in the run's folder and begin again.
         monitor: the metric whose best checkpoint is kept, the highest, or the lowest of a loss; unless given it is
             val/top1, or val/map where images have several classes.
+        save_minutes: how long after a checkpoint the next is saved in the midst of an epoch; the end of an epoch saves
+            one, and so does a signal.
+        keep_every: optimiser steps between checkpoints that are kept for good, as step-N.ckpt.
+        time_limit: of this command, as HH:MM:SS, D:HH:MM:SS or a number of seconds; training then stops in good order
+            with exit code 75, and the same command continues it.
     """
 
     name: str | None = None
     root: str = "runs"
     overwrite: bool = False
     monitor: str | None = None
+    save_minutes: float = 15.0
+    keep_every: int | None = None
+    time_limit: int | str | None = None
 
 
 class Decision(NamedTuple):
@@ -89,7 +102,9 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
         self.last = self.path / "checkpoints" / "last.ckpt"
+        self.previous = self.path / "checkpoints" / "previous.ckpt"
         self.best = self.path / "checkpoints" / "best.ckpt"
+        self.lock = Lock(self.path.parent / f".{name}.lock")
         self._wandb_id = self.path / "wandb" / "run-id"
 
     def decide(self, config: dict[str, Any], overwrite: bool) -> Decision:
@@ -102,8 +117,8 @@ class RunFolder:
             return Decision("begin", "")
         if not self.config.is_file():
             raise UserError(f"{self.path} holds something else than a run; give another --run.name")
-        if overwrite or not self.last.is_file():  # without a checkpoint there is nothing to lose
-            return Decision("begin", "")
+        if overwrite or not any(path.is_file() for path in (self.last, self.previous)):
+            return Decision("begin", "")  # without a checkpoint there is nothing to lose
         before = flatten(yaml.safe_load(self.config.read_text()) or {})
         after = flatten(config)
         differing = sorted(
@@ -121,7 +136,24 @@ class RunFolder:
             )
         if finished and not any(longer(before.get(key), after.get(key)) for key in LONGER):
             return Decision("finished", "")
-        return Decision("continue", str(self.last))
+        return Decision("continue", str(self.newest()))
+
+    def newest(self) -> Path:
+        """The newest checkpoint that is whole: last.ckpt, or else the one before, which is said.
+
+        Raises:
+            UserError: neither is.
+        """
+        try:
+            verify(self.last)
+            return self.last
+        except UserError as error:
+            try:
+                verify(self.previous)
+            except UserError:
+                raise UserError(f"{error}, and so is {self.previous}; --run.overwrite true begins again") from None
+            print(f"vitlit: warning: {error}; {self.previous}, the checkpoint before it, takes its place", flush=True)
+            return self.previous
 
     def begin(self, config: dict[str, Any], overwrite: bool) -> None:
         """Take the folder for this process, empty it where it is overwritten, and write the config into it.
@@ -131,7 +163,7 @@ class RunFolder:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self.lock.take(f"the run {self.path}")
             if overwrite and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -141,18 +173,6 @@ class RunFolder:
             raise UserError(
                 f"cannot write into {self.path}: {error.strerror or error}; give another --run.root"
             ) from error
-
-    def _lock(self) -> None:
-        """Hold ROOT/.NAME.lock as long as this process lives; UserError where another does."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self._held = (self.path.parent / f".{self.name}.lock").open("w")
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work on the run {self.path}; give another --run.name") from None
 
     def wandb_id(self) -> str | None:
         """The id of the W&B run that this run logs to, where it has begun one."""
@@ -195,9 +215,27 @@ def longer(before: int | None, after: int | None) -> bool:
     return after in (None, -1) or int(after or 0) > int(before or 0)
 
 
+def seconds(limit: int | str) -> int:
+    """HH:MM:SS, D:HH:MM:SS (or SLURM's D-HH:MM:SS) or a number of seconds in seconds.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    parts = str(limit).replace("-", ":", 1).split(":")
+    if not all(part.isdecimal() for part in parts) or len(parts) not in (1, 3, 4) or not any(map(int, parts)):
+        raise UserError(f"run.time_limit {limit} is no time; give HH:MM:SS, D:HH:MM:SS or a number of seconds")
+    # YAML reads 1:30:00 as the number 5400.
+    return sum(int(part) * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False))
+
+
 def rank() -> int:
     """This process's rank as its launcher gives it, 0 for the one that decides."""
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
+
+
+def inherited() -> bool:
+    """Whether Lightning started this process for rank 0, whose decision it inherits."""
+    return rank() != 0 and "VITLIT_DECISION" in os.environ
 
 
 def agree(decision: Decision | None, run: Path, config: dict[str, Any]) -> Decision:

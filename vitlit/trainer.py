@@ -1,17 +1,19 @@
-"""Lightning's Trainer with automatic precision."""
+"""Lightning's Trainer with automatic precision, and checkpoints that are written whole."""
 
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
+from vitlit.checkpoints import Files
 from vitlit.errors import UserError
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, whose precision is `auto` unless given.
+    """Lightning's Trainer, whose precision is `auto` unless given, and which writes checkpoints whole or not at all.
 
     Args:
         precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
@@ -36,3 +38,5 @@ class Trainer(LightningTrainer):
             raise
         except (ValueError, TypeError) as error:  # an unknown strategy or accelerator, among others
             raise UserError(f"trainer: {error}") from error
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
+            self.strategy.checkpoint_io = Files()

@@ -19,9 +19,12 @@ vitlit data check ROOT
 vitlit data shard ROOT OUT
     Pack a folder into tars (WebDataset's), which a run reads from disk, S3, GCS or HTTP as it would read the folder.
 
+vitlit data show RUN --step N
+    Print which images a step of a run was trained on.
+
 check and shard have options: `vitlit data check --help`.
 """
-COMMANDS = {"check": "vitlit.data.check", "shard": "vitlit.data.sharding"}
+COMMANDS = {"check": "vitlit.data.check", "shard": "vitlit.data.sharding", "show": "vitlit.data.show"}
 
 
 def run(arguments: list[str]) -> int:
@@ -42,6 +45,8 @@ def run(arguments: list[str]) -> int:
         return 0
     if len(rest) != 1 or name == "imagenet" or any(word.startswith("-") for word in arguments):
         names = " ".join(sources.NAMES)
-        raise UserError(f"usage: vitlit data NAME OUT, check ROOT, shard ROOT OUT or imagenet TARS OUT; NAME: {names}")
+        raise UserError(
+            f"usage: vitlit data NAME OUT, check ROOT, shard ROOT OUT, show RUN or imagenet TARS OUT; NAME: {names}"
+        )
     sources.write(name, Path(rest[0]))
     return 0

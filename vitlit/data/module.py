@@ -1,7 +1,7 @@
 """Image folders and shards as a LightningDataModule."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
-from vitlit.data.stream import EvalShard, TrainStream, paired_rows, split_batch
+from vitlit.data.stream import EvalShard, Sample, TrainStream, global_batch, paired_rows, split_batch
 from vitlit.data.transforms import Crop, Interpolation, Preprocess, check_transform, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
@@ -171,6 +171,10 @@ class ImageFolderData(LightningDataModule):
         """Whole global batches in the training set."""
         return len(self.split("train")) // self.batch_size
 
+    def samples(self, step: int) -> list[Sample]:
+        """The global batch of an optimiser step, in order."""
+        return global_batch(self._stream(lambda: step))
+
     def check(self, stage: str, world_size: int) -> None:
         """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
         if stage == "fit":
@@ -212,18 +216,14 @@ class ImageFolderData(LightningDataModule):
         assert trainer is not None
         micro, _ = self.plan(trainer.world_size)
         index = self.split("train")
-        stream = TrainStream(
-            len(index),
-            self.batch_size,
-            self.seed,
-            # Lightning makes the first iterator, and workers begin, before it restores the global step.
-            lambda: max(trainer.global_step, self._entered),
-            trainer.global_rank,
-            trainer.world_size,
-            repeats=self.repeats,
-            labels=index.labels if self.balanced else None,
-        )
+        # Lightning makes the first iterator, and workers begin, before it restores the global step.
+        stream = self._stream(lambda: max(trainer.global_step, self._entered), trainer.global_rank, trainer.world_size)
         return self._loader(Images(index, self.augment, self.seed, self._bad_images(index)), stream, micro)
+
+    def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
+        index = self.split("train")
+        labels = index.labels if self.balanced else None
+        return TrainStream(len(index), self.batch_size, self.seed, position, rank, world_size, self.repeats, labels)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._eval_loader("val")

@@ -10,6 +10,7 @@ Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,6 +244,11 @@ class TrainStream(DistributedSampler[Any]):
             position = step * self.batch_size + self.offset
             for row, (index, repeat) in enumerate(zip(indices[draws].tolist(), repeats.tolist(), strict=True)):
                 yield Sample(epoch, index, repeat, position + row)
+
+
+def global_batch(stream: TrainStream) -> list[Sample]:
+    """The samples of one step, that of the stream's position, of a stream that is not shared among ranks."""
+    return list(islice(stream, stream.batch_size))
 
 
 class EvalShard(DistributedSampler[Any]):

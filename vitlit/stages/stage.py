@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
@@ -20,10 +22,13 @@ from vitlit.model.lora import merge, without_adaptation
 from vitlit.objectives import Objective
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.stages.clock import Clock
+from vitlit.stages.finite import GRADIENT, LOSS, Finite, all_finite, no_number
 from vitlit.stages.metrics import metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
+
+DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
 class Stage(LightningModule):
@@ -62,7 +67,8 @@ class Stage(LightningModule):
         self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
         self._rate = 0.0
-        self._clock = Clock(torch.device("cpu"))
+        self._finite = Finite(torch.device("cpu"))
+        self.clock = Clock(torch.device("cpu"))
 
     @property
     def data(self) -> Any:
@@ -127,10 +133,11 @@ class Stage(LightningModule):
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
-        self._clock = Clock(self.device)
+        self._finite = Finite(self.device)
+        self.clock = Clock(self.device)
 
     def on_train_epoch_start(self) -> None:
-        self._clock.restart()
+        self.clock.restart()
 
     def on_validation_epoch_end(self) -> None:
         measures = self.measures["val"]
@@ -138,21 +145,36 @@ class Stage(LightningModule):
         loss = measures["loss"]
         assert isinstance(loss, MeanMetric)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.require_finite("validation", loss.compute())
+            if not self.trainer.sanity_checking:
+                self._check_training()
+            value = loss.compute().item()
+            if not math.isfinite(value):
+                raise no_number(self.trainer, f"the validation loss is {value} after step {self.trainer.global_step}")
 
     def on_validation_end(self) -> None:
-        self._clock.restart()
+        self.clock.restart()
 
-    def require_finite(self, kind: str, loss: Tensor) -> None:
+    def _check_training(self) -> None:
+        """Raise UserError where a loss or a gradient since the last time was no number."""
+        found = self._finite.first_other()
+        if found is None:
+            return
+        what, step = found
+        samples = getattr(self.data, "samples", None)
+        indices = list(dict.fromkeys(sample.index for sample in samples(step))) if samples else []
+        listed = " ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+        images = f" (training images {listed})" if indices else ""
+        raise no_number(self.trainer, f"the {what} of step {step}{images} is no finite number", step)
+
+    def require_finite_weights(self) -> None:
         """Raise UserError where training has come to no number, before a checkpoint is made of it."""
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the {kind} loss is {loss.item()} at step {self.trainer.global_step}; lower the learning rate, clip "
-                "gradients (trainer.gradient_clip_val) or use more precision, and begin again (--run.overwrite true)"
-            )
+        self._check_training()
+        finite = all_finite(self.parameters())
+        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise no_number(self.trainer, f"a weight is no finite number after step {self.trainer.global_step}")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._clock.begin_batch()
+        self.clock.begin_batch()
         seed = getattr(self.data, "seed", 0)
         seed_step(seed, self.trainer.global_step, len(self._window), self.global_rank)
         # The highest, which is the head's; the scheduler moves on before the batch ends.
@@ -160,11 +182,19 @@ class Stage(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.objective(self.vit, batch)
-        self._window.append({"loss": step.loss.detach(), **step.logs})
+        loss = step.loss.detach()
+        self._window.append({"loss": loss, **step.logs})
+        self._finite.note(LOSS, self.trainer.global_step, loss)
         return step.loss
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        trainer: Any = self.trainer
+        if trainer.precision != "16-mixed":  # whose scaler looks for gradients out of range itself, and skips the step
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self._finite.note(GRADIENT, trainer.global_step, *gradients)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._clock.end_batch(len(batch[0]) * self.trainer.world_size)
+        self.clock.end_batch(len(batch[0]) * self.trainer.world_size)
         if len(self._window) < self.trainer.accumulate_grad_batches:
             return
         logs = {name: torch.stack([micro[name] for micro in self._window]).mean() for name in self._window[0]}
@@ -176,8 +206,8 @@ class Stage(LightningModule):
         if step % trainer.log_every_n_steps and not trainer.is_last_batch:
             return
         logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
-        self.require_finite("training", logs["loss"])
-        speed, waited = self._clock.lap()
+        self._check_training()
+        speed, waited = self.clock.lap()
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         self.log("train/lr", self._rate)
@@ -210,6 +240,7 @@ class Stage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.data
+        checkpoint["devices"] = self.trainer.world_size
         checkpoint["vitlit"] = about(self.vit, getattr(data, "classes", []), getattr(data, "preprocess", None))
         averaging = self._averaging()
         if averaging is not None and "averaging_state" not in checkpoint:
@@ -243,6 +274,14 @@ class Stage(LightningModule):
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         before = progress["total"]["processed"] // checkpoint["global_step"]
+        was = (checkpoint.get("devices", self.trainer.world_size), before)
+        now = (self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        if fitting and was != now and any(self.vit.config[name] for name in DROPOUTS):
+            rank_zero_only(print)(
+                f"vitlit: warning: {now[0]} devices x {now[1]} micro-batches go on where {was[0]} x {was[1]} were: the "
+                "samples are the same, but dropout depends on how they are divided",
+                flush=True,
+            )
         for counts in (progress["total"], progress["current"]):
             ready = counts["ready"]
             whole = ready // before * self.trainer.accumulate_grad_batches

@@ -1,0 +1,49 @@
+"""`vitlit data show RUN --step N`: which images a step of a run was trained on."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitlit.data.module import ImageFolderData
+from vitlit.errors import CommandParser, UserError
+
+ABOUT = """\
+Print the images of an optimiser step of a run as CSV: row of the global batch, index, path, label, and repeat, which
+tells the augmentations of an image apart. They follow from the run's config, so that any step can be asked for, trained
+or not. Of a run with data.on_bad_image skip, bad_images.csv says which of them was replaced.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    parser = CommandParser("vitlit data show", ABOUT)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("--step", type=int, required=True, help="counted from 0, as in metrics.csv")
+    given = parser.parse_args(arguments)
+    if given.step < 0:
+        raise UserError(f"step {given.step} is less than 0")
+    file = given.run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml")
+    data = stored(file)
+    index = data.split("train")
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["row", "index", "path", "label", "repeat"])
+    for row, sample in enumerate(data.samples(given.step)):
+        labels = index.labels[sample.index]
+        names = [data.classes[int(label)] for label in ([labels] if labels.ndim == 0 else labels.nonzero()[0])]
+        table.writerow([row, sample.index, index.path(sample.index), "|".join(names), sample.repeat])
+    return 0
+
+
+def stored(file: Path) -> ImageFolderData:
+    """The data of a run's config, as far as the order of samples depends on it."""
+    config: dict[str, Any] = yaml.safe_load(file.read_text())
+    given = dict(config["data"])
+    if given.get("seed") is None:
+        given["seed"] = config["seed_everything"]
+    names = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
+    return ImageFolderData(**{name: given[name] for name in names if name in given})
