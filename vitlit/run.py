@@ -13,7 +13,7 @@ import yaml
 
 from vitlit.errors import UserError
 from vitlit.lock import Lock
-from vitlit.weights.checkpoint import verify
+from vitlit.weights.files import check_archive
 
 # Settings of how a run is computed, not of what: they may differ when it is continued.
 FREE = (
@@ -145,11 +145,11 @@ class RunFolder:
             UserError: neither is.
         """
         try:
-            verify(self.last)
+            check_archive(self.last)
             return self.last
         except UserError as error:
             try:
-                verify(self.previous)
+                check_archive(self.previous)
             except UserError:
                 raise UserError(f"{error}, and so is {self.previous}; --run.overwrite true begins again") from None
             print(f"vitlit: warning: {error}; {self.previous}, the checkpoint before it, takes its place", flush=True)
