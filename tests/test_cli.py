@@ -510,6 +510,18 @@ def test_a_run_that_comes_to_no_number_stops_with_sound_checkpoints(
         assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
 
 
+def test_the_images_of_any_step_of_a_run_are_shown(vitlit: Command, few: Path, work: Path) -> None:
+    printed = done(vitlit("data", "show", "runs/pretrain", "--step", 3))
+    rows = list(csv.DictReader(printed.splitlines()))
+    assert [int(row["index"]) for row in rows] == order(0, 1, 40)[16:32].tolist()
+    for row in rows:
+        assert Path(row["path"]).parent == few / "train" / row["label"]
+        assert Path(row["path"]).is_file()
+    refused(vitlit("data", "show", "runs/pretrain", "--step", -1), "step -1 is less than 0")
+    refused(vitlit("data", "show", "runs", "--step", 1), "runs is not a run's folder")
+    refused(vitlit("data", "show", "runs/pretrain"), "--step")
+
+
 def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
     vitlit: Command, few: Path, tmp_path: Path
 ) -> None:
@@ -815,7 +827,7 @@ def test_two_ways_of_balancing_are_doubted(vitlit: Command, few: Path) -> None:
         ("--model.freeze true", "(model.freeze False -> True)"),
         ("--model.lora.rank 2", "model.lora.rank None -> 2"),
         ("--model.groups.layer_decay 0.5", "(model.groups.layer_decay 1.0 -> 0.5)"),
-        ("--model.optimizer.init_args.lr 0.5", "(model.optimizer.lr 0.001 -> 0.5)"),
+        ("--model.optimizer.init_args.lr 0.5", "(model.optimizer.lr 0.0005 -> 0.5)"),
         ("--model.schedule.lr_per 8", "(model.schedule.lr_per None -> 8"),
     ],
 )

@@ -167,6 +167,71 @@ def test_two_devices_mix_erase_repeat_balance_and_average_as_one(
     assert one["metrics"]["val/loss"] != one["metrics"]["val/loss_raw"]
 
 
+DRAWN: dict[str, Any] = {"augment": [TimmRandAugment()], "erasing": Erasing(0.5), "mixing": Mixing(0.8, 1.0)}
+
+
+class Losses(Callback):
+    """Notes each step's global loss, and what of its samples reaches the network, from every rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.losses: dict[int, list[float]] = {}
+        self.inputs: dict[int, list[Any]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = (batch_idx // trainer.accumulate_grad_batches) + trainer.current_epoch * 2
+        self.losses.setdefault(step, []).append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        rows = zip(batch[2].tolist(), batch[0].double(), batch[1].double(), strict=True)
+        self.inputs.setdefault(step, []).extend((i, image.clone(), share.clone()) for i, image, share in rows)
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        content = {"losses": self.losses, "inputs": self.inputs}
+        torch.save(content, self.folder / f"losses{trainer.global_rank}.pt")
+
+
+def measured(few: Path, folder: Path, ranks: int, accumulate: int, precision: str) -> tuple[list[float], list[Any]]:
+    """(the global loss, the samples by index as the network sees them) of 50 steps."""
+    callbacks = [Losses(folder), EMA(0.7)]
+    size = {"batch_size": 16, "micro_batch": 16 // ranks // accumulate}
+    run("fit", few, folder, ranks, precision, 25, callbacks, **size, **DRAWN)
+    parts = [read(folder / f"losses{rank}.pt") for rank in range(ranks)]
+    losses, inputs = [], []
+    for step in range(50):
+        own = [loss for part in parts for loss in part["losses"][step]]
+        losses.append(sum(own) / len(own))
+        inputs.append(sorted((row for part in parts for row in part["inputs"][step]), key=lambda row: row[0]))
+    return losses, inputs
+
+
+ALL = [(ranks, accumulate) for ranks in (1, 2, 4) for accumulate in (1, 2)][1:]
+
+
+@pytest.mark.parametrize(
+    ("precision", "divisions"),
+    [
+        ("64-true", [(2, 1), (4, 2)]),
+        pytest.param("64-true", ALL, marks=pytest.mark.long),
+        pytest.param("32-true", ALL, marks=pytest.mark.long),
+    ],
+)
+def test_fifty_steps_are_the_same_on_any_number_of_devices(
+    precision: str, divisions: list[tuple[int, int]], few: Path, tmp_path: Path
+) -> None:
+    """Augmentation, erasing, mixing and averaging on, dropout off; float32 is compared for 10 steps, then it drifts."""
+    losses, inputs = measured(few, tmp_path / "one", 1, 1, precision)
+    steps, tolerance = (50, 1e-9) if precision == "64-true" else (10, 1e-6)
+    for ranks, accumulate in divisions:
+        others, seen = measured(few, tmp_path / f"{ranks}x{accumulate}", ranks, accumulate, precision)
+        apart = max(abs(a - b) / abs(a) for a, b in zip(losses[:steps], others[:steps], strict=True))
+        print(f"{precision} {ranks} processes x {accumulate}: losses of {steps} steps differ by {apart:.1e}")
+        assert apart <= tolerance
+        for mine, theirs in zip(inputs, seen, strict=True):
+            for (i, image, share), (j, other, others_share) in zip(mine, theirs, strict=True):
+                assert i == j
+                assert torch.equal(image, other)
+                assert torch.equal(share, others_share)
+
+
 def test_fewer_validation_images_than_devices_are_refused(few: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     for split, labels in (("train", "0123"), ("val", "0")):

@@ -19,8 +19,8 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 class Files(TorchCheckpointIO):
     """Writes a checkpoint beside its place and puts it there when it is on the disk, so that a kill leaves the old one.
 
-    torch.save notes a CRC-32 of all that it writes, which vitlit.weights.files.check_archive compares. What last.ckpt is
-    written over is kept as previous.ckpt.
+    torch.save notes a CRC-32 of all that it writes, which vitlit.weights.files.check_archive compares. A last.ckpt that
+    is written over is kept as previous.ckpt.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
