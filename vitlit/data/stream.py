@@ -245,8 +245,8 @@ class TrainStream(DistributedSampler[Any]):
                 yield Sample(epoch, index, repeat, position + row)
 
 
-class EvalShard(DistributedSampler[Any]):
-    """Every image exactly once over all ranks: no rank is padded, so metrics are exact."""
+class EvalShare(DistributedSampler[Any]):
+    """One rank's share of every image exactly once: no rank is padded, so metrics are exact."""
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, length, world_size)
