@@ -22,7 +22,7 @@ from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
 from vitlit.data.stream import EvalShare, TrainStream, paired_rows, split_batch
-from vitlit.data.transforms import Crop, Interpolation, Preprocess, check_transform, train_transform
+from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_transform, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
 
@@ -76,7 +76,7 @@ class ImageFolderData(LightningDataModule):
         micro_batch: int | None = None,
         holdout: float | str = 0.0,
         manifest: str | None = None,
-        crop: Crop = "random_resized",
+        crop: CropName = "random_resized",
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
         augment: Sequence[v2.Transform] | None = None,
