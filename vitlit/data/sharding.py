@@ -20,9 +20,8 @@ from vitlit.data.decode import decode_bytes
 from vitlit.data.folder import scan_classes, scan_split, train_folder
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest, read_manifest
-from vitlit.data.shards import BLOCK, INDEX, Kept, ShardFiles, save_index
+from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, save_index
 from vitlit.data.stream import mix
-from vitlit.data.webdataset import CLASSES
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
 

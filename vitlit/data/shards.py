@@ -20,6 +20,7 @@ from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.errors import UserError
 
 INDEX = "index.npz"
+CLASSES = ("classes.txt", "classnames.txt")  # a name a line, where tars have numbers
 BLOCK = 512  # bytes of the header that a tar has before a file's content
 PAUSES = (0.3, 1.2, 3.0)  # seconds before a read is tried again
 TIMEOUT = 60.0  # seconds for an answer

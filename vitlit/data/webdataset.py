@@ -8,47 +8,88 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit.data.folder import EXTENSIONS
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest
-from vitlit.data.shards import BLOCK, INDEX, Kept, ShardFiles, join, load_index, save_index, why
+from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, join, load_index, save_index, why
 from vitlit.errors import UserError
 
-CLASSES = ("classes.txt", "classnames.txt")
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 LABEL_BYTES = 1 << 20  # of the largest .cls or .json
 SECONDS = 10.0  # between two lines of progress
 
 
-def find(filesystem: Any, path: str, root: str, kept: Kept | None) -> Manifest:
-    """What tars made elsewhere hold: as it is kept, or found anew and kept, beside them or in the user's cache."""
+def find(filesystem: Any, path: str, root: str, beside: Kept | None) -> Manifest:
+    """What tars made elsewhere hold: as it is kept, or found now and kept, beside them or in the user's cache.
+
+    Args:
+        filesystem: of fsspec, and `path` of the folder in it, whose `root` is the user's.
+        beside: what index.npz beside the tars holds.
+
+    Raises:
+        UserError: they cannot be read, or an image has no label that can be.
+    """
     tars, classes, key = _list(filesystem, path, root)
     local = "://" not in root
     place = os.path.abspath(root) if local else root
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitlit"
     cached = cache / f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:16]}.npz"
+    places = (Path(root) / INDEX, cached) if local else (cached,)
 
-    def fresh(kept: Kept | None) -> bool:
+    def fresh(kept: Kept) -> bool:
         # The times of local files follow the rest: what is copied to a server has its own.
-        return kept is not None and (kept.key == key if local else kept.key.startswith(key.partition(b"\0")[0] + b"\0"))
+        return kept.key == key if local else kept.key.startswith(key.partition(b"\0")[0] + b"\0")
 
-    if not fresh(kept) and cached.is_file():
-        kept = load_index(cached.read_bytes(), root, str(cached))
-    if kept is None or not fresh(kept):
-        kept = _search(filesystem, path, root, tars, classes)._replace(key=key)
-        for file in (Path(root) / INDEX, cached) if local else (cached,):
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_index(file, kept)
-                break
-            except OSError:  # read-only
-                continue
+    def load() -> Kept | None:
+        indices = (load_index(file.read_bytes(), root, str(file)) for file in places if file.is_file())
+        return next(filter(fresh, indices), None)
+
+    kept = beside if beside and fresh(beside) else load()
+    if kept is None:
+        with _alone(cached.with_suffix(".lock"), root):
+            kept = load()  # by a process that was waited for
+            if kept is None:
+                kept = _search(filesystem, path, root, tars, classes)._replace(key=key)
+                _save(places, kept)
     return kept.found
+
+
+def _alone(lock: Path, root: str) -> AbstractContextManager[object]:
+    """What lets one process of this machine at a time into its block: of a launch's ranks one searches, the rest wait.
+
+    Where a file cannot be locked, on Windows or where no cache can be kept either, each searches for itself.
+    """
+    try:
+        import fcntl
+
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.open("w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rank_zero_only(print)(f"{root}: waiting for another process, which is indexing it", flush=True)
+            fcntl.flock(held, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return nullcontext()
+    return held
+
+
+def _save(places: tuple[Path, ...], kept: Kept) -> None:
+    """Keep an index at the first of the places that can be written."""
+    for file in places:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_index(file, kept)
+        except OSError:  # read-only
+            continue
+        return
 
 
 def _list(filesystem: Any, path: str, root: str) -> tuple[dict[str, str], list[str] | None, bytes]:
@@ -110,9 +151,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
     Raises:
         UserError: a tar cannot be read, or an image has no label that can be.
     """
-    from lightning.pytorch.utilities import rank_zero_only
-
-    say, last = rank_zero_only(print), time.monotonic()
+    last = time.monotonic()
     samples: dict[str, list[_Sample]] = {split: [] for split in SPLITS if split in tars.values()}
     shards, sizes = tuple(tars), []
     for number, (shard, split) in enumerate(tars.items()):
@@ -124,7 +163,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
             raise UserError(f"{join(root, shard)} cannot be indexed: {why(error)}") from error
         if time.monotonic() - last >= SECONDS:
             last = time.monotonic()
-            say(f"{root}: {number + 1:,} of {len(shards):,} shards indexed", flush=True)
+            print(f"{root}: {number + 1:,} of {len(shards):,} shards indexed", flush=True)
     classes, labels = _number(root, samples, named)
     splits = {}
     for split, own in samples.items():
@@ -132,7 +171,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
         parts = np.array([sample.part for sample in own], np.int64)
         splits[split] = Index(ShardFiles(root, shards, parts, names), np.arange(len(own)), labels[split])
     total = ", ".join(f"{len(index):,} of {split}" for split, index in splits.items())
-    say(f"{root}: indexed {len(shards):,} shards, images: {total}, in {len(classes):,} classes")
+    print(f"{root}: indexed {len(shards):,} shards, images: {total}, in {len(classes):,} classes")
     several = any(index.labels.ndim == 2 for index in splits.values())
     return Kept(Manifest(classes, splits, several), shards, np.array(sizes, np.int64))
 
