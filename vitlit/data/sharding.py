@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import shutil
 import tarfile
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,8 @@ from vitlit.data.decode import decode_bytes
 from vitlit.data.folder import scan_classes, scan_split, train_folder
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest, read_manifest
+from vitlit.data.output import whole_folder
+from vitlit.data.progress import Progress
 from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, save_index
 from vitlit.data.stream import mix
 from vitlit.data.workers import count
@@ -37,7 +37,6 @@ photographs at quality 90 as the mean absolute difference, of 255 levels:
   1.4 with --short_side 400, 2.1 with 320, 2.8 and a visible blur with 256
 """
 CHUNK = 64  # images read ahead of what is written
-SECONDS = 10.0  # between two lines of progress
 END = bytes(2 * BLOCK)  # of a tar
 
 
@@ -89,29 +88,22 @@ def write(found: Manifest, out: Path, shard_size: int, shrink: tuple[int, int] |
     """
     if shard_size < 1 or (shrink and (shrink[0] < 1 or not 1 <= shrink[1] <= 100)):
         raise UserError("--shard_size and --short_side must be at least 1, and --quality from 1 to 100")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
-    partial = out.resolve().with_name(f"{out.resolve().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shards: list[str] = []
+    parts = {}
     try:
-        partial.mkdir(parents=True)
-        shards: list[str] = []
-        parts = {}
-        for split, index in found.splits.items():
-            with closing(_Tars(partial, split, shard_size, shards)) as tars:
-                parts[split] = _write_split(tars, index, shrink)
-        sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
-        splits = {}
-        for split, index in found.splits.items():
-            files = ShardFiles(str(out), tuple(shards), parts[split], Names.pack(index.names()))
-            splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
-        save_index(partial / INDEX, Kept(found._replace(splits=splits), tuple(shards), sizes))
-        (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
-        partial.rename(out.resolve())
+        with whole_folder(out) as partial:
+            for split, index in found.splits.items():
+                with closing(_Tars(partial, split, shard_size, shards)) as tars:
+                    parts[split] = _write_split(tars, index, shrink)
+            sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
+            splits = {}
+            for split, index in found.splits.items():
+                files = ShardFiles(str(out), tuple(shards), parts[split], Names.pack(index.names()))
+                splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
+            save_index(partial / INDEX, Kept(found._replace(splits=splits), tuple(shards), sizes))
+            (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): mend that, or name another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for split, part in parts.items():
         print(f"{out}: {split}, {len(part):,} images in {len(np.unique(part[:, 0])):,} shards")
 
@@ -144,16 +136,14 @@ class _Tars:
 def _write_split(tars: _Tars, index: Index, shrink: tuple[int, int] | None) -> np.ndarray:
     """Write the images of a split; returns their parts, as `ShardFiles` has them."""
     parts, keys = np.empty((len(index), 4), np.int64), _keys(index.names())
-    last = time.monotonic()
+    tell = Progress()
     for done, (row, image, ending) in enumerate(_contents(index, shrink)):
         header, content = _entry(keys[row] + ending, image)
         numbers = np.flatnonzero(index.labels[row]).tolist() if index.labels.ndim == 2 else None
         text, kind = (str(index.labels[row]), ".cls") if numbers is None else (json.dumps({"label": numbers}), ".json")
         start = tars.add(header + content + b"".join(_entry(keys[row] + kind, text.encode())))
         parts[row] = len(tars.shards) - 1, start + len(header), len(image), zlib.crc32(header[-BLOCK:])
-        if time.monotonic() - last >= SECONDS:
-            last = time.monotonic()
-            print(f"{tars.split}: {done + 1:,} of {len(index):,} images", flush=True)
+        tell(f"{tars.split}: {done + 1:,} of {len(index):,} images")
     return parts
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import tarfile
-import time
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from vitlit.data.folder import EXTENSIONS
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest
+from vitlit.data.progress import Progress
 from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, join, load_index, save_index, why
 from vitlit.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 LABEL_BYTES = 1 << 20  # of the largest .cls or .json
-SECONDS = 10.0  # between two lines of progress
 
 
 def find(filesystem: Any, path: str, root: str, beside: Kept | None) -> Manifest:
@@ -151,7 +150,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
     Raises:
         UserError: a tar cannot be read, or an image has no label that can be.
     """
-    last = time.monotonic()
+    tell = Progress()
     samples: dict[str, list[_Sample]] = {split: [] for split in SPLITS if split in tars.values()}
     shards, sizes = tuple(tars), []
     for number, (shard, split) in enumerate(tars.items()):
@@ -161,9 +160,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
                 samples[split] += _walk(opened, sizes[-1], number)
         except Exception as error:  # every filesystem has its own, and tarfile for what is no tar
             raise UserError(f"{join(root, shard)} cannot be indexed: {why(error)}") from error
-        if time.monotonic() - last >= SECONDS:
-            last = time.monotonic()
-            print(f"{root}: {number + 1:,} of {len(shards):,} shards indexed", flush=True)
+        tell(f"{root}: {number + 1:,} of {len(shards):,} shards indexed")
     classes, labels = _number(root, samples, named)
     splits = {}
     for split, own in samples.items():
