@@ -43,7 +43,7 @@ def test_a_scan_is_kept_beside_the_split_and_read_without_looking_again(
 ) -> None:
     assert scanned(large) == FOUND
     assert sorted(path.name for path in (large / ".vitlit").iterdir()) == ["train.npz"]
-    monkeypatch.setattr("vitlit.data.folder._walk", None)
+    monkeypatch.setattr("vitlit.data.folder.walk", None)
     assert scanned(large) == FOUND
     moved = large.rename(large.with_name("moved"))
     assert scanned(moved) == FOUND

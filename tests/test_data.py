@@ -410,6 +410,14 @@ def test_classes_may_be_links_to_folders_and_images_links_to_files(tmp_path: Pat
     assert all(decode(index.path(i)).shape == (3, 8, 8) for i in range(3))
 
 
+def test_of_links_to_one_folder_the_first_by_name_counts(tmp_path: Path) -> None:
+    paint(tmp_path / "store" / "1.png")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in (3, 7, 1, 5, 9, 2, 0, 8, 4, 6):
+        (tmp_path / "train" / "a" / f"link{number}").symlink_to(tmp_path / "store")
+    assert scan_train(tmp_path)[1].names() == [b"a/link0/1.png"]
+
+
 def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> None:
     def refused(pattern: str, call: Callable[[], object]) -> None:
         with pytest.raises(UserError, match=pattern):
