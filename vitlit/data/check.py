@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from vitlit.data.folder import EXTENSIONS, hold_out, parse_share, walk
+from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
 from vitlit.data.index import Index
 from vitlit.data.report import MOST_PIXELS, Copies, Facts, Look, Paths, Report, look
 from vitlit.data.shards import is_shards
@@ -144,8 +144,8 @@ def _meaning(name: str) -> str | None:
 def _list(folder: Path) -> tuple[list[str], list[str]]:
     """The (folders, files) in a folder that are not hidden, sorted."""
     entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    return folders, [entry.name for entry in entries if not entry.is_dir()]
+    folders = [entry.name for entry in entries if is_folder(entry)]
+    return folders, [entry.name for entry in entries if not is_folder(entry)]
 
 
 def _scan(folder: Path) -> Layout:

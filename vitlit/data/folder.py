@@ -4,7 +4,7 @@ import os
 import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,15 @@ _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(root) if is_folder(entry) and not entry.name.startswith("."))
+
+
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link to itself
+        return False
 
 
 class Tree(NamedTuple):
@@ -31,18 +39,22 @@ class Tree(NamedTuple):
 
 
 def walk(root: bytes, folder: bytes = b"") -> Tree:
-    """What is below ROOT/FOLDER, relative to the root. Hidden files and folders do not count.
+    """What is below ROOT/FOLDER, relative to the root.
+
+    Hidden files and folders do not count. A folder counts once, whatever links lead to it, and one that holds the link
+    that leads there does not count at all: it would be the images of all classes.
 
     Raises:
         OSError: a folder cannot be listed.
     """
     found, seen = Tree([], [], []), set()
-    open_folders = [folder]
+    above: tuple[bytes, ...] = (os.path.realpath(root),) if folder else ()
+    open_folders = [(folder, above)]  # and where the folders on the way to it really are
     while open_folders:
-        below = open_folders.pop()
+        below, above = open_folders.pop()
         here = os.path.join(root, below)
         real = os.path.realpath(here)
-        if real in seen:  # links may lead in a circle
+        if real in seen or any(os.path.join(outer, b"").startswith(os.path.join(real, b"")) for outer in above):
             continue
         seen.add(real)
         found.folders.append(below)
@@ -51,13 +63,16 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
             name = entry.name
             if name[0] == HIDDEN:
                 continue
-            if entry.is_dir():
+            if is_folder(entry):
                 inner.append(prefix + name)
             elif name.lower().endswith(_ENDINGS):
                 found.images.append(prefix + name)
             else:
                 found.others.append(prefix + name)
-        open_folders += sorted(inner, reverse=True)  # of links to one folder the first counts, wherever the data lies
+        inner.sort(reverse=True)
+        open_folders += [
+            (name, (*above, real)) for name in inner
+        ]  # of links to one folder the first counts, wherever the data lies
     return Tree(sorted(found.images), sorted(found.others), found.folders)
 
 
