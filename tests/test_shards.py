@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from PIL import Image
 
 from vitlit.data import ImageFolderData, Preprocess, shards
@@ -705,6 +706,19 @@ def test_of_processes_that_come_together_one_indexes_a_set_and_the_others_wait(
     assert said.count(": indexed 2 shards") == 2  # the one alone, and one of the three
     assert scans() == 2 * alone
     assert kept.is_file()
+
+
+def test_a_run_asks_a_server_once_for_what_is_there(
+    own: Path, serve: Callable[..., Server], vitlit: Callable[..., Any]
+) -> None:
+    (own / INDEX).unlink()
+    server = serve(own)
+    fit = ("fit", *SMALL, "--data.root", server.url, "--trainer.fast_dev_run", 1)
+    result = vitlit(*fit)
+    assert result.code == 0, result.err
+    assert [server.requests().count(f"GET /{name} ") for name in ("", INDEX, "classes.txt")] == [1, 1, 1]
+    tar(own / "train-000003.tar", {"a.png": png(9), "a.cls": b"3"})  # what comes later, the next run sees
+    assert "41 training" in vitlit(*fit).out
 
 
 def test_where_nothing_can_be_kept_a_set_is_indexed_each_time(
