@@ -43,10 +43,46 @@ def test_a_scan_is_kept_beside_the_split_and_read_without_looking_again(
 ) -> None:
     assert scanned(large) == FOUND
     assert sorted(path.name for path in (large / ".vitlit").iterdir()) == ["train.npz"]
-    monkeypatch.setattr("vitlit.data.folder._walk", None)
+    monkeypatch.setattr("vitlit.data.folder.walk", None)
     assert scanned(large) == FOUND
     moved = large.rename(large.with_name("moved"))
     assert scanned(moved) == FOUND
+
+
+def test_a_scan_of_class_folders_in_the_root_is_kept_in_the_root_and_is_no_class(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = (large / "train").rename(large / "own")
+    age(large)
+    for _ in range(2):
+        classes, train, held = scan_train(root, 0.4)
+        assert held is not None
+        assert (classes, sorted(train.names() + held.names())) == (["cat", "dog"], [name.encode() for name, _ in FOUND])
+        assert sorted(path.name for path in root.iterdir()) == [".vitlit", "cat", "dog"]
+        assert [path.name for path in (root / ".vitlit").iterdir()] == ["root.npz"]
+        assert sorted(path.name for path in large.iterdir()) == ["own", "val"]
+        monkeypatch.setattr("vitlit.data.folder.walk", None)
+    root.rename(large / "moved")
+    assert scan_train(large / "moved", 0.4)[0] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("layout", ["train", "root"])
+def test_class_folders_of_one_age_that_change_places_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(cache, "WORTH", 1)
+    folder = tmp_path / layout
+    for name in ("cat/1.png", "dog/2.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    for path in (folder / "cat", folder / "dog", folder):
+        os.utime(path, (1e9, 1e9))
+    assert scan_split(folder, ["cat", "dog"]).names() == [b"cat/1.png", b"dog/2.png"]
+    assert cache.kept_at(folder).is_file()
+    time.sleep(0.1)  # more than a tick of the clock that folders have their times from
+    for one, other in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+        (folder / one).rename(folder / other)
+    assert scan_split(folder, ["cat", "dog"]).names() == [b"cat/2.png", b"dog/1.png"]
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "add deep", "class", "garbage", "cut"])
@@ -85,13 +121,25 @@ def test_a_folder_that_has_just_changed_is_not_kept(large: Path) -> None:
     assert not (large / ".vitlit").exists() or not list((large / ".vitlit").iterdir())
 
 
-def test_small_folders_and_read_only_data_are_left_alone(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["train", "root"])
+def test_small_folders_and_read_only_data_are_left_alone(
+    large: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
     monkeypatch.setattr(cache, "WORTH", 4)
-    assert scanned(large) == FOUND
-    assert not (large / ".vitlit").exists()
+    folder = large / "train" if layout == "train" else (large / "train").rename(large / "own")
+    kept = cache.kept_at(folder).parent
+
+    def found() -> list[bytes]:
+        return scan_split(folder, ["cat", "dog"]).names()
+
+    names = [name.encode() for name, _ in FOUND]
+    assert found() == names
+    assert not kept.exists()
     monkeypatch.setattr(cache, "WORTH", 1)
-    (large / ".vitlit").write_text("a file, so that no folder can be made")
-    assert scanned(large) == FOUND
+    kept.write_text("a file, so that no folder can be made")
+    age(large)
+    assert found() == names
+    assert kept.is_file()
 
 
 def test_classes_by_another_order_are_numbered_by_it(large: Path) -> None:

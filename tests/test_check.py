@@ -330,7 +330,21 @@ def images_that_are_no_copies(root: Path) -> Found:
 def links_in_a_circle(root: Path) -> Found:
     (root / "train/temple/more").mkdir()
     (root / "train/temple/more/round").symlink_to("..")
+    (root / "train/temple/more/up").symlink_to("../..")
     return {}
+
+
+@planted
+def class_that_is_a_link_to_all_classes(root: Path) -> Found:
+    (root / "train/all").symlink_to(".")
+    return {"empty_class": ["train/all"]}
+
+
+@planted
+def link_to_itself(root: Path) -> Found:
+    (root / "train/temple/loop.jpg").symlink_to("loop.jpg")
+    (root / "train/loop").symlink_to("loop")
+    return {"unreadable": ["train/temple/loop.jpg"]}
 
 
 @planted

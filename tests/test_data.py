@@ -410,6 +410,37 @@ def test_classes_may_be_links_to_folders_and_images_links_to_files(tmp_path: Pat
     assert all(decode(index.path(i)).shape == (3, 8, 8) for i in range(3))
 
 
+def test_of_links_to_one_folder_the_first_by_name_counts(tmp_path: Path) -> None:
+    paint(tmp_path / "store" / "1.png")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in (3, 7, 1, 5, 9, 2, 0, 8, 4, 6):
+        (tmp_path / "train" / "a" / f"link{number}").symlink_to(tmp_path / "store")
+    assert scan_train(tmp_path)[1].names() == [b"a/link0/1.png"]
+
+
+def test_links_in_a_circle_neither_hang_nor_count_an_image_twice(tmp_path: Path) -> None:
+    train, store = tmp_path / "train", tmp_path / "store"
+    paint(train / "a" / "1.png", train / "a" / "deep" / "2.png", train / "b" / "3.png", store / "x" / "4.png")
+    paint(store / "5.png")
+    (train / "a" / "self").symlink_to(".")
+    (train / "a" / "up").symlink_to("..")  # which has class b, too
+    (train / "a" / "deep" / "top").symlink_to(tmp_path)
+    (train / "a" / "slash").symlink_to("/")
+    (train / "b" / "store").symlink_to(store / "x")
+    (store / "x" / "back").symlink_to(train)
+    (store / "x" / "up").symlink_to("..")
+    (train / "b" / "loop").symlink_to("loop")
+    (train / "loop").symlink_to("loop")
+    classes, index, _ = scan_train(tmp_path)
+    assert (classes, index.labels.tolist()) == (["a", "b"], [0, 0, 1, 1])
+    assert index.names() == [b"a/1.png", b"a/deep/2.png", b"b/3.png", b"b/store/4.png"]
+    photos = scan_photos([train])
+    assert photos.names() == [bytes(train) + b"/" + name for name in index.names()]
+    (train / "all").symlink_to(".")
+    with pytest.raises(UserError, match=r"class folder .*/all holds no image"):
+        scan_train(tmp_path)
+
+
 def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> None:
     def refused(pattern: str, call: Callable[[], object]) -> None:
         with pytest.raises(UserError, match=pattern):

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat  # type: ignore[import-untyped]
 from torchvision.datasets.imagenet import ARCHIVE_META, parse_devkit_archive
 
-from vitlit.data import imagenet
+from vitlit.data import imagenet, progress
 from vitlit.data.folder import scan_split, scan_train
 from vitlit.data.imagenet import DEVKIT, TRAIN, VAL, unpack
 from vitlit.errors import UserError
@@ -138,7 +138,7 @@ def test_prints_a_line_for_each_split(
     unpack(Path("tars"), Path("data/out"))
     lines = ["data/out/train: 9 images, 3 classes", "data/out/val: 6 images, 3 classes"]
     assert capsys.readouterr().out.splitlines() == lines
-    monkeypatch.setattr(imagenet, "SECONDS", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
     unpack(Path("tars"), Path("out"))
     printed = capsys.readouterr().out.splitlines()
     assert printed[5:9] == ["val: 6 of 6 images", *(f"train: {i} of 3 classes" for i in (1, 2, 3))]
@@ -182,10 +182,11 @@ def test_interrupted_unpacking_goes_on(tars: Tars, tmp_path: Path, monkeypatch: 
         unpack(tars.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     kept = contents(tmp_path / "out.partial")
-    whole = {path: data for path, data in kept.items() if ".partial" not in path}
-    assert len(whole) == 6 + 3
-    assert len(kept) == len(whole) + 3
-    inodes = {path: (tmp_path / "out.partial" / path).stat().st_ino for path in whole}
+    assert len(kept) == 6 + 3
+    inodes = {path: (tmp_path / "out.partial" / path).stat().st_ino for path in kept}
+    killed = tmp_path / "out.partial/train/n03000684.partial"  # as a process leaves it that was killed
+    killed.mkdir()
+    (killed / "n03000684_10.JPEG").write_bytes(b"\xff\xd8")
 
     written: list[Path] = []
 
@@ -196,8 +197,8 @@ def test_interrupted_unpacking_goes_on(tars: Tars, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(imagenet, "_copy", recorded)
     unpack(tars.folder, tmp_path / "out")
     assert contents(tmp_path / "out") == tars.expected
-    assert inodes == {path: (tmp_path / "out" / path).stat().st_ino for path in whole}
-    assert {path.name for path in written}.isdisjoint(path.rpartition("/")[2] for path in whole)
+    assert inodes == {path: (tmp_path / "out" / path).stat().st_ino for path in kept}
+    assert {path.name for path in written}.isdisjoint(path.rpartition("/")[2] for path in kept)
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -1,5 +1,6 @@
 """Shards: other programs read what is written, and a run sees in them what it sees in the folder, byte for byte."""
 
+import fcntl
 import io
 import json
 import pickle
@@ -7,15 +8,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from PIL import Image
 
 from vitlit.data import ImageFolderData, Preprocess, shards
@@ -31,7 +35,7 @@ from vitlit.data.workers import loader
 from vitlit.errors import UserError
 
 SERVER = """
-import http.server, os, pathlib, re, sys
+import http.server, os, re, sys, time
 folder, log, port, mode = sys.argv[1], open(sys.argv[2], "a", buffering=1), int(sys.argv[3]), sys.argv[4]
 failing = int(mode.partition(":")[2] or 0)
 
@@ -51,7 +55,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             failing -= 1
             return self.send_error(503)
         if mode == "silent":
-            import time
             time.sleep(5)
         start, end = int(asked[1]), min(int(asked[2]) + 1, os.path.getsize(path))
         if start >= end:
@@ -653,7 +656,7 @@ def test_a_set_on_a_server_is_indexed_into_the_users_cache(
         assert (found.classes, list(found.splits)) == (["ape", "cat", "zoo"], ["test"])
         assert (levels(found.splits["test"]), found.splits["test"].labels.tolist()) == ([1, 2], [0, 2])
         assert capsys.readouterr().out.count(": indexed ") == count
-    assert len(list((tmp_path / "cache/vitlit").iterdir())) == 1
+    assert len(list((tmp_path / "cache/vitlit").glob("*.npz"))) == 1
     assert not (root / INDEX).exists()
     tar(root / "test/1.tar", numbered(3, "1"))
     assert levels(read_shards(server.url).splits["test"]) == [1, 2, 3]
@@ -664,6 +667,69 @@ def test_a_set_on_a_server_is_indexed_into_the_users_cache(
     shutil.rmtree(tmp_path / "cache")
     assert levels(read_shards(server.url).splits["test"]) == [1, 2, 4]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("place", ["folder", "http"])
+def test_of_processes_that_come_together_one_indexes_a_set_and_the_others_wait(
+    tmp_path: Path, serve: Callable[..., Server], capfd: pytest.CaptureFixture[str], place: str
+) -> None:
+    root = tmp_path / "set"
+    for shard in range(2):
+        tar(root / f"train-{shard}.tar", numbered(shard, "0"))
+    server = serve(root)
+    url = server.url if place == "http" else str(root)
+
+    def scans() -> int:
+        return sum("bytes=" in line for line in server.requests())
+
+    read_shards(url)
+    alone = scans()
+    assert alone == (2 if place == "http" else 0)
+    kept = root / INDEX if place == "folder" else next((tmp_path / "cache/vitlit").glob("*.npz"))
+    kept.unlink()
+    said = capfd.readouterr().out
+    ranks = [get_context("fork").Process(target=read_shards, args=(url,), daemon=True) for _ in range(3)]
+    with next((tmp_path / "cache/vitlit").glob("*.lock")).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for rank in ranks:
+            rank.start()
+        while said.count("waiting for another process") < 3 and any(rank.is_alive() for rank in ranks):
+            time.sleep(0.01)
+            said += capfd.readouterr().out
+        assert [rank.is_alive() for rank in ranks] == [True] * 3
+        assert not kept.exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)  # the forked ones have the file open, too
+    for rank in ranks:
+        rank.join(60)
+    said += capfd.readouterr().out
+    assert [rank.exitcode for rank in ranks] == [0] * 3
+    assert said.count(": indexed 2 shards") == 2  # the one alone, and one of the three
+    assert scans() == 2 * alone
+    assert kept.is_file()
+
+
+def test_a_run_asks_a_server_once_for_what_is_there(
+    own: Path, serve: Callable[..., Server], vitlit: Callable[..., Any]
+) -> None:
+    (own / INDEX).unlink()
+    server = serve(own)
+    fit = ("fit", *SMALL, "--data.root", server.url, "--trainer.fast_dev_run", 1)
+    result = vitlit(*fit)
+    assert result.code == 0, result.err
+    assert [server.requests().count(f"GET /{name} ") for name in ("", INDEX, "classes.txt")] == [1, 1, 1]
+    tar(own / "train-000003.tar", {"a.png": png(9), "a.cls": b"3"})  # what comes later, the next run sees
+    assert "41 training" in vitlit(*fit).out
+
+
+def test_where_nothing_can_be_kept_a_set_is_indexed_each_time(
+    tmp_path: Path, serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar(tmp_path / "set/train-0.tar", numbered(1, "0"))
+    (tmp_path / "cache").write_text("a file, so that no folder can be made")
+    url = serve(tmp_path / "set").url
+    for _ in range(2):
+        assert levels(read_shards(url).splits["train"]) == [1]
+        assert capsys.readouterr().out.count("indexed 1 shards") == 1
 
 
 @pytest.mark.parametrize(
@@ -743,4 +809,5 @@ def test_links_folders_and_names_that_lead_outside_are_of_no_account(tmp_path: P
         archive.addfile(info, io.BytesIO(png(3)))
     found = read_shards(str(root))
     assert (found.classes, levels(found.splits["train"])) == (["evil"], [3])
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [INDEX, "set", "train-0.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "set"]
+    assert sorted(path.name for path in root.rglob("*")) == [INDEX, "train-0.tar"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitlit.data.stream import (
-    EvalShard,
+    EvalShare,
     Sample,
     TrainStream,
     mix,
@@ -291,10 +291,10 @@ def test_the_position_is_asked_for_at_every_epochs_start() -> None:
 @pytest.mark.parametrize("length", [1, 7, 8, 11, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_sees_every_image_once_on_any_number_of_devices(length: int, world_size: int) -> None:
-    shards = [EvalShard(length, rank, world_size) for rank in range(world_size)]
-    assert sorted(index for shard in shards for index in shard) == list(range(length))
-    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    shares = [EvalShare(length, rank, world_size) for rank in range(world_size)]
+    assert sorted(index for share in shares for index in share) == list(range(length))
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize(

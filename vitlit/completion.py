@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from vitlit.data.folder import parse_share
-from vitlit.data.splits import find_labels
+from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT
 from vitlit.run import flatten
@@ -79,8 +78,13 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def complete(config: Namespace, weights: Weights | None) -> list[str]:
+def complete(config: Namespace, weights: Weights | None, splits: Splits) -> list[str]:
     """Fill in preprocessing, seed, architecture and the number of classes.
+
+    Args:
+        config: the command's.
+        weights: that it begins with.
+        splits: of the config's data.
 
     Returns:
         The class names of the checkpoint, none where the head is new.
@@ -100,7 +104,7 @@ def complete(config: Namespace, weights: Weights | None) -> list[str]:
         made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
         count, several = len(classes), made_with.get("init_args", {}).get("multi_label", False)
     else:
-        found, several = find_labels(data.root, parse_share(data.holdout), data.manifest)
+        found, several = splits.labels()
         count = len(found)
     complete_classes(model, "model", count)
     complete_classes(objective, "model.objective", count)

@@ -22,6 +22,8 @@ from vitlit.arguments import CommandLine, Parser, load_yaml
 from vitlit.checkpoints import Best, Last, check_space
 from vitlit.completion import complete, doubts, starting_weights
 from vitlit.data import ImageFolderData, augment, sources
+from vitlit.data.folder import parse_share
+from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.interrupt import AGAIN, Interrupt, Interrupted, requeue
 from vitlit.loggers import CSV, Wandb
@@ -128,7 +130,9 @@ class CLI(LightningCLI):
             self.decide(config)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        self.classes = complete(config, starting_weights(config, fitting=self.subcommand == "fit"))
+        # The data module gets these very ones: what is asked here is not read again.
+        self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
+        self.classes = complete(config, starting_weights(config, fitting=self.subcommand == "fit"), self.splits)
         self.resolved = self.plain(config)
         for doubt in doubts(config, load_yaml(self.line.config)) if self.keeps and self.line.config else []:
             rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
@@ -186,8 +190,8 @@ class CLI(LightningCLI):
                 about.id = about.get("id") or (self.folder.wandb_id() if config.ckpt_path else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
-        self.datamodule.splits.classes = self.classes
-        self.datamodule.splits.photos = self.line.photos
+        self.splits.classes, self.splits.photos = self.classes, self.line.photos
+        self.datamodule.splits = self.splits
         bar = self.config[self.subcommand].trainer.enable_progress_bar is not False
         terminal = sys.stdout.isatty()
         extra: list[Any] = [callbacks.Bar() if terminal else callbacks.Lines()] if bar else []
@@ -285,7 +289,7 @@ class CLI(LightningCLI):
         rows["next"] = f"vitlit predict {shlex.quote(str(self.folder.path))} PHOTOS --out predictions.csv"
         if isinstance(self.model, Pretrain):
             parts = ["vitlit", "fit", "--config", "finetune", "--model.init_from", str(self.folder.path)]
-            splits = self.datamodule.splits
+            splits = self.splits
             if splits.root != DIGITS:
                 parts += ["--data.root", splits.root, "--run.name", f"{self.folder.name}-finetuned"]
             if splits.manifest:

@@ -1,4 +1,4 @@
-"""What a scan of a large folder found, kept beside it in .vitlit: ROOT/.vitlit/train.npz for ROOT/train.
+"""What a scan of a large folder found, kept in ROOT/.vitlit: train.npz of ROOT/train, root.npz of ROOT/CLASS.
 
 Adding, removing or renaming a file changes the time of its folder, and a folder's time is all that must be asked:
 a thousand for ImageNet, not 1.28 million.
@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from vitlit.data.index import Names, save_arrays
+from vitlit.data.manifest import SPLITS
 
 WORTH = 50_000  # fewer images are scanned in a blink, and nobody's folder is written to
 TICK = 2.0  # seconds: a change so shortly before the scan could leave the folder's time as it is
 
 
 def kept_at(folder: Path) -> Path:
-    """Where the scan of a folder is kept."""
-    folder = folder.resolve()
-    return folder.parent / ".vitlit" / f"{folder.name}.npz"
+    """Where the scan of a folder is kept: beside a split's, and in any other, where hidden folders are no classes."""
+    if folder.name in SPLITS:
+        return folder.parent / ".vitlit" / f"{folder.name}.npz"
+    return folder / ".vitlit" / "root.npz"
 
 
 def load(folder: Path, classes: list[str], endings: tuple[bytes, ...]) -> tuple[Names, np.ndarray] | None:
@@ -58,7 +60,7 @@ def save(
         classes: the names of its class folders.
         endings: of the file names that count as images.
         found: the images' names and how many each class has.
-        folders: all that were searched, relative to `folder`.
+        folders: all that were searched, relative to `folder`, which comes first.
         scanned: when the scan began, seconds since the epoch.
     """
     names, counts = found
@@ -70,6 +72,7 @@ def save(
         if times.max() > (scanned - TICK) * 1e9:
             return
         target.parent.mkdir(exist_ok=True)
+        times[0] = _times(folder, folders[:1])[0]  # which changes where it is made in this very folder
         searched = Names.pack(folders)
         arrays = {"key": np.frombuffer(_key(classes, endings), np.uint8), "counts": counts, "times": times}
         arrays |= {"names": names.packed, "name_ends": names.ends}

@@ -2,20 +2,18 @@
 
 import os
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from vitlit.data.folder import EXTENSIONS, hold_out, parse_share
+from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
 from vitlit.data.index import Index
 from vitlit.data.report import MOST_PIXELS, Copies, Facts, Look, Paths, Report, look
 from vitlit.data.shards import is_shards
@@ -146,46 +144,20 @@ def _meaning(name: str) -> str | None:
 def _list(folder: Path) -> tuple[list[str], list[str]]:
     """The (folders, files) in a folder that are not hidden, sorted."""
     entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    return folders, [entry.name for entry in entries if not entry.is_dir()]
+    folders = [entry.name for entry in entries if is_folder(entry)]
+    return folders, [entry.name for entry in entries if not is_folder(entry)]
 
 
 def _scan(folder: Path) -> Layout:
     """What is in a split's folder; OSError where that cannot be listed."""
     classes, files = _list(folder)
-    names: list[str] = []
-    labels = array("q")
-    ignored: list[str] = []
-    for label, name in enumerate(classes):
-        images, others = _walk(folder / name)
-        names += [f"{name}/{image}" for image in images]
-        labels.extend([label] * len(images))
-        ignored += [str(folder / name / other) for other in others]
-    index = Index.of(folder, names, np.array(labels, np.int64))
+    trees = [walk(os.fsencode(folder), os.fsencode(name)) for name in classes]
+    counts = np.array([len(tree.images) for tree in trees], np.int64)
+    index = Index.of(
+        folder, [image for tree in trees for image in tree.images], np.repeat(np.arange(len(trees)), counts)
+    )
+    ignored = [str(folder / os.fsdecode(other)) for tree in trees for other in tree.others]
     return Layout(folder, classes, index, [str(folder / file) for file in files if _is_image(file)], ignored)
-
-
-def _walk(folder: Path) -> tuple[list[str], list[str]]:
-    """The (images, other files) below a folder, relative to it, sorted; what is hidden does not count."""
-    images: list[str] = []
-    others: list[str] = []
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        real = os.path.realpath(here)
-        if real in seen:  # links may lead in a circle
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if name[0] != "."]
-        below = os.path.relpath(here, folder)
-        for file in files:
-            if file[0] != ".":
-                (images if _is_image(file) else others).append(file if below == "." else f"{below}/{file}")
-    return sorted(images, key=os.fsencode), sorted(others, key=os.fsencode)
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
 
 
 def _is_image(name: str) -> bool:

@@ -4,6 +4,7 @@ import os
 import time
 import zlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,45 +19,72 @@ _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(root) if is_folder(entry) and not entry.name.startswith("."))
 
 
-def _walk(folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """(paths of all images below a folder, sorted; all folders there, itself first), each relative to it.
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link to itself
+        return False
 
-    Hidden files and folders do not count.
+
+class Tree(NamedTuple):
+    """The paths of the images below a folder and of the other files, sorted, and of all folders there, itself first."""
+
+    images: list[bytes]
+    others: list[bytes]
+    folders: list[bytes]
+
+
+def walk(root: bytes, folder: bytes = b"") -> Tree:
+    """What is below ROOT/FOLDER, relative to the root.
+
+    Hidden files and folders do not count. A folder counts once, whatever links lead to it, and one that holds the link
+    that leads there does not count at all: it would be the images of all classes.
+
+    Raises:
+        OSError: a folder cannot be listed.
     """
-    images, folders, seen = [], [], set()
-    open_folders = [b""]
+    found, seen = Tree([], [], []), set()
+    above: tuple[bytes, ...] = (os.path.realpath(root),) if folder else ()
+    open_folders = [(folder, above)]  # and where the folders on the way to it really are
     while open_folders:
-        below = open_folders.pop()
-        here = os.path.join(folder, below)
+        below, above = open_folders.pop()
+        here = os.path.join(root, below)
         real = os.path.realpath(here)
-        if real in seen:  # links may lead in a circle
+        if real in seen or any(os.path.join(outer, b"").startswith(os.path.join(real, b"")) for outer in above):
             continue
         seen.add(real)
-        folders.append(below)
-        prefix = below and below + b"/"
+        found.folders.append(below)
+        prefix, inner = below and below + b"/", []
         for entry in os.scandir(here):
             name = entry.name
             if name[0] == HIDDEN:
                 continue
-            if entry.is_dir():
-                open_folders.append(prefix + name)
+            if is_folder(entry):
+                inner.append(prefix + name)
             elif name.lower().endswith(_ENDINGS):
-                images.append(prefix + name)
-    return sorted(images), folders
+                found.images.append(prefix + name)
+            else:
+                found.others.append(prefix + name)
+        inner.sort(reverse=True)
+        open_folders += [
+            (name, (*above, real)) for name in inner
+        ]  # of links to one folder the first counts, wherever the data lies
+    return Tree(sorted(found.images), sorted(found.others), found.folders)
 
 
 def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
     """The images in class folders, class by class, and how many each has."""
     scanned = time.time()
     images, folders, counts = [], [b""], []
-    for name in map(os.fsencode, classes):
-        own, below = _walk(os.path.join(os.fsencode(folder), name))
-        images += [name + b"/" + image for image in own]
-        folders += [os.path.join(name, path) for path in below]
-        counts.append(len(own))
+    for name in classes:
+        tree = walk(os.fsencode(folder), os.fsencode(name))
+        images += tree.images
+        folders += tree.folders
+        counts.append(len(tree.images))
     found = Names.pack(images), np.array(counts, np.int64)
     cache.save(folder, classes, _ENDINGS, found, folders, scanned)
     return found
@@ -74,7 +102,7 @@ def scan_photos(photos: list[Path]) -> Index:
     for photo in photos:
         if not photo.exists():
             raise UserError(f"{photo} does not exist; give images or folders of images")
-        names = map(os.fsdecode, _walk(os.fsencode(photo))[0]) if photo.is_dir() else [""]
+        names = map(os.fsdecode, walk(os.fsencode(photo)).images) if photo.is_dir() else [""]
         found += [str(photo / name) for name in names]
     found = list(dict.fromkeys(found))
     if not found:
@@ -120,7 +148,7 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
     names, counts = cache.load(folder, found, _ENDINGS) or _scan(folder, found)
     if not len(names):
-        if not found and _walk(os.fsencode(folder))[0]:
+        if not found and walk(os.fsencode(folder)).images:
             raise UserError(
                 f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
             )

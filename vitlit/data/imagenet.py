@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import tarfile
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from vitlit.data.output import whole_folder
+from vitlit.data.progress import Progress
 from vitlit.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -27,7 +28,6 @@ PAGE = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 
 SYNSETS, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 WNID = "n[0-9]{8}"
-SECONDS = 10.0  # between two lines of progress
 
 
 def unpack(tars: Path, out: Path) -> None:
@@ -52,33 +52,25 @@ def unpack(tars: Path, out: Path) -> None:
         UserError: an archive is missing, damaged or another one, train's classes are not val's, val's images are not
             the ones whose classes are known, or `out` is not empty or cannot be written.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
     missing = [name for name in MD5 if not (tars / name).is_file()]
     if missing:
         raise UserError(f"{tars} lacks {', '.join(missing)}: download what it lacks from {PAGE}, which needs a login")
     truth = _read_truth(tars / DEVKIT)
     train = _list_train(tars / TRAIN)
     _check_classes(train, set(truth))
-    target = out.resolve()
-    partial = target.with_name(f"{target.name}.partial")
-    _check_leftovers(partial, set(truth))
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{partial} cannot be made ({error.strerror}): name another folder") from error
-    if not (partial / "val").is_dir():
-        _unpack_val(tars / VAL, partial / "val", truth)
-    _unpack_train(tars / TRAIN, partial / "train", len(train))
-    partial.rename(target)
+    with whole_folder(out, resume=True) as partial:
+        _check_leftovers(partial, set(truth))
+        if not (partial / "val").is_dir():
+            _unpack_val(tars / VAL, partial / "val", truth)
+        _unpack_train(tars / TRAIN, partial / "train", len(train))
     for split in ("train", "val"):
-        images = [len(os.listdir(entry)) for entry in os.scandir(target / split) if entry.is_dir()]
+        images = [len(os.listdir(entry)) for entry in os.scandir(out / split) if entry.is_dir()]
         print(f"{out / split}: {sum(images):,} images, {len(images):,} classes")
 
 
 def _unpack_train(file: Path, folder: Path, total: int) -> None:
     """Write the images as `folder/WNID/*.JPEG`, except for the classes that are there."""
-    tell = _Progress()
+    tell = Progress()
     with _reading(file), tarfile.open(file, "r:") as archive:
         for done, (name, opened) in enumerate(_members(archive, rf"{WNID}\.tar", file)):
             wnid = name.removesuffix(".tar")
@@ -88,7 +80,7 @@ def _unpack_train(file: Path, folder: Path, total: int) -> None:
 
 
 def _unpack_class(file: Path, name: str, opened: IO[bytes], folder: Path) -> None:
-    with _reading(file, name), tarfile.open(fileobj=opened, mode="r:") as archive, _whole(folder) as made:
+    with _reading(file, name), tarfile.open(fileobj=opened, mode="r:") as archive, whole_folder(folder) as made:
         for image, reader in _members(archive, rf"{WNID}_[0-9]+\.JPEG", file, name):
             _copy(reader, made / image)
         if not any(made.iterdir()):
@@ -97,8 +89,8 @@ def _unpack_class(file: Path, name: str, opened: IO[bytes], folder: Path) -> Non
 
 def _unpack_val(file: Path, folder: Path, truth: list[str]) -> None:
     """Write the images as `folder/WNID/*.JPEG`, sorted by the classes of the images of numbers 1, 2, ..."""
-    count, strays, tell = 0, 0, _Progress()
-    with _reading(file), tarfile.open(file, "r:") as archive, _whole(folder) as made:
+    count, strays, tell = 0, 0, Progress()
+    with _reading(file), tarfile.open(file, "r:") as archive, whole_folder(folder) as made:
         for wnid in set(truth):
             (made / wnid).mkdir()
         for name, reader in _members(archive, r"ILSVRC2012_val_[0-9]{8}\.JPEG", file):
@@ -200,16 +192,6 @@ def _copy(reader: IO[bytes], file: Path) -> None:
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which takes its own after the block; what an earlier one left is removed."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(folder)
-
-
-@contextmanager
 def _reading(file: Path, inner: str = "") -> Iterator[None]:
     """Turn what goes wrong in reading an archive, or in writing its files, into a UserError."""
     try:
@@ -232,15 +214,3 @@ def _inside(inner: str) -> str:
 
 def _again(file: Path) -> str:
     return f"it again from {PAGE} (MD5 {MD5[file.name]})"
-
-
-class _Progress:
-    """Prints a line, but only every ten seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        if time.monotonic() - self._last >= SECONDS:
-            self._last = time.monotonic()
-            print(line, flush=True)

@@ -21,8 +21,8 @@ from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
-from vitlit.data.stream import EvalShard, Sample, TrainStream, global_batch, paired_rows, split_batch
-from vitlit.data.transforms import Crop, Interpolation, Preprocess, check_transform, train_transform
+from vitlit.data.stream import EvalShare, Sample, TrainStream, global_batch, paired_rows, split_batch
+from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_transform, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
 
@@ -76,7 +76,7 @@ class ImageFolderData(LightningDataModule):
         micro_batch: int | None = None,
         holdout: float | str = 0.0,
         manifest: str | None = None,
-        crop: Crop = "random_resized",
+        crop: CropName = "random_resized",
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
         augment: Sequence[v2.Transform] | None = None,
@@ -237,12 +237,12 @@ class ImageFolderData(LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         assert self.trainer is not None
         index = self.split(split)
-        shard = EvalShard(len(index), self.trainer.global_rank, self.trainer.world_size)
-        share = -(-self.batch_size // self.trainer.world_size)
+        share = EvalShare(len(index), self.trainer.global_rank, self.trainer.world_size)
+        batch = -(-self.batch_size // self.trainer.world_size)
         images = Images(
             index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
         )
-        return self._loader(images, shard, min(share, self.micro_batch or share, len(shard)))
+        return self._loader(images, share, min(batch, self.micro_batch or batch, len(share)))
 
     def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:
         assert self.trainer is not None

@@ -1,27 +1,26 @@
-"""How shards are made, `vitlit data shard ROOT OUT`, and how the images in tars made elsewhere are found."""
+"""How shards are made: `vitlit data shard ROOT OUT`."""
 
 import io
 import json
 import os
-import re
-import shutil
 import tarfile
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from vitlit.data.decode import decode_bytes
-from vitlit.data.folder import EXTENSIONS, scan_classes, scan_split, train_folder
+from vitlit.data.folder import scan_classes, scan_split, train_folder
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest, read_manifest
-from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, join, save_index, why
+from vitlit.data.output import whole_folder
+from vitlit.data.progress import Progress
+from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, save_index
 from vitlit.data.stream import mix
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
@@ -38,9 +37,7 @@ photographs at quality 90 as the mean absolute difference, of 255 levels:
   1.4 with --short_side 400, 2.1 with 320, 2.8 and a visible blur with 256
 """
 CHUNK = 64  # images read ahead of what is written
-SECONDS = 10.0  # between two lines of progress
 END = bytes(2 * BLOCK)  # of a tar
-LABEL_BYTES = 1 << 20  # of the largest .cls or .json
 
 
 def run(arguments: list[str]) -> int:
@@ -91,29 +88,22 @@ def write(found: Manifest, out: Path, shard_size: int, shrink: tuple[int, int] |
     """
     if shard_size < 1 or (shrink and (shrink[0] < 1 or not 1 <= shrink[1] <= 100)):
         raise UserError("--shard_size and --short_side must be at least 1, and --quality from 1 to 100")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
-    partial = out.resolve().with_name(f"{out.resolve().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shards: list[str] = []
+    parts = {}
     try:
-        partial.mkdir(parents=True)
-        shards: list[str] = []
-        parts = {}
-        for split, index in found.splits.items():
-            with closing(_Tars(partial, split, shard_size, shards)) as tars:
-                parts[split] = _write_split(tars, index, shrink)
-        sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
-        splits = {}
-        for split, index in found.splits.items():
-            files = ShardFiles(str(out), tuple(shards), parts[split], Names.pack(index.names()))
-            splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
-        save_index(partial / INDEX, Kept(found._replace(splits=splits), tuple(shards), sizes))
-        (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
-        partial.rename(out.resolve())
+        with whole_folder(out) as partial:
+            for split, index in found.splits.items():
+                with closing(_Tars(partial, split, shard_size, shards)) as tars:
+                    parts[split] = _write_split(tars, index, shrink)
+            sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
+            splits = {}
+            for split, index in found.splits.items():
+                files = ShardFiles(str(out), tuple(shards), parts[split], Names.pack(index.names()))
+                splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
+            save_index(partial / INDEX, Kept(found._replace(splits=splits), tuple(shards), sizes))
+            (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): mend that, or name another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for split, part in parts.items():
         print(f"{out}: {split}, {len(part):,} images in {len(np.unique(part[:, 0])):,} shards")
 
@@ -146,16 +136,14 @@ class _Tars:
 def _write_split(tars: _Tars, index: Index, shrink: tuple[int, int] | None) -> np.ndarray:
     """Write the images of a split; returns their parts, as `ShardFiles` has them."""
     parts, keys = np.empty((len(index), 4), np.int64), _keys(index.names())
-    last = time.monotonic()
+    tell = Progress()
     for done, (row, image, ending) in enumerate(_contents(index, shrink)):
         header, content = _entry(keys[row] + ending, image)
         numbers = np.flatnonzero(index.labels[row]).tolist() if index.labels.ndim == 2 else None
         text, kind = (str(index.labels[row]), ".cls") if numbers is None else (json.dumps({"label": numbers}), ".json")
         start = tars.add(header + content + b"".join(_entry(keys[row] + kind, text.encode())))
         parts[row] = len(tars.shards) - 1, start + len(header), len(image), zlib.crc32(header[-BLOCK:])
-        if time.monotonic() - last >= SECONDS:
-            last = time.monotonic()
-            print(f"{tars.split}: {done + 1:,} of {len(index):,} images", flush=True)
+        tell(f"{tars.split}: {done + 1:,} of {len(index):,} images")
     return parts
 
 
@@ -205,139 +193,3 @@ def _entry(name: str, content: bytes) -> tuple[bytes, bytes]:
     info = tarfile.TarInfo(name)
     info.size = len(content)
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"), content + bytes(-len(content) % BLOCK)
-
-
-class _Sample(NamedTuple):
-    """An image in a tar: its name, its part as `ShardFiles` has it, its labels and where they are from."""
-
-    name: str
-    part: tuple[int, int, int, int]
-    labels: tuple[str, ...]
-    kind: str
-
-
-def search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: list[str] | None) -> Kept:
-    """Find the images in tars made elsewhere, by their headers, and print how many there are.
-
-    Args:
-        filesystem: of fsspec, and `path` of the folder in it, whose `root` is the user's.
-        tars: their names and splits.
-        named: the classes by their numbers, where a file names them.
-
-    Raises:
-        UserError: a tar cannot be read, or an image has no label that can be.
-    """
-    from lightning.pytorch.utilities import rank_zero_only
-
-    say, last = rank_zero_only(print), time.monotonic()
-    samples: dict[str, list[_Sample]] = {split: [] for split in SPLITS if split in tars.values()}
-    shards, sizes = tuple(tars), []
-    for number, (shard, split) in enumerate(tars.items()):
-        try:
-            with filesystem.open(join(path, shard), "rb") as opened:
-                sizes.append(opened.seek(0, os.SEEK_END))
-                samples[split] += _walk(opened, sizes[-1], number)
-        except Exception as error:  # every filesystem has its own, and tarfile for what is no tar
-            raise UserError(f"{join(root, shard)} cannot be indexed: {why(error)}") from error
-        if time.monotonic() - last >= SECONDS:
-            last = time.monotonic()
-            say(f"{root}: {number + 1:,} of {len(shards):,} shards indexed", flush=True)
-    classes, labels = _number(root, samples, named)
-    splits = {}
-    for split, own in samples.items():
-        names = Names.pack([sample.name.encode(errors="surrogateescape") for sample in own])
-        parts = np.array([sample.part for sample in own], np.int64)
-        splits[split] = Index(ShardFiles(root, shards, parts, names), np.arange(len(own)), labels[split])
-    total = ", ".join(f"{len(index):,} of {split}" for split, index in splits.items())
-    say(f"{root}: indexed {len(shards):,} shards, images: {total}, in {len(classes):,} classes")
-    several = any(index.labels.ndim == 2 for index in splits.values())
-    return Kept(Manifest(classes, splits, several), shards, np.array(sizes, np.int64))
-
-
-def _walk(opened: IO[bytes], size: int, number: int) -> list[_Sample]:
-    """The images of a tar, found by its headers.
-
-    Raises:
-        ValueError: the tar is damaged, or an image has no label.
-    """
-    images: dict[str, tuple[str, tuple[int, int, int, int]]] = {}
-    dotted: dict[str, str] = {}
-    labels: dict[str, tuple[tuple[str, ...], str]] = {}
-    opened.seek(0)
-    with tarfile.open(fileobj=opened, mode="r:") as archive:
-        for member in archive:
-            start = member.offset_data
-            if not 0 <= member.size <= size - start:
-                raise ValueError(f"{member.name} reaches beyond its end")
-            match = re.match(r"((?:.*/)?[^./][^./]*)[.]([^/]*)$", member.name)  # webdataset's key and what follows it
-            if match is None or not member.isreg() or member.issparse():
-                continue
-            key, ending = match[1], match[2].lower()
-            if f".{ending}" in EXTENSIONS:
-                if key in images:
-                    raise ValueError(f"{member.name} and {images[key][0]} are two images of one sample")
-                opened.seek(start - BLOCK)
-                images[key] = member.name, (number, start, member.size, zlib.crc32(opened.read(BLOCK)))
-            elif ending.endswith(EXTENSIONS):
-                dotted[key] = member.name
-            elif ending in ("cls", "json") and member.size <= LABEL_BYTES:
-                opened.seek(start)
-                label = _read_label(opened.read(member.size).decode(), ending, member.name)
-                if label and (ending == "cls" or key not in labels):
-                    labels[key] = label
-        opened.seek(archive.offset)
-        if opened.read(BLOCK).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
-            raise ValueError(f"it is damaged at byte {archive.offset}")
-    if lost := dotted.keys() - images.keys():
-        raise ValueError(f"{dotted[min(lost)]} has a dot before its ending, where webdataset ends the name of a sample")
-    for key, (name, _) in images.items():
-        if key not in labels:
-            folder = key.rpartition("/")[0].rpartition("/")[2]
-            if folder in ("", "."):
-                raise ValueError(f'{name} has no label: neither KEY.cls, nor "label" in KEY.json, nor a class folder')
-            labels[key] = (folder,), "folder"
-    return [_Sample(name, part, *labels[key]) for key, (name, part) in images.items()]
-
-
-def _read_label(text: str, ending: str, name: str) -> tuple[tuple[str, ...], str] | None:
-    """The label in a KEY.cls or KEY.json, None where there is none, and its kind."""
-    if ending == "cls":
-        return ((text.strip(),), "one") if text.strip() else None
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON") from error
-    label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
-    if label is None:
-        return None
-    values = label if isinstance(label, list) else [label]
-    if not all(type(value) in (int, str) for value in values):
-        raise ValueError(f"{name} has the label {label!r}, which is no number or name of a class")
-    return tuple(map(str, values)), "several" if isinstance(label, list) else "one"
-
-
-def _number(root: str, samples: dict[str, list[_Sample]], named: list[str] | None) -> tuple[list[str], dict[str, Any]]:
-    """The classes, and the labels of each split by their numbers."""
-    for split, own in samples.items():
-        if not own:
-            raise UserError(f"{root}: the tars of {split} hold no image (known: {' '.join(EXTENSIONS)})")
-    everything = [sample for own in samples.values() for sample in own]
-    several, folders = (any(sample.kind == kind for sample in everything) for kind in ("several", "folder"))
-    digits = all(re.fullmatch(r"-?\d+", value) for sample in everything for value in sample.labels)
-    numeric = digits and not folders  # a folder's classes are sorted as text
-    read: Callable[[str], Any] = int if numeric else str
-    known = sorted({read(value) for sample in samples.get("train", everything) for value in sample.labels})
-    if named is not None:
-        known = list(range(len(named))) if numeric else named
-    number = {label: place for place, label in enumerate(known)}
-    labels = {}
-    for split, own in samples.items():
-        rows = [[number.get(read(value), -1) for value in sample.labels] for sample in own]
-        for sample, row in zip(own, rows, strict=True):
-            if -1 in row:
-                where = CLASSES[0] if named else "the training images"
-                raise UserError(f"{root}: {sample.name} has the label {', '.join(sample.labels)}, not found in {where}")
-        labels[split] = np.zeros((len(own), len(known)), bool) if several else np.array(rows, np.int64)[:, 0]
-        for place, row in enumerate(rows if several else ()):
-            labels[split][place, row] = True
-    return list(map(str, named or known)), labels

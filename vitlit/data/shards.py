@@ -3,7 +3,6 @@
 index.npz, beside the tars, says where each image lies, and keeps the order of the folder that they come from.
 """
 
-import hashlib
 import io
 import os
 import re
@@ -21,8 +20,7 @@ from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.errors import UserError
 
 INDEX = "index.npz"
-CLASSES = ("classes.txt", "classnames.txt")
-SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+CLASSES = ("classes.txt", "classnames.txt")  # a name a line, where tars have numbers
 BLOCK = 512  # bytes of the header that a tar has before a file's content
 PAUSES = (0.3, 1.2, 3.0)  # seconds before a read is tried again
 TIMEOUT = 60.0  # seconds for an answer
@@ -199,79 +197,14 @@ def read_shards(root: str) -> Manifest:
         raise UserError(f"cannot read {join(root, INDEX)}: {why(error)}") from error
     kept = None if data is None else load_index(data, root, join(root, INDEX))
     if kept is None or kept.key:
-        return _find(filesystem, path, root, kept)
+        from vitlit.data import webdataset  # it imports this module
+
+        return webdataset.find(filesystem, path, root, kept)
     for shard, size in zip(kept.shards, kept.sizes.tolist(), strict=True) if "://" not in root else ():
         place = Path(root) / shard
         if (there := place.stat().st_size if place.is_file() else "no") != size:
             raise UserError(f"{place} has {there} bytes, {size} by {INDEX}: put shards and {INDEX} of one making there")
     return kept.found
-
-
-def _find(filesystem: Any, path: str, root: str, kept: Kept | None) -> Manifest:
-    """What tars made elsewhere hold: as it is kept, or found anew and kept, beside them or in the user's cache."""
-    tars, classes, key = _list(filesystem, path, root)
-    local = "://" not in root
-    place = os.path.abspath(root) if local else root
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitlit"
-    cached = cache / f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:16]}.npz"
-
-    def fresh(kept: Kept | None) -> bool:
-        # The times of local files follow the rest: what is copied to a server has its own.
-        return kept is not None and (kept.key == key if local else kept.key.startswith(key.partition(b"\0")[0] + b"\0"))
-
-    if not fresh(kept) and cached.is_file():
-        kept = load_index(cached.read_bytes(), root, str(cached))
-    if kept is None or not fresh(kept):
-        from vitlit.data.sharding import search  # it imports this module
-
-        kept = search(filesystem, path, root, tars, classes)._replace(key=key)
-        for file in (Path(root) / INDEX, cached) if local else (cached,):
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_index(file, kept)
-                break
-            except OSError:  # read-only
-                continue
-    return kept.found
-
-
-def _list(filesystem: Any, path: str, root: str) -> tuple[dict[str, str], list[str] | None, bytes]:
-    """Of a folder of tars made elsewhere: their names and splits, the classes where a file names them, and a key."""
-
-    def below(folder: str) -> dict[str, Any]:
-        return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in filesystem.ls(folder, detail=True)}
-
-    try:
-        top = below(path)
-        found = {name: entry for name, entry in top.items() if name.endswith(".tar")}
-        for folder in SPLIT_NAMES:
-            if folder in top and top[folder]["type"] != "file":
-                inner = below(top[folder]["name"])
-                found |= {f"{folder}/{name}": entry for name, entry in inner.items() if name.endswith(".tar")}
-        sizes = [entry.get("size") for entry in found.values()]
-        if None in sizes:  # a listing over HTTP has none
-            sizes = filesystem.sizes([entry["name"] for entry in found.values()])
-        texts = [os.fsdecode(filesystem.cat_file(top[name]["name"])) for name in CLASSES if name in top]
-    except Exception as error:  # every filesystem has its own
-        raise UserError(f"{root} has no {INDEX}, and cannot be searched for tars: {why(error)}") from error
-    if not found:
-        raise UserError(f"{root} holds neither {INDEX} nor *.tar, nor does its folder train; give a folder of shards")
-    lines = sorted(f"{name} {size}" for name, size in zip(found, sizes, strict=True))
-    times = sorted(f"{name} {entry.get('mtime')}" for name, entry in found.items())
-    key = "\n".join([*lines, *texts]) + "\0" + "\n".join(times)
-    classes = texts[0].splitlines() if texts else None
-    return _split_tars(sorted(found), root), classes, key.encode(errors="surrogateescape")
-
-
-def _split_tars(names: list[str], root: str) -> dict[str, str]:
-    """The split of each tar, by its folder or a word in its name; train where no name has such a word."""
-    matches = {name: re.search(r"(?<![a-z])(train|validation|val|test)(?![a-z])", name.lower()) for name in names}
-    if not any(matches.values()):
-        return dict.fromkeys(names, "train")
-    for name, match in matches.items():
-        if match is None:
-            raise UserError(f"{join(root, name)} is of no split: its name has none of the words train, val and test")
-    return {name: SPLIT_NAMES[match[1]] for name, match in matches.items() if match}
 
 
 def save_index(file: Path, kept: Kept) -> None:

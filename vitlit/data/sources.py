@@ -1,13 +1,13 @@
 """Public data sets as ImageNet-style folders: what `vitlit data NAME OUT` calls."""
 
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from vitlit.data.output import whole_folder
 from vitlit.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,22 +50,9 @@ def write(name: str, out: Path) -> None:
     """
     if name not in NAMES:
         raise UserError(f"there is no data set {name!r}: choose one of {' '.join(NAMES)}")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
-    target = out.resolve()
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{partial} cannot be made ({error.strerror}): name another folder") from error
-    try:
-        with tempfile.TemporaryDirectory(dir=partial) as root:
-            splits = _digits() if name == "digits" else _download(name, root)
-            counts = {split: _write_split(pairs, partial / split) for split, pairs in splits.items()}
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as partial, tempfile.TemporaryDirectory(dir=partial) as root:
+        splits = _digits() if name == "digits" else _download(name, root)
+        counts = {split: _write_split(pairs, partial / split) for split, pairs in splits.items()}
     for split, (images, classes) in counts.items():
         print(f"{out / split}: {images:,} images, {classes} classes")
 

@@ -1,5 +1,6 @@
 """Which images are for training, validation, test and prediction, wherever they are listed."""
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +13,8 @@ from vitlit.data.shards import is_shards, read_shards
 from vitlit.errors import UserError
 
 
-def find_labels(root: str, holdout: float, manifest: str | None) -> tuple[list[str], bool]:
-    """The classes, and whether an image may have several, without looking at every image of a folder.
-
-    Raises:
-        UserError: the data is not laid out as it must be.
-    """
-    listed = _listed(root, manifest)
-    if listed is None:
-        return find_classes(Path(root), holdout), False
-    return listed.classes, listed.multi_label
-
-
-def _listed(root: str, manifest: str | None) -> Manifest | None:
-    """What a manifest or the index of shards says; None of a folder."""
-    if manifest is None:
-        return read_shards(root) if is_shards(root) else None
-    if "://" in root:
-        raise UserError(f"data.manifest is for folders, but {root} holds shards, which have their labels; leave it out")
-    return read_manifest(Path(manifest), Path(root))
-
-
 class Splits:
-    """The images of each split, found when they are first asked for.
+    """The images of each split, found when they are first asked for, and once.
 
     Args:
         root: a folder of class folders or of shards, or the URL of shards.
@@ -71,12 +51,33 @@ class Splits:
             self._found[name] = self._scan_folder(name)
         return self._found[name]
 
+    def labels(self) -> tuple[list[str], bool]:
+        """The classes, and whether an image may have several, without looking at every image of a folder.
+
+        Raises:
+            UserError: the data is not laid out as it must be.
+        """
+        if self._listed is None:
+            return find_classes(Path(self.root), self.holdout), False
+        return self._listed.classes, self._listed.multi_label
+
+    @cached_property
+    def _listed(self) -> Manifest | None:
+        """What a manifest or the index of shards says; None of a folder."""
+        if self.manifest is None:
+            return read_shards(self.root) if is_shards(self.root) else None
+        if "://" in self.root:
+            raise UserError(
+                f"data.manifest is for folders, but {self.root} holds shards, which have their labels; leave it out"
+            )
+        return read_manifest(Path(self.manifest), Path(self.root))
+
     def _sharded(self) -> bool:
         return self.manifest is None and is_shards(self.root)
 
     def _scan(self) -> None:
         """Find classes and training images, and all that a manifest or shards list."""
-        listed = _listed(self.root, self.manifest)
+        listed = self._listed
         if listed is None:
             classes, train, held = scan_train(Path(self.root), self.holdout)
             found = {"train": train}

@@ -251,8 +251,8 @@ def global_batch(stream: TrainStream) -> list[Sample]:
     return list(islice(stream, stream.batch_size))
 
 
-class EvalShard(DistributedSampler[Any]):
-    """Every image exactly once over all ranks: no rank is padded, so metrics are exact."""
+class EvalShare(DistributedSampler[Any]):
+    """One rank's share of every image exactly once: no rank is padded, so metrics are exact."""
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, length, world_size)

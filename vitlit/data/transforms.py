@@ -17,7 +17,7 @@ from vitlit.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
-Crop = Literal["random_resized", "inception", "simple", "pad", "center"]
+CropName = Literal["random_resized", "inception", "simple", "pad", "center"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Preprocess:
 
 def train_transform(
     preprocess: Preprocess,
-    crop: Crop,
+    crop: CropName,
     crop_scale: tuple[float, float],
     flip: float,
     augment: Sequence[Transform] = (),
@@ -94,7 +94,7 @@ def train_transform(
         augment: what is done after it, in this order.
     """
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
-    crops: dict[Crop, Callable[[], Transform]] = {
+    crops: dict[CropName, Callable[[], Transform]] = {
         "random_resized": lambda: RandomResizedCrop(size, crop_scale, how),
         "inception": lambda: InceptionCrop(size, crop_scale, how),
         "simple": lambda: SimpleCrop(size, how),

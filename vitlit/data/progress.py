@@ -1,0 +1,17 @@
+"""How far a long work is, in lines that suit a terminal and a log alike."""
+
+import time
+
+SECONDS = 10.0  # between two lines
+
+
+class Progress:
+    """Prints a line, but only every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() - self._last >= SECONDS:
+            self._last = time.monotonic()
+            print(line, flush=True)
