@@ -1,13 +1,15 @@
-"""Lightning's Trainer with automatic precision."""
+"""Lightning's Trainer with automatic precision, and without what the stages cannot work with."""
 
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
 from vitlit.errors import UserError
+from vitlit.stages.fsdp import FSDP2
 
 
 class Trainer(LightningTrainer):
@@ -17,7 +19,8 @@ class Trainer(LightningTrainer):
         precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
 
     Raises:
-        UserError: a GPU is asked for, or a precision that needs one, and there is none.
+        UserError: a GPU is asked for, or a precision that needs one, and there is none; the strategy shards otherwise
+            than fsdp2 does, or fsdp2 cannot have the precision.
     """
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
@@ -36,3 +39,14 @@ class Trainer(LightningTrainer):
             raise
         except (ValueError, TypeError) as error:  # an unknown strategy or accelerator, among others
             raise UserError(f"trainer: {error}") from error
+        if isinstance(self.strategy, FSDP2):
+            if self.precision in ("16-mixed", "16-true"):
+                raise UserError(
+                    f"trainer.strategy fsdp2 does not work with trainer.precision {self.precision}; use bf16-mixed, or "
+                    "32-true where the GPU has no bf16"
+                )
+        elif isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"trainer.strategy {type(self.strategy).__name__} is not supported; give ddp, or fsdp2 where the model "
+                "is too large for one device"
+            )

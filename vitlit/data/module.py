@@ -21,7 +21,7 @@ from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
-from vitlit.data.stream import EvalShard, TrainStream, paired_rows, split_batch
+from vitlit.data.stream import EvalShard, TrainStream, eval_batch, paired_rows, split_batch
 from vitlit.data.transforms import Crop, Interpolation, Preprocess, check_transform, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
@@ -239,10 +239,11 @@ class ImageFolderData(LightningDataModule):
         index = self.split(split)
         shard = EvalShard(len(index), self.trainer.global_rank, self.trainer.world_size)
         share = -(-self.batch_size // self.trainer.world_size)
+        batch = eval_batch(len(index), self.trainer.world_size, min(share, self.micro_batch or share, len(index)))
         images = Images(
             index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
         )
-        return self._loader(images, shard, min(share, self.micro_batch or share, len(shard)))
+        return self._loader(images, shard, batch)
 
     def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:
         assert self.trainer is not None
