@@ -10,6 +10,7 @@ from vitlit.data.stream import (
     EvalShare,
     Sample,
     TrainStream,
+    eval_batch,
     mix,
     mix_one,
     order,
@@ -295,6 +296,17 @@ def test_evaluation_sees_every_image_once_on_any_number_of_devices(length: int, 
     assert sorted(index for share in shares for index in share) == list(range(length))
     assert [len(share) for share in shares] == [len(list(share)) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_every_device_evaluates_equally_many_batches(world_size: int) -> None:
+    for length in range(world_size, 40):
+        shards = [EvalShare(length, rank, world_size) for rank in range(world_size)]
+        for wanted in range(1, length + 1):
+            batch = eval_batch(length, world_size, wanted)
+            assert len({-(-len(shard) // batch) for shard in shards}) == 1
+            assert world_size > 1 or batch == wanted
+    assert [eval_batch(11, 2, wanted) for wanted in (1, 4, 5, 6)] == [2, 4, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from vitlit.errors import UserError
 from vitlit.stages import Stage
+from vitlit.stages.fsdp import whole
 from vitlit.stages.metrics import metrics, update
 from vitlit.weights.adapt import set_numerics
 
@@ -33,7 +34,7 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise UserError(f"an EMA's decay {decay} is not at least 0 and below 1")
         self.decay = decay
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__()
         self._raw: nn.ModuleDict | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -42,7 +43,11 @@ class EMA(WeightAveraging):
                 f"an EMA cannot average weights of trainer.precision {trainer.precision}, which are too coarse for its "
                 "steps; use bf16-mixed"
             )
-        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            average = get_ema_multi_avg_fn(self.decay)
+            self._average_model = AveragedModel(pl_module, pl_module.device, multi_avg_fn=average)
+            copy: Any = self._average_model.module
+            copy.configure_model()  # what is sharded cannot be copied, so the copy is sharded by itself
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
@@ -80,7 +85,7 @@ class EMA(WeightAveraging):
         if self._raw is not None and self._average_model is not None:
             raw: Any = self._average_model.module
             with trainer.precision_plugin.forward_context():
-                step = raw.objective(raw.vit, batch)
+                step = raw.step(batch)
             update(self._raw, step.loss, step.logits, batch[1], len(batch[0]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,3 +94,7 @@ class EMA(WeightAveraging):
             pl_module.log(f"val/{name}_raw", metric.compute())
         self._raw = None
         super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = whole(checkpoint["state_dict"], keep=trainer.is_global_zero)

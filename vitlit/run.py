@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import yaml
 
@@ -33,7 +35,7 @@ FREE = (
     "trainer.num_nodes",
     "trainer.num_sanity_val_steps",
     "trainer.profiler",
-    "trainer.strategy",
+    "trainer.strategy*",
 )
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
@@ -261,7 +263,8 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
         return Decision(*json.loads(os.environ["VITLIT_DECISION"]))
     if decision is not None:
         os.environ["VITLIT_DECISION"] = json.dumps(decision)
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) == 1:
+    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    if ranks == 1:
         assert decision is not None
         return decision
     from torch.distributed import FileStore, Store, TCPStore
@@ -269,7 +272,7 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
     store: Store
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        key = f"vitlit/{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        key = f"vitlit/{run}"
     elif "SLURM_JOB_ID" in os.environ:
         run.parent.mkdir(parents=True, exist_ok=True)
         step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
@@ -278,6 +281,31 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
         raise UserError(
             "several processes were started by neither torchrun, SLURM nor trainer.devices; use one of them"
         )
-    if decision is not None:
-        store.set(key, json.dumps(decision))
-    return Decision(*json.loads(store.get(key)))
+    return ask(store, key) if decision is None else answer(store, key, decision, ranks - 1)
+
+
+def ask(store: Any, key: str) -> Decision:
+    """Rank 0's decision, by way of a store in which there may be what processes that died had asked and been told."""
+    ticket = store.add(f"{key}/asked", 1)
+    sender, decision = json.loads(store.get(f"{key}/{ticket}"))
+    store.add(f"{key}/heard/{sender}", 1)
+    return Decision(*decision)
+
+
+def answer(store: Any, key: str, decision: Decision, others: int) -> Decision:
+    """Tell a decision to the other ranks, until all have heard it.
+
+    Raises:
+        UserError: not all of them have asked in the store's time.
+    """
+    sender, answered = uuid4().hex, 0
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while (heard := store.add(f"{key}/heard/{sender}", 0)) < others:
+        asked = store.add(f"{key}/asked", 0)
+        for ticket in range(answered + 1, asked + 1):
+            store.set(f"{key}/{ticket}", json.dumps([sender, decision]))
+        answered = asked
+        if time.monotonic() > deadline:
+            raise UserError(f"of {others + 1} processes only {heard + 1} have come; see what the others say")
+        time.sleep(0.05)
+    return decision

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with automatic precision, and checkpoints that are written whole."""
+"""Lightning's Trainer with automatic precision, checkpoints that are written whole, and strategies that work."""
 
 from typing import Any, Literal
 
@@ -6,10 +6,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
 from vitlit.checkpoints import Files
 from vitlit.errors import UserError
+from vitlit.stages.fsdp import FSDP2
 
 
 class Trainer(LightningTrainer):
@@ -19,7 +21,8 @@ class Trainer(LightningTrainer):
         precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
 
     Raises:
-        UserError: a GPU is asked for, or a precision that needs one, and there is none.
+        UserError: a GPU is asked for, or a precision that needs one, and there is none; the strategy shards otherwise
+            than fsdp2 does, or fsdp2 cannot have the precision.
     """
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
@@ -38,5 +41,16 @@ class Trainer(LightningTrainer):
             raise
         except (ValueError, TypeError) as error:  # an unknown strategy or accelerator, among others
             raise UserError(f"trainer: {error}") from error
+        if isinstance(self.strategy, FSDP2):
+            if self.precision in ("16-mixed", "16-true"):
+                raise UserError(
+                    f"trainer.strategy fsdp2 does not work with trainer.precision {self.precision}; use bf16-mixed, or "
+                    "32-true where the GPU has no bf16"
+                )
+        elif isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"trainer.strategy {type(self.strategy).__name__} is not supported; give ddp, or fsdp2 where the model "
+                "is too large for one device"
+            )
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
             self.strategy.checkpoint_io = Files()

@@ -21,7 +21,7 @@ from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
-from vitlit.data.stream import EvalShare, Sample, TrainStream, global_batch, paired_rows, split_batch
+from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, global_batch, paired_rows, split_batch
 from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_transform, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
@@ -238,11 +238,12 @@ class ImageFolderData(LightningDataModule):
         assert self.trainer is not None
         index = self.split(split)
         share = EvalShare(len(index), self.trainer.global_rank, self.trainer.world_size)
-        batch = -(-self.batch_size // self.trainer.world_size)
+        most = -(-self.batch_size // self.trainer.world_size)
+        batch = eval_batch(len(index), self.trainer.world_size, min(most, self.micro_batch or most, len(index)))
         images = Images(
             index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
         )
-        return self._loader(images, share, min(batch, self.micro_batch or batch, len(share)))
+        return self._loader(images, share, batch)
 
     def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:
         assert self.trainer is not None

@@ -262,3 +262,14 @@ class EvalShare(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
+
+
+def eval_batch(length: int, world_size: int, wanted: int) -> int:
+    """The batch next to `wanted`, a smaller one first, of which every rank's EvalShare has equally many.
+
+    Under FSDP ranks meet in every batch: one more on one of them would wait for ever.
+    """
+    fewest, more = divmod(length, world_size)
+    if not more:
+        return wanted
+    return next(size for size in (*range(wanted, 1, -1), *range(wanted + 1, fewest + 2)) if fewest % size)

@@ -19,10 +19,11 @@ from vitlit.data.stream import seed_step
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
-from vitlit.objectives import Objective
+from vitlit.objectives import Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.stages.clock import Clock
 from vitlit.stages.finite import GRADIENT, LOSS, Finite, all_finite, no_number
+from vitlit.stages.fsdp import shard
 from vitlit.stages.metrics import metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights.adapt import set_numerics
@@ -78,6 +79,14 @@ class Stage(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
+
+    def step(self, batch: Any) -> Step:
+        """What the objective makes of a batch, by which a stage is trained and evaluated."""
+        step: Step = self.objective(self.vit, batch)
+        return step
+
+    def configure_model(self) -> None:
+        shard(self, self.vit.blocks, methods=["step"])
 
     def configure_optimizers(self) -> Any:
         trainer: Any = self.trainer
@@ -181,7 +190,7 @@ class Stage(LightningModule):
         self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        step = self.objective(self.vit, batch)
+        step = self.step(batch)
         loss = step.loss.detach()
         self._window.append({"loss": loss, **step.logs})
         self._finite.note(LOSS, self.trainer.global_step, loss)
@@ -223,7 +232,7 @@ class Stage(LightningModule):
         return self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: Any) -> dict[str, Tensor] | None:
-        step = self.objective(self.vit, batch)
+        step = self.step(batch)
         measures = self.measures[split]
         assert isinstance(measures, nn.ModuleDict)
         update(measures, step.loss, step.logits, batch[1], len(batch[0]))
