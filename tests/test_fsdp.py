@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import SMALL, Result
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed import TCPStore
@@ -224,6 +225,19 @@ def test_a_run_of_two_devices_is_judged_and_continued_on_one(
     assert read(tmp_path / "runs/two/checkpoints/last.ckpt")["global_step"] == 8
 
 
+def test_an_optimizer_of_whole_weights_is_refused_before_training(
+    few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", *SMALL, "--data.root", str(few), "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+
+    def run() -> int:
+        os.chdir(tmp_path)
+        return main([*fit, "--trainer.strategy", "fsdp2", "--model.optimizer", "Adafactor"])
+
+    assert ranks(run) == [2, 2]
+    assert "vitlit: error: trainer.strategy fsdp2 does not work with Adafactor" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -231,6 +245,10 @@ def test_a_run_of_two_devices_is_judged_and_continued_on_one(
         (
             {"strategy": FSDPStrategy(), "accelerator": "gpu", "precision": "32-true"},
             "FSDPStrategy is not supported; give ddp, or fsdp2",
+        ),
+        (
+            {"strategy": "fsdp2", "callbacks": EMAWeightAveraging()},
+            "fsdp2 .* EMAWeightAveraging; use vitlit.averaging.EMA",
         ),
         ({"strategy": "fsdp2", "accelerator": "gpu", "precision": "16-mixed"}, "fsdp2 .* 16-mixed; use bf16-mixed"),
     ],

@@ -43,6 +43,7 @@ QUIET = (
     r".*could not find the monitored key.*",  # it is known, so nothing was validated, and the summary says so
     r".*The dirpath has changed.*",  # a moved run
     r".*callbacks used to create the checkpoint.*",  # evaluation has none
+    r".*WeightAveraging callback with a model that overrides.*",  # it does so for fsdp2 alone
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 

@@ -6,9 +6,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
+from vitlit.averaging import EMA
 from vitlit.checkpoints import Files
 from vitlit.errors import UserError
 from vitlit.stages.fsdp import FSDP2
@@ -22,7 +24,7 @@ class Trainer(LightningTrainer):
 
     Raises:
         UserError: a GPU is asked for, or a precision that needs one, and there is none; the strategy shards otherwise
-            than fsdp2 does, or fsdp2 cannot have the precision.
+            than fsdp2 does, or fsdp2 does not work with the precision or a callback.
     """
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
@@ -42,6 +44,11 @@ class Trainer(LightningTrainer):
         except (ValueError, TypeError) as error:  # an unknown strategy or accelerator, among others
             raise UserError(f"trainer: {error}") from error
         if isinstance(self.strategy, FSDP2):
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not isinstance(callback, EMA):
+                    raise UserError(
+                        f"trainer.strategy fsdp2 does not work with {type(callback).__name__}; use vitlit.averaging.EMA"
+                    )
             if self.precision in ("16-mixed", "16-true"):
                 raise UserError(
                     f"trainer.strategy fsdp2 does not work with trainer.precision {self.precision}; use bf16-mixed, or "

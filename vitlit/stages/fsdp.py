@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Adafactor, Optimizer
+
+from vitlit.errors import UserError
 
 
 class FSDP2(ModelParallelStrategy):
@@ -25,6 +27,15 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Adafactor | LBFGS):
+                raise UserError(
+                    f"trainer.strategy fsdp2 does not work with {type(optimizer).__name__}, which needs a weight as a "
+                    "whole; use AdamW, LAMB or SGD, or trainer.strategy ddp"
+                )
 
     @property
     def lightning_restore_optimizer(self) -> bool:
