@@ -17,6 +17,7 @@ from wandb_file import read_wandb
 from vitlit import loggers
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb, confusion_rows
+from vitlit.wandb_mode import decide
 
 KEY = "a" * 40
 
@@ -207,30 +208,30 @@ def test_mistakes_and_confusion(pictures: bool) -> None:
 
 
 def test_the_mode_is_the_option_then_wandb_mode_then_whether_there_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Wandb()._decide() == ("offline", "no API key")
+    assert decide() == ("offline", "no API key")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert Wandb()._decide() == ("online", "")
-    assert Wandb(mode="disabled")._decide() == ("disabled", "")
+    assert decide() == ("online", "")
+    assert decide("disabled") == ("disabled", "")
     for given, mode in {"offline": "offline", "dryrun": "offline", "disabled": "disabled", "online": "online"}.items():
         monkeypatch.setenv("WANDB_MODE", given)
-        assert Wandb()._decide() == (mode, "")
-        assert Wandb(mode="online")._decide() == ("online", "")
-        assert Wandb(mode="offline")._decide() == ("offline", "")
+        assert decide() == (mode, "")
+        assert decide("online") == ("online", "")
+        assert decide("offline") == ("offline", "")
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(UserError, match="WANDB_MODE=ofline"):
-        Wandb()._decide()
+        decide()
 
 
 def test_a_key_may_be_in_netrc_and_a_malformed_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    mode, why = Wandb()._decide()
+    mode, why = decide()
     assert mode == "offline"
     assert "WANDB_API_KEY invalid" in why
     monkeypatch.delenv("WANDB_API_KEY")
     host = wandb.setup().settings.base_url.partition("://")[2]
     Path("home").mkdir(exist_ok=True)
     Path("home/.netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
-    assert Wandb()._decide() == ("online", "")
+    assert decide() == ("online", "")
 
 
 def test_disabled_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:

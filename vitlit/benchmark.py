@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
+from vitlit.data.codec import DECODER, PILLOW_SLOWER
 from vitlit.data.dataset import Images, channels_last
-from vitlit.data.decode import DECODER, decode_bytes
+from vitlit.data.decode import decode_bytes
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.splits import Splits
@@ -29,7 +30,6 @@ from memory: the first epoch of a larger set reads at the pace of its disk.
 """
 LOADED = 5.0  # seconds that the loader is watched for
 STEPS = 3  # of the model
-PILLOW_SLOWER = 1.7
 
 
 def run(arguments: list[str]) -> int:

@@ -22,6 +22,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit data show RUN --step N                     which images a step of a run was trained on
   vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
   vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
+  vitlit doctor [--json]                            report on this machine, and what of it will bite
   vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit config [NAME]                              print a shipped config, or list them
@@ -108,6 +109,13 @@ def benchmark(arguments: list[str]) -> int:
     return benchmark.run(arguments)
 
 
+def doctor(arguments: list[str]) -> int:
+    """`vitlit doctor`"""
+    from vitlit import doctor
+
+    return doctor.run(arguments)
+
+
 def config(arguments: list[str]) -> int:
     """`vitlit config [NAME]`"""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -125,7 +133,7 @@ def weights(arguments: list[str]) -> int:
     return command.run(arguments)
 
 
-COMMANDS = {"data": data, "benchmark": benchmark, "config": config, "weights": weights}
+COMMANDS = {"data": data, "benchmark": benchmark, "doctor": doctor, "config": config, "weights": weights}
 
 
 def configs() -> Path:

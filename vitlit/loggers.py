@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -18,14 +18,12 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageOps
 
-from vitlit.errors import UserError
+from vitlit.wandb_mode import Mode, decide
 
 ONLINE_WITHIN = 15  # seconds until a run without an answer from the server goes on offline
 UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
 PICTURE_SIDE = 256
 WHOLE_CONFUSION = 50  # classes, and pairs where there are more classes
-
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
 Row = dict[str, str]
 
@@ -156,7 +154,7 @@ class Wandb(WandbLogger):
         name: str | None = None,
         id: str | None = None,
         save_dir: str | Path | None = None,
-        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        mode: Mode = "auto",
         pictures: bool = True,
     ) -> None:
         patience = {"init_timeout": ONLINE_WITHIN, "finish_timeout": UPLOAD_WITHIN, "finish_timeout_raises": True}
@@ -205,7 +203,7 @@ class Wandb(WandbLogger):
         # wandb's own telemetry holds up the end of a process without a network by tens of seconds.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
-        mode, why = self._decide()
+        mode, why = decide(self.mode)
         if mode == "online":
             self._wandb_init.update(mode=mode, resume="allow")
             try:
@@ -217,24 +215,6 @@ class Wandb(WandbLogger):
         self._wandb_init.update(mode=mode, resume=None)
         _ = super().experiment
         return why
-
-    def _decide(self) -> tuple[str, str]:
-        """The mode to begin in, and why if it is not the one that was asked for."""
-        given = os.environ.get("WANDB_MODE")
-        if given and given not in MODES:
-            raise UserError(f"WANDB_MODE={given}: it is online, offline or disabled")
-        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
-        was = settings.mode  # without WANDB_MODE that of the command `wandb offline`
-        mode = MODES.get(given or was, "online") if self.mode == "auto" else self.mode
-        if mode != "online":
-            return mode, ""
-        settings.mode = "online"  # or a WANDB_MODE that was overruled would hide the key
-        try:
-            return ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
-        except wandb.Error as error:
-            return "offline", str(error)
-        finally:
-            settings.mode = was
 
     def closing_line(self) -> str | None:
         """The command that uploads an offline run (every part of one that was continued), or an online run's URL."""

@@ -9,14 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from vitlit.data.codec import decode_image
 from vitlit.errors import UserError
-
-try:
-    from torchcodec.decoders import decode_image
-except (ImportError, OSError, RuntimeError):  # no wheel for the platform, or a library that does not load
-    decode_image = None  # type: ignore[assignment]
-
-DECODER = "Pillow" if decode_image is None else "torchcodec"
 
 
 def decode(path: str | Path) -> Tensor:

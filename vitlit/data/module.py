@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vitlit.data.bad_images import BadImages
+from vitlit.data.codec import DECODER, PILLOW_SLOWER
 from vitlit.data.dataset import Images
-from vitlit.data.decode import DECODER
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
@@ -193,7 +193,9 @@ class ImageFolderData(LightningDataModule):
         assert self.trainer is not None
         self.check(TrainerFn(stage).value, self.trainer.world_size)  # Lightning's stage prints as TrainerFn.TESTING
         if DECODER == "Pillow":
-            rank_zero_only(print)("torchcodec is missing, so Pillow decodes: the same pixels in 1.7 times the time")
+            rank_zero_only(print)(
+                f"torchcodec is missing, so Pillow decodes: the same pixels in {PILLOW_SLOWER} times the time"
+            )
         if stage == "fit":
             self._entered = 0
             if self.trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning would put its own sampler in

@@ -4,16 +4,25 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and of which period
+
+
+def cores() -> int:
+    """Cores that this process may use: those it may run on, and no more than its container's quota is worth."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
+    found = len(affinity(0)) if affinity else os.cpu_count() or 1
+    share, _, period = QUOTA.read_text().partition(" ") if QUOTA.is_file() else ("max", "", "")
+    return found if share == "max" else max(1, min(found, int(share) // int(period)))
+
 
 def count(devices: int) -> int:
-    """One a core of this machine, shared among its devices."""
-    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // max(1, devices))
+    """One a core that this process may use, shared among its devices."""
+    return max(1, cores() // max(1, devices))
 
 
 def loader(
