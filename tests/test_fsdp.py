@@ -232,7 +232,7 @@ def test_an_optimizer_of_whole_weights_is_refused_before_training(
 
     def run() -> int:
         os.chdir(tmp_path)
-        return main([*fit, "--trainer.strategy", "fsdp2", "--model.optimizer", "Adafactor"])
+        return main([*fit, "--trainer.strategy", "fsdp2", "--model.optimizer", "torch.optim.Adafactor"])
 
     assert ranks(run) == [2, 2]
     assert "vitlit: error: trainer.strategy fsdp2 does not work with Adafactor" in capfd.readouterr().err

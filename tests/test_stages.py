@@ -566,7 +566,7 @@ def test_a_warm_up_longer_than_the_training_is_refused(few: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_training(few: Path) -> None:
-    with pytest.raises(UserError, match=r"training loss is (nan|inf) at step \d+; lower the learning rate"):
+    with pytest.raises(UserError, match=r"the loss of step \d+ .*is no finite number; lower the learning rate"):
         fit(pretrain(lr=1e30), few, max_epochs=5)
 
 

@@ -50,6 +50,8 @@ class Lock:
         self._file.truncate(0)
         self._file.write(json.dumps(ours) + "\n")
         self._file.flush()
+        if hasattr(os, "register_at_fork"):  # data workers would hold it beyond the kill of this process
+            os.register_at_fork(after_in_child=self._leave)
         atexit.register(self.release)
         threading.Thread(target=self._beat, daemon=True, name="run-lock").start()
 
@@ -84,6 +86,10 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             os.utime(self.path)
+
+    def _leave(self) -> None:
+        self._released.set()
+        self._file.close()
 
     def release(self) -> None:
         """Let others have it at once."""
