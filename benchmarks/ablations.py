@@ -46,7 +46,7 @@ ROWS: dict[str, list[str]] = {
     "stochastic depth 0.1": flags(model__vit__drop_path=0.1),
     "label smoothing 0.1": flags(model__objective__label_smoothing=0.1),
     "sigmoid loss": flags(model__objective__loss="sigmoid", model__objective__head_bias=-2.3),
-    "bce loss": flags(model__objective__loss="bce"),
+    "bce loss": flags(model__objective__loss="bce", model__objective__head_bias=-2.3),
     "mixup 0.2": flags(data__mixing__mixup=0.2),
     "cutmix 1.0": flags(data__mixing__cutmix=1.0),
     "random erasing 0.25": flags(data__erasing__prob=0.25),
