@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from vitlit.errors import UserError
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class Files(TorchCheckpointIO):
@@ -68,7 +68,7 @@ def link(path: Path, other: Path) -> None:
     try:
         os.link(path, partial)
     except OSError:
-        partial.write_bytes(path.read_bytes())
+        shutil.copyfile(path, partial)
     os.replace(partial, other)
 
 
@@ -87,7 +87,8 @@ def check_space(folder: Path, module: LightningModule, averaged: bool) -> None:
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     whole = weights * (2 if averaged else 1) + 2 * trained  # with Adam's two moments
     needed = 3 * whole + 2 * weights
-    needed -= sum(path.stat().st_size for path in (folder / "checkpoints").glob("*.ckpt"))
+    there = (folder / "checkpoints" / name for name in (LAST, PREVIOUS, BEST))
+    needed -= sum(path.stat().st_size for path in there if path.is_file())
     place = folder
     while not place.exists():
         place = place.parent
@@ -112,7 +113,7 @@ class Best(ModelCheckpoint):
         super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        here = str(Path(str(self.dirpath)) / "best.ckpt")  # Lightning forgets the best score of another folder
+        here = str(Path(str(self.dirpath)) / BEST)  # Lightning forgets the best score of another folder
         moved = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here}
         kept = dict(zip([here], state_dict["best_k_models"].values(), strict=False))
         super().load_state_dict({**state_dict, **moved, "best_k_models": kept})
