@@ -33,7 +33,8 @@ OVERCOMMIT, NVIDIA = Path("/proc/sys/vm/overcommit_memory"), Path("/proc/driver/
 HANDED_OVER = 2 * 256 * 224 * 224 * 3  # bytes of a data worker's two batches, with data.* as they are unless given
 FILES, FILES_OF_WORKER = 512, 16  # open at a time: W&B's, shards and pipes; and those of each data worker
 LITTLE = 5 * GIB  # of disk for runs
-CHECKPOINTS = "a ViT-B/16's checkpoints are 1.3 GiB, a ViT-L/16's 4.5"  # 16 bytes a parameter: last.ckpt and best.ckpt
+# 44 bytes a parameter: last.ckpt, previous.ckpt, best.ckpt, and the next of last and best while they are written.
+CHECKPOINTS = "a ViT-B/16's checkpoints need 3.5 GiB, a ViT-L/16's 12.5"
 
 
 def run(arguments: list[str]) -> int:
