@@ -163,20 +163,21 @@ class Lines(Callback):
     """Progress where there is no terminal: a plain line a minute, the first after five seconds, and one at the end."""
 
     def __init__(self) -> None:
-        self._last: float | None = None
+        self._last = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = time.monotonic() - 55  # a first sign of life after five seconds
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._last is None:
-            self._last = time.monotonic() - 55  # a first sign of life after five seconds
         if time.monotonic() - self._last >= 60:
             self._print(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             last = trainer.global_step >= trainer.estimated_stepping_batches
-            if last or self._last is None or time.monotonic() - self._last >= 60:
+            if last or time.monotonic() - self._last >= 60:
                 self._print(trainer)
 
     def _print(self, trainer: Trainer) -> None:
