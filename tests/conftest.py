@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a child forked from a process with OpenMP threads would hang
+# Their numbers are a CPU's, and a process that has looked at a GPU cannot be forked; tests/test_gpu.py has its own.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"

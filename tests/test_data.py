@@ -1,12 +1,12 @@
 """Decoding, crops, folders and batches against Pillow, torchvision and what a user does."""
 
+import os
 import pickle
+import signal
 import struct
-import subprocess
-import sys
-import textwrap
 import zlib
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,11 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from vitlit.data import ImageFolderData, Preprocess
+from vitlit.data import workers as data_workers
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
 from vitlit.data.dataset import Images
@@ -645,22 +646,32 @@ def test_other_classes_than_the_weights_are_refused_with_both_lists(few: Path) -
         data.split("train")
 
 
-def test_an_error_beside_data_workers_ends_the_process(few: Path) -> None:
+def test_a_signal_does_not_end_a_worker_that_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = data_workers.leave_signals
+
+    def signalled(worker: int) -> None:  # in the worker, as late as it can come
+        os.kill(os.getpid(), signal.SIGTERM)
+        prepare(worker)
+
+    monkeypatch.setattr(data_workers, "leave_signals", signalled)
+    numbers = TensorDataset(torch.arange(8))
+    assert len(list(data_workers.loader(numbers, SequentialSampler(numbers), 2, 2))) == 4
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_error_beside_data_workers_ends_the_process() -> None:
     """They ignore SIGTERM, with which Python would end them before it waits for them."""
-    script = f"""
-        from lightning.pytorch import LightningModule, Trainer
-        from vitlit.data import ImageFolderData
 
-        class Failing(LightningModule):
-            def validation_step(self, batch, batch_idx):
-                raise ValueError("on purpose")
+    def fail() -> None:
+        kept.append(iter(data_workers.loader(numbers, SequentialSampler(numbers), 2, 1)))
+        next(kept[0])
+        raise ValueError("on purpose")
 
-        data = ImageFolderData({str(few)!r}, image_size=8, batch_size=4, num_workers=1)
-        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(Failing(), data)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("ValueError: on purpose")
+    numbers, kept = TensorDataset(torch.arange(8)), list[Any]()
+    process = get_context("fork").Process(target=fail)
+    process.start()
+    process.join()
+    assert process.exitcode == 1
 
 
 # Regularised batches

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+STOPS = (signal.SIGTERM, signal.SIGINT)  # on which the main process alone acts
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and of which period
 
 
@@ -23,6 +24,18 @@ def cores() -> int:
 def count(devices: int) -> int:
     """One a core that this process may use, shared among its devices."""
     return max(1, cores() // max(1, devices))
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader none of whose workers is ended by a signal to the process group."""
+
+    def __iter__(self) -> Any:
+        # A worker that begins inherits the mask; torch's handlers would end it before `leave_signals` is called.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def loader(
@@ -40,7 +53,7 @@ def loader(
     """
     if workers:
         end_at_exit()
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -54,8 +67,8 @@ def loader(
 
 def leave_signals(worker: int) -> None:
     """Let the main process alone act on signals: one to the process group must not end its data workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def end_at_exit() -> None:

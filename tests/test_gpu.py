@@ -1,0 +1,103 @@
+"""On an NVIDIA GPU: a killed run continues bit for bit in each precision, and the numbers are the CPU's."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL
+from test_resume import COMMAND, assert_same, left
+
+import vitlit
+
+pytestmark = pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="there is no NVIDIA GPU")
+
+GPU = ("--trainer.accelerator", "gpu", "--trainer.devices", 1)
+# Heads of 64, and enough of them that the GPU's own kernels for attention and matrix products are what runs.
+WIDE = ("--model.vit.width", 128, "--model.vit.heads", 2, "--model.vit.mlp_dim", 512)
+
+
+def begin(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """`vitlit ARGUMENTS` in a process group of its own: a process that is forked could not use the GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vitlit", *map(str, arguments)],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, *arguments: object) -> str:
+    process = begin(folder, *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    file = folder / "runs" / "pretrain" / "metrics.csv"
+    return list(csv.DictReader(file.open())) if file.exists() else []
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row["train/loss"]) for row in rows(folder) if row["train/loss"]]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_killed_run_ends_as_the_undisturbed_one(precision: str, few: Path, tmp_path: Path) -> None:
+    command = (*COMMAND, *GPU, *WIDE, "--data.root", few, "--trainer.precision", precision)
+    command += ("--trainer.deterministic", "true")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    finish(whole, *command)
+
+    draw = random.Random(0)
+    for kill in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = begin(killed, *command, "--data.num_workers", 2)
+        known = len(rows(killed))
+        while process.poll() is None and len(rows(killed)) <= known:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        os.killpg(process.pid, kill)
+        output, _ = process.communicate()
+        assert process.returncode == (-kill if kill == signal.SIGKILL else 143), output
+    finish(killed, *command, "--data.num_workers", 2)
+    assert_same(left(killed), left(whole))
+
+
+def test_losses_are_those_of_the_cpu(few: Path, tmp_path: Path) -> None:
+    mixing = ("--data.mixing.mixup", 0.8, "--data.mixing.cutmix", 1.0, "--data.erasing.prob", 0.5)
+    command = ("fit", *SMALL, *WIDE, *mixing, "--data.root", few, "--trainer.max_steps", 10)
+    command += ("--trainer.precision", "32-true")
+    for name, device in (("cpu", ("--trainer.accelerator", "cpu")), ("gpu", GPU)):
+        (tmp_path / name).mkdir()
+        finish(tmp_path / name, *command, *device)
+    found = losses(tmp_path / "gpu")
+    assert len(found) == 10
+    assert found == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+def test_a_sharded_run_is_one_file_that_a_cpu_evaluates(few: Path, tmp_path: Path) -> None:
+    command = ("fit", *SMALL, *WIDE, *GPU, "--data.root", few, "--trainer.precision", "32-true")
+    for name in ("auto", "fsdp2"):
+        (tmp_path / name).mkdir()
+        finish(tmp_path / name, *command, "--trainer.strategy", name)
+    assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "auto"), rel=1e-5)
+    vit = vitlit.load(tmp_path / "fsdp2" / "runs" / "pretrain")
+    files = sorted((few / "val").glob("*/*"))
+    with torch.inference_mode():
+        guesses = [vit.classes[guess] for guess in vit(vit.preprocess(files)).argmax(-1)]
+    top1 = sum(guess == file.parent.name for guess, file in zip(guesses, files, strict=True)) / len(files)
+    best = max(float(row["val/top1"]) for row in rows(tmp_path / "fsdp2") if row["val/top1"])
+    assert top1 == pytest.approx(best)
