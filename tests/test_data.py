@@ -1,5 +1,6 @@
 """Decoding, crops, folders and batches against Pillow, torchvision and what a user does."""
 
+import gc
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from vitlit.data import ImageFolderData, Preprocess
@@ -657,6 +658,33 @@ def test_a_signal_does_not_end_a_worker_that_begins(monkeypatch: pytest.MonkeyPa
     numbers = TensorDataset(torch.arange(8))
     assert len(list(data_workers.loader(numbers, SequentialSampler(numbers), 2, 2))) == 4
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+class Bound:
+    """Garbage that only its own process may collect, as what belongs to a GPU is."""
+
+    def __init__(self) -> None:
+        self.own, self.cycle = os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.own:
+            os.abort()
+
+
+class Collecting(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+def test_a_worker_does_not_collect_what_the_main_process_left() -> None:
+    gc.disable()  # as late as it can come
+    try:
+        Bound()
+        assert len(list(data_workers.loader(Collecting(), range(4), 2, 2))) == 2  # type: ignore[arg-type]
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
 
 
 def test_an_error_beside_data_workers_ends_the_process() -> None:

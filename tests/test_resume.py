@@ -263,9 +263,9 @@ def samples(folder: Path) -> dict[tuple[int, int], str]:
 def left(folder: Path) -> dict[str, Any]:
     """What a run comes to: weights, average, optimizer and metrics, but for the speed."""
     run = folder / "runs" / "pretrain"
-    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "loops")
-    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    best = torch.load(run / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     metrics = [{name: row[name] for name in row if "second" not in name and "wait" not in name} for row in rows]

@@ -1,5 +1,6 @@
 """The processes that load images: how many, and how they end."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,14 +28,17 @@ def count(devices: int) -> int:
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader none of whose workers is ended by a signal to the process group."""
+    """A DataLoader whose workers outlive a signal to the process group, and leave this process's objects alone."""
 
     def __iter__(self) -> Any:
-        # A worker that begins inherits the mask; torch's handlers would end it before `leave_signals` is called.
+        # What a worker that begins inherits: torch's handlers would end it before `leave_signals` is called, and
+        # garbage of this process, where it holds an event or a stream of a GPU, ends a worker that collects it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        gc.freeze()
         try:
             return super().__iter__()
         finally:
+            gc.unfreeze()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

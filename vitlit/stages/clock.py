@@ -1,12 +1,13 @@
 """How fast training is, and how much of the time it waits for data."""
 
 import time
+from typing import Any
 
 import torch
 
 
 class Clock:
-    """Counts images, and the time between the end of a batch and the beginning of the next.
+    """Counts images, and the time between the end of a batch and the beginning of the next, or before the first.
 
     On a GPU, where the host runs ahead, that is the time that the device has nothing to compute, between events in its
     own queue. It includes the copy of the batch to the device.
@@ -21,14 +22,14 @@ class Clock:
 
     def restart(self) -> None:
         """Begin anew, with nothing counted: something else than training has taken time."""
-        self._ended: float | torch.cuda.Event | None = None
         self._reset()
+        self._ended = self._now()
 
     def _reset(self) -> None:
         self._begun, self._images, self._waited = time.perf_counter(), 0, 0.0
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:
         if not self._events:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -38,10 +39,10 @@ class Clock:
     def begin_batch(self) -> None:
         """A batch is there, on the device."""
         now = self._now()
-        if isinstance(now, torch.cuda.Event) and isinstance(self._ended, torch.cuda.Event):
-            self._gaps.append((self._ended, now))
-        elif isinstance(now, float) and isinstance(self._ended, float):
+        if isinstance(self._ended, float):
             self._waited += now - self._ended
+        else:
+            self._gaps.append((self._ended, now))
 
     def end_batch(self, images: int) -> None:
         """A batch of so many images was trained on, on all devices."""

@@ -1,0 +1,196 @@
+"""Training on one GPU: two recipes as `vitlit fit` runs them, loader and all, and S/16 by itself beside timm's.
+
+    python benchmarks/gpu.py --work WORK --out benchmarks/results/gpu.json
+
+The images are made here: smooth noise under pixel noise, 256 x 256 as JPEG for the ImageNet recipe and 32 x 32 as PNG
+for CIFAR's. They mean nothing; only speed and memory are measured. MFU is the FLOP of forward and backward, two a
+multiply-add, over what the card's data sheet promises for dense bf16.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from operator import truediv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from runs import write
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlit.data.workers import cores
+from vitlit.model import ViT
+
+RECIPES = {
+    "vit_s16_imagenet1k_90ep": {"size": 256, "classes": 1000, "each": 60, "suffix": "jpg", "steps": 1000},
+    "small_cifar10": {"size": 32, "classes": 10, "each": 5000, "suffix": "png", "steps": 1000},
+}
+BATCH, ROUNDS, REPEATS = 256, 15, 5  # of the ViT alone
+
+
+def draw(size: int, suffix: str, paths: list[Path]) -> None:
+    """Write images that compress about as photographs do."""
+    generator = np.random.default_rng(int(paths[0].parent.name))
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.int16)
+        noisy = smooth + generator.integers(-12, 13, smooth.shape, np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, **({"quality": 90} if suffix == "jpg" else {}))
+
+
+def folder(out: Path, size: int, classes: int, each: int, suffix: str) -> Path:
+    """An image folder of that many classes, with a twentieth as many images for validation."""
+    names = [f"{label:04}" for label in range(classes)]
+    counts = {"train": each, "val": max(1, each // 20)}
+    jobs = [[out / split / name / f"{i}.{suffix}" for i in range(n)] for split, n in counts.items() for name in names]
+    with ProcessPoolExecutor(cores()) as pool:
+        list(pool.map(partial(draw, size, suffix), jobs))
+    return out
+
+
+def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, Any]:
+    """Train a recipe for so many steps, or so long, and report what metrics.csv says of it, and the memory it took."""
+    from vitlit.cli import main
+
+    torch.cuda.reset_peak_memory_stats()
+    flags = ["--data.root", root, "--trainer.max_steps", steps, "--trainer.logger", "false", "--run.root", work]
+    flags += ["--run.time_limit", limit]
+    flags += ["--model.schedule.warmup", "10%"]  # the recipe's own is longer than this training
+    start = time.perf_counter()
+    code = main(["fit", "--config", f"recipes/{name}", *map(str, flags), "--run.name", f"{name}-{time.time_ns()}"])
+    seconds = time.perf_counter() - start
+    if code not in (0, 75):
+        raise RuntimeError(f"{name} ended with {code}")
+    run = max(work.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+    rows = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["train/images_per_second"]]
+    rows = rows[1:]  # the first begins with the workers' start
+    speed = statistics.median(float(row["train/images_per_second"]) for row in rows)
+    waits = [float(row["train/data_wait"]) for row in rows]
+    flop = training_flop(vit_of(run))
+    return {
+        "name": name,
+        "steps": int(rows[-1]["step"]) + 1,
+        "images_per_second": round(speed),
+        "data_wait": round(statistics.median(waits), 3),
+        "gflop_per_image": round(flop / 1e9, 2),
+        "mfu": round(flop * speed / peak(), 4),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "seconds_in_all": round(seconds, 1),
+        "last_loss": float(rows[-1]["train/loss"]),
+    }
+
+
+def vit_of(run: Path) -> ViT:
+    import vitlit
+
+    return vitlit.load(run)
+
+
+def training_flop(vit: ViT) -> float:
+    """FLOP of one image's forward and backward, two a multiply-add, attention as two products."""
+    vit = vit.to("meta").train()
+    side = vit.config["image_size"]
+    with FlopCounterMode(display=False) as counter:
+        vit(torch.empty(2, 3, side, side, device="meta")).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def peak() -> float:
+    """FLOP a second of dense bf16 matrix products by the card's data sheet."""
+    from lightning.fabric.utilities.throughput import get_available_flops
+
+    flops = get_available_flops(torch.device("cuda"), torch.bfloat16)
+    assert flops is not None, "Lightning does not know this card"
+    return float(flops)
+
+
+def alone() -> list[dict[str, Any]]:
+    """Forward and backward of S/16 in bf16 on images that are there, vitlit's and timm's in turn."""
+    import timm
+
+    def ours() -> torch.nn.Module:
+        return ViT.from_preset("S/16", image_size=224, num_classes=1000, pool="gap").cuda().train()
+
+    def theirs() -> torch.nn.Module:
+        made: torch.nn.Module = timm.create_model("vit_small_patch16_224", global_pool="avg", fc_norm=False)
+        return made.cuda().train()
+
+    images = torch.randn(BATCH, 3, 224, 224, device="cuda")
+    labels = torch.arange(BATCH, device="cuda")
+    models = {"vitlit": ours(), "timm": theirs()}
+    flop = training_flop(ViT.from_preset("S/16", image_size=224, num_classes=1000, pool="gap"))
+
+    def step(model: torch.nn.Module) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        model.zero_grad()
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    memory = {}
+    for model in models.values():
+        for _ in range(3):
+            step(model)
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            for _ in range(REPEATS):
+                step(model)
+            torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - start) / REPEATS)
+            memory[name] = torch.cuda.max_memory_allocated()
+    rows = []
+    for name, times in seconds.items():
+        speed = BATCH / statistics.median(times)
+        rows.append(
+            {
+                "name": name,
+                "images_per_second": round(speed),
+                "mfu": round(flop * speed / peak(), 4),
+                "speed_over_timm": round(statistics.median(map(truediv, seconds["timm"], times)), 3),
+                "peak_memory_gib": round(memory[name] / 2**30, 2),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder for images and runs")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--share", type=float, default=1.0, help="of the images and the steps, to try it")
+    parser.add_argument("--limit", default="0:30:00", help="the longest that a recipe may take, H:MM:SS")
+    given = parser.parse_args()
+    made = {}
+    for name, about in RECIPES.items():  # before there is a GPU that processes could not be forked beside
+        each = max(2, round(about["each"] * given.share))
+        made[name] = folder(given.work / f"images-{name}", about["size"], about["classes"], each, about["suffix"])
+        size = statistics.mean(path.stat().st_size for path in list((made[name] / "train" / "0000").iterdir()))
+        print(f"{name}: {about['classes'] * each:,} images of {size / 1024:.1f} KiB", flush=True)
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "peak_bf16_tflops": peak() / 1e12}
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        print(rows[-1], flush=True)
+        write(given.out, (__doc__ or "").splitlines()[0], rows, **result)
+
+    result["alone"] = alone()
+    print(*result["alone"], sep="\n", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in reversed(RECIPES):
+        steps = max(100, round(RECIPES[name]["steps"] * given.share))
+        rows.append(fit(name, made[name], given.work, steps, given.limit))
+        save(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
