@@ -273,6 +273,8 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         key = f"vitlit/{run}"
+        if decision is not None:
+            forget_group(store)
     elif "SLURM_JOB_ID" in os.environ:
         run.parent.mkdir(parents=True, exist_ok=True)
         step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
@@ -282,6 +284,16 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
             "several processes were started by neither torchrun, SLURM nor trainer.devices; use one of them"
         )
     return ask(store, key) if decision is None else answer(store, key, decision, ranks - 1)
+
+
+def forget_group(store: Any) -> None:
+    """Delete the addresses that processes which died had left in a store: after a restart torch would connect to them.
+
+    torchrun keeps its store over restarts, and torch gives each attempt the same keys in it (pytorch issue 135712).
+    """
+    for name in store.list_keys():
+        if name.startswith("default_pg/"):
+            store.delete_key(name)
 
 
 def ask(store: Any, key: str) -> Decision:

@@ -54,8 +54,8 @@ def loader(
 
 def leave_signals(worker: int) -> None:
     """Let the main process alone act on signals: one to the process group must not end its data workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_at_exit() -> None:
