@@ -2,14 +2,19 @@
 
 import csv
 import os
+import re
+import shlex
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, command, finish, start
+import yaml
+from conftest import REPOSITORY, SMALL, Result, command, finish, start
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import TCPStore
@@ -18,6 +23,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from vitlit.cli import main
 
+Command = Callable[..., Result]
 KILLED = 3  # steps that were done when rank 1 dies: an epoch has two, so that the third is done again
 
 
@@ -94,3 +100,107 @@ def test_two_nodes_train_the_run_of_one_process_though_a_rank_is_killed(
     assert len(losses(one)) == 6 * 2 + 3  # a step and its loss, and a loss of each epoch's validation
     first, second = samples(two, 0), samples(two, 1)
     assert {step: first[step] + second[step] for step in range(6)} == samples(one, 0)
+
+
+# The scripts
+
+
+CLUSTER = REPOSITORY / "configs" / "cluster"
+
+
+def sbatch() -> dict[str, str]:
+    """The options that slurm.sh gives to sbatch."""
+    given = re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", (CLUSTER / "slurm.sh").read_text(), re.M)
+    return dict(given)
+
+
+def job() -> dict[str, Any]:
+    return next(part for part in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()) if part["kind"] == "Job")
+
+
+def executed(name: str, folder: Path) -> list[str]:
+    """The last command of a script, as its shell, or Kubernetes, hands it over."""
+    if name == "kubernetes":
+        container = job()["spec"]["template"]["spec"]["containers"][0]
+        line = "\n".join([*container["command"], *container["args"]])
+        for variable in container["env"]:
+            line = line.replace(f"$({variable['name']})", variable["value"])
+        return line.split("\n")
+    if name == "page":
+        (line,) = re.findall(r"^torchrun --.*?[^\\]$", (REPOSITORY / "docs" / "cluster.md").read_text(), re.S | re.M)
+        return shlex.split(line.replace("\\\n", ""))
+    scripts = folder / "vitlit" / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "activate").write_text(f"PATH={scripts}:$PATH\n")
+    for tool in ("srun", "torchrun"):
+        (scripts / tool).write_text(f'#!/bin/sh\nprintf "%s\\n" {tool} "$@"\n')
+        (scripts / tool).chmod(0o755)
+    options = sbatch()
+    given = {"NNODES": "nodes", "NTASKS_PER_NODE": "ntasks-per-node", "CPUS_PER_TASK": "cpus-per-task"}
+    environment = {"HOME": str(folder), "PATH": os.environ["PATH"]}
+    environment |= {f"SLURM_{variable}": options[option] for variable, option in given.items()}
+    done = subprocess.run(["bash", CLUSTER / f"{name}.sh"], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["slurm", "torchrun", "kubernetes", "page"])
+def test_a_script_starts_vitlit_with_flags_that_it_knows(name: str, vitlit: Command, tmp_path: Path) -> None:
+    tool, *line = executed(name, tmp_path)
+    flags = line[line.index("fit") :]
+    result = vitlit(*flags, "--print_config=skip_default")
+    assert result.code == 0, result.err
+    trainer = yaml.safe_load(result.out)["trainer"]
+    assert trainer["strategy"] == "ddp"
+    if name == "slurm":
+        assert tool == "srun"
+        given = sbatch()
+        assert [trainer["num_nodes"], int(trainer["devices"])] == [int(given["nodes"]), int(given["gpus-per-node"])]
+        return
+    options = torchrun.parse_args(line)  # which ends where it does not know a flag
+    assert tool == "torchrun"
+    assert options.module
+    assert (options.training_script, options.training_script_args) == ("vitlit", flags)
+    assert [options.nnodes, options.nproc_per_node] == [str(trainer["num_nodes"]), trainer["devices"]]
+    config, _, _ = torchrun.config_from_args(options)
+    assert config.max_restarts > 0
+    assert config.rdzv_backend == "c10d"
+
+
+def test_slurm_signals_the_tasks_in_time_and_requeues_the_job() -> None:
+    options = sbatch()
+    assert options["gpus-per-node"] == options["ntasks-per-node"]
+    assert options["signal"] == "USR1@300"
+    assert options["open-mode"] == "append"
+    assert "requeue" in options
+
+
+def test_the_kubernetes_job_is_one_that_the_cluster_accepts() -> None:
+    service, made = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
+    assert (made["apiVersion"], made["spec"]["completionMode"]) == ("batch/v1", "Indexed")
+    spec = made["spec"]
+    assert spec["completions"] == spec["parallelism"]
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert rule == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy allows no other
+    assert service["spec"]["selector"] == {"job-name": made["metadata"]["name"]}  # the label of a Job's pods
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    claims = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod["volumes"]}
+    assert claims["data"]["readOnly"]
+    assert not claims["runs"].get("readOnly")
+    resources = container["resources"]
+    assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"]  # or it is refused
+    options = torchrun.parse_args(executed("kubernetes", Path())[1:])
+    assert int(options.nnodes) == spec["completions"]
+    assert options.nproc_per_node == resources["limits"]["nvidia.com/gpu"]
+    assert options.rdzv_endpoint.split(":")[0] == f"{made['metadata']['name']}-0.{pod['subdomain']}"
+    assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+
+
+def test_config_prints_and_lists_the_scripts(vitlit: Command) -> None:
+    assert vitlit("config", "cluster/slurm").out == (CLUSTER / "slurm.sh").read_text()
+    listed = vitlit("config").out.split()
+    assert {f"cluster/{path.stem}" for path in CLUSTER.iterdir()} <= set(listed)
