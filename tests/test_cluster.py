@@ -70,9 +70,11 @@ def losses(folder: Path) -> list[float]:
     return [float(row[name]) for row in rows for name in ("step", "train/loss", "val/loss") if row[name]]
 
 
+@pytest.mark.parametrize("own_store", ["0", "1"], ids=["agents_store", "own_store"])
 def test_two_nodes_train_the_run_of_one_process_though_a_rank_is_killed(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_store: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", own_store)
     for name in [name for name in os.environ if "RANK" in name or "MASTER" in name or name == "WORLD_SIZE"]:
         monkeypatch.delenv(name)  # of a test before
     monkeypatch.setenv("VITLIT_TRUST", "test_cluster")
@@ -161,6 +163,8 @@ def test_a_script_starts_vitlit_with_flags_that_it_knows(name: str, vitlit: Comm
     assert options.module
     assert (options.training_script, options.training_script_args) == ("vitlit", flags)
     assert [options.nnodes, options.nproc_per_node] == [str(trainer["num_nodes"]), trainer["devices"]]
+    source = REPOSITORY / "docs" / "cluster.md" if name == "page" else next(CLUSTER.glob(f"{name}.*"))
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in source.read_text()  # or torch does not let a new node in
     config, _, _ = torchrun.config_from_args(options)
     assert config.max_restarts > 0
     assert config.rdzv_backend == "c10d"

@@ -37,6 +37,7 @@ FREE = (
     "trainer.profiler",
     "trainer.strategy*",
 )
+HOSTED: list[Any] = []  # the store that this process holds for the others, which torch goes on to use
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
 
@@ -270,8 +271,13 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
     from torch.distributed import FileStore, Store, TCPStore
 
     store: Store
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        # With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 rank 0 holds the store, on a port that is new in each attempt.
+        host = os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True" and decision is not None
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*address, is_master=host, wait_for_workers=False, multi_tenant=True)
+        if host:
+            HOSTED.append(store)
         key = f"vitlit/{run}"
         if decision is not None:
             forget_group(store)

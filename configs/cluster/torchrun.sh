@@ -22,6 +22,8 @@ source "$HOME/vitlit/.venv/bin/activate"
 
 # Data workers are processes of their own: without this torchrun says that it sets OMP_NUM_THREADS.
 export OMP_NUM_THREADS=1
+# Else torchrun keeps the first attempt's store, in which a node that comes in another's place waits in vain.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id vitlit \
