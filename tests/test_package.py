@@ -19,8 +19,7 @@ def test_the_wheel_holds_the_configs_and_the_command(tmp_path: Path) -> None:
         held = set(archive.namelist())
         points = archive.read(f"vitlit-{vitlit.__version__}.dist-info/entry_points.txt").decode()
     configs = {
-        f"vitlit/configs/{path.relative_to(REPOSITORY / 'configs')}"
-        for path in (REPOSITORY / "configs").rglob("*.yaml")
+        f"vitlit/configs/{path.relative_to(REPOSITORY / 'configs')}" for path in (REPOSITORY / "configs").rglob("*.*")
     }
     assert configs <= held
     assert not any(name.startswith(("tests/", "runs/", "data/")) for name in held)

@@ -651,7 +651,9 @@ def test_under_torchrun_all_ranks_hear_the_decision_of_each_start(
     assert agreed(first, tmp_path) == [first, first]
     # The store outlives a restart, of which agents on other machines may have counted none. A rank had asked and died.
     store.add(f"vitlit/{tmp_path}/asked", 1)
+    store.set("default_pg/0/rank_0", "the address of a process that died")
     assert agreed(second, tmp_path) == [second, second]
+    assert not any(name.startswith("default_pg") for name in store.list_keys())
     store.set_timeout(timedelta(seconds=0.2))
     monkeypatch.setattr("torch.distributed.TCPStore", lambda *args, **kwargs: store)
     with pytest.raises(UserError, match="of 2 processes only 1 have come"):

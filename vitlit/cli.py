@@ -25,7 +25,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit doctor [--json]                            report on this machine, and what of it will bite
   vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
-  vitlit config [NAME]                              print a shipped config, or list them
+  vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
 validate, test and predict take --config CONFIG in RUN's place.
 
@@ -37,6 +37,7 @@ VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a conf
 """
 
 STAGES = ("fit", "validate", "test", "predict")
+CLUSTER = "cluster"  # the folder of scripts among the configs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,8 +122,11 @@ def config(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n")
         print("\n".join(f"  {name}" for name in shipped()))
+        print("\nor of the scripts that start a run on many machines, which it prints as well\n")
+        print("\n".join(f"  {name}" for name in scripts()))
         return 0
-    print(find_config(arguments[0]).read_text(), end="")
+    path = scripts().get(arguments[0]) or find_config(arguments[0])
+    print(path.read_text(), end="")
     return 0
 
 
@@ -145,7 +149,13 @@ def configs() -> Path:
 
 def shipped() -> list[str]:
     """The names of the shipped configs."""
-    return sorted(str(path.relative_to(configs()).with_suffix("")) for path in configs().rglob("*.yaml"))
+    found = (path.relative_to(configs()).with_suffix("") for path in configs().rglob("*.yaml"))
+    return sorted(str(name) for name in found if name.parts[0] != CLUSTER)
+
+
+def scripts() -> dict[str, Path]:
+    """The shipped scripts for clusters, by their names."""
+    return {f"{CLUSTER}/{path.stem}": path for path in sorted((configs() / CLUSTER).iterdir())}
 
 
 def find_config(name: str) -> Path:

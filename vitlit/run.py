@@ -37,6 +37,7 @@ FREE = (
     "trainer.profiler",
     "trainer.strategy*",
 )
+HOSTED: list[Any] = []  # the store that this process holds for the others, which torch goes on to use
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
 
@@ -270,9 +271,16 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
     from torch.distributed import FileStore, Store, TCPStore
 
     store: Store
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        # With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 rank 0 holds the store, on a port that is new in each attempt.
+        host = os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True" and decision is not None
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*address, is_master=host, wait_for_workers=False, multi_tenant=True)
+        if host:
+            HOSTED.append(store)
         key = f"vitlit/{run}"
+        if decision is not None:
+            forget_group(store)
     elif "SLURM_JOB_ID" in os.environ:
         run.parent.mkdir(parents=True, exist_ok=True)
         step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
@@ -282,6 +290,16 @@ def exchange(decision: Decision | None, run: Path) -> Decision:
             "several processes were started by neither torchrun, SLURM nor trainer.devices; use one of them"
         )
     return ask(store, key) if decision is None else answer(store, key, decision, ranks - 1)
+
+
+def forget_group(store: Any) -> None:
+    """Delete the addresses that processes which died had left in a store: after a restart torch would connect to them.
+
+    torchrun keeps its store over restarts, and torch gives each attempt the same keys in it (pytorch issue 135712).
+    """
+    for name in store.list_keys():
+        if name.startswith("default_pg/"):
+            store.delete_key(name)
 
 
 def ask(store: Any, key: str) -> Decision:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-STOPS = (signal.SIGTERM, signal.SIGINT)  # on which the main process alone acts
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # on which the main process alone acts
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and of which period
 
 
