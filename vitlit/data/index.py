@@ -2,6 +2,7 @@
 
 import os
 import socket
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vitlit.data.header import MOST_BYTES
 from vitlit.errors import UserError
 
 
@@ -54,6 +56,29 @@ class Files(Protocol):
         """The content of an image file; UserError where it cannot be read, StorageUserError where none may be."""
 
 
+def read_file(path: str | Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        UserError: it cannot be read, is no file but such as a pipe, or has more than `header.MOST_BYTES`.
+    """
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
+            raise UserError(f"cannot read the image {path}: it is no file")
+        refuse_large(path, about.st_size)
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+
+
+def refuse_large(path: str | Path, size: int) -> None:
+    """UserError for an image file of more bytes than `header.MOST_BYTES`."""
+    if size > MOST_BYTES:
+        raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
+
+
 @dataclass(frozen=True)
 class FolderFiles:
     """Files at paths relative to a folder."""
@@ -68,12 +93,7 @@ class FolderFiles:
         return os.path.join(self.root, self.names[row].decode(errors="surrogateescape"))
 
     def read(self, row: int) -> bytes:
-        path = self.path(row)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+        return read_file(self.path(row))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-from vitlit.data.index import Index, Names, StorageUserError, save_arrays
+from vitlit.data.index import Index, Names, StorageUserError, refuse_large, save_arrays
 from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.errors import UserError
 
@@ -54,6 +54,7 @@ class ShardFiles:
 
     def read(self, row: int) -> bytes:
         shard, start, size, check = self.parts[row].tolist()
+        refuse_large(self.path(row), size)
         data = read_range(self.root, self.shards[shard], start - BLOCK, start + size)
         if zlib.crc32(data[:BLOCK]) != check:
             raise StorageUserError(
