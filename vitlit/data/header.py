@@ -55,8 +55,8 @@ def is_webp(data: bytes) -> bool:
 
 
 def is_film(data: bytes) -> bool:
-    """Whether it may hold several images, all of which torchcodec would decode: any GIF, and an animated WebP."""
-    return data.startswith(b"GIF8") or (is_webp(data) and data[12:16] == b"VP8X" and bool(data[20] & 2))
+    """Whether it is an animated WebP, of which torchcodec would decode all images."""
+    return is_webp(data) and data[12:16] == b"VP8X" and bool(data[20] & 2)
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:

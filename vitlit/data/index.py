@@ -1,8 +1,10 @@
 """Which images a split has, in arrays that forked workers share: a list of paths would be copied, page by page."""
 
+import io
 import os
 import socket
 import stat
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,14 @@ class Names:
         """Of a list."""
         ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), dtype=np.int64)
         return cls(np.frombuffer(b"".join(names), np.uint8), ends)
+
+    @classmethod
+    def check(cls, packed: np.ndarray, ends: np.ndarray) -> "Names":
+        """Of arrays from a file; ValueError where they are not those of names."""
+        typed = packed.dtype == np.uint8 and packed.ndim == ends.ndim == 1 and ends.dtype == np.int64
+        if not typed or (np.diff(ends, prepend=0) < 0).any() or ends[-1:].sum() != len(packed):
+            raise ValueError("its names are wrong")
+        return cls(packed, ends)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -156,3 +166,25 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
+    """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or nothing that `save_arrays` wrote.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type for member in members) or len({m.header_offset for m in members}) < len(
+                members
+            ):
+                raise ValueError("it is compressed")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
