@@ -84,7 +84,7 @@ def read(source: str | Path) -> Weights:
     config = weights.config
     blocks = len({name.split(".")[1] for name in weights.state if name.startswith("blocks.")})
     if config.get("depth", blocks) != blocks:  # before so many are built
-        raise UserError(f"{path} tells {config['depth']} blocks, but holds {blocks}")
+        raise UserError(f"{path} tells {config['depth']!r} blocks, but holds {blocks}")
     if "heads" not in config:
         heads = usual_heads(config)
         if heads is not None:
