@@ -1,4 +1,4 @@
-"""Images made to harm: they are refused in one line, from their headers, and nothing in them is run."""
+"""Images, folders and configs made to harm: they are refused in one line, and nothing in them is run."""
 
 import io
 import os
@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,43 @@ def test_every_command_refuses_a_bomb_in_a_line(
     checked = vitlit("data", "check", root, "--workers", 1)
     assert checked.code == 1
     assert "images of more than 178,956,970 pixels" in checked.out
+
+
+def test_a_config_is_plain_yaml_and_nothing_in_it_is_run(vitlit: Callable[..., Any], tmp_path: Path) -> None:
+    for tag in ("python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system"):
+        (tmp_path / "evil.yaml").write_text(f"model: !!{tag} ['touch ran']\n")
+        result = vitlit("fit", "--config", "evil.yaml")
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert "config evil.yaml is not YAML" in result.err
+    (tmp_path / "runs" / "evil").mkdir(parents=True)
+    (tmp_path / "evil.yaml").rename(tmp_path / "runs" / "evil" / "config.yaml")
+    for command in (["predict", "runs/evil", "."], ["validate", "runs/evil"]):
+        result = vitlit(*command)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_that_repeats_itself_without_end_is_refused(vitlit: Callable[..., Any], tmp_path: Path) -> None:
+    laughs = "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijklmnop"))
+    for text in (f"a: &a [x]\n{laughs}model: *p\n", "model: &a [*a]\n"):
+        (tmp_path / "evil.yaml").write_text(text)
+        result = vitlit("fit", "--config", "evil.yaml")
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert "evil.yaml has more than 100,000 values" in result.err
+
+
+def test_links_in_a_circle_end_below_photos_too(
+    vitlit: Callable[..., Any], few: Path, trained: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "a").mkdir(parents=True)
+    (photos / "a" / "1.png").write_bytes(next(few.rglob("*.png")).read_bytes())
+    for name, target in (("self", "."), ("a/up", ".."), ("a/there", "../a"), ("loop", "loop"), ("a/top", photos)):
+        (photos / name).symlink_to(target)
+    assert [Path(scan_photos([photos]).path(i)).name for i in range(len(scan_photos([photos])))] == ["1.png"]
+    done = vitlit("predict", trained / "runs" / "pretrain", photos, "--out", "out.csv")
+    assert done.code == 0, done.err
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+    for arguments in (("predict", trained / "runs" / "pretrain", photos / "loop"), ("data", "check", photos / "loop")):
+        result = vitlit(*arguments)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
