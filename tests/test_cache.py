@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vitlit.data import cache
-from vitlit.data.folder import scan_split, scan_train
+from vitlit.data.folder import EXTENSIONS, scan_split, scan_train
 from vitlit.data.index import Names
 
 
@@ -35,6 +35,7 @@ def scanned(root: Path) -> list[tuple[str, int]]:
     return list(zip([name.decode() for name in index.names()], index.labels.tolist(), strict=True))
 
 
+ENDINGS = tuple(map(str.encode, EXTENSIONS))
 FOUND = [("cat/1.png", 0), ("cat/deep/er/2.png", 0), ("dog/3.jpg", 1)]
 
 
@@ -119,6 +120,33 @@ def test_a_folder_that_has_just_changed_is_not_kept(large: Path) -> None:
     (large / "train" / "dog" / "5.png").touch()
     scanned(large)
     assert not (large / ".vitlit").exists() or not list((large / ".vitlit").iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["empty", "junk", "cut", "packed", "pickled", "longer", "negative", "names", "types"],
+)
+def test_a_kept_scan_that_is_damaged_is_made_anew(large: Path, damage: str) -> None:
+    assert scanned(large) == FOUND
+    file = large / ".vitlit" / "train.npz"
+    data = file.read_bytes()
+    with np.load(file) as opened:
+        arrays = dict(opened)
+    changes = {
+        "pickled": {"names": np.array([print], object)},
+        "longer": {"counts": arrays["counts"] * 10**9},
+        "negative": {"counts": arrays["counts"] * [-1, 1]},
+        "names": {"name_ends": arrays["name_ends"][::-1].copy()},
+        "types": {"names": arrays["names"].astype(float)},
+    }
+    if damage in changes:
+        np.savez(file, **{**arrays, **changes[damage]})
+    elif damage == "packed":
+        np.savez_compressed(file, **{**arrays, "more": np.zeros(1 << 20, np.uint8)})
+    else:
+        file.write_bytes({"empty": b"", "junk": b"PK\x03\x04" + b"junk" * 99, "cut": data[: len(data) // 2]}[damage])
+    assert cache.load(large / "train", ["cat", "dog"], ENDINGS) is None
+    assert scanned(large) == FOUND
 
 
 @pytest.mark.parametrize("layout", ["train", "root"])

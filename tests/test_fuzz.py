@@ -1,7 +1,11 @@
 """Weight files that were damaged: each loads what it says, or ends in one line."""
 
+import json
 import os
 import random
+import resource
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from torch import Tensor
 import vitlit
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.weights.checkpoint import open_checkpoint
 
 SHAPE: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 192, "depth": 2, "heads": 3, "mlp_dim": 64}
 Named = dict[str, Tensor]
@@ -219,3 +224,105 @@ def test_a_malicious_npz_is_refused_in_a_line_and_not_run(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"evil\.npz .* numpy refuses it"):
         vitlit.load(path)
     assert not marker.exists()
+
+
+def refused(path: Path, words: str) -> None:
+    """Loading fails in one line that names the file, and has taken little memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=words) as caught:
+        vitlit.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 64 << 20
+
+
+def test_a_malicious_checkpoint_is_not_run_where_a_run_is_continued(tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "last.ckpt"
+    torch.save({"vitlit": {}, "callbacks": Harmful(marker)}, path)
+    with pytest.raises(UserError, match=r"last\.ckpt is not a checkpoint, or a damaged one"):
+        open_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("ending", ["pt", "npz"])
+def test_a_zip_bomb_is_refused_unpacked(ending: str, tmp_path: Path) -> None:
+    whole, path = FORMATS["vitlit.ckpt"](tmp_path), tmp_path / f"bomb.{ending}"
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+        for member in old.infolist() if ending == "pt" else ():
+            new.writestr(member.filename, old.read(member))
+        with new.open("a/data/99" if ending == "pt" else "embedding/kernel.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (200 << 20,)})
+            for _ in range(200):
+                file.write(bytes(1 << 20))
+    refused(path, r"2\d\d,.* bytes packed as .*, which no weights are")
+
+
+def test_packed_numbers_are_not_taken_for_weights(tmp_path: Path) -> None:
+    whole, path = FORMATS["vitlit.ckpt"](tmp_path), tmp_path / "packed.pt"
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    refused(path, r"data\.pkl in it is compressed, which torch\.save never does")
+
+
+def test_an_npz_of_fewer_numbers_than_it_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lies.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("embedding/kernel.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**9,)})
+    refused(path, "numpy refuses it")
+
+
+def tensor(begin: int, end: int, shape: list[int]) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"a": tensor(0, 4, [1])}, 2**60),
+        ({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, None),  # they overlap
+        ({"a": tensor(0, 4, [1]), "b": tensor(8, 12, [1])}, None),
+        ({"a": tensor(0, 12, [2**32, 2**32])}, None),
+        ({"a": tensor(0, 4 * 10**12, [10**12])}, None),
+    ],
+)
+def test_safetensors_whose_header_lies_is_refused(header: dict[str, Any], size: int | None, tmp_path: Path) -> None:
+    text, path = json.dumps(header).encode(), tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", size or len(text)) + text + bytes(12))
+    refused(path, "safetensors refuses it")
+
+
+@pytest.mark.parametrize("change", ["repeated", "sparse", "meta"])
+def test_a_tensor_of_more_numbers_than_the_file_holds_is_refused(change: str, tmp_path: Path) -> None:
+    state = network().state_dict()
+    state["head.weight"] = {
+        "repeated": torch.zeros(1).expand(10**7, 10**7),
+        "sparse": state["head.weight"].to_sparse(),
+        "meta": torch.empty(10**7, 10**7, device="meta"),
+    }[change]
+    torch.save(state, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", r"head\.weight \[.*\] is more than the numbers that it holds")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"depth": 10**9}, "tells 1000000000 blocks, but holds 2"),
+        ({"depth": "2"}, "tells '2' blocks, but holds 2"),
+        ({"mlp_dim": 10**30}, "of no ViT that this version builds"),
+        ({"image_size": "large"}, "of no ViT that this version builds"),
+        ({"image_size": 10**6}, "its images have 15,625,000,000 patches"),
+        ({"heads": 0}, "of no ViT that this version builds: heads 0 is less than 1"),
+        ({"mlp": "os.system"}, "of no ViT that this version builds"),
+    ],
+)
+def test_a_config_that_asks_for_the_impossible_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    vit, path = network(position="sincos2d"), tmp_path / "a.ckpt"
+    about = {"vit": {**vit.config, **change}, "classes": [], "preprocess": {}}
+    torch.save({"vitlit": about, "state_dict": {f"vit.{n}": t for n, t in vit.state_dict().items()}}, path)
+    refused(path, words)
+
+
+def test_an_index_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    refused(tmp_path / "model.safetensors.index.json", "is not JSON")

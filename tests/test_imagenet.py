@@ -268,6 +268,8 @@ def member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
         ("{}", tarfile.SYMTYPE),
         ("{}", tarfile.LNKTYPE),
         ("{}", tarfile.FIFOTYPE),
+        ("{}", tarfile.CHRTYPE),
+        ("{}", tarfile.GNUTYPE_SPARSE),  # of which a block may stand for any number of zeros
         ("{}\n.sh", tarfile.REGTYPE),
         ("..\\{}", tarfile.REGTYPE),
     ],

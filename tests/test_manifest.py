@@ -81,6 +81,11 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
         ("\n", " is empty; it needs a header"),
         ("path,label\n", " has a header but no rows"),
         ("file,label\n1.png,a\n", " has no column 'path' but 'file', 'label'; the header must be path,label"),
+        ("x" * 10**6 + "\n", ", line 1: it is not CSV (field larger than field limit"),
+        (
+            "x," * 10**5 + "label\n",
+            " has no column 'path' but " + ", ".join(8 * ["'x'"]) + " and 99,993 more; the header",
+        ),
         ("path;label\n1.png;a\n", " has no column 'path' but 'path;label'; the header must be"),
         ("path,lable\n1.png,a\n", " has no column 'label' but 'path', 'lable'"),
         ("path,label,Split\n1.png,a,val\n", ": the column 'Split' must be 'split', once"),

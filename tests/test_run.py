@@ -511,7 +511,7 @@ def test_a_run_is_named_by_itself_or_its_config(tmp_path: Path) -> None:
     assert folder(tmp_path, name="yours").path == tmp_path / "yours"
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "../up", "/"])
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../up", "/", "/tmp/up", "a\0b", "a" * 300])
 def test_a_name_that_leads_out_of_the_root_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"run\.root"):
         folder(tmp_path, name=name)

@@ -545,6 +545,9 @@ def test_damaged_indices_are_refused_in_one_line(own: Path) -> None:
     refused(changed(train_names_ends=arrays["train_names_ends"][::-1].copy()))
     refused(changed(shards=np.frombuffer(arrays["shards"].tobytes().replace(b"train-0", b"/../../"), np.uint8)))
     refused(changed(sizes=None))
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays, more=np.zeros(1 << 20, np.uint8))
+    refused(packed.getvalue())
     file.write_bytes(changed())
     read_shards(str(own))
 
@@ -740,6 +743,7 @@ def test_where_nothing_can_be_kept_a_set_is_indexed_each_time(
         ({"a.b.png": b"x", "a.cls": b"1"}, "a.b.png has a dot"),
         ({"a.png": b"x", "a.json": b"{"}, "a.json is no JSON"),
         ({"a.png": b"x", "a.json": b'{"label": 0.5}'}, "0.5"),
+        ({"a.png": b"x", "a.json": b"[" * 100_000}, "train-0.tar cannot be indexed"),
         ({"a.cls": b"1"}, "hold no image"),
         ({"a.png": b"x", "a.cls": bytes([255])}, "train-0.tar cannot be indexed"),
     ],
@@ -794,6 +798,11 @@ def test_hostile_sizes_and_damaged_headers_are_refused(tmp_path: Path, tail: byt
     with pytest.raises(UserError, match=r"train-0\.tar cannot be indexed") as caught:
         read_shards(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_label_of_endless_digits_is_a_name(tmp_path: Path) -> None:
+    tar(tmp_path / "train-0.tar", {"a.png": png(1), "a.cls": b"9" * 5000})
+    assert read_shards(str(tmp_path)).classes == ["9" * 5000]
 
 
 def test_links_folders_and_names_that_lead_outside_are_of_no_account(tmp_path: Path) -> None:

@@ -77,17 +77,35 @@ class CommandLine:
         return cls(command, configs, flags, others, exact)
 
 
+MOST_VALUES = 100_000  # in a config: those shipped have a hundred
+
+
 def load_yaml(path: str) -> Any:
     """A config's content; UserError where it is no YAML, or no mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else " ".join(str(error).split())
         raise UserError(f"config {path} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
+    if _count(content, {}) > MOST_VALUES:
+        raise UserError(
+            f"config {path} has more than {MOST_VALUES:,} values, by anchors that repeat them; write it out"
+        )
     return content
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """The values in a value, each as often as anchors repeat it: ten lines can stand for more than memory holds."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1  # of what holds itself
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
 
 
 # What jsonargparse says, and what a user reads: applied one after the other to the whole message, on one line.

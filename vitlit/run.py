@@ -38,6 +38,7 @@ FREE = (
     "trainer.strategy*",
 )
 HOSTED: list[Any] = []  # the store that this process holds for the others, which torch goes on to use
+LONGEST = 200  # bytes of a run's name: a file's may have 255, and the lock's is longer
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
 
@@ -90,15 +91,15 @@ class RunFolder:
         exact: whether the name is that of a run that is there; else a W&B sweep's run id is appended.
 
     Raises:
-        UserError: the name would lead out of the root.
+        UserError: the name would lead out of the root, or is none that a folder may have.
     """
 
     def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
-        name = options.name or Path(config or "run").stem
+        name = Path(config or "run").stem if options.name is None else options.name
         trial = f"-{os.environ.get('WANDB_RUN_ID')}"
         if "WANDB_SWEEP_ID" in os.environ and not exact and not name.endswith(trial):
             name += trial
-        if name in ("", ".", "..") or "/" in name or os.sep in name:
+        if name in ("", ".", "..") or {"/", "\0", os.sep} & set(name) or len(os.fsencode(name)) > LONGEST:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
         self.name = name
         self.path = Path(options.root) / name

@@ -5,12 +5,11 @@ a thousand for ImageNet, not 1.28 million.
 """
 
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from vitlit.data.index import Names, save_arrays
+from vitlit.data.index import Names, load_arrays, save_arrays
 from vitlit.data.manifest import SPLITS
 
 WORTH = 50_000  # fewer images are scanned in a blink, and nobody's folder is written to
@@ -33,15 +32,16 @@ def load(folder: Path, classes: list[str], endings: tuple[bytes, ...]) -> tuple[
         endings: of the file names that count as images.
     """
     try:
-        with np.load(kept_at(folder), allow_pickle=False) as kept:
-            known = {name: kept[name] for name in kept.files}
+        known = load_arrays(kept_at(folder))
         if known["key"].tobytes() != _key(classes, endings):
             return None
-        folders = Names(known["folders"], known["folder_ends"])
+        folders = Names.check(known["folders"], known["folder_ends"])
         if not np.array_equal(known["times"], _times(folder, [folders[row] for row in range(len(folders))])):
             return None
-        return Names(known["names"], known["name_ends"]), known["counts"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or of no use: the scan says it anew
+        names, counts = Names.check(known["names"], known["name_ends"]), known["counts"]
+        sound = counts.dtype == np.int64 and counts.shape == (len(classes),) and counts.min(initial=0) >= 0
+        return (names, counts) if sound and counts.sum() == len(names) else None
+    except (OSError, ValueError, KeyError):  # none, or of no use: the scan says it anew
         return None
 
 

@@ -14,8 +14,9 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
+from vitlit.data.header import MOST_PIXELS
 from vitlit.data.index import Index
-from vitlit.data.report import MOST_PIXELS, Copies, Facts, Look, Paths, Report, look
+from vitlit.data.report import Copies, Facts, Look, Paths, Report, look
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError

@@ -10,7 +10,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vitlit.data.codec import decode_image
+from vitlit.data.header import MOST_PIXELS, HugeImage, check_size, is_film, is_webp, refuse_huge
+from vitlit.data.index import read_file
 from vitlit.errors import UserError
+
+# That Pillow may read: it knows more, of which EPS would run Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 
 
 def decode(path: str | Path) -> Tensor:
@@ -19,19 +24,15 @@ def decode(path: str | Path) -> Tensor:
     Raises:
         UserError: the file cannot be read as an image; the message names it.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
-    return decode_bytes(data, path)
+    return decode_bytes(read_file(path), path)
 
 
 def decode_bytes(data: bytes, path: str | Path) -> Tensor:
     """The image in a file's content as RGB, upright by its EXIF orientation: (3, H, W), uint8, its memory (H, W, 3).
 
-    torchcodec reads JPEG, PNG, WebP and GIF (1.7 times Pillow's speed on photographs, the same pixels); Pillow reads
-    the other formats, and all of them where torchcodec is missing. Of an animation the first frame counts; 16 bits are
-    scaled to 8; transparency is dropped.
+    torchcodec reads JPEG, PNG and WebP (1.7 times Pillow's speed on photographs, the same pixels); Pillow reads the
+    other formats and animations, of which the first frame counts, and all of them where torchcodec is missing. 16 bits
+    are scaled to 8; transparency is dropped. An image of more than `header.MOST_PIXELS` is refused by its header.
 
     Args:
         data: the content.
@@ -41,9 +42,9 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
         UserError: it is no image that can be read; the message names the path.
     """
     try:
+        check_size(data)
         if decode_image is not None and _known(data):
-            image = decode_image(data, mode="RGB")
-            return image if image.ndim == 3 else image[0]
+            return decode_image(data, mode="RGB")
         return _pillow(data)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the image {path}: its content is of no known format; remove it") from error
@@ -53,12 +54,17 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
 
 
 def _known(data: bytes) -> bool:
-    """Whether it is of a format that torchcodec reads without FFmpeg."""
-    return data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8")) or data[8:12] == b"WEBP"
+    """Whether it is one image, of a format that torchcodec reads without FFmpeg."""
+    return (data.startswith((b"\xff\xd8", b"\x89PNG")) or is_webp(data)) and not is_film(data)
 
 
 def _pillow(data: bytes) -> Tensor:
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise HugeImage(f"more than {MOST_PIXELS:,} pixels; scale it down") from error
+    refuse_huge(*picture.size)
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would cut off at 255
         picture = Image.fromarray(((np.asarray(picture, np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
     return pil_to_tensor(picture.convert("RGB"))

@@ -27,6 +27,7 @@ MD5 = {
 PAGE = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 
 SYNSETS, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+MOST_KIT = 64 << 20  # bytes of either: they have one at most
 WNID = "n[0-9]{8}"
 
 
@@ -121,7 +122,7 @@ def _read_truth(file: Path) -> list[str]:
     with _reading(file), tarfile.open(file, "r:gz") as archive:
         for member in archive:
             name = PurePosixPath(member.name).name
-            if name in (SYNSETS, TRUTH) and member.isreg():
+            if name in (SYNSETS, TRUTH) and member.isreg() and member.size <= MOST_KIT:
                 found[name] = _open(archive, member).read()
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(found[SYNSETS]), squeeze_me=True)["synsets"])
@@ -167,7 +168,7 @@ def _members(archive: tarfile.TarFile, pattern: str, file: Path, inner: str = ""
             continue
         path = PurePosixPath(member.name)
         outside = path.is_absolute() or ".." in path.parts
-        if outside or not member.isreg() or not re.fullmatch(pattern, path.name):
+        if outside or not member.isreg() or member.issparse() or not re.fullmatch(pattern, path.name):
             raise UserError(
                 f"{file}{_inside(inner)} holds {member.name!r}, which is no plain file named as in ImageNet's archive: "
                 f"download {_again(file)}"

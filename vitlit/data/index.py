@@ -1,7 +1,10 @@
 """Which images a split has, in arrays that forked workers share: a list of paths would be copied, page by page."""
 
+import io
 import os
 import socket
+import stat
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vitlit.data.header import MOST_BYTES
 from vitlit.errors import UserError
 
 
@@ -32,6 +36,14 @@ class Names:
         ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), dtype=np.int64)
         return cls(np.frombuffer(b"".join(names), np.uint8), ends)
 
+    @classmethod
+    def check(cls, packed: np.ndarray, ends: np.ndarray) -> "Names":
+        """Of arrays from a file; ValueError where they are not those of names."""
+        typed = packed.dtype == np.uint8 and packed.ndim == ends.ndim == 1 and ends.dtype == np.int64
+        if not typed or (np.diff(ends, prepend=0) < 0).any() or ends[-1:].sum() != len(packed):
+            raise ValueError("its names are wrong")
+        return cls(packed, ends)
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -54,6 +66,29 @@ class Files(Protocol):
         """The content of an image file; UserError where it cannot be read, StorageUserError where none may be."""
 
 
+def read_file(path: str | Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        UserError: it cannot be read, is no file but such as a pipe, or has more than `header.MOST_BYTES`.
+    """
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
+            raise UserError(f"cannot read the image {path}: it is no file")
+        refuse_large(path, about.st_size)
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+
+
+def refuse_large(path: str | Path, size: int) -> None:
+    """UserError for an image file of more bytes than `header.MOST_BYTES`."""
+    if size > MOST_BYTES:
+        raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
+
+
 @dataclass(frozen=True)
 class FolderFiles:
     """Files at paths relative to a folder."""
@@ -68,12 +103,7 @@ class FolderFiles:
         return os.path.join(self.root, self.names[row].decode(errors="surrogateescape"))
 
     def read(self, row: int) -> bytes:
-        path = self.path(row)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+        return read_file(self.path(row))
 
 
 @dataclass(frozen=True)
@@ -136,3 +166,25 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
+    """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or nothing that `save_arrays` wrote.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type for member in members) or len({m.header_offset for m in members}) < len(
+                members
+            ):
+                raise ValueError("it is compressed")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -126,7 +126,7 @@ def _check_header(file: Path, header: list[str]) -> None:
             raise UserError(f"{file}: the column {name!r} must be {meant!r}, once")
     for name in REQUIRED:
         if name not in header:
-            found = ", ".join(map(repr, header))
+            found = ", ".join(map(repr, header[:8])) + (f" and {len(header) - 8:,} more" if len(header) > 8 else "")
             raise UserError(f"{file} has no column {name!r} but {found}; the header must be path,label[,split][,group]")
 
 

@@ -1,6 +1,7 @@
 """What `vitlit data check` sees: an image, the facts about a split, the findings; and these in words and as JSON."""
 
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -19,14 +20,15 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from vitlit.data.decode import decode
+from vitlit.data.decode import FORMATS, decode_bytes
+from vitlit.data.header import HugeImage
+from vitlit.data.index import read_file
 from vitlit.errors import UserError
 
 Paths: TypeAlias = "list[str | list[str]]"  # files; or lists of files that have the same pixels
 
 SHOWN = 10  # paths of a finding on the screen
 SIDES = (0, 32, 64, 128, 224, 384, 512, 1024)  # where the bins of shorter sides begin
-MOST_PIXELS = 89_478_485  # above which Pillow warns of a decompression bomb
 ORIENTATION = 0x0112  # EXIF
 
 # What a finding is, and its remedy, after the number of paths in brackets.
@@ -39,7 +41,7 @@ FAULTS = {
     "unknown_class": "classes that train lacks: add training images, or rename or remove them",
     "unreadable": "files that cannot be read as images ({}): restore or remove them",
     "truncated": "images whose end is missing, which decoders fill up with grey: restore or remove them",
-    "too_large": "images of more than {} pixels, for which Pillow suspects an attack: scale them down",
+    "too_large": "images of more than {} pixels, which are not decoded: scale them down",
     "leakage": "images of another split with the same pixels as one of train: remove one of each pair",
     "contradiction": "sets of images with the same pixels but several labels: keep them in one class",
 }
@@ -72,37 +74,34 @@ def look(path: str) -> Look:
     """Decode an image file. Whatever is wrong with it is told by the Look, never raised."""
     with warnings.catch_warnings(), _stderr() as complaints:
         warnings.simplefilter("ignore")  # Pillow's, of what is looked for here
-        seen = _header(path)
-        if seen.kind:
-            return seen
         try:
-            image = decode(path).permute(1, 2, 0).contiguous()
+            data = read_file(path)
+            if not data:
+                return Look("unreadable", "empty file")
+            image = decode_bytes(data, path).permute(1, 2, 0).contiguous()
         except Exception as error:  # a decoder's bug in one file must not end the check
+            if isinstance(error.__cause__, HugeImage):
+                return Look("too_large")
             reason = str(error).removeprefix(f"cannot read the image {path}: ") or type(error).__name__
-            return seen._replace(kind="unreadable", reason=reason)
+            return Look("unreadable", reason)
         complaints.seek(0)
         said = complaints.read().lower()
+        seen = _header(path, data)
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.numpy().data)
     kind = "truncated" if b"premature end of" in said else "corrupt" if b"corrupt jpeg data" in said else ""
     return seen._replace(kind=kind, digest=digest.digest(), side=min(image.shape[:2]))
 
 
-def _header(path: str) -> Look:
-    """What is known before decoding."""
+def _header(path: str, data: bytes) -> Look:
+    """What is known without the pixels."""
     try:
-        if not os.path.getsize(path):
-            return Look("unreadable", "empty file")
-        with Image.open(path) as picture:
-            pixels, mode = picture.width * picture.height, picture.mode
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            mode = picture.mode
             format = str(picture.format).replace("MPO", "JPEG")  # a camera's, with a preview behind the photograph
             orientation = Image.Image.getexif(picture).get(ORIENTATION)  # that of PNG would decode
-    except Image.DecompressionBombError:
-        return Look("too_large")
-    except Exception:  # it may be decoded all the same
+    except Exception:  # it was decoded all the same
         return Look()
-    if pixels > MOST_PIXELS:
-        return Look("too_large")
     misnamed = Image.registered_extensions().get(os.path.splitext(path)[1].lower()) != format
     return Look(format=format, mode=mode, turned=orientation in range(2, 9), misnamed=misnamed)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-from vitlit.data.index import Index, Names, StorageUserError, save_arrays
+from vitlit.data.index import Index, Names, StorageUserError, load_arrays, refuse_large, save_arrays
 from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.errors import UserError
 
@@ -54,6 +54,7 @@ class ShardFiles:
 
     def read(self, row: int) -> bytes:
         shard, start, size, check = self.parts[row].tolist()
+        refuse_large(self.path(row), size)
         data = read_range(self.root, self.shards[shard], start - BLOCK, start + size)
         if zlib.crc32(data[:BLOCK]) != check:
             raise StorageUserError(
@@ -234,9 +235,8 @@ def load_index(data: bytes, root: str, place: str) -> Kept:
         UserError: it is damaged.
     """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return _parse({name: file[name] for name in file.files}, root)
-    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
+        return _parse(load_arrays(io.BytesIO(data)), root)
+    except Exception as error:  # arrays of other shapes and types raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{place} is damaged, or no index of shards ({reason}): copy it again, or remove it so that the tars are "
@@ -268,11 +268,7 @@ def _parse(known: dict[str, np.ndarray], root: str) -> Kept:
 
 
 def _names(known: dict[str, np.ndarray], name: str) -> Names:
-    packed, ends = known[name], known[f"{name}_ends"]
-    whole = packed.dtype == np.uint8 and packed.ndim == ends.ndim == 1 and ends.dtype == np.int64
-    if not whole or (np.diff(ends, prepend=0) < 0).any() or ends[-1:].sum() != len(packed):
-        raise ValueError(f"its array {name} is wrong")
-    return Names(packed, ends)
+    return Names.check(known[name], known[f"{name}_ends"])
 
 
 def _texts(known: dict[str, np.ndarray], name: str) -> list[str]:

@@ -242,7 +242,7 @@ def _number(root: str, samples: dict[str, list[_Sample]], named: list[str] | Non
             raise UserError(f"{root}: the tars of {split} hold no image (known: {' '.join(EXTENSIONS)})")
     everything = [sample for own in samples.values() for sample in own]
     several, folders = (any(sample.kind == kind for sample in everything) for kind in ("several", "folder"))
-    digits = all(re.fullmatch(r"-?\d+", value) for sample in everything for value in sample.labels)
+    digits = all(re.fullmatch(r"-?\d{1,18}", value) for sample in everything for value in sample.labels)
     numeric = digits and not folders  # a folder's classes are sorted as text
     read: Callable[[str], Any] = int if numeric else str
     known = sorted({read(value) for sample in samples.get("train", everything) for value in sample.labels})

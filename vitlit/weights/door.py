@@ -1,5 +1,6 @@
 """The one door for weights: any known file into a ViT."""
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +18,7 @@ from vitlit.weights.adapt import adapt, set_numerics
 from vitlit.weights.files import locate, open_file
 from vitlit.weights.weights import Weights, usual_heads
 
+MOST_PATCHES = 1 << 18  # of an image: a fixed table of positions is in no file, and a number there could ask for any
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
 
 
@@ -80,6 +82,9 @@ def read(source: str | Path) -> Weights:
         raise UserError(f"{path} holds {what} numbers in {strange}; a ViT has floating-point ones")
     weights.count = len(contents.tensors)
     config = weights.config
+    blocks = len({name.split(".")[1] for name in weights.state if name.startswith("blocks.")})
+    if config.get("depth", blocks) != blocks:  # before so many are built
+        raise UserError(f"{path} tells {config['depth']!r} blocks, but holds {blocks}")
     if "heads" not in config:
         heads = usual_heads(config)
         if heads is not None:
@@ -197,8 +202,11 @@ def empty(weights: Weights) -> ViT:
     try:
         with torch.device("meta"):
             vit = ViT(**config)
-    except TypeError as error:
-        raise UserError(f"{weights.path} is of no ViT that this version builds: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # over whatever a file may say in place of a number
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{weights.path} is of no ViT that this version builds: {why}") from error
+    if math.prod(vit.grid) > MOST_PATCHES:
+        raise UserError(f"{weights.path} is of no ViT: its images have {math.prod(vit.grid):,} patches")
     problems = differences(vit.state_dict(), weights.state, weights, vit, set())
     if problems:
         raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")

@@ -21,6 +21,8 @@ WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")
 # Plain values that training scripts leave in checkpoints, beside what torch allows.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
 RECORDS += [np.float64(0).__reduce__()[0]]  # numpy's scalar
+# How many times a file's size its content may be: packed weights are a half of it, a bomb a thousandth.
+MOST_UNPACKED = 20
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
@@ -48,7 +50,7 @@ class Contents(NamedTuple):
             return {}
         try:
             content = json.loads(file.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} holds no JSON object")
@@ -99,16 +101,23 @@ def open_file(path: Path) -> Contents:
 
 
 def check_archive(path: Path) -> list[str]:
-    """The members of a zip archive, every checksum of which is compared."""
+    """The members of a zip archive, every checksum of which is compared, unless it is a bomb."""
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            names = archive.namelist()
+            members = archive.infolist()
+            unpacked = sum(member.file_size for member in members)
+            packed = next((m.filename for m in members if m.compress_type and not m.filename.endswith(".npy")), None)
+            bomb = unpacked > MOST_UNPACKED * path.stat().st_size
+            broken = None if bomb else archive.testzip()
     except Exception as error:  # zlib.error, struct.error and what else a broken archive raises
         raise damaged(path, f"not a whole archive ({type(error).__name__}: {error})") from error
+    if bomb:
+        raise damaged(path, f"{unpacked:,} bytes packed as {path.stat().st_size:,}, which no weights are")
     if broken is not None:
         raise damaged(path, f"the checksum of {broken} is wrong")
-    return names
+    if packed is not None:  # torch would take the packed bytes for numbers
+        raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
+    return [member.filename for member in members]
 
 
 def damaged(path: Path, why: str) -> UserError:
@@ -138,7 +147,17 @@ def open_torch(path: Path) -> Contents:
             content, wrapper = rest[name], name
             break
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if not whole(tensor):
+            raise damaged(path, f"{name} {list(tensor.shape)} is more than the numbers that it holds")
     return Contents(path, "torch", tensors, wrapper, rest)
+
+
+def whole(tensor: Tensor) -> bool:
+    """Whether each of a tensor's numbers is in the file: one that is repeated, or none, can stand for any shape."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def open_safetensors(path: Path) -> Contents:
