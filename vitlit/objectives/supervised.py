@@ -20,7 +20,7 @@ class Supervised(Objective):
 
     Args:
         vit: the headless ViT; it is given its head here.
-        num_classes: the command line fills it from the data.
+        num_classes: those of the ViT's head unless given; the command line fills it from the data.
         head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default that of the stage.
         hidden_dim: hidden units of the pretraining head; the ViT's width unless given.
         head_std: standard deviation of the output layer's initial weights, normal and cut at 2 as timm's; 0 for zeros.
@@ -52,7 +52,8 @@ class Supervised(Objective):
         multi_label: bool = False,
     ) -> None:
         super().__init__(vit)
-        if num_classes is None or num_classes < 2:
+        num_classes = vit.config["num_classes"] if num_classes is None else num_classes
+        if num_classes < 2:
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing {label_smoothing} is not between 0 and 1")
