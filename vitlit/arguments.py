@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
@@ -77,33 +78,94 @@ class CommandLine:
         return cls(command, configs, flags, others, exact)
 
 
+class Loader(yaml.SafeLoader):
+    """Reads plain values alone, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str) -> Any:
-    """A config's content; UserError where it is no YAML, or no mapping."""
+    """A config's content; UserError where it is no YAML, or no mapping of names to plain values."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else " ".join(str(error).split())
         raise UserError(f"config {path} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
+    check_form(f"config {path}", content)
     return content
 
 
+def check_form(name: str, value: Any, within: tuple[Any, ...] = ()) -> None:
+    """Raise UserError where a value holds itself, a key is no text, or a class is not {class_path, init_args}."""
+    if not isinstance(value, dict | list):
+        return
+    if any(value is outer for outer in within):
+        raise UserError(f"{name} holds itself, by an alias; leave that out")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{name}: the key {key!r} is no text")
+        if not isinstance(value.get("class_path", ""), str):
+            raise UserError(f"{name}: class_path is {value['class_path']!r}, not the name of a class")
+        for beside in value.keys() - {"class_path", "init_args", "dict_kwargs"} if "class_path" in value else ():
+            raise UserError(f"{name}: {beside} stands beside class_path {value['class_path']}; put it under init_args")
+        if not isinstance(value.get("init_args", {}), dict):
+            raise UserError(f"{name}: init_args is {value['init_args']!r}, not keys and values")
+    for item in value.values() if isinstance(value, dict) else value:
+        check_form(name, item, (*within, value))
+
+
+# What is a group of keys, or a class and its keys, in every config.
+GROUPS = (
+    *("run", "trainer", "data", "data.erasing", "data.mixing"),
+    *(f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")),
+)
+
+
+def check_groups(config: Namespace) -> None:
+    """Raise UserError where a group is something else, which jsonargparse lets pass: a number, null, a function."""
+    for key in GROUPS:
+        if not isinstance(config.get(key), Namespace):
+            raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {config.get(key)}")
+
+
 # What jsonargparse says, and what a user reads: applied one after the other to the whole message, on one line.
-NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path")
+NOISE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path"),
+    *("Subclass types expect", "a class path (str)", "a dict with class_path", "a dict without", "a dict with param"),
+)
+LONGEST = 400  # characters of a message, which may quote a whole config
 WORDING = (
     (r"Type .* expects a function or a callable class: ", ""),
     (r"\.* Got value: Namespace\(.*", ""),
+    (r"\.* Got value:$", ", not ''"),
     (r"\.* Got value: ", ", not "),
+    (r", not None$", ", not null"),
     (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
     (r"typing\.Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " or ")),
     (r"(has no attribute '\w+').*", r"\1"),
     (r"Expected an? ", "expected "),
     (r"Problem with given class_path '[^']*': ", ""),
-    (r"(?:Option|Sub\w+ '\w+' does not accept option) '([\w.]+)'(?: is not accepted)?", r"no key \1"),
-    (r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"no key \1.\2"),
+    (r"(?:Option|Sub\w+ '\w+' does not accept option) '([^']+)'(?: is not accepted)?", r"no key \1"),
+    (r"Group '([\w.]+)' does not accept option '([^']+)'", r"no key \1.\2"),
     (r"unrecognized arguments: -*([\w.]+).*", r"no key \1"),
+    (r"Import path does not correspond", "it does not correspond"),
+    (r"(?:Import path |Expected ')?([\w.]+)'? (?:does not correspond to|to be) a subclass of", r"\1 is no subclass of"),
+    (r"Subclasses are disabled for (\w+), thus '([^']*)'.*", r"expected the keys of \1, not \2"),
+    (r"Dict must include a class_path and optionally init_args, but got", "expected class_path and init_args, not"),
+    (r"expected import path or a subclass spec, but got .*, not", "expected class, not"),
+    (r"Unable to load config '([^']*)'.*", r"expected its keys, not \1"),
+    (r"Not a valid subclass of (\w+)", r"expected \1"),
     (r'Parser key "([\w.]+)":(?: ([\w.]+):(?= ))?', lambda found: ".".join(filter(None, found.groups())) + ":"),
 )
 
@@ -113,6 +175,13 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Also of null, which jsonargparse lets pass as any type."""
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            if action.default is not None and namespace.get(action.dest, action.default) is None:
+                self._check_value_key(action, None, action.dest, namespace)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         denied = re.search(r"Importing '([^']+)' is not allowed", message)
@@ -136,7 +205,7 @@ class Parser(LightningArgumentParser):
             return ""
         names = self.keys() if wrong[1] == "key" else self.classes()
         near = get_close_matches(wrong[2], names, 1, 0.7)
-        return f"; did you mean {names[near[0]]}?" if near else ""
+        return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong[2] else ""
 
     def keys(self) -> dict[str, str]:
         """Every key by itself and by its last part."""
@@ -154,7 +223,9 @@ def plain(message: str) -> str:
     """A message of jsonargparse's on one line, without what only its authors understand."""
     given = re.search(r"Given value: (.+)", message)
     lines = [line.strip(" -") for line in message.splitlines()]
-    lines = [line for line in lines if not line.startswith(NOISE)]
+    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith(NOISE)))
+    telling = [line for line in lines if not line.startswith("Not a valid subclass of")]  # what a list is, for one
+    lines = telling if len(telling) > 1 else lines[:2]
     choices = [line.removeprefix("Expected a ") for line in lines if line.startswith("Expected a ")]
     unknown = [choice.rsplit(" ", 1)[-1] for choice in choices if choice.startswith("dot import path string")]
     if given or unknown:
@@ -167,4 +238,4 @@ def plain(message: str) -> str:
     text = " ".join(" ".join(lines).split())
     for pattern, words in WORDING:
         text = re.sub(pattern, words, text)
-    return text
+    return text if len(text) < LONGEST else f"{text[:LONGEST]} ..."
