@@ -139,6 +139,20 @@ def check_groups(config: Namespace) -> None:
             raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {config.get(key)}")
 
 
+def build(kind: type, *args: Any, **kwargs: Any) -> Any:
+    """Make an object that a config names.
+
+    Raises:
+        UserError: a class of a library refuses its arguments; an error in a class of vitlit's or the user's is a bug.
+    """
+    try:
+        return kind(*args, **kwargs)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        if kind.__module__.partition(".")[0] not in ("torch", "torchvision", "torchmetrics", "lightning"):
+            raise
+        raise UserError(f"{kind.__name__}: {error}") from error
+
+
 # What jsonargparse says, and what a user reads: applied one after the other to the whole message, on one line.
 NOISE = (
     *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path"),

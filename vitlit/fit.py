@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vitlit import averaging, callbacks
-from vitlit.arguments import CommandLine, Parser, check_groups, load_yaml
+from vitlit.arguments import CommandLine, Parser, build, check_groups, load_yaml
 from vitlit.checkpoints import Best, Last, check_space
 from vitlit.completion import complete, doubts, starting_weights
 from vitlit.data import ImageFolderData, augment, sources
@@ -127,6 +127,7 @@ class CLI(LightningCLI):
         return {command: skipped | ours for command, skipped in LightningCLI.subcommands().items()}
 
     def before_instantiate_classes(self) -> None:
+        self.parser.add_instantiator(build, object)  # after Lightning's own, of model and data
         config = self.config[self.subcommand]
         check_groups(config)
         self.options = RunOptions(**config.run.as_dict())
@@ -241,6 +242,11 @@ class CLI(LightningCLI):
         if self.keeps:
             for doubt in doubts(self.config.fit, load_yaml(self.line.config)) if self.line.config else []:
                 rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
+            measured = [f"val/{name}" for name in self.model.measures["val"]]
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                monitor = getattr(callback, "monitor", None) or measured[0]
+                if monitor.removesuffix("_raw") not in measured and not monitor.startswith("train/"):
+                    raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(measured)}")
             epoch = self.datamodule.steps_per_epoch
             limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
             self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)

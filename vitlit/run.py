@@ -65,6 +65,12 @@ class RunOptions:
     keep_every: int | None = None
     time_limit: int | str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.save_minutes > 0:
+            raise UserError(f"run.save_minutes {self.save_minutes} is not above 0")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
+
 
 class Decision(NamedTuple):
     """What to do with a run.
@@ -97,8 +103,10 @@ class RunFolder:
         trial = f"-{os.environ.get('WANDB_RUN_ID')}"
         if "WANDB_SWEEP_ID" in os.environ and not exact and not name.endswith(trial):
             name += trial
-        if name in ("", ".", "..") or "/" in name or os.sep in name:
+        if name in ("", ".", "..") or {"/", os.sep, "\0"} & set(name):
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
+        if "\0" in options.root:
+            raise UserError(f"run.root {options.root!r} is not the path of a folder")
         self.name = name
         self.path = Path(options.root) / name
         self.config = self.path / "config.yaml"

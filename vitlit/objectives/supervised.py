@@ -1,5 +1,6 @@
 """Classification."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -57,6 +58,8 @@ class Supervised(Objective):
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing {label_smoothing} is not between 0 and 1")
+        if not (0 <= head_std < math.inf and math.isfinite(head_bias)):
+            raise UserError(f"head_std {head_std} is not a standard deviation, or head_bias {head_bias} not finite")
         if loss not in ("softmax", "sigmoid", "bce"):
             raise UserError(f"loss {loss!r} is none of softmax sigmoid bce")
         if multi_label and (loss == "softmax" or class_weights is not None):
