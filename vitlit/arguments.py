@@ -139,7 +139,7 @@ def check_groups(config: Namespace) -> None:
             raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {config.get(key)}")
 
 
-def build(kind: type, *args: Any, **kwargs: Any) -> Any:
+def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     """Make an object that a config names.
 
     Raises:

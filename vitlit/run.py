@@ -66,8 +66,8 @@ class RunOptions:
     time_limit: int | str | None = None
 
     def __post_init__(self) -> None:
-        if not self.save_minutes > 0:
-            raise UserError(f"run.save_minutes {self.save_minutes} is not above 0")
+        if not self.save_minutes >= 0:
+            raise UserError(f"run.save_minutes {self.save_minutes} is less than 0")
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
 

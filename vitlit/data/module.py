@@ -205,8 +205,8 @@ class ImageFolderData(LightningDataModule):
                     "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
                 )
             self.trainer.accumulate_grad_batches = accumulate
-            limit = self.trainer.limit_train_batches
-            batches = limit if isinstance(limit, int) else int(limit * accumulate * self.steps_per_epoch)
+            limit, whole = self.trainer.limit_train_batches, accumulate * self.steps_per_epoch
+            batches = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
             if batches < 1:
                 raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
             interval = self.trainer.val_check_interval
