@@ -18,7 +18,7 @@ from vitlit.data.mixing import Mixing
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA
-from vitlit.objectives import Distillation, Supervised
+from vitlit.objectives import Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, Schedule
 from vitlit.stages import Finetune
 from vitlit.weights import save_weights
@@ -177,6 +177,17 @@ def test_a_finetuned_head_is_linear_whatever_the_objective(weights: str) -> None
         stage = made(weights, objective=objective)
         assert isinstance(stage.vit.head, nn.Linear)
         assert stage.vit.head.weight.abs().max() == 0
+
+
+def test_an_objective_need_not_take_the_number_of_classes(weights: str, few: Path) -> None:
+    class Margin(Objective):
+        def forward(self, vit: ViT, batch: Any) -> Step:
+            logits = vit(batch[0])
+            return Step(nn.functional.multi_margin_loss(logits, batch[1]), logits)
+
+    stage = made(weights, objective=Margin)
+    assert fit(stage, few, steps=2).global_step == 2
+    assert stage.vit.config["num_classes"] == 4
 
 
 def test_a_head_that_is_kept_goes_on_where_the_weights_left_it(weights: str, few: Path) -> None:

@@ -5,11 +5,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
 from vitlit.cli import find_config
+from vitlit.config import read_config
 from vitlit.errors import UserError
 from vitlit.objectives import Objective
 from vitlit.stages import Stage
@@ -32,7 +33,7 @@ class CommandLine:
     def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str], exact: bool) -> None:
         paths = [str(find_config(name)) for name in configs]
         for path in paths:
-            check_class_paths(load_yaml(path))
+            check_class_paths(read_config(path))
         self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
         self.exact, self.launched = exact, False
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
@@ -77,51 +78,61 @@ class CommandLine:
         return cls(command, configs, flags, others, exact)
 
 
-MOST_VALUES = 100_000  # in a config: those shipped have a hundred
+# What is a group of keys, or a class and its keys, in every config.
+GROUPS = (
+    *("run", "trainer", "data", "data.erasing", "data.mixing"),
+    *(f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")),
+)
 
 
-def load_yaml(path: str) -> Any:
-    """A config's content; UserError where it is no YAML, or no mapping."""
+def check_groups(config: Namespace) -> None:
+    """Raise UserError where a group is something else, which jsonargparse lets pass: a number, null, a function."""
+    for key in GROUPS:
+        if not isinstance(config.get(key), Namespace):
+            raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {config.get(key)}")
+
+
+def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+    """Make an object that a config names.
+
+    Raises:
+        UserError: a class of a library refuses its arguments; an error in a class of vitlit's or the user's is a bug.
+    """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else " ".join(str(error).split())
-        raise UserError(f"config {path} is not YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
-    if _count(content, {}) > MOST_VALUES:
-        raise UserError(
-            f"config {path} has more than {MOST_VALUES:,} values, by anchors that repeat them; write it out"
-        )
-    return content
-
-
-def _count(value: Any, known: dict[int, int]) -> int:
-    """The values in a value, each as often as anchors repeat it: ten lines can stand for more than memory holds."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = MOST_VALUES + 1  # of what holds itself
-        parts = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
-    return known[id(value)]
+        return kind(*args, **kwargs)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        if kind.__module__.partition(".")[0] not in ("torch", "torchvision", "torchmetrics", "lightning"):
+            raise
+        raise UserError(f"{kind.__name__}: {error}") from error
 
 
 # What jsonargparse says, and what a user reads: applied one after the other to the whole message, on one line.
-NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path")
+NOISE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path"),
+    *("Subclass types expect", "a class path (str)", "a dict with class_path", "a dict without", "a dict with param"),
+)
+LONGEST = 400  # characters of a message, which may quote a whole config
 WORDING = (
     (r"Type .* expects a function or a callable class: ", ""),
     (r"\.* Got value: Namespace\(.*", ""),
+    (r"\.* Got value:$", ", not ''"),
     (r"\.* Got value: ", ", not "),
+    (r", not None$", ", not null"),
     (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
     (r"typing\.Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " or ")),
     (r"(has no attribute '\w+').*", r"\1"),
     (r"Expected an? ", "expected "),
     (r"Problem with given class_path '[^']*': ", ""),
-    (r"(?:Option|Sub\w+ '\w+' does not accept option) '([\w.]+)'(?: is not accepted)?", r"no key \1"),
-    (r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"no key \1.\2"),
+    (r"(?:Option|Sub\w+ '\w+' does not accept option) '([^']+)'(?: is not accepted)?", r"no key \1"),
+    (r"Group '([\w.]+)' does not accept option '([^']+)'", r"no key \1.\2"),
     (r"unrecognized arguments: -*([\w.]+).*", r"no key \1"),
+    (r"Import path does not correspond", "it does not correspond"),
+    (r"(?:Import path |Expected ')?([\w.]+)'? (?:does not correspond to|to be) a subclass of", r"\1 is no subclass of"),
+    (r"Subclasses are disabled for (\w+), thus '([^']*)'.*", r"expected the keys of \1, not \2"),
+    (r"Dict must include a class_path and optionally init_args, but got", "expected class_path and init_args, not"),
+    (r"expected import path or a subclass spec, but got .*, not", "expected class, not"),
+    (r"Unable to load config '([^']*)'.*", r"expected its keys, not \1"),
+    (r"Not a valid subclass of (\w+)", r"expected \1"),
     (r'Parser key "([\w.]+)":(?: ([\w.]+):(?= ))?', lambda found: ".".join(filter(None, found.groups())) + ":"),
 )
 
@@ -131,6 +142,13 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Also of null, which jsonargparse lets pass as any type."""
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            if action.default is not None and namespace.get(action.dest, action.default) is None:
+                self._check_value_key(action, None, action.dest, namespace)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         denied = re.search(r"Importing '([^']+)' is not allowed", message)
@@ -154,7 +172,7 @@ class Parser(LightningArgumentParser):
             return ""
         names = self.keys() if wrong[1] == "key" else self.classes()
         near = get_close_matches(wrong[2], names, 1, 0.7)
-        return f"; did you mean {names[near[0]]}?" if near else ""
+        return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong[2] else ""
 
     def keys(self) -> dict[str, str]:
         """Every key by itself and by its last part."""
@@ -172,7 +190,9 @@ def plain(message: str) -> str:
     """A message of jsonargparse's on one line, without what only its authors understand."""
     given = re.search(r"Given value: (.+)", message)
     lines = [line.strip(" -") for line in message.splitlines()]
-    lines = [line for line in lines if not line.startswith(NOISE)]
+    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith(NOISE)))
+    telling = [line for line in lines if not line.startswith("Not a valid subclass of")]  # what a list is, for one
+    lines = telling if len(telling) > 1 else lines[:2]
     choices = [line.removeprefix("Expected a ") for line in lines if line.startswith("Expected a ")]
     unknown = [choice.rsplit(" ", 1)[-1] for choice in choices if choice.startswith("dot import path string")]
     if given or unknown:
@@ -185,4 +205,4 @@ def plain(message: str) -> str:
     text = " ".join(" ".join(lines).split())
     for pattern, words in WORDING:
         text = re.sub(pattern, words, text)
-    return text
+    return text if len(text) < LONGEST else f"{text[:LONGEST]} ..."

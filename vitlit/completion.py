@@ -99,6 +99,9 @@ def complete(config: Namespace, weights: Weights | None, splits: Splits) -> list
         data.seed = int(config.seed_everything)
     complete_vit(model, data.image_size, weights, new)
     complete_preprocess(data, weights, model.vit.init_args.get("in_channels", 3), new)
+    for part in (model.objective, model.optimizer):
+        if "init_args" not in part:  # a class without arguments
+            part.init_args = Namespace()
     objective = model.objective.init_args
     if classes:  # what they were made from need not be there any more
         made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
@@ -124,9 +127,8 @@ def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
     """
     found = []
     batch = config.data.batch_size
-    made_for = (source.get("data") or {}).get("batch_size", batch)
-    stage = (source.get("model") or {}).get("init_args") or {}
-    before = ((stage.get("optimizer") or {}).get("init_args") or {}).get("lr")
+    made_for = int(given_in(source, "data.batch_size") or batch)
+    before = given_in(source, "model.init_args.optimizer.init_args.lr")
     now = config.model.init_args.optimizer.init_args.get("lr")
     given = before is not None and float(before) == now  # YAML reads 1e-3 as text
     if made_for != batch and given and config.model.init_args.schedule.lr_per is None:
@@ -137,6 +139,13 @@ def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
     if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
         found.append("data.balanced draws rare classes more often, and class_weights weigh them more besides; give one")
     return found
+
+
+def given_in(source: Any, key: str) -> Any:
+    """What the content of a file has at a dotted key, None for nothing."""
+    for name in key.split("."):
+        source = source.get(name) if isinstance(source, dict) else None
+    return source
 
 
 def complete_preprocess(data: Namespace, weights: Weights | None, channels: int, new: bool) -> None:

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from vitlit import averaging, callbacks
-from vitlit.arguments import CommandLine, Parser, load_yaml
+from vitlit.arguments import CommandLine, Parser, build, check_groups
 from vitlit.checkpoints import Best, Last, check_space
 from vitlit.completion import complete, doubts, starting_weights
+from vitlit.config import read_config
 from vitlit.data import ImageFolderData, augment, sources
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -66,7 +67,11 @@ def run(command: str, arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", message=message)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=trusted())
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        # What jsonargparse calls the base class where a callback's keys come without a class.
+        import_path_allowlist=[*trusted(), "lightning.Callback"],
+    )
     line = CommandLine.read(command, arguments)
     try:
         CLI(line)
@@ -123,7 +128,9 @@ class CLI(LightningCLI):
         return {command: skipped | ours for command, skipped in LightningCLI.subcommands().items()}
 
     def before_instantiate_classes(self) -> None:
+        self.parser.add_instantiator(build, object)  # after Lightning's own, of model and data
         config = self.config[self.subcommand]
+        check_groups(config)
         self.options = RunOptions(**config.run.as_dict())
         self.folder = RunFolder(self.options, self.line.config, self.line.exact)
         self.keeps = self.subcommand == "fit" and not config.trainer.fast_dev_run
@@ -135,8 +142,6 @@ class CLI(LightningCLI):
         self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
         self.classes = complete(config, starting_weights(config, fitting=self.subcommand == "fit"), self.splits)
         self.resolved = self.plain(config)
-        for doubt in doubts(config, load_yaml(self.line.config)) if self.keeps and self.line.config else []:
-            rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
         if config.ckpt_path and "init_from" in config.model.init_args:
             config.model.init_args.init_from = None  # it may be gone by now
         if not self.keeps:  # evaluation needs neither the training's loggers nor its callbacks
@@ -236,6 +241,13 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         self.datamodule.check(self.subcommand, self.trainer.world_size)
         if self.keeps:
+            for doubt in doubts(self.config.fit, read_config(self.line.config)) if self.line.config else []:
+                rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
+            measured = [f"val/{name}" for name in self.model.measures["val"]]
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                monitor = getattr(callback, "monitor", None) or measured[0]
+                if monitor.removesuffix("_raw") not in measured and not monitor.startswith("train/"):
+                    raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(measured)}")
             epoch = self.datamodule.steps_per_epoch
             limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
             self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)

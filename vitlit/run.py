@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import yaml
 
+from vitlit.config import read_config
 from vitlit.errors import UserError
 from vitlit.lock import Lock
 from vitlit.weights.files import check_archive
@@ -67,6 +68,12 @@ class RunOptions:
     keep_every: int | None = None
     time_limit: int | str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.save_minutes >= 0:
+            raise UserError(f"run.save_minutes {self.save_minutes} is less than 0")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
+
 
 class Decision(NamedTuple):
     """What to do with a run.
@@ -101,6 +108,8 @@ class RunFolder:
             name += trial
         if name in ("", ".", "..") or {"/", "\0", os.sep} & set(name) or len(os.fsencode(name)) > LONGEST:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
+        if "\0" in options.root:
+            raise UserError(f"run.root {options.root!r} is not the path of a folder")
         self.name = name
         self.path = Path(options.root) / name
         self.config = self.path / "config.yaml"
@@ -123,7 +132,7 @@ class RunFolder:
             raise UserError(f"{self.path} holds something else than a run; give another --run.name")
         if overwrite or not any(path.is_file() for path in (self.last, self.previous)):
             return Decision("begin", "")  # without a checkpoint there is nothing to lose
-        before = flatten(yaml.safe_load(self.config.read_text()) or {})
+        before = flatten(read_config(self.config))
         after = flatten(config)
         differing = sorted(
             key

@@ -6,7 +6,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
@@ -14,6 +20,10 @@ from vitlit.averaging import EMA
 from vitlit.checkpoints import Files
 from vitlit.errors import UserError
 from vitlit.stages.fsdp import FSDP2
+
+FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
+# Lightning would divide by 0, and take less for something else.
+POSITIVE = ("check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
 class Trainer(LightningTrainer):
@@ -24,10 +34,15 @@ class Trainer(LightningTrainer):
 
     Raises:
         UserError: a GPU is asked for, or a precision that needs one, and there is none; the strategy shards otherwise
-            than fsdp2 does, or fsdp2 does not work with the precision or a callback.
+            than fsdp2 does, or fsdp2 does not work with the precision or a callback; a value is out of its range.
     """
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
+        for name in POSITIVE:
+            if isinstance(kwargs.get(name), int | float) and not kwargs[name] > 0:
+                raise UserError(f"trainer.{name} {kwargs[name]} is not above 0")
+        if not (kwargs.get("gradient_clip_val") or 0) >= 0:
+            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is less than 0; 0 clips nothing")
         accelerator = kwargs.get("accelerator", "auto")
         gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
         if precision == "auto":
@@ -41,8 +56,14 @@ class Trainer(LightningTrainer):
             if "backend found" in str(error):
                 raise UserError(f"trainer.accelerator {accelerator}: no GPU is found; use cpu or auto") from error
             raise
-        except (ValueError, TypeError) as error:  # an unknown strategy or accelerator, among others
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # an unknown strategy, among others
             raise UserError(f"trainer: {error}") from error
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FINDERS):
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} would change what the config says; give "
+                    "data.batch_size, data.micro_batch and the optimizer's lr"
+                )
         if isinstance(self.strategy, FSDP2):
             for callback in self.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not isinstance(callback, EMA):

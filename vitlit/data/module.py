@@ -22,7 +22,7 @@ from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, global_batch, paired_rows, split_batch
-from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_transform, train_transform
+from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_augment, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
 
@@ -95,18 +95,17 @@ class ImageFolderData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size {batch_size} is less than 1")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"data.num_workers {num_workers} is less than 0")
+        least = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
+        least |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
+        for name, (value, lowest) in least.items():
+            if value is not None and not lowest <= value < 2**63:
+                raise UserError(f"data.{name} {value} is less than {lowest}, or more than 64 bits hold")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip {flip} is not a probability")
-        if repeats < 1:
-            raise UserError(f"data.repeats {repeats} is less than 1")
-        if crop_ratio is not None and not 0 < crop_ratio <= 1:
-            raise UserError(f"data.crop_ratio {crop_ratio} is not a share above 0 and up to 1")
+        if crop_ratio is not None and not 0.1 <= crop_ratio <= 1:  # images are resized to image_size / crop_ratio
+            raise UserError(f"data.crop_ratio {crop_ratio} is not a share of 0.1 to 1")
         self.splits = Splits(root, parse_share(holdout), manifest)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.batch_size, self.micro_batch = batch_size, micro_batch
@@ -179,7 +178,7 @@ class ImageFolderData(LightningDataModule):
         """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
         if stage == "fit":
             self.plan(world_size)
-            check_transform(self.augment, self.preprocess.image_size)
+            check_augment(self.augment.augment, self.preprocess.image_size)
         name = {"fit": "val", "validate": "val"}.get(stage, stage)
         if not len(self.split(name)):
             raise UserError(f"the {name} split has no image; hold out more, or none (--data.holdout)")
@@ -206,8 +205,16 @@ class ImageFolderData(LightningDataModule):
                     "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
                 )
             self.trainer.accumulate_grad_batches = accumulate
-            limit = self.trainer.limit_train_batches
-            batches = limit if isinstance(limit, int) else int(limit * accumulate * self.steps_per_epoch)
+            limit, whole = self.trainer.limit_train_batches, accumulate * self.steps_per_epoch
+            batches = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
+            if batches < 1:
+                raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
+            interval = self.trainer.val_check_interval
+            if isinstance(interval, int) and self.trainer.check_val_every_n_epoch and interval > batches:
+                raise UserError(
+                    f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; give less, "
+                    "or trainer.check_val_every_n_epoch"
+                )
             if batches % accumulate:
                 raise UserError(f"trainer.limit_train_batches must be a multiple of the {accumulate} of a step")
             # Lightning cannot know that the loader starts where the run is.

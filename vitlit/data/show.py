@@ -3,10 +3,8 @@
 import csv
 import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from vitlit.config import read_config
 from vitlit.data.module import ImageFolderData
 from vitlit.errors import CommandParser, UserError
 
@@ -41,9 +39,11 @@ def run(arguments: list[str]) -> int:
 
 def stored(file: Path) -> ImageFolderData:
     """The data of a run's config, as far as the order of samples depends on it."""
-    config: dict[str, Any] = yaml.safe_load(file.read_text())
-    given = dict(config["data"])
+    config = read_config(file)
+    given = config.get("data")
+    if not isinstance(given, dict):
+        raise UserError(f"{file} is not a run's: it has no data")
     if given.get("seed") is None:
-        given["seed"] = config["seed_everything"]
+        given["seed"] = config.get("seed_everything", 0)
     names = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
     return ImageFolderData(**{name: given[name] for name in names if name in given})

@@ -45,8 +45,8 @@ class Preprocess:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if min(self.std, default=0) <= 0:
-            raise UserError(f"std {self.std} must be above 0")
+        if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
+            raise UserError(f"mean {self.mean} must be finite and std {self.std} above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
 
@@ -82,7 +82,7 @@ def train_transform(
     crop_scale: tuple[float, float],
     flip: float,
     augment: Sequence[Transform] = (),
-) -> Transform:
+) -> "TrainTransform":
     """Crop, horizontal flip and further augmentation: uint8 (3, H, W) -> uint8 (3, height, width).
 
     Args:
@@ -123,10 +123,16 @@ class TrainTransform:
         return image
 
 
-def check_transform(transform: Transform, image_size: tuple[int, int]) -> None:
-    """Try a training transform on a grey image; UserError where uint8 (3, height, width) does not come out."""
+def check_augment(augment: Sequence[Transform], image_size: tuple[int, int]) -> None:
+    """Try transforms on a grey image; UserError where one fails, or uint8 (3, height, width) does not come out."""
+    image = torch.full((3, *image_size), 128, dtype=torch.uint8)
     with torch.random.fork_rng(devices=[]):
-        image = transform(torch.full((3, 64, 48), 128, dtype=torch.uint8))
+        for transform in augment:
+            try:
+                image = transform(image)
+            except Exception as error:  # whatever was named: it is not for images, or has values that it cannot work by
+                why = str(error) or type(error).__name__
+                raise UserError(f"data.augment: {type(transform).__name__} fails on an image: {why}") from error
     if image.dtype != torch.uint8 or image.shape != (3, *image_size):
         raise UserError(
             f"data.augment makes images {list(image.shape)} of {str(image.dtype).removeprefix('torch.')}; it must "

@@ -239,6 +239,8 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         if num_classes < 0:
             raise UserError(f"num_classes {num_classes} is less than 0")
+        if hidden_dim is not None and hidden_dim < 1:
+            raise UserError(f"hidden_dim {hidden_dim} is less than 1")
         hidden_dim = (hidden_dim or self.width) if kind == "pretrain" and num_classes else None
         self.config.update(num_classes=num_classes, hidden_dim=hidden_dim)
         if len(self.classes) != num_classes:

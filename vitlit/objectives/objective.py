@@ -1,5 +1,6 @@
 """What a ViT is asked to learn: a batch in, a `Step` out."""
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Step(NamedTuple):
     logs: dict[str, Tensor] = {}  # noqa: RUF012
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Base class of the objectives.
 
     The constructor receives the headless ViT, to give it a head or to size parts of its own. It must not keep it:
@@ -41,9 +42,9 @@ class Objective(nn.Module):
     def prepare(self, data: Any) -> None:
         """Called with the data module, None where there is none, before training and perhaps earlier besides."""
 
+    @abstractmethod
     def forward(self, vit: ViT, batch: Any) -> Step:
         """Compute the loss of a batch (images (B, C, H, W), labels (B,) or (B, classes), ...)."""
-        raise NotImplementedError
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Class probabilities (B, classes), float32, of logits."""

@@ -1,5 +1,6 @@
 """Classification."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ class Supervised(Objective):
 
     Args:
         vit: the headless ViT; it is given its head here.
-        num_classes: the command line fills it from the data.
+        num_classes: those of the ViT's head unless given; the command line fills it from the data.
         head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default that of the stage.
         hidden_dim: hidden units of the pretraining head; the ViT's width unless given.
         head_std: standard deviation of the output layer's initial weights, normal and cut at 2 as timm's; 0 for zeros.
@@ -52,10 +53,13 @@ class Supervised(Objective):
         multi_label: bool = False,
     ) -> None:
         super().__init__(vit)
-        if num_classes is None or num_classes < 2:
+        num_classes = vit.config["num_classes"] if num_classes is None else num_classes
+        if num_classes < 2:
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing {label_smoothing} is not between 0 and 1")
+        if not (0 <= head_std < math.inf and math.isfinite(head_bias)):
+            raise UserError(f"head_std {head_std} is not a standard deviation, or head_bias {head_bias} not finite")
         if loss not in ("softmax", "sigmoid", "bce"):
             raise UserError(f"loss {loss!r} is none of softmax sigmoid bce")
         if multi_label and (loss == "softmax" or class_weights is not None):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, Self
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -88,7 +87,6 @@ class Finetune(Stage):
                 f"the objective has num_classes {given}, but the stage {num_classes}; give the latter alone"
             )
         vit.set_head("finetune", num_classes)
-        objective = partial(objective, num_classes=num_classes)  # type: ignore[call-arg]
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
         arguments = {"objective": objective, "num_classes": num_classes, **ways}
         super().__init__(vit, objective, optimizer, schedule, groups, arguments)

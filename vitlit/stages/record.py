@@ -25,7 +25,7 @@ def describe(value: Any) -> Any:
     `functools.partial` of one.
 
     Raises:
-        UserError: it is something else, such as a lambda.
+        UserError: it is something else, such as a lambda, or a class that is only a base of others.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -36,6 +36,8 @@ def describe(value: Any) -> Any:
     if type(value) is ViT:
         headless = {**value.config, "num_classes": 0, "hidden_dim": None}
         return {"class_path": "vitlit.model.ViT", "init_args": headless}
+    if inspect.isabstract(value):
+        raise UserError(f"{path_of(value)} is a base class; name one that is derived from it")
     if inspect.isclass(value):
         return {"class_path": path_of(value)}
     if is_dataclass(value) and not isinstance(value, type):
@@ -44,7 +46,7 @@ def describe(value: Any) -> Any:
         # jsonargparse makes a partial of its own instantiator, with the class among the arguments.
         classes = [item for item in (value.func, *value.args) if inspect.isclass(item)]
         if len(classes) == 1:
-            return {"class_path": path_of(classes[0]), "init_args": describe(dict(value.keywords))}
+            return {**describe(classes[0]), "init_args": describe(dict(value.keywords))}
     raise UserError(
         f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one, such as "
         "partial(torch.optim.AdamW, lr=1e-3)"
