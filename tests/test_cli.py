@@ -193,7 +193,7 @@ MISTAKES = {
     "--model.optimizer vitlit.objectives.Supervised": ["vitlit.objectives.Supervised is no subclass of Optimizer"],
     "--model.objective torch.optim.AdamW": ["torch.optim.AdamW is no subclass of Objective"],
     "--model.objective vitlit.objectives.Objective": ["is a base class; name one that is derived from it"],
-    "--model.optimizer vitlit.optim.build_optimizer": ["model.optimizer: expected its keys, not <function"],
+    "--model.optimizer vitlit.optim.build_optimizer": ["model.optimizer: expected its keys, not build_optimizer"],
     "--model.vit vitlit.objectives.Supervised": ["vitlit.objectives.Supervised is no subclass of ViT"],
     "--trainer.callbacks [vitlit.ViT]": ["trainer.callbacks: vitlit.ViT is no subclass of Callback"],
     "--trainer.callbacks [3]": ["trainer.callbacks: expected Callback, not 3"],
@@ -245,7 +245,7 @@ def test_a_mistaken_flag_is_refused_before_anything_is_written(
         ("class_path: Supervised", "class_path: 3", "class_path is 3, not the name of a class"),
         ("init_args: {lr: 1e-3", "init_args: [1e-3]  # {", "init_args is ['1e-3'], not keys and values"),
         ("schedule: {warmup: 50, decay: cosine}", "schedule: 3", "model.schedule: expected its keys, not 3"),
-        ("schedule: {", "schedule: &a {decay: *a}  # {", "by anchors that repeat them"),
+        ("schedule: {", "schedule: &a {decay: *a}  # {", "with those that aliases repeat"),
         (
             "max_epochs: 30",
             "callbacks: [{class_path: EMA, init_args: {dekay: 1}}]",

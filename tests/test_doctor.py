@@ -167,7 +167,10 @@ def test_what_will_bite_is_warned_of_with_its_remedy(vitlit: Doctor, usual: str,
 def test_launchers_are_found_and_right_ones_are_not_warned_of(vitlit: Doctor) -> None:
     torchrun = environment(TORCHELASTIC_RUN_ID="x", WORLD_SIZE="4", RANK="2", KUBERNETES_SERVICE_HOST="10.0.0.1")
     facts = json.loads(vitlit("doctor", "--json", before=torchrun).out)
-    assert facts["launcher"] == {"found": ["torchrun", "Kubernetes"], "environment": {"RANK": "2", "WORLD_SIZE": "4"}}
+    assert facts["launcher"] == {
+        "found": ["torchrun", "Kubernetes"],
+        "environment": {"RANK": "2", "WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": ""},
+    }
     assert "WORLD_SIZE" not in "".join(facts["warnings"])
     step = environment(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_STEP_ID="0")
     assert "SLURM" not in warned(vitlit, step)

@@ -16,6 +16,7 @@ import pytest
 from conftest import SMALL, forked
 from PIL import EpsImagePlugin, Image
 
+from vitlit.config import read_config
 from vitlit.data import sharding
 from vitlit.data.decode import decode
 from vitlit.data.folder import scan_photos
@@ -218,7 +219,7 @@ def test_postscript_is_no_image_and_not_run(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n")
     with Image.open(path) as picture:
         assert picture.format == "EPS"
-    with pytest.raises(UserError, match="is of no known format"):
+    with pytest.raises(UserError, match="it is no JPEG PNG"):
         decode(path)
     assert look(str(path)).kind == "unreadable"
     assert not marker.exists()
@@ -295,13 +296,39 @@ def test_a_config_is_plain_yaml_and_nothing_in_it_is_run(vitlit: Callable[..., A
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_config_that_repeats_itself_without_end_is_refused(vitlit: Callable[..., Any], tmp_path: Path) -> None:
-    laughs = "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijklmnop"))
-    for text in (f"a: &a [x]\n{laughs}model: *p\n", "model: &a [*a]\n"):
-        (tmp_path / "evil.yaml").write_text(text)
-        result = vitlit("fit", "--config", "evil.yaml")
-        assert (result.code, result.err.count("\n")) == (2, 1), result.err
-        assert "evil.yaml has more than 100,000 values" in result.err
+LAUGHS = "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijklmnop"))
+MERGES = "".join(f"{b}: &{b} {{<<: [{', '.join(9 * [f'*{a}'])}]}}\n" for a, b in pairwise("abcdefghijklmnop"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"a: &a [x]\n{LAUGHS}", "has more than 100,000 values"),
+        (f"a: &a {{x: 1, y: 2}}\n{MERGES}", "more than 100,000 keys"),
+        ("model: &a [*a]", "has more than 100,000 values"),
+        ("run: {name: 2026-13-01}", "is not YAML: month must be in 1..12"),
+        ("run: {name: !!bool x}", "is not YAML"),
+        ("run: !!map x", "is not YAML: line 1"),
+        ("run: {1: x}", "the key 1 is no text"),
+        ("a: {class_path: EMA, init_args: }", "init_args of EMA holds no keys"),
+        ("run: {name: a}\nrun: {name: b}", "is not YAML: line 2: the key run is there twice"),
+    ],
+)
+def test_a_config_without_end_or_sense_is_refused_in_a_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        read_config(tmp_path / "evil.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_may_say_what_yaml_and_others_classes_allow(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}\n"
+        "e: {class_path: mylab.Steps, init_args: {rates: {3: 0.1}}}\n"
+    )
+    content = read_config(tmp_path / "a.yaml")
+    assert (content["b"]["c"], content["d"]) == ({"x": 2}, {"x": 2})
+    assert content["e"]["init_args"] == {"rates": {3: 0.1}}
 
 
 def test_links_in_a_circle_end_below_photos_too(

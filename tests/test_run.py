@@ -24,7 +24,8 @@ from torch.distributed import TCPStore
 from vitlit.checkpoints import Last
 from vitlit.errors import UserError
 from vitlit.lock import Lock
-from vitlit.run import Decision, RunFolder, RunOptions, agree, exchange, flatten, longer, seconds
+from vitlit.ranks import agree, exchange
+from vitlit.run import Decision, RunFolder, RunOptions, flatten, longer, seconds
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
@@ -658,6 +659,9 @@ def test_under_torchrun_all_ranks_hear_the_decision_of_each_start(
     monkeypatch.setattr("torch.distributed.TCPStore", lambda *args, **kwargs: store)
     with pytest.raises(UserError, match="of 2 processes only 1 have come"):
         exchange(first, tmp_path)
+    monkeypatch.delenv("VITLIT_DECISION")
+    with pytest.raises(UserError, match="rank 0 has not come"):
+        exchange(None, tmp_path / "other")
 
 
 @pytest.mark.usefixtures("alone")
@@ -668,6 +672,7 @@ def test_under_slurm_all_ranks_hear_the_decision_of_each_step(tmp_path: Path, mo
     assert agreed(first, tmp_path / "runs" / "a") == [first, first]
     monkeypatch.setenv("SLURM_STEP_ID", "1")
     assert agreed(second, tmp_path / "runs" / "a") == [second, second]
+    assert not list((tmp_path / "runs").iterdir())  # what they met in is removed
 
 
 @pytest.mark.usefixtures("alone")
@@ -684,6 +689,14 @@ def test_ranks_with_different_configs_are_refused(tmp_path: Path, monkeypatch: p
     assert agree(None, tmp_path, {"model": {"lr": 1e-3}}) == decided
     with pytest.raises(UserError, match="different configs"):
         agree(None, tmp_path, {"model": {"lr": 1e-2}})
+
+
+def test_what_rank_0_refuses_ends_the_others_in_silence(few: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    results = launched(2, "fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.5, cwd=tmp_path)
+    assert [result.code for result in results] == [2, 2]
+    assert "made with another config (model.init_args.vit.init_args.dropout 0.1 -> 0.5" in results[0].err
+    assert results[1].err == ""
 
 
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:

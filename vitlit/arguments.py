@@ -25,6 +25,7 @@ class CommandLine:
     Attributes:
         arguments: for the parser, configs first.
         config: the first config's path, which names the run.
+        content: of that config.
         photos: what `predict` is given.
         exact: whether the folder of a run was given.
         launched: whether training has begun, from where on ranks may differ.
@@ -32,8 +33,10 @@ class CommandLine:
 
     def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str], exact: bool) -> None:
         paths = [str(find_config(name)) for name in configs]
-        for path in paths:
-            check_class_paths(read_config(path))
+        contents = [read_config(path) for path in paths]
+        for content in contents:
+            check_class_paths(content)
+        self.content = contents[0] if contents else {}
         self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
         self.exact, self.launched = exact, False
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
@@ -89,7 +92,11 @@ def check_groups(config: Namespace) -> None:
     """Raise UserError where a group is something else, which jsonargparse lets pass: a number, null, a function."""
     for key in GROUPS:
         if not isinstance(config.get(key), Namespace):
-            raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {config.get(key)}")
+            raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {_shown(config.get(key))}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(getattr(value, "__name__", value))
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:

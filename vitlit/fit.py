@@ -5,13 +5,15 @@ import shlex
 import sys
 import time
 import warnings
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -21,14 +23,14 @@ from vitlit import averaging, callbacks
 from vitlit.arguments import CommandLine, Parser, build, check_groups
 from vitlit.checkpoints import Best, Last, check_space
 from vitlit.completion import complete, doubts, starting_weights
-from vitlit.config import read_config
 from vitlit.data import ImageFolderData, augment, sources
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.interrupt import AGAIN, Interrupt, Interrupted, requeue
 from vitlit.loggers import CSV, Wandb
-from vitlit.run import Decision, RunFolder, RunOptions, agree, inherited, rank, seconds
+from vitlit.ranks import agree, exchange, inherited, rank
+from vitlit.run import Decision, RunFolder, RunOptions, seconds
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
 from vitlit.trainer import Trainer
@@ -171,8 +173,7 @@ class CLI(LightningCLI):
         self.asked = self.plain(config)
         decision = Decision("begin", "")
         if self.keeps:
-            own = self.folder.decide(self.asked, config.run.overwrite) if rank() == 0 else None
-            decision = agree(own, self.folder.path, self.asked)
+            decision = agree(self.decided(config.run.overwrite), self.folder.path, self.asked)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -182,6 +183,17 @@ class CLI(LightningCLI):
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
         if decision.action == "continue":
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
+
+    def decided(self, overwrite: bool) -> Decision | None:
+        """What rank 0 decides; where it refuses, the others are told to end, too."""
+        if rank():
+            return None
+        try:
+            return self.folder.decide(self.asked, overwrite)
+        except UserError:
+            with suppress(UserError):  # they may not have come
+                exchange(Decision("refused", ""), self.folder.path)
+            raise
 
     def complete_loggers(self, config: Any) -> None:
         """Let W&B's loggers, one unless the config says otherwise, keep their run in the run's folder."""
@@ -241,18 +253,28 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         self.datamodule.check(self.subcommand, self.trainer.world_size)
         if self.keeps:
-            for doubt in doubts(self.config.fit, read_config(self.line.config)) if self.line.config else []:
+            for doubt in doubts(self.config.fit, self.line.content):
                 rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
-            measured = [f"val/{name}" for name in self.model.measures["val"]]
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                monitor = getattr(callback, "monitor", None) or measured[0]
-                if monitor.removesuffix("_raw") not in measured and not monitor.startswith("train/"):
-                    raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(measured)}")
+            self.check_monitors()
             epoch = self.datamodule.steps_per_epoch
             limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
             self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)
             self.model.check(self.datamodule)
             self.model.objective.prepare(self.datamodule)
+
+    def check_monitors(self) -> None:
+        """Refuse a callback that waits for a metric which nothing logs: it would end the run after its first epoch."""
+        own = [f"val/{name}" for name in self.model.measures["val"]]
+        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            own += [f"{name}_raw" for name in own]
+        own += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
+        made = {type(part).__module__.partition(".")[0] for part in (self.model.objective, *self.trainer.callbacks)}  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in own:
+                continue
+            if get_close_matches(monitor, own, 1, 0.7) or made <= {"vitlit", "lightning"}:  # else it may be theirs
+                raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(own)}")
 
     def _set_seed(self) -> None:
         try:

@@ -1,15 +1,12 @@
 """The folder of a run: `ROOT/NAME/`, and whether a command begins, continues or has finished it."""
 
-import hashlib
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
 
 import yaml
 
@@ -38,7 +35,6 @@ FREE = (
     "trainer.profiler",
     "trainer.strategy*",
 )
-HOSTED: list[Any] = []  # the store that this process holds for the others, which torch goes on to use
 LONGEST = 200  # bytes of a run's name: a file's may have 255, and the lock's is longer
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
@@ -79,12 +75,12 @@ class Decision(NamedTuple):
     """What to do with a run.
 
     Attributes:
-        action: begin it, continue it, or nothing since it is finished.
+        action: begin it, continue it, or nothing since it is finished or refused.
         checkpoint: where it is continued from, else empty.
         config: a digest of the config that was decided on.
     """
 
-    action: Literal["begin", "continue", "finished"]
+    action: Literal["begin", "continue", "finished", "refused"]
     checkpoint: str
     config: str = ""
 
@@ -239,101 +235,3 @@ def seconds(limit: int | str) -> int:
         raise UserError(f"run.time_limit {limit} is no time; give HH:MM:SS, D:HH:MM:SS or a number of seconds")
     # YAML reads 1:30:00 as the number 5400.
     return sum(int(part) * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False))
-
-
-def rank() -> int:
-    """This process's rank as its launcher gives it, 0 for the one that decides."""
-    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
-
-
-def inherited() -> bool:
-    """Whether Lightning started this process for rank 0, whose decision it inherits."""
-    return rank() != 0 and "VITLIT_DECISION" in os.environ
-
-
-def agree(decision: Decision | None, run: Path, config: dict[str, Any]) -> Decision:
-    """Hand rank 0's decision on a run to every rank; the others pass None and wait for it.
-
-    Raises:
-        UserError: a rank has another config than rank 0, as where the file was changed during the launch.
-    """
-    digest = hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
-    decision = exchange(decision and decision._replace(config=digest), run)
-    if decision.config != digest:
-        raise UserError("the ranks were given different configs; launch them again")
-    return decision
-
-
-def exchange(decision: Decision | None, run: Path) -> Decision:
-    """Hand rank 0's decision on a run to every rank; the others pass None and wait for it.
-
-    Ranks that Lightning launches inherit it; under torchrun it goes through the agent's store, under SLURM through a
-    file in the run's root, named by the job's step.
-    """
-    if decision is None and "VITLIT_DECISION" in os.environ:
-        return Decision(*json.loads(os.environ["VITLIT_DECISION"]))
-    if decision is not None:
-        os.environ["VITLIT_DECISION"] = json.dumps(decision)
-    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    if ranks == 1:
-        assert decision is not None
-        return decision
-    from torch.distributed import FileStore, Store, TCPStore
-
-    store: Store
-    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
-        # With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 rank 0 holds the store, on a port that is new in each attempt.
-        host = os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True" and decision is not None
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=host, wait_for_workers=False, multi_tenant=True)
-        if host:
-            HOSTED.append(store)
-        key = f"vitlit/{run}"
-        if decision is not None:
-            forget_group(store)
-    elif "SLURM_JOB_ID" in os.environ:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
-        store, key = FileStore(str(run.parent / f".launch-{'-'.join(step)}"), -1), str(run)
-    else:
-        raise UserError(
-            "several processes were started by neither torchrun, SLURM nor trainer.devices; use one of them"
-        )
-    return ask(store, key) if decision is None else answer(store, key, decision, ranks - 1)
-
-
-def forget_group(store: Any) -> None:
-    """Delete the addresses that processes which died had left in a store: after a restart torch would connect to them.
-
-    torchrun keeps its store over restarts, and torch gives each attempt the same keys in it (pytorch issue 135712).
-    """
-    for name in store.list_keys():
-        if name.startswith("default_pg/"):
-            store.delete_key(name)
-
-
-def ask(store: Any, key: str) -> Decision:
-    """Rank 0's decision, by way of a store in which there may be what processes that died had asked and been told."""
-    ticket = store.add(f"{key}/asked", 1)
-    sender, decision = json.loads(store.get(f"{key}/{ticket}"))
-    store.add(f"{key}/heard/{sender}", 1)
-    return Decision(*decision)
-
-
-def answer(store: Any, key: str, decision: Decision, others: int) -> Decision:
-    """Tell a decision to the other ranks, until all have heard it.
-
-    Raises:
-        UserError: not all of them have asked in the store's time.
-    """
-    sender, answered = uuid4().hex, 0
-    deadline = time.monotonic() + store.timeout.total_seconds()
-    while (heard := store.add(f"{key}/heard/{sender}", 0)) < others:
-        asked = store.add(f"{key}/asked", 0)
-        for ticket in range(answered + 1, asked + 1):
-            store.set(f"{key}/{ticket}", json.dumps([sender, decision]))
-        answered = asked
-        if time.monotonic() > deadline:
-            raise UserError(f"of {others + 1} processes only {heard + 1} have come; see what the others say")
-        time.sleep(0.05)
-    return decision

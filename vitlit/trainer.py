@@ -22,8 +22,7 @@ from vitlit.errors import UserError
 from vitlit.stages.fsdp import FSDP2
 
 FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
-# Lightning would divide by 0, and take less for something else.
-POSITIVE = ("check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
+POSITIVE = ("check_val_every_n_epoch", "val_check_interval")  # Lightning would divide by 0
 
 
 class Trainer(LightningTrainer):
@@ -42,7 +41,9 @@ class Trainer(LightningTrainer):
             if isinstance(kwargs.get(name), int | float) and not kwargs[name] > 0:
                 raise UserError(f"trainer.{name} {kwargs[name]} is not above 0")
         if not (kwargs.get("gradient_clip_val") or 0) >= 0:
-            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is less than 0; 0 clips nothing")
+            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is no length; 0 clips nothing")
+        if (kwargs.get("log_every_n_steps") or 0) < 0:
+            raise UserError(f"trainer.log_every_n_steps {kwargs['log_every_n_steps']} is less than 0")
         accelerator = kwargs.get("accelerator", "auto")
         gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
         if precision == "auto":

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
 from vitlit.data.header import MOST_PIXELS
 from vitlit.data.index import Index
 from vitlit.data.report import Copies, Facts, Look, Paths, Report, look
 from vitlit.data.shards import is_shards
-from vitlit.data.workers import count, end_at_exit, leave_signals
+from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError
 
 HELP = """\
@@ -227,7 +227,7 @@ def _judge_images(report: Report, layouts: dict[str, Layout], workers: int) -> N
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
     """A Look at each image, in order, while a terminal shows how far it is."""
     end_at_exit()
-    loader = DataLoader(Looks(index), batch_size=16, num_workers=workers, collate_fn=list, worker_init_fn=leave_signals)
+    loader = Loader(Looks(index), batch_size=16, num_workers=workers, collate_fn=list, worker_init_fn=leave_signals)
     console = Console(stderr=True)
     shown = track(loader, split, console=console, transient=True, disable=not console.is_terminal)
     done = 0

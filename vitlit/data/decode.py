@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
             return decode_image(data, mode="RGB")
         return _pillow(data)
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read the image {path}: its content is of no known format; remove it") from error
+        raise UserError(f"cannot read the image {path}: it is no {' '.join(FORMATS)}; convert or remove it") from error
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error)).strip().splitlines()  # torchcodec names its source line
         raise UserError(f"cannot read the image {path}: {reason[0] if reason else type(error).__name__}") from error
@@ -60,7 +61,9 @@ def _known(data: bytes) -> bool:
 
 def _pillow(data: bytes) -> Tensor:
     try:
-        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half as many on
+            picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise HugeImage(f"more than {MOST_PIXELS:,} pixels; scale it down") from error
     refuse_huge(*picture.size)

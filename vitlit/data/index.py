@@ -73,11 +73,11 @@ def read_file(path: str | Path) -> bytes:
         UserError: it cannot be read, is no file but such as a pipe, or has more than `header.MOST_BYTES`.
     """
     try:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
-            raise UserError(f"cannot read the image {path}: it is no file")
-        refuse_large(path, about.st_size)
-        with open(path, "rb", buffering=0) as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
+                raise UserError(f"cannot read the image {path}: it is no file")
+            refuse_large(path, about.st_size)
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from error
@@ -181,7 +181,7 @@ def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
             if any(member.compress_type for member in members) or len({m.header_offset for m in members}) < len(
                 members
             ):
-                raise ValueError("it is compressed")
+                raise ValueError("its members are compressed, or lie over each other")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError):

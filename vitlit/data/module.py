@@ -98,8 +98,10 @@ class ImageFolderData(LightningDataModule):
         least = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
         least |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
         for name, (value, lowest) in least.items():
-            if value is not None and not lowest <= value < 2**63:
-                raise UserError(f"data.{name} {value} is less than {lowest}, or more than 64 bits hold")
+            if value is not None and value < lowest:
+                raise UserError(f"data.{name} {value} is less than {lowest}")
+            if value is not None and value >= 2**63:
+                raise UserError(f"data.{name} {value} is more than 64 bits hold")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
         if not 0 <= flip <= 1:

@@ -33,6 +33,8 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         # What a worker that begins inherits: torch's handlers would end it before `leave_signals` is called, and
         # garbage of this process, where it holds an event or a stream of a GPU, ends a worker that collects it.
+        if not self.num_workers:
+            return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         gc.freeze()
         try:

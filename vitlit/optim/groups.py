@@ -67,26 +67,27 @@ def build_optimizer(
     settings = [{"params": group["params"], "layers": group["layers"]} for group in members]
     try:
         optimizer = make(settings)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"model.optimizer: {error}") from error
     check_optimizer(optimizer)
     for made, group in zip(optimizer.param_groups, members, strict=True):
         made["lr"] *= group["lr"] * lr_scale
         if "weight_decay" in made:
             made["weight_decay"] *= group["weight_decay"]
-        for name, value in made.items():
-            if isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:
-                raise UserError(f"the optimizer's {name} of {made['layers'][0]} is {value:g}, beyond float32")
+        for name in ("lr", "weight_decay"):
+            if not abs(made.get(name, 0)) <= torch.finfo(torch.float32).max:
+                raise UserError(f"the optimizer's {name} of {made['layers'][0]} is {made[name]:g}, beyond float32")
     return optimizer
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what fails at the first step: sparse gradients, which a ViT has not, and steps for a graph of CUDA's."""
+    """Refuse what fails at the first step: sparse gradients, which a ViT has not, and steps for other loops."""
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise UserError("model.optimizer: SparseAdam is for sparse gradients, which a ViT has not; use AdamW")
-    for name in ("capturable", "differentiable"):
-        if optimizer.defaults.get(name):
-            raise UserError(f"model.optimizer.{name} is for other loops than a training's; leave it out")
+    if optimizer.defaults.get("differentiable"):
+        raise UserError("model.optimizer.differentiable is for a gradient through the step; leave it out")
+    if optimizer.defaults.get("capturable") and optimizer.param_groups[0]["params"][0].device.type == "cpu":
+        raise UserError("model.optimizer.capturable is for a GPU; leave it out")
 
 
 def group_members(layers: Layers, module: nn.Module, groups: Groups) -> list[dict[str, Any]]:

@@ -212,7 +212,8 @@ class Stage(LightningModule):
         step = trainer.global_step
         if step == trainer.max_steps:
             trainer.should_stop = True  # in the midst of an epoch Lightning would end without a validation
-        if step % trainer.log_every_n_steps and not trainer.is_last_batch:
+        every = trainer.log_every_n_steps
+        if not every or (step % every and not trainer.is_last_batch):
             return
         logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
         self._check_training()

@@ -18,7 +18,7 @@ from vitlit.weights.adapt import adapt, set_numerics
 from vitlit.weights.files import locate, open_file
 from vitlit.weights.weights import Weights, usual_heads
 
-MOST_PATCHES = 1 << 18  # of an image: a fixed table of positions is in no file, and a number there could ask for any
+MOST_PATCHES = 1 << 18  # of an image: sin-cos tables are in no file, so that its image_size alone could ask for any
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
 
 
@@ -76,6 +76,9 @@ def read(source: str | Path) -> Weights:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
     used = [name for name in contents.tensors if name not in weights.unused]
+    hollow = next((n for n in used if contents.tensors[n].layout != torch.strided or contents.tensors[n].is_meta), None)
+    if hollow is not None:
+        raise UserError(f"{path} holds {hollow} without its numbers, or sparse; a ViT has dense tensors")
     strange = next((name for name in used if not contents.tensors[name].is_floating_point()), None)
     if strange is not None and weights.format != "vitlit":
         what = str(contents.tensors[strange].dtype).removeprefix("torch.")
