@@ -121,6 +121,12 @@ def test_csv_of_a_continued_run_has_the_same_bytes(tmp_path: Path, saved: int, k
     assert text(tmp_path / "parts") == text(tmp_path / "whole")
 
 
+def test_csv_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()  # no folder
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.csv: .*; the checkpoints are whole"):
+        CSV(tmp_path / "run").log_metrics({"loss": 1.0}, 0)
+
+
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     CSV(tmp_path).log_metrics({"loss": 2.0}, 0)

@@ -21,6 +21,7 @@ import yaml
 from conftest import SMALL, Result, launched
 from torch.distributed import TCPStore
 
+from vitlit import cli as vitlit_cli
 from vitlit.checkpoints import Last
 from vitlit.errors import UserError
 from vitlit.lock import Lock
@@ -353,7 +354,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(vitlit: Command, few
     for name in ("last", "previous"):
         file = run / "checkpoints" / f"{name}.ckpt"
         file.write_bytes(file.read_bytes()[:-100])
-    refused(vitlit(*FIT, "--data.root", few), "a damaged one", "and so is", "--run.overwrite true")
+    refused(vitlit(*FIT, "--data.root", few), "last.ckpt is not", "previous.ckpt is not", "--run.overwrite true")
 
 
 @pytest.mark.parametrize("moment", ["write", "link", "replace"])
@@ -393,16 +394,73 @@ def test_checkpoints_are_kept_for_good(vitlit: Command, few: Path, finished: Pat
     assert names == ["best.ckpt", "last.ckpt", "previous.ckpt", "step-3.ckpt", "step-6.ckpt"]
     assert [checkpoint(kept, f"step-{step}")["global_step"] for step in (3, 6)] == [3, 6]
     assert differences(checkpoint(finished)["state_dict"], checkpoint(kept, "step-6")["state_dict"]) == []
+    for content in (b"no archive", None):
+        (kept / "finished.json").unlink()
+        for name in ("last.ckpt", "previous.ckpt"):
+            (kept / "checkpoints" / name).unlink()  # the same file as step-6.ckpt
+            if content is not None:
+                (kept / "checkpoints" / name).write_bytes(content)
+        again = vitlit(*command)
+        assert "runs/kept/checkpoints/step-6.ckpt, which is older, takes its place" in again.out
+        assert again.code == 0
+    (kept / "finished.json").unlink()
+    for name in ("last", "previous", "step-3", "step-6"):
+        (kept / "checkpoints" / f"{name}.ckpt").unlink(missing_ok=True)
+    assert "has no checkpoint to continue from, so that it begins again" in vitlit(*command).out
     branch = (*FIT, "--data.root", few, "--run.name", "branch", "--ckpt_path", kept / "checkpoints" / "step-3.ckpt")
     assert vitlit(*branch).code == 0
     assert differences(checkpoint(finished)["state_dict"], checkpoint(kept.parent / "branch")["state_dict"]) == []
+
+
+def test_a_run_may_be_renamed(vitlit: Command, few: Path, run: Path) -> None:
+    assert vitlit(*FIT, "--data.root", few, before=signalled(4, signal.SIGTERM)).code == 143
+    run.rename(run.parent / "renamed")
+    result = vitlit(*FIT, "--data.root", few, "--run.name", "renamed")
+    assert result.code == 0, result.err
+    assert "continuing runs/renamed from runs/renamed/checkpoints/last.ckpt" in result.out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("finished.json", b'{"st', ["finished.json is damaged; remove it"]),
+        ("config.yaml", None, ["has no config.yaml", "--run.name"]),
+        ("metrics.csv", b"step,\xff\n0,1\n", ["metrics.csv is damaged; move it away"]),
+        ("metrics.csv", b"train/loss\n1\n", ["metrics.csv is damaged; move it away"]),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    file: str, content: bytes | None, words: list[str], vitlit: Command, few: Path, trained: Path, run: Path
+) -> None:
+    shutil.copytree(trained / "runs" / "pretrain", run)
+    (run / file).unlink() if content is None else (run / file).write_bytes(content)
+    longer = ["--trainer.max_steps", 7] if file == "metrics.csv" else []
+    refused(vitlit(*FIT, "--data.root", few, *longer), *words)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_before_training_ends_a_run_with_the_code_of_one_in_it(
+    number: signal.Signals, code: int, vitlit: Command, few: Path, run: Path
+) -> None:
+    def before() -> None:
+        def importing(name: str) -> Any:
+            os.kill(os.getpid(), number)  # while modules are imported, which takes seconds
+            return original(name)
+
+        original = vitlit_cli.import_module
+        setattr(vitlit_cli, "import_module", importing)  # noqa: B010
+
+    result = vitlit(*FIT, "--data.root", few, before=before)
+    assert result.code == code
+    assert f"stopped by {number.name} outside of training; the same command continues the run" in result.out
+    assert not run.exists()
 
 
 def test_a_disk_that_is_too_small_is_refused(vitlit: Command, few: Path, run: Path) -> None:
     def before() -> None:
         setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))  # noqa: B010
 
-    refused(vitlit(*FIT, "--data.root", few, before=before), "the disk of runs/pretrain has 0.0 GB left", "--run.root")
+    refused(vitlit(*FIT, "--data.root", few, before=before), "the disk of runs/pretrain has 0 MB left", "--run.root")
     assert not run.exists()
 
 

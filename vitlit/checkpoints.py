@@ -95,8 +95,8 @@ def check_space(folder: Path, module: LightningModule, averaged: bool) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB left, and the run's checkpoints need {needed / 1e9:.1f} GB; "
-            "make room, or give another --run.root"
+            f"the disk of {folder} has {free / 1e6:,.0f} MB left, and the run's checkpoints need "
+            f"{needed / 1e6:,.0f} MB; make room, or give another --run.root"
         )
 
 

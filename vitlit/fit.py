@@ -6,14 +6,13 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -27,13 +26,13 @@ from vitlit.data import ImageFolderData, augment, sources
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
-from vitlit.interrupt import AGAIN, Interrupt, Interrupted, requeue
+from vitlit.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
 from vitlit.loggers import CSV, Wandb
 from vitlit.ranks import agree, exchange, inherited, rank
 from vitlit.run import Decision, RunFolder, RunOptions, seconds
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
-from vitlit.trainer import Trainer
+from vitlit.trainer import Trainer, check_monitors
 from vitlit.weights import locate
 
 DIGITS = "data/digits"  # the root that is made where it is missing
@@ -76,7 +75,8 @@ def run(command: str, arguments: list[str]) -> int:
     )
     line = CommandLine.read(command, arguments)
     try:
-        CLI(line)
+        with heeded(command == "fit"):
+            CLI(line)
     except UserError:
         if rank() and not line.launched:
             return 2  # rank 0 has the same to say
@@ -181,7 +181,7 @@ class CLI(LightningCLI):
             )
             raise SystemExit(0)
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
-        if decision.action == "continue":
+        if config.ckpt_path:
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
     def decided(self, overwrite: bool) -> Decision | None:
@@ -255,26 +255,12 @@ class CLI(LightningCLI):
         if self.keeps:
             for doubt in doubts(self.config.fit, self.line.content):
                 rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
-            self.check_monitors()
+            check_monitors(self.trainer, self.model)
             epoch = self.datamodule.steps_per_epoch
             limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
             self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)
             self.model.check(self.datamodule)
             self.model.objective.prepare(self.datamodule)
-
-    def check_monitors(self) -> None:
-        """Refuse a callback that waits for a metric which nothing logs: it would end the run after its first epoch."""
-        own = [f"val/{name}" for name in self.model.measures["val"]]
-        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            own += [f"{name}_raw" for name in own]
-        own += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
-        made = {type(part).__module__.partition(".")[0] for part in (self.model.objective, *self.trainer.callbacks)}  # type: ignore[attr-defined]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in own:
-                continue
-            if get_close_matches(monitor, own, 1, 0.7) or made <= {"vitlit", "lightning"}:  # else it may be theirs
-                raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(own)}")
 
     def _set_seed(self) -> None:
         try:

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,20 +18,37 @@ from vitlit.checkpoints import Last
 
 TIME_LIMIT = signal.SIGALRM  # the number that stands for run.time_limit among those of signals
 SAVE = 1  # and what asks for a checkpoint alone
+EARLY = (signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C ends what is no training by itself
 AGAIN = 75  # the exit code of a run that wants to be continued: sysexits.h's EX_TEMPFAIL
 
 
 class Interrupted(Exception):
-    """A signal or the time limit ended the run after a checkpoint was saved.
+    """A signal or the time limit ended the run, in training after a checkpoint was saved.
 
     Attributes:
         code: the exit code of the process: 75 where the run wants to be continued, else 128 + the signal.
     """
 
-    def __init__(self, number: int, step: int) -> None:
+    def __init__(self, number: int, step: int | None = None) -> None:
         name = "run.time_limit" if number == TIME_LIMIT else signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}")
+        super().__init__(f"stopped by {name} " + ("outside of training" if step is None else f"after step {step}"))
         self.code = AGAIN if number in (TIME_LIMIT, signal.SIGUSR1) else 128 + number
+
+
+@contextmanager
+def heeded(training: bool) -> Iterator[None]:
+    """Let a signal before or after training, also one that has waited for this, end the process as one in it would."""
+    before = {number: signal.signal(number, _end) for number in EARLY if training}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: Any) -> None:
+    raise Interrupted(number)
 
 
 class Interrupt(Callback):

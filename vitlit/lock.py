@@ -44,8 +44,7 @@ class Lock:
         ours = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         if not alone or self._alive(holder, ours):
             raise UserError(
-                f"another process is at work on {what} ({holder.strip() or 'it has just begun'}); wait for it, or give "
-                "another --run.name"
+                f"another process is at work on {what} ({who(holder)}); wait for it, or give another --run.name"
             )
         self._file.truncate(0)
         self._file.write(json.dumps(ours) + "\n")
@@ -97,3 +96,13 @@ class Lock:
             self._released.set()
             self._file.truncate(0)
             self._file.close()
+
+
+def who(holder: str) -> str:
+    """The holder, in words."""
+    try:
+        about = json.loads(holder)
+    except ValueError:  # it has not written yet
+        return "it has just begun"
+    job = f", job {about['job']}" if about["job"] else ""
+    return f"process {about['pid']} on {about['host']}{job}"

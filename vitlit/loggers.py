@@ -7,7 +7,8 @@ import secrets
 import shlex
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageOps
 
+from vitlit.errors import UserError
 from vitlit.wandb_mode import Mode, decide
 
 ONLINE_WITHIN = 15  # seconds until a run without an answer from the server goes on offline
@@ -74,7 +76,7 @@ class CSV(Logger):
             return
         line = _line([row.get(name, "") for name in self._columns])
         start = self._start if more else self._end
-        with self.path.open("r+b") as file:
+        with _writing(self.path), self.path.open("r+b") as file:
             file.seek(start)
             file.write(line)
             file.truncate()
@@ -90,21 +92,37 @@ class CSV(Logger):
         self._write([name for name in columns if name == "step" or any(row[name] for row in rows)], rows)
 
     def _read(self) -> tuple[list[str], list[Row]]:
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
-        reader = csv.DictReader(io.StringIO(whole, newline=""))
-        rows = list(reader)
+        try:
+            text = self.path.read_text() if self.path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
+            reader = csv.DictReader(io.StringIO(whole, newline=""))
+            rows = list(reader)
+            assert all(int(row["step"]) >= 0 and None not in row for row in rows)
+        except (ValueError, KeyError, TypeError, AssertionError, csv.Error) as error:
+            raise UserError(f"{self.path} is damaged; move it away, and the same command continues the run") from error
         return list(reader.fieldnames or ["step"]), rows
 
     def _write(self, columns: list[str], rows: list[Row]) -> None:
         lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name("metrics.csv.tmp")
-        draft.write_bytes(b"".join(lines))
-        os.replace(draft, self.path)
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(b"".join(lines))
+            os.replace(draft, self.path)
         self._columns, self._last = columns, rows[-1] if rows else {}
         self._end = sum(map(len, lines))
         self._start = self._end - len(lines[-1])
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; the checkpoints are whole, and the same command continues from "
+            "the last of them once there is room"
+        ) from error
 
 
 def _cell(value: Any) -> str:

@@ -23,6 +23,7 @@ FREE = (
     "data.pin_memory",
     "data.prefetch",
     "run.keep_every",
+    "run.name",
     "run.root",
     "run.save_minutes",
     "run.time_limit",
@@ -125,9 +126,13 @@ class RunFolder:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return Decision("begin", "")
         if not self.config.is_file():
-            raise UserError(f"{self.path} holds something else than a run; give another --run.name")
-        if overwrite or not any(path.is_file() for path in (self.last, self.previous)):
-            return Decision("begin", "")  # without a checkpoint there is nothing to lose
+            raise UserError(f"{self.path} has no config.yaml, so is no run; put it back, or give another --run.name")
+        if overwrite:
+            return Decision("begin", "")
+        if not self.checkpoints():
+            if (self.path / "metrics.csv").is_file():
+                print(f"{self.path} has no checkpoint to continue from, so that it begins again", flush=True)
+            return Decision("begin", "")
         before = flatten(read_config(self.config))
         after = flatten(config)
         differing = sorted(
@@ -147,22 +152,29 @@ class RunFolder:
             return Decision("finished", "")
         return Decision("continue", str(self.newest()))
 
+    def checkpoints(self) -> list[Path]:
+        """What the run can be continued from, the newest first: last, previous, and those kept for good."""
+        kept = [path for path in self.last.parent.glob("step-*.ckpt") if path.stem[5:].isdecimal()]
+        kept.sort(key=lambda path: -int(path.stem[5:]))
+        return [path for path in (self.last, self.previous, *kept) if path.is_file()]
+
     def newest(self) -> Path:
-        """The newest checkpoint that is whole: last.ckpt, or else the one before, which is said.
+        """The newest checkpoint that is whole; where that is not last.ckpt, it is said.
 
         Raises:
-            UserError: neither is.
+            UserError: none is.
         """
-        try:
-            check_archive(self.last)
-            return self.last
-        except UserError as error:
+        wrong = [] if self.last.is_file() else [f"{self.last} is missing"]
+        for path in self.checkpoints():
             try:
-                check_archive(self.previous)
-            except UserError:
-                raise UserError(f"{error}, and so is {self.previous}; --run.overwrite true begins again") from None
-            print(f"vitlit: warning: {error}; {self.previous}, the checkpoint before it, takes its place", flush=True)
-            return self.previous
+                check_archive(path)
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            if wrong:
+                print(f"vitlit: warning: {'; '.join(wrong)}; {path}, which is older, takes its place", flush=True)
+            return path
+        raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
 
     def begin(self, config: dict[str, Any], overwrite: bool) -> None:
         """Take the folder for this process, empty it where it is overwritten, and write the config into it.
@@ -197,8 +209,11 @@ class RunFolder:
         self._write(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
-        """The step at which the run was finished."""
-        return int(json.loads(self.marker.read_text())["step"])
+        """The step at which the run was finished; UserError where its marker is damaged."""
+        try:
+            return int(json.loads(self.marker.read_text())["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.marker} is damaged; remove it, and the same command continues the run") from error
 
     def _write(self, path: Path, text: str) -> None:
         partial = path.with_name(path.name + ".partial")

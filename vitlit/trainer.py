@@ -1,5 +1,6 @@
 """Lightning's Trainer with automatic precision, checkpoints that are written whole, and strategies that work."""
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -8,8 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -19,6 +22,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISIO
 from vitlit.averaging import EMA
 from vitlit.checkpoints import Files
 from vitlit.errors import UserError
+from vitlit.stages import Stage
 from vitlit.stages.fsdp import FSDP2
 
 FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
@@ -83,3 +87,26 @@ class Trainer(LightningTrainer):
             )
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
             self.strategy.checkpoint_io = Files()
+
+
+def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
+    """Refuse a callback that waits for a metric which nothing logs: it would end the run after its first epoch.
+
+    Raises:
+        UserError: there is one.
+    """
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    measures: Any = stage.measures["val"]
+    known = [f"val/{name}" for name in measures]
+    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        known += [f"{name}_raw" for name in known]
+    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
+    makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in known:
+            continue
+        if makers <= {"vitlit", "lightning"} or get_close_matches(
+            monitor, known, 1, 0.7
+        ):  # else it may be a metric of theirs
+            raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")
