@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from vitlit.data.bad_images import BadImages
 from vitlit.data.dataset import Images
 from vitlit.data.folder import scan_train
-from vitlit.data.index import Index, StorageUserError
+from vitlit.data.index import Index, Names, StorageUserError
 from vitlit.data.stream import Sample, TrainStream
 from vitlit.errors import UserError
 
@@ -109,6 +109,8 @@ def test_storage_that_fails_is_no_bad_image(tmp_path: Path) -> None:
     """A server that is away says nothing of the image, which must not be replaced."""
 
     class Away:
+        names = Names.pack([b"a.png"])
+
         def name(self, row: int) -> bytes:
             return b"a.png"
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -193,6 +194,16 @@ def test_another_stream_of_samples_cannot_continue_a_run(
     run(few, 2, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=f"{pattern}: it cannot be continued, only started from"):
         run(few, source=tmp_path / "a.ckpt", **options)
+
+
+def test_other_images_cannot_continue_a_run(few: Path, tmp_path: Path) -> None:
+    run(few, 2, tmp_path / "a.ckpt")
+    for name, (old, new) in {"renamed": ("0", "0"), "moved": ("0", "1")}.items():
+        other = Path(shutil.copytree(few, tmp_path / name))
+        image = sorted((other / "train" / old).iterdir())[0]
+        image.rename(other / "train" / new / "another.png")
+        with pytest.raises(UserError, match="training images of other names or labels: it cannot be continued"):
+            run(other, source=tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(("first", "second"), [(8, 2), (4, 8), (2, 4)])

@@ -1,5 +1,6 @@
 """Which images a split has, in arrays that forked workers share: a list of paths would be copied, page by page."""
 
+import hashlib
 import io
 import os
 import socket
@@ -55,6 +56,10 @@ class Names:
 
 class Files(Protocol):
     """Where the bytes of images are: files of a folder, or parts of shards."""
+
+    @property
+    def names(self) -> Names:
+        """Of all images, within their split."""
 
     def name(self, row: int) -> bytes:
         """Of an image within its split, by which it is drawn for the holdout."""
@@ -138,6 +143,13 @@ class Index:
     def names(self) -> list[bytes]:
         """The images' names within their split."""
         return [self.files.name(row) for row in self.rows.tolist()]
+
+    def digest(self) -> str:
+        """Of the images' names and labels, in order: two indices of one digest have the same."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (self.files.names.packed, self.files.names.ends, self.rows, self.labels):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
 
     def path(self, index: int) -> str:
         """The path of an image, for people."""

@@ -296,24 +296,27 @@ class ImageFolderData(LightningDataModule):
             images, labels = self.mixing(images, soft_targets(labels, len(self.classes)), self.seed, step)
         return images, labels
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         return {"step": self.trainer.global_step, **self._stream_of()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.trainer is not None
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         before = {"repeats": 1, "balanced": False, **state_dict}  # as it was before there were such
         for name, value in self._stream_of().items():
-            if before[name] != value:
+            had = before.get(name, value)
+            if had != value:
+                others = "training images of other names or labels"
                 raise UserError(
-                    f"the checkpoint's run had {name} {before[name]}, this one has {value}: "
-                    "it cannot be continued, only started from (model.init_from)"
+                    f"the checkpoint's run had {others if name == 'names' else f'{name} {had}, this one has {value}'}: "
+                    "it cannot be continued, only started from (--model.init_from RUN --run.name NEW)"
                 )
         self._entered = state_dict["step"]
 
-    def _stream_of(self) -> dict[str, int]:
-        """What the order of samples depends on, beside the step."""
-        given = {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}
-        return {**given, "repeats": self.repeats, "balanced": self.balanced}
+    def _stream_of(self) -> dict[str, Any]:
+        """What the order of samples depends on, beside the step, and which images they are."""
+        index = self.split("train")
+        given = {"images": len(index), "batch_size": self.batch_size, "seed": self.seed}
+        return {**given, "repeats": self.repeats, "balanced": self.balanced, "names": index.digest()}
