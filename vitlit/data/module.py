@@ -307,9 +307,10 @@ class ImageFolderData(LightningDataModule):
         before = {"repeats": 1, "balanced": False, **state_dict}  # as it was before there were such
         for name, value in self._stream_of().items():
             if before[name] != value:
+                same = "restore the data" if name == "images" else f"give --data.{name} {before[name]}"
                 raise UserError(
-                    f"the checkpoint's run had {name} {before[name]}, this one has {value}: "
-                    "it cannot be continued, only started from (model.init_from)"
+                    f"the checkpoint's run had {name} {before[name]}, this one has {value}: {same} to continue it, "
+                    "or begin another from its weights with --model.init_from RUN --run.name NEW"
                 )
         self._entered = state_dict["step"]
 
