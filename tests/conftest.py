@@ -83,9 +83,11 @@ def start(function: Callable[[], int], cwd: Path, name: str = "") -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)  # in any case, or the child would go on with the tests
     return child
 
 

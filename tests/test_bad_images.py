@@ -153,7 +153,9 @@ def test_a_run_skips_and_lists_and_a_run_without_stops(
     assert len(rows(tmp_path / "runs" / "skips" / "bad_images.csv")) == 3
 
     photos = broken / "train" / "1"
-    assert vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "error").code == 2
+    stopped = vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "error")
+    assert (stopped.code, stopped.err.count("\n")) == (2, 1)
+    assert "; --data.on_bad_image skip leaves it out" in stopped.err
     for _ in range(2):  # the list is that of the last
         told = vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "skip", "--out", "out.csv")
         assert told.code == 0, told.err
@@ -171,3 +173,4 @@ def test_evaluation_stops_at_a_bad_image_either_way(vitlit: Callable[..., Any], 
     result = vitlit("fit", *SMALL, "--data.root", root, "--data.on_bad_image", "skip")
     assert result.code == 2
     assert "cannot read the image" in result.err
+    assert "on_bad_image" not in result.err

@@ -87,7 +87,7 @@ def test_a_clean_folder_has_no_finding_and_its_facts(
             "formats": {"JPEG": 15, "PNG": 4},
             "modes": {"RGB": 14, "L": 1, "CMYK": 1, "P": 1, "RGBA": 1, "I;16": 1},
             "turned": 1,
-            "misnamed": 1,
+            "misnamed": ["train/flower/png.JPEG"],
         },
         "val": {
             "images": 4,
@@ -101,11 +101,12 @@ def test_a_clean_folder_has_no_finding_and_its_facts(
             "formats": {"JPEG": 4},
             "modes": {"RGB": 4},
             "turned": 0,
-            "misnamed": 0,
+            "misnamed": [],
         },
     }
     out, err = capfd.readouterr()
     assert "19 in 2 classes" in out
+    assert "the ending of 1 tells another; --json FILE lists them" in out
     assert "\x1b" not in out
     assert "all is well" in out
     assert err == ""
@@ -402,6 +403,22 @@ def test_many_faults_at_once_are_all_found_and_ten_are_shown(
     assert "and 3 more" in out
     assert "train/flower/palette.png = val/temple/copy.bmp" in out
     assert "restore or remove" in out
+
+
+def test_each_file_that_cannot_be_read_has_its_reason(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for spoil in (empty_file, web_page, broken_link):
+        spoil(photos)
+    assert run([str(photos), f"--json={tmp_path / 'report.json'}"]) == 1
+    (fault,) = json.loads((tmp_path / "report.json").read_text())["faults"]
+    assert fault["reasons"] == {
+        "train/temple/404.jpg": "it is no JPEG PNG WEBP GIF BMP PPM TIFF",
+        "train/temple/link.jpg": "No such file or directory",
+        "val/temple/empty.png": "empty file",
+    }
+    out = capfd.readouterr().out
+    assert all(f"\n  {path}: {reason}\n" in out for path, reason in fault["reasons"].items())
 
 
 # A holdout

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result
+from conftest import SMALL, Result, command
 from PIL import Image
 from test_loggers import recorded
 
-from vitlit import __version__, load
+from vitlit import __version__, cli, load
 from vitlit.cli import HELP, explain
 from vitlit.data.stream import order
 from vitlit.errors import UserError
@@ -51,7 +51,7 @@ def columns(run: Path) -> set[str]:
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -418,14 +418,16 @@ def test_help_version_and_unknown_commands_answer_without_torch() -> None:
     code = """if True:
         import sys
         from vitlit.cli import main
-        codes = [main(line.split()) for line in ("", "--help", "--version", "config pretrain", "fti", "frobnicate")]
+        codes = [main(line.split()) for line in ("", "--help", "--version", "config pretrain", "fti", "frobnicate",
+                                                "data show nowhere --step 1")]
         print(codes, [name for name in ("torch", "lightning", "wandb", "numpy") if name in sys.modules])
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout == f"{HELP}{HELP}vitlit {__version__}\n{Path(SMALL[1]).read_text()}[0, 0, 0, 0, 2, 2] []\n"
+    assert result.stdout == f"{HELP}{HELP}vitlit {__version__}\n{Path(SMALL[1]).read_text()}[0, 0, 0, 0, 2, 2, 2] []\n"
     assert result.stderr.splitlines() == [
         "vitlit: error: no command 'fti'; did you mean fit?",
         "vitlit: error: no command 'frobnicate'; vitlit --help lists them",
+        "vitlit: error: nowhere is not a run's folder: it has no config.yaml",
     ]
 
 
@@ -440,8 +442,36 @@ def test_data_says_how_it_is_used(vitlit: Command, arguments: list[str]) -> None
     refused(vitlit("data", *arguments), "usage: vitlit data", "OUT", "cifar10")
 
 
+def test_predict_says_first_what_it_takes(vitlit: Command) -> None:
+    usage, _, about, *_ = done(vitlit("predict", "--help")).splitlines()
+    assert usage == "usage: vitlit predict RUN PHOTOS... [--out FILE.csv] [--KEY VALUE ...]"
+    assert about == "Classify PHOTOS: images, or folders searched to their depth."
+
+
+@pytest.mark.parametrize(
+    "arguments", ["config", "data check --help", "data show runs/pretrain --step 3", "data check images"]
+)
+def test_a_reader_that_goes_ends_a_command_in_silence(arguments: str, work: Path, few: Path) -> None:
+    (work / "images").symlink_to(few)
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = command(*arguments.split(), cwd=work, before=lambda: os.dup2(writer, 1))
+    os.close(writer)
+    assert (result.code, result.err) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_a_bug(vitlit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    result = vitlit("doctor")
+    assert result.code == 1
+    assert "BrokenPipeError" in result.err
+
+
 def test_data_lists_its_commands_and_each_has_help(vitlit: Command) -> None:
-    for arguments in (["data"], ["data", "--help"]):
+    for arguments in (["data"], ["data", "--help"], ["data", "digits", "-h"], ["data", "imagenet", "--help"]):
         assert all(name in done(vitlit(*arguments)) for name in ("cifar10", "imagenet", "check", "shard"))
     for arguments in (["data", "check"], ["data", "shard"], ["benchmark"], ["benchmark", "data"]):
         assert "ROOT" in done(vitlit(*arguments, "--help"))
@@ -696,9 +726,11 @@ def test_predictions_are_those_of_the_loaded_network_in_the_order_given(vitlit: 
 def test_photos_are_files_flat_folders_and_trees(vitlit: Command, few: Path, work: Path) -> None:
     flat = sorted((few / "val" / "1").iterdir())
     tree = sorted((few / "val").glob("*/*"))
-    assert "11 images" in done(vitlit("predict", "runs/pretrain", few / "val" / "1", few / "val"))
+    odd = work / os.fsdecode(b"caf\xe9.png")  # which is not UTF-8
+    odd.write_bytes(flat[0].read_bytes())
+    assert "12 images" in done(vitlit("predict", "runs/pretrain", odd, few / "val" / "1", few / "val"))
     rows = table(work / "runs" / "pretrain" / "predictions.csv")
-    assert [row["path"] for row in rows] == [str(photo) for photo in dict.fromkeys((*flat, *tree))]  # each once
+    assert [row["path"] for row in rows] == [str(photo) for photo in dict.fromkeys((odd, *flat, *tree))]  # each once
     names = "path class probability class_2 probability_2 class_3 probability_3 class_4 probability_4"
     assert " ".join(rows[0]) == names  # there are 4 classes
 
@@ -729,7 +761,7 @@ def test_photos_that_cannot_be_read_are_refused(vitlit: Command, work: Path, arg
     assert not (work / "runs" / "pretrain" / "predictions.csv").exists()
 
 
-@pytest.mark.parametrize("out", ["notes.txt/a.csv", "runs"])
+@pytest.mark.parametrize("out", ["notes.txt/a.csv", "runs", "."])
 def test_predictions_that_cannot_be_written_are_refused_before_any_is_made(
     vitlit: Command, few: Path, work: Path, out: str
 ) -> None:

@@ -86,7 +86,10 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
             "x," * 10**5 + "label\n",
             " has no column 'path' but " + ", ".join(8 * ["'x'"]) + " and 99,993 more; the header",
         ),
-        ("path;label\n1.png;a\n", " has no column 'path' but 'path;label'; the header must be"),
+        (
+            "path;label\n1.png;a\n",
+            " has no column 'path' but 'path;label'; the header must be path,label[,split][,group], with commas",
+        ),
         ("path,lable\n1.png,a\n", " has no column 'label' but 'path', 'lable'"),
         ("path,label,Split\n1.png,a,val\n", ": the column 'Split' must be 'split', once"),
         ("path, label\n1.png,a\n", ": the column ' label' must be 'label', once"),

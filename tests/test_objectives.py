@@ -148,7 +148,10 @@ def test_a_head_that_is_there_stays_unless_another_kind_is_asked_for() -> None:
     [
         ({"label_smoothing": 1.0}, "label_smoothing 1.0 is not between 0 and 1"),
         ({"loss": "hinge"}, "loss 'hinge' is none of softmax sigmoid bce"),
-        ({"multi_label": True}, "loss softmax needs one label an image, but the data has several; use loss sigmoid"),
+        (
+            {"multi_label": True},
+            "but the data has several; give --model.objective.loss sigmoid or bce",
+        ),
         ({"multi_label": True, "loss": "bce", "class_weights": "balanced"}, "class_weights needs one label an image"),
     ],
 )

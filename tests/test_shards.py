@@ -461,7 +461,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(packed: Path, serve: Ca
 
 @pytest.mark.parametrize(
     ("mode", "words"),
-    [("failing:4", "HTTP status 503"), ("whole", "ignores Range"), ("silent", "no answer within 0.2 seconds")],
+    [("failing:4", "HTTP status 503"), ("silent", "no answer within 0.2 seconds")],
 )
 def test_what_else_servers_do_is_told(
     packed: Path, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, mode: str, words: str
@@ -471,6 +471,16 @@ def test_what_else_servers_do_is_told(
     row = int(index.files.parts[:, 1].argmax())  # type: ignore[attr-defined]  # not at a file's beginning
     with pytest.raises(UserError, match=rf"train-00000\d\.tar, tried 4 times \(.*{words}"):
         index.read(row)
+
+
+def test_a_server_that_ignores_ranges_is_asked_once(packed: Path, serve: Callable[..., Server]) -> None:
+    server = serve(packed, "whole")
+    index = read_shards(server.url).splits["train"]
+    row = int(index.files.parts[:, 1].argmax())  # type: ignore[attr-defined]
+    asked = len(server.requests())
+    with pytest.raises(UserError, match=r"tar: the server ignores Range .*: use one that serves parts of files$"):
+        index.read(row)
+    assert len(server.requests()) == asked + 1
 
 
 def test_a_missing_shard_and_a_missing_set_are_told(own: Path, serve: Callable[..., Server]) -> None:

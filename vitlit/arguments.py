@@ -18,6 +18,17 @@ from vitlit.stages.record import check_class_paths
 
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 
+# What opens the help of a command, before all keys.
+HELP = {
+    "fit": {"usage": "vitlit fit --config CONFIG [--KEY VALUE ...]"},
+    "validate": {"usage": "vitlit validate RUN [--KEY VALUE ...]"},
+    "test": {"usage": "vitlit test RUN [--KEY VALUE ...]"},
+    "predict": {
+        "usage": "vitlit predict RUN PHOTOS... [--out FILE.csv] [--KEY VALUE ...]",
+        "description": "Classify PHOTOS: images, or folders searched to their depth.",
+    },
+}
+
 
 class CommandLine:
     """Arguments in the order that makes flags win over config files, and what they say beside the keys.

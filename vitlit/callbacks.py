@@ -90,9 +90,14 @@ class Predictions(Callback):
         out: the file.
         index: the images that are predicted.
         classes: names in the order of the probabilities.
+
+    Raises:
+        UserError: there is a folder of the file's name.
     """
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
+        if out.is_dir():
+            raise UserError(f"cannot write {out}: {os.strerror(EISDIR)}; give another --out")
         self.out, self.index, self.classes = out, index, classes
         self.written = 0
         self._partial = out.with_name(out.name + ".partial")
@@ -102,8 +107,6 @@ class Predictions(Callback):
         if trainer.is_global_zero:
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-                if self.out.is_dir():
-                    raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
                 self._partial.touch()
             except OSError as error:
                 raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
@@ -134,7 +137,7 @@ class Predictions(Callback):
         self.written = len(rows)
         head = ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
-        with self._partial.open("w", newline="") as file:
+        with self._partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             table = csv.writer(file)
             table.writerow(head)
             for index, *pairs in rows.tolist():

@@ -42,8 +42,31 @@ CLUSTER = "cluster"  # the folder of scripts among the configs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run.
+
+    It is 141, SIGPIPE's, where nobody reads what is printed any more, as after `| head`.
+    """
+    try:
+        code = answer(sys.argv[1:] if argv is None else argv)
+    except (BrokenPipeError, SystemExit) as stop:  # argparse and rich exit by themselves
+        if not unread() and not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        return 141
+    return 141 if unread() else code
+
+
+def unread() -> bool:
+    """Whether the reader of what is printed has gone; what is left for it is thrown away."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        return True
+    return False
+
+
+def answer(argv: list[str]) -> int:
+    """Run a command, or say what there is."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vitlit import averaging, callbacks
-from vitlit.arguments import CommandLine, Parser, build, check_groups
+from vitlit.arguments import HELP, CommandLine, Parser, build, check_groups
 from vitlit.checkpoints import Best, Last, check_space
 from vitlit.completion import complete, doubts, starting_weights
 from vitlit.data import ImageFolderData, augment, sources
@@ -105,6 +105,7 @@ class CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
+            parser_kwargs=HELP,
             subclass_mode_model=True,
             args=line.arguments,
             auto_configure_optimizers=False,
@@ -217,10 +218,10 @@ class CLI(LightningCLI):
             extra += self.training_callbacks()
         elif self.subcommand == "predict":
             out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
+            extra.append(callbacks.Predictions(out, self.datamodule.split("predict"), self.classes))
             self.datamodule.bad_photos = out.with_name(f"{out.stem}-bad.csv")
             if rank() == 0 and self.datamodule.bad_photos.is_file():  # of a prediction before
                 self.datamodule.bad_photos.unlink()
-            extra.append(callbacks.Predictions(out, self.datamodule.split("predict"), self.classes))
         self.trainer_defaults["callbacks"] = extra
         return super().instantiate_trainer(
             logger=False,

@@ -24,7 +24,8 @@ from vitlit.errors import CommandParser, UserError
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:
 damaged files, copies between splits, labels that contradict each other, folders that do not fit. The exit code is 1
-where there is such a fault; warnings alone leave it 0.
+where there is such a fault; warnings alone leave it 0. A class that train lacks is a fault, as no run can begin; one of
+train that val or test lacks is a warning.
 """
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -205,21 +206,22 @@ def _judge_images(report: Report, layouts: dict[str, Layout], workers: int) -> N
     """Look at all images, note facts about each split, and what is wrong with files and between them."""
     copies = Copies()
     found: dict[str, Paths] = defaultdict(list)
-    reasons: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
     for number, (split, layout) in enumerate(layouts.items()):
         facts = Facts()
         for row, seen in enumerate(_look_all(layout.index, workers, split)):
+            path = os.path.relpath(layout.index.path(row), report.root)
             if seen.kind or seen.side < SMALL:
-                found[seen.kind or "small"].append(os.path.relpath(layout.index.path(row), report.root))
+                found[seen.kind or "small"].append(path)
             if seen.kind == "unreadable":
-                reasons[seen.reason.split(";")[0].rstrip(".")] += 1  # the rest is a remedy
+                reasons[path] = seen.reason.split(";")[0].rstrip(".")  # the rest is a remedy
             if seen.digest:
-                facts.add(seen)
+                facts.add(seen, path)
                 copies.add(seen.digest, number, row)
         report.splits[split] = facts.plain(layout.counts)
-    common = "; ".join(reason for reason, _ in reasons.most_common(3))
-    details = {"unreadable": common, "too_large": f"{MOST_PIXELS:,}", "small": str(SMALL)}
-    for kind in ("unreadable", "truncated", "corrupt", "too_large", "small"):
+    details = {"too_large": f"{MOST_PIXELS:,}", "small": str(SMALL)}
+    report.add("unreadable", found["unreadable"], reasons=reasons)
+    for kind in ("truncated", "corrupt", "too_large", "small"):
         report.add(kind, found[kind], details.get(kind, ""))
     _judge_copies(report, list(layouts.items()), copies)
 

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
     from vitlit.data import sources
 
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or (arguments[0] not in COMMANDS and not {"-h", "--help"}.isdisjoint(arguments)):
         print(HELP.format(names=" ".join(sources.NAMES)), end="")
         return 0
     name, *rest = arguments

@@ -58,6 +58,8 @@ class Images(Dataset[tuple[Any, ...]]):
         except StorageUserError:
             raise
         except UserError as error:
+            if self.bad is None and (self.index.labels[index] < 0).any():  # of a photo, which no metric needs
+                raise UserError(f"{error}; --data.on_bad_image skip leaves it out") from error
             if self.bad is None:
                 raise
             self.bad.note(self.index.path(index), str(error))

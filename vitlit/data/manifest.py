@@ -127,7 +127,9 @@ def _check_header(file: Path, header: list[str]) -> None:
     for name in REQUIRED:
         if name not in header:
             found = ", ".join(map(repr, header[:8])) + (f" and {len(header) - 8:,} more" if len(header) > 8 else "")
-            raise UserError(f"{file} has no column {name!r} but {found}; the header must be path,label[,split][,group]")
+            raise UserError(
+                f"{file} has no column {name!r} but {found}; the header must be path,label[,split][,group], with commas"
+            )
 
 
 def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:

@@ -307,12 +307,14 @@ class ImageFolderData(LightningDataModule):
         before = {"repeats": 1, "balanced": False, **state_dict}  # as it was before there were such
         for name, value in self._stream_of().items():
             had = before.get(name, value)
-            if had != value:
-                others = "training images of other names or labels"
-                raise UserError(
-                    f"the checkpoint's run had {others if name == 'names' else f'{name} {had}, this one has {value}'}: "
-                    "it cannot be continued, only started from (--model.init_from RUN --run.name NEW)"
-                )
+            if had == value:
+                continue
+            same = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
+            what = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
+            raise UserError(
+                f"the checkpoint's run had {what}: {same} to continue it, or begin another from its weights with "
+                "--model.init_from RUN --run.name NEW"
+            )
         self._entered = state_dict["step"]
 
     def _stream_of(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ FAULTS = {
     "outside_class": "images outside of class folders are ignored: move them into one",
     "empty_class": "class folders without an image: fill or remove them",
     "unknown_class": "classes that train lacks: add training images, or rename or remove them",
-    "unreadable": "files that cannot be read as images ({}): restore or remove them",
+    "unreadable": "files that cannot be read as images: restore or remove them",
     "truncated": "images whose end is missing, which decoders fill up with grey: restore or remove them",
     "too_large": "images of more than {} pixels, which are not decoded: scale them down",
     "leakage": "images of another split with the same pixels as one of train: remove one of each pair",
@@ -126,15 +126,17 @@ class Facts:
         self.formats: Counter[str] = Counter()
         self.modes: Counter[str] = Counter()
         self.sides = array("l")
-        self.turned = self.misnamed = 0
+        self.turned = 0
+        self.misnamed: list[str] = []
 
-    def add(self, seen: Look) -> None:
+    def add(self, seen: Look, path: str) -> None:
         """Count an image that was decoded."""
         self.formats[seen.format] += 1
         self.modes[seen.mode] += 1
         self.sides.append(seen.side)
         self.turned += seen.turned
-        self.misnamed += seen.misnamed
+        if seen.misnamed:
+            self.misnamed.append(path)
 
     def plain(self, counts: dict[str, int]) -> dict[str, Any]:
         """All as plain values, with how many images each class has."""
@@ -183,11 +185,25 @@ class Copies:
 
 @dataclass
 class Finding:
-    """Something wrong: its kind, what it is with the remedy in words, and where it is, relative to the root."""
+    """Something wrong.
+
+    Attributes:
+        kind: a key of `FAULTS` or `WARNINGS`.
+        message: what it is, with the remedy.
+        paths: where it is, relative to the root.
+        reasons: what is wrong with each path, by path, where that differs among them.
+    """
 
     kind: str
     message: str
     paths: Paths
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def line(self, path: str | list[str]) -> str:
+        """One of the paths, in words."""
+        if isinstance(path, list):
+            return " = ".join(path[:3]) + (f" = {len(path) - 3:,} more" if len(path) > 3 else "")
+        return f"{path}: {self.reasons[path]}" if path in self.reasons else path
 
 
 @dataclass
@@ -210,11 +226,11 @@ class Report:
     def ok(self) -> bool:
         return not self.faults
 
-    def add(self, kind: str, paths: Paths, detail: str = "") -> None:
+    def add(self, kind: str, paths: Paths, detail: str = "", reasons: dict[str, str] | None = None) -> None:
         """Note what is wrong with these paths, if there are any."""
         if paths:
             message = {**FAULTS, **WARNINGS}[kind].format(detail)
-            (self.faults if kind in FAULTS else self.warnings).append(Finding(kind, message, paths))
+            (self.faults if kind in FAULTS else self.warnings).append(Finding(kind, message, paths, reasons or {}))
 
     def write(self, file: Path) -> None:
         """Write all as JSON.
@@ -241,7 +257,7 @@ class Report:
                 count = f"{len(finding.paths):,}"
                 console.print(f"\n[{style}]{word} {finding.kind} ({count})[/{style}]: {_text(finding.message)}")
                 for path in finding.paths[:SHOWN]:
-                    console.print(f"  {_text(path if isinstance(path, str) else _joined(path))}")
+                    console.print(f"  {_text(finding.line(path))}")
                 if len(finding.paths) > SHOWN:
                     console.print(f"  and {len(finding.paths) - SHOWN:,} more; --json FILE lists all")
         verdict = f"faults of {len(self.faults)} kinds, warnings of {len(self.warnings)}"
@@ -255,10 +271,6 @@ def _text(text: str) -> str:
     return escape(os.fsencode(text).decode(errors="replace"))
 
 
-def _joined(paths: list[str]) -> str:
-    return " = ".join(paths[:3]) + (f" = {len(paths) - 3:,} more" if len(paths) > 3 else "")
-
-
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts about a split in words by name."""
     rows = {"images": f"{facts['images']:,} in {facts['classes']:,} classes"}
@@ -270,7 +282,7 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         rows[""] = _counts(sides["histogram"])
     rows["formats"] = _counts(facts["formats"])
     if facts["misnamed"]:
-        rows["formats"] += f"; the ending of {facts['misnamed']:,} tells another"
+        rows["formats"] += f"; the ending of {len(facts['misnamed']):,} tells another; --json FILE lists them"
     rows["channels"] = _counts(facts["modes"])
     if facts["turned"]:
         rows["EXIF"] = f"{facts['turned']:,} are turned by their orientation"

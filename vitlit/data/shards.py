@@ -24,6 +24,7 @@ CLASSES = ("classes.txt", "classnames.txt")  # a name a line, where tars have nu
 BLOCK = 512  # bytes of the header that a tar has before a file's content
 PAUSES = (0.3, 1.2, 3.0)  # seconds before a read is tried again
 TIMEOUT = 60.0  # seconds for an answer
+NO_PARTS = "range requests"  # fsspec's words of a server that has none
 
 _filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
 
@@ -98,7 +99,7 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
     """Bytes start to end of a file in a folder. What fails is tried again, after `PAUSES`.
 
     Raises:
-        UserError: it still fails.
+        UserError: it still fails, or cannot but fail.
     """
     got: bytes | Exception = b""
     for pause in (0.0, *PAUSES):
@@ -109,6 +110,10 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
         except UserError:
             raise
         except Exception as error:  # every filesystem has its own
+            if NO_PARTS in str(error):  # it would do so again
+                raise StorageUserError(
+                    f"cannot read bytes {start}-{end} of {join(root, name)}: {why(error)}"
+                ) from error
             got = error
         else:
             if len(got) == end - start:
@@ -160,7 +165,7 @@ def why(error: Exception) -> str:
         return f"no answer within {TIMEOUT:g} seconds"
     if re.search("connect", type(error).__name__, re.IGNORECASE):
         return f"the server cannot be reached: {text}"
-    if "range requests" in text:
+    if NO_PARTS in text:
         return "the server ignores Range and sends the whole file: use one that serves parts of files"
     return str(getattr(error, "strerror", None) or text or type(error).__name__)
 

@@ -3,10 +3,13 @@
 import csv
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitlit.config import read_config
-from vitlit.data.module import ImageFolderData
 from vitlit.errors import CommandParser, UserError
+
+if TYPE_CHECKING:
+    from vitlit.data.module import ImageFolderData
 
 ABOUT = """\
 Print the images of an optimiser step of a run as CSV: row of the global batch, index, path, label, and repeat, which
@@ -37,12 +40,14 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def stored(file: Path) -> ImageFolderData:
+def stored(file: Path) -> "ImageFolderData":
     """The data of a run's config, as far as the order of samples depends on it."""
     config = read_config(file)
     given = config.get("data")
     if not isinstance(given, dict):
         raise UserError(f"{file} is not a run's: it has no data")
+    from vitlit.data.module import ImageFolderData  # torch and Lightning, which a mistake need not wait for
+
     if given.get("seed") is None:
         given["seed"] = config.get("seed_everything", 0)
     names = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")

@@ -64,7 +64,7 @@ class Supervised(Objective):
             raise UserError(f"loss {loss!r} is none of softmax sigmoid bce")
         if multi_label and (loss == "softmax" or class_weights is not None):
             wrong = "loss softmax" if loss == "softmax" else "class_weights"
-            remedy = "use loss sigmoid or bce" if loss == "softmax" else "leave it out"
+            remedy = "give --model.objective.loss sigmoid or bce" if loss == "softmax" else "leave it out"
             raise UserError(f"{wrong} needs one label an image, but the data has several; {remedy}")
         if vit.config["num_classes"] != num_classes or head is not None:
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
