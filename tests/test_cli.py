@@ -1,6 +1,7 @@
 """The command line: what works, and each mistake as one line."""
 
 import csv
+import io
 import math
 import os
 import re
@@ -456,6 +457,20 @@ def test_a_reader_that_goes_ends_a_command_in_silence(arguments: str, work: Path
     reader, writer = os.pipe()
     os.close(reader)
     result = command(*arguments.split(), cwd=work, before=lambda: os.dup2(writer, 1))
+    os.close(writer)
+    assert (result.code, result.err) == (141, "")
+
+
+def test_so_it_does_where_nothing_is_buffered(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def unbuffered() -> None:  # as PYTHONUNBUFFERED makes it
+        raw: Any = io.FileIO(1, "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(raw, write_through=True)
+        os.dup2(writer, 1)
+
+    result = command("config", cwd=tmp_path, before=unbuffered)
     os.close(writer)
     assert (result.code, result.err) == (141, "")
 

@@ -1,6 +1,7 @@
 """The command line: `vitlit ...`."""
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -47,22 +48,25 @@ def main(argv: list[str] | None = None) -> int:
     It is 141, SIGPIPE's, where nobody reads what is printed any more, as after `| head`.
     """
     try:
-        code = answer(sys.argv[1:] if argv is None else argv)
-    except (BrokenPipeError, SystemExit) as stop:  # argparse and rich exit by themselves
-        if not unread() and not isinstance(stop.__context__, BrokenPipeError):
+        try:
+            code = answer(sys.argv[1:] if argv is None else argv)
+        except SystemExit:  # argparse's
+            sys.stdout.flush()
             raise
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, SystemExit) as stop:  # rich makes the one into the other
+        if not (unread() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
         return 141
-    return 141 if unread() else code
 
 
 def unread() -> bool:
-    """Whether the reader of what is printed has gone; what is left for it is thrown away."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
-        return True
-    return False
+    """Whether it is the reader of what is printed that has gone. A flush would not tell, where nothing is buffered."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)  # an error is told unasked
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def answer(argv: list[str]) -> int:
