@@ -15,7 +15,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
+from contextlib import redirect_stdout, suppress
+from functools import cache, partial
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -103,6 +105,23 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
     return finish(start(function, cwd), cwd)
 
 
+@cache
+def prepare() -> None:
+    """Import here what a command imports, and let jsonargparse read the classes' sources: each child would do it."""
+    import attrs
+    import fsspec.implementations.chained
+    import torch.utils.serialization.config
+
+    from vitlit.arguments import CommandLine
+    from vitlit.fit import CLI
+
+    assert attrs
+    assert fsspec.implementations.chained
+    assert torch.utils.serialization.config
+    with redirect_stdout(StringIO()), suppress(SystemExit):
+        CLI(CommandLine.read("fit", [*SMALL, "--print_config"]))
+
+
 def launched(
     ranks: int,
     *arguments: object,
@@ -114,10 +133,9 @@ def launched(
 
     `before` is called in each, and `meanwhile` here, with their process ids. Of one rank, it is the command alone.
     """
-    import vitlit.fit
     from vitlit.cli import main
 
-    assert vitlit.fit
+    prepare()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(rank: int) -> int:
@@ -152,14 +170,13 @@ def launched(
 
 def command(*arguments: object, cwd: Path, before: Callable[[], object] = lambda: None) -> Result:
     """`vitlit ARGUMENTS` in a child and a folder, where `before` may change the code or the environment."""
-    import vitlit.fit
     from vitlit.cli import main
 
     def run() -> int:
         before()
         return main([str(argument) for argument in arguments])
 
-    assert vitlit.fit
+    prepare()
     return forked(run, cwd)
 
 

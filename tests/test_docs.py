@@ -54,6 +54,9 @@ def shrunken(arguments: list[str], cwd: Path) -> list[str]:
         flags["--model.vit.preset"] = "Ti/16"
     if "init_from" in stage and not (cwd / str(stage["init_from"])).exists():
         flags["--model.init_from"] = "timm.safetensors"
+    named = re.compile(rf"runs/{Path(recipe).name}\b")
+    if "--run.name" not in arguments and not any(named.search(path.read_text()) for path in RECIPES):
+        flags["--trainer.fast_dev_run"] = "2"  # no other recipe begins with its checkpoint, whose writing takes long
     return [part for flag, value in flags.items() if flag not in arguments for part in (flag, value)]
 
 
@@ -65,6 +68,8 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
         return [*arguments, "--image_size", "32", "--model", "Ti/16"]
     if arguments[0] != "fit" or any("help" in part or "print_config" in part for part in arguments):
         return arguments
+    if "--data.image_size" in arguments:  # as large would be slow, not other
+        arguments[arguments.index("--data.image_size") + 1] = "48"
     config = arguments[arguments.index("--config") + 1]
     if config.startswith("recipes/"):
         shrink = shrunken(arguments, cwd)
