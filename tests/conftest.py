@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import cache, partial
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -108,16 +109,11 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
 @cache
 def prepare() -> None:
     """Import here what a command imports, and let jsonargparse read the classes' sources: each child would do it."""
-    import attrs
-    import fsspec.implementations.chained
-    import torch.utils.serialization.config
-
     from vitlit.arguments import CommandLine
     from vitlit.fit import CLI
 
-    assert attrs
-    assert fsspec.implementations.chained
-    assert torch.utils.serialization.config
+    for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config"):
+        import_module(name)
     with redirect_stdout(StringIO()), suppress(SystemExit):
         CLI(CommandLine.read("fit", [*SMALL, "--print_config"]))
 
