@@ -244,7 +244,7 @@ def test_a_mistaken_flag_is_refused_before_anything_is_written(
         ("max_epochs: 30", "max_epochs: 30\n  max_epochs: 3", "the key max_epochs is there twice"),
         ("warmup: 50", "3: 50", "the key 3 is no text"),
         ("class_path: Supervised", "class_path: 3", "class_path is 3, not the name of a class"),
-        ("init_args: {lr: 1e-3", "init_args: [1e-3]  # {", "init_args is ['1e-3'], not keys and values"),
+        ("init_args: {lr: 1e-3", "init_args: [1e-3]  # {", "init_args of torch.optim.AdamW holds no keys"),
         ("schedule: {warmup: 50, decay: cosine}", "schedule: 3", "model.schedule: expected its keys, not 3"),
         ("schedule: {", "schedule: &a {decay: *a}  # {", "with those that aliases repeat"),
         (

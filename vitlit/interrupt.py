@@ -27,11 +27,13 @@ class Interrupted(Exception):
 
     Attributes:
         code: the exit code of the process: 75 where the run wants to be continued, else 128 + the signal.
+        agreed: whether all ranks stop, as they do in training.
     """
 
     def __init__(self, number: int, step: int | None = None) -> None:
         name = "run.time_limit" if number == TIME_LIMIT else signal.Signals(number).name
         super().__init__(f"stopped by {name} " + ("outside of training" if step is None else f"after step {step}"))
+        self.agreed = step is not None
         self.code = AGAIN if number in (TIME_LIMIT, signal.SIGUSR1) else 128 + number
 
 
@@ -143,7 +145,8 @@ class Interrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher) and not isinstance(exception, Interrupted):
+        agreed = isinstance(exception, Interrupted) and exception.agreed
+        if isinstance(launcher, _SubprocessScriptLauncher) and not agreed:
             launcher.kill(signal.SIGKILL)  # they would wait for this process for ever
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
