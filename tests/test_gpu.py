@@ -56,7 +56,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_killed_run_ends_as_the_undisturbed_one(precision: str, few: Path, tmp_path: Path) -> None:
     command = (*COMMAND, *GPU, *WIDE, "--data.root", few, "--trainer.precision", precision)
-    command += ("--trainer.deterministic", "true")
+    command += ("--trainer.deterministic", "true", "--trainer.max_epochs", 4)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()

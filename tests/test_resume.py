@@ -1,13 +1,14 @@
 """A run that is interrupted and continued is, bit for bit, the run that was not."""
 
 import csv
+import itertools
 import os
 import random
 import shutil
 import signal
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +220,7 @@ def test_another_division_of_the_batch_may_continue_a_run(
 # Kills: the command line, with all that draws numbers, is killed at random moments and run again.
 
 COMMAND = (
-    *("fit", *SMALL, "--data.batch_size", 8, "--trainer.max_steps", -1, "--trainer.max_epochs", 4),  # 5 steps an epoch
+    *("fit", *SMALL, "--data.batch_size", 8, "--trainer.max_steps", -1),  # 5 steps an epoch
     *("--model.vit.dropout", 0.1, "--model.vit.attention_dropout", 0.1, "--model.vit.drop_path", 0.1),
     *("--data.mixing.mixup", 0.8, "--data.mixing.cutmix", 1.0, "--data.erasing.prob", 0.5),
     *("--trainer.callbacks", "[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.7}}]"),
@@ -241,21 +242,21 @@ def log_samples() -> None:
     setattr(Stage, "on_train_batch_start", patched)  # noqa: B010
 
 
-def killed_after(seconds: float, rank: int) -> Callable[[], None]:
-    """Let a rank kill itself so long after training has begun, whatever it is doing then."""
+def killed_in(step: int, seconds: float, rank: int) -> Callable[[], None]:
+    """Let a rank kill itself so long after a step of this start has begun, whatever it is doing then."""
 
     def before() -> None:
         log_samples()
-        original = Stage.on_train_start
+        original, steps = Stage.on_train_batch_start, itertools.count()
 
-        def patched(self: Stage) -> None:
-            original(self)
-            if self.global_rank == rank:
+        def patched(self: Stage, batch: Any, index: int) -> None:
+            original(self, batch, index)
+            if self.global_rank == rank and next(steps) == step:
                 timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
                 timer.daemon = True
                 timer.start()
 
-        setattr(Stage, "on_train_start", patched)  # noqa: B010
+        setattr(Stage, "on_train_batch_start", patched)  # noqa: B010
 
     return before
 
@@ -284,46 +285,48 @@ def left(folder: Path) -> dict[str, Any]:
     return {**made, "step": content["global_step"], "best": best["state_dict"], "metrics": metrics}
 
 
-def survive(kills: int, workers: int, ranks: int, few: Path, folder: Path, draw: random.Random) -> int:
-    """Run the command until it is complete, killing it so often; how often that was in time to hit the training."""
-    command = (*COMMAND, "--data.root", few, "--data.num_workers", workers)
-    hit = 0
+def survive(kills: int, epochs: int, workers: int, ranks: int, few: Path, folder: Path, draw: random.Random) -> None:
+    """Run the command until it is complete, killing it so often, in one of its first steps and the checkpoint after."""
+    command = (*COMMAND, "--trainer.max_epochs", epochs, "--data.root", few, "--data.num_workers", workers)
     for _ in range(kills):
-        before = killed_after(draw.uniform(0, 0.6), draw.randrange(ranks))
-        hit += KILLED in [result.code for result in launched(ranks, *command, cwd=folder, before=before)]
+        before = killed_in(draw.randrange(3), draw.uniform(0, 0.03), draw.randrange(ranks))
+        assert KILLED in [result.code for result in launched(ranks, *command, cwd=folder, before=before)]
     for result in launched(ranks, *command, cwd=folder, before=log_samples):
         assert result.code == 0, result.err
-    return hit
 
 
 @pytest.fixture(scope="module")
-def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The command on one process and on two, never killed."""
-    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
-    for ranks, folder in folders.items():
-        assert survive(0, 0, ranks, few, folder, random.Random(0)) == 0
-    return folders
+def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """The folder in which so many processes trained so many epochs and were never killed."""
+
+    @cache
+    def run(ranks: int, epochs: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        survive(0, epochs, 0, ranks, few, folder, random.Random(0))
+        return folder
+
+    return run
 
 
 def check_kills(
-    kills: int, workers: int, ranks: int, few: Path, folder: Path, undisturbed: dict[int, Path], seed: int
+    kills: int, epochs: int, workers: int, ranks: int, few: Path, folder: Path, whole: Path, seed: int
 ) -> None:
-    hit = survive(kills, workers, ranks, few, folder, random.Random(seed))
-    assert_same(left(folder), left(undisturbed[ranks]))
-    assert samples(folder) == samples(undisturbed[ranks])
-    print(f"{workers} workers, {ranks} processes: killed {hit} times, identical")
+    survive(kills, epochs, workers, ranks, few, folder, random.Random(seed))
+    assert_same(left(folder), left(whole))
+    assert samples(folder) == samples(whole)
+    print(f"{workers} workers, {ranks} processes: killed {kills} times, identical")
 
 
 @pytest.mark.parametrize(("workers", "ranks"), CASES)
 def test_a_run_that_is_killed_twice_is_the_undisturbed_one(
-    workers: int, ranks: int, few: Path, tmp_path: Path, undisturbed: dict[int, Path]
+    workers: int, ranks: int, few: Path, tmp_path: Path, undisturbed: Callable[[int, int], Path]
 ) -> None:
-    check_kills(2, workers, ranks, few, tmp_path, undisturbed, seed=workers)
+    check_kills(2, 3, workers, ranks, few, tmp_path, undisturbed(ranks, 3), seed=workers)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("workers", "ranks"), CASES)
 def test_a_run_that_is_killed_twenty_times_is_the_undisturbed_one(
-    workers: int, ranks: int, few: Path, tmp_path: Path, undisturbed: dict[int, Path]
+    workers: int, ranks: int, few: Path, tmp_path: Path, undisturbed: Callable[[int, int], Path]
 ) -> None:
-    check_kills(20, workers, ranks, few, tmp_path, undisturbed, seed=100 + workers)
+    check_kills(20, 14, workers, ranks, few, tmp_path, undisturbed(ranks, 14), seed=100 + workers)
