@@ -232,7 +232,7 @@ class CLI(LightningCLI):
 
     def training_callbacks(self) -> list[Any]:
         """The callbacks that keep what a training run makes."""
-        measured = [f"val/{name}" for name in self.model.measures["val"]]
+        measured = self.model.measured
         monitor = self.config.fit.run.monitor or next(
             name for name in ("val/top1", "val/map", "val/loss") if name in measured
         )

@@ -96,8 +96,7 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
         UserError: there is one.
     """
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    measures: Any = stage.measures["val"]
-    known = [f"val/{name}" for name in measures]
+    known = stage.measured
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
         known += [f"{name}_raw" for name in known]
     known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]

@@ -190,9 +190,8 @@ def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            if any(member.compress_type for member in members) or len({m.header_offset for m in members}) < len(
-                members
-            ):
+            places = {member.header_offset for member in members}
+            if any(member.compress_type for member in members) or len(places) < len(members):
                 raise ValueError("its members are compressed, or lie over each other")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}

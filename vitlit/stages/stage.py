@@ -80,6 +80,12 @@ class Stage(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
 
+    @property
+    def measured(self) -> list[str]:
+        """The validation's metrics, by the names that they are logged with."""
+        measures: Any = self.measures["val"]
+        return [f"val/{name}" for name in measures]
+
     def step(self, batch: Any) -> Step:
         """What the objective makes of a batch, by which a stage is trained and evaluated."""
         step: Step = self.objective(self.vit, batch)
