@@ -87,7 +87,7 @@ FORMATS = {
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two paths: with torchcodec, and without it."""
     if request.param == "Pillow":
-        monkeypatch.setattr("vitlit.data.decode.decode_image", None)
+        monkeypatch.setattr("vitlit.data.decode.DECODERS", {})
 
 
 @pytest.mark.usefixtures("decoder")

@@ -141,7 +141,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two paths: with torchcodec, and without it."""
     if request.param == "Pillow":
-        monkeypatch.setattr("vitlit.data.decode.decode_image", None)
+        monkeypatch.setattr("vitlit.data.decode.DECODERS", {})
 
 
 def refused(path: Path, words: str, cwd: Path) -> None:

@@ -1,12 +1,17 @@
 """torchcodec, the fast decoder of images, where it can be loaded."""
 
+from collections.abc import Callable
+from typing import Any
+
+DECODERS: dict[str, Callable[..., Any]] = {}  # by the formats that it reads without FFmpeg
+
 try:
-    from torchcodec.decoders import decode_image
+    from torchcodec.decoders import decode_jpeg, decode_png, decode_webp
 except (ImportError, OSError, RuntimeError) as error:  # no wheel for the platform, or a library that does not load
-    decode_image = None  # type: ignore[assignment]
     WHY_NOT = str(error).strip().partition("\n")[0] or type(error).__name__
 else:
     WHY_NOT = ""
+    DECODERS = {"JPEG": decode_jpeg, "PNG": decode_png, "WEBP": decode_webp}
 
-DECODER = "torchcodec" if decode_image is not None else "Pillow"
+DECODER = "torchcodec" if DECODERS else "Pillow"
 PILLOW_SLOWER = 1.7  # times torchcodec's on photographs, for the same pixels

@@ -10,8 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vitlit.data.codec import decode_image
-from vitlit.data.header import MOST_PIXELS, HugeImage, check_size, is_film, is_webp, refuse_huge
+from vitlit.data.codec import DECODERS
+from vitlit.data.header import MOST_PIXELS, HugeImage, check_size, format_of, is_film, refuse_huge
 from vitlit.data.index import read_file
 from vitlit.errors import UserError
 
@@ -44,19 +44,15 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
     """
     try:
         check_size(data)
-        if decode_image is not None and _known(data):
-            return decode_image(data, mode="RGB")
+        found = format_of(data)
+        if found in DECODERS and not (found == "WEBP" and is_film(data)):
+            return DECODERS[found](data, mode="RGB")
         return _pillow(data)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the image {path}: it is no {' '.join(FORMATS)}; convert or remove it") from error
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error)).strip().splitlines()  # torchcodec names its source line
         raise UserError(f"cannot read the image {path}: {reason[0] if reason else type(error).__name__}") from error
-
-
-def _known(data: bytes) -> bool:
-    """Whether it is one image, of a format that torchcodec reads without FFmpeg."""
-    return (data.startswith((b"\xff\xd8", b"\x89PNG")) or is_webp(data)) and not is_film(data)
 
 
 def _pillow(data: bytes) -> Tensor:

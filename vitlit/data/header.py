@@ -29,16 +29,17 @@ def check_size(data: bytes) -> None:
         ValueError: its header cannot be read.
     """
     try:
-        if data.startswith(b"\xff\xd8"):
-            size: tuple[int, ...] = _jpeg(data)
-        elif data.startswith(b"\x89PNG"):
-            size = _png(data)
-        elif data.startswith(b"GIF8"):
-            size = struct.unpack_from("<HH", data, 6)
-        elif is_webp(data):
-            size = _webp(data)
-        else:
-            return
+        match format_of(data):
+            case "JPEG":
+                size: tuple[int, ...] = _jpeg(data)
+            case "PNG":
+                size = _png(data)
+            case "GIF":
+                size = struct.unpack_from("<HH", data, 6)
+            case "WEBP":
+                size = _webp(data)
+            case _:
+                return
     except struct.error as error:
         raise ValueError("its header is cut short") from error
     refuse_huge(*size)
@@ -50,13 +51,20 @@ def refuse_huge(width: int, height: int) -> None:
         raise HugeImage(f"{width} x {height} pixels, more than {MOST_PIXELS:,}; scale it down")
 
 
-def is_webp(data: bytes) -> bool:
-    return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+def format_of(data: bytes) -> str:
+    """The format that a file's first bytes tell: JPEG, PNG, GIF or WEBP; "" for others."""
+    if data.startswith(b"\xff\xd8"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG"):
+        return "PNG"
+    if data.startswith(b"GIF8"):
+        return "GIF"
+    return "WEBP" if data.startswith(b"RIFF") and data[8:12] == b"WEBP" else ""
 
 
 def is_film(data: bytes) -> bool:
-    """Whether it is an animated WebP, of which torchcodec would decode all images."""
-    return is_webp(data) and data[12:16] == b"VP8X" and bool(data[20] & 2)
+    """Whether a WebP is animated, all images of which torchcodec would decode."""
+    return data[12:16] == b"VP8X" and bool(data[20] & 2)
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:

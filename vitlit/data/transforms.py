@@ -116,7 +116,7 @@ class TrainTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         image = self.crop(image)
-        if torch.rand(1) < self.flip:
+        if torch.rand(()).item() < self.flip:
             image = image.flip(-1)
         for transform in self.augment:
             image = transform(image)
