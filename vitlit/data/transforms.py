@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +66,7 @@ class Preprocess:
         """uint8 (B, 3, H, W) -> normalised (B, C, H, W) of `dtype`, on the images' device."""
         if len(self.mean) == 1:
             images = F.rgb_to_grayscale(images)
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = (by_channel(tuple(numbers), images.device) for numbers in (self.mean, self.std))
         return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)
 
     def __call__(self, images: str | Path | Tensor | Sequence[str | Path | Tensor]) -> Tensor:
@@ -74,6 +74,13 @@ class Preprocess:
             images = [images]
         tensors = [image if isinstance(image, Tensor) else decode(image) for image in images]
         return self.normalise(torch.stack([self.crop(tensor) for tensor in tensors]))
+
+
+@cache
+def by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number a channel as (C, 1, 1), float32, kept on its device: to bring it there anew waits for all work there."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device).view(-1, 1, 1)
 
 
 def train_transform(
