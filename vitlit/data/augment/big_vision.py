@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 from vitlit.errors import UserError
 
 _FILL = 128
+_VALUES = torch.arange(256, dtype=torch.uint8, device="cpu")  # of a pixel
 
 
 class Draw(NamedTuple):
@@ -77,11 +78,24 @@ class BigVisionRandAugment(v2.Transform):
         return inpt
 
 
+def look_up(table: Tensor, image: Tensor) -> Tensor:
+    """Replace each value of an image (C, H, W) by its entry in a table (256,).
+
+    bytes.translate takes a quarter of the time that computing it from each pixel does.
+    """
+    pixels = image.permute(1, 2, 0).contiguous()
+    found = bytearray(pixels.numpy().data).translate(table.numpy().tobytes())
+    return torch.frombuffer(found, dtype=torch.uint8).view(pixels.shape).permute(2, 0, 1)
+
+
 def autocontrast(image: Tensor) -> Tensor:
     """Stretch each channel to [0, 255]; a channel of one value stays."""
-    low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
+    image = image.contiguous()
+    low, high = image.amin((-2, -1))[:, None], image.amax((-2, -1))[:, None]
     scale = torch.tensor(255.0) / (high.float() - low)  # a number / a tensor would be rounded twice
-    return torch.where(high > low, (image * scale - low * scale).clamp(0, 255), image).to(torch.uint8)
+    stretched = (_VALUES * scale - low * scale).clamp(0, 255)
+    tables = torch.where(high > low, stretched, _VALUES).to(torch.uint8)
+    return torch.cat([look_up(table, channel[None]) for table, channel in zip(tables, image, strict=True)])
 
 
 def posterize(image: Tensor, bits: int) -> Tensor:
@@ -92,18 +106,19 @@ def posterize(image: Tensor, bits: int) -> Tensor:
 
 def solarize(image: Tensor, threshold: int) -> Tensor:
     """Invert what is not below the threshold, which wraps around at 256."""
-    return torch.where(image < threshold % 256, image, 255 - image)
+    return look_up(torch.where(threshold % 256 > _VALUES, _VALUES, 255 - _VALUES), image)
 
 
 def solarize_add(image: Tensor, addition: int) -> Tensor:
     """Add to what is below 128."""
-    return torch.where(image < 128, (image.int() + addition).clamp(max=255).to(torch.uint8), image)
+    added = (_VALUES.int() + addition).clamp(max=255).to(torch.uint8)
+    return look_up(torch.where(_VALUES < 128, added, _VALUES), image)
 
 
 def grey(image: Tensor) -> Tensor:
     """The luma of each pixel in all channels, with the weights and the rounding of tf.image.rgb_to_grayscale."""
     weights = torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
-    luma = (image * (1 / 255) * weights).sum(-3, keepdim=True) * 255.5
+    luma = (image.contiguous() * (1 / 255) * weights).sum(-3, keepdim=True) * 255.5
     return luma.to(torch.uint8).expand_as(image)
 
 
@@ -115,14 +130,14 @@ def smooth(image: Tensor) -> Tensor:
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
     smoothed = image.clone()
-    smoothed[..., 1:-1, 1:-1] = total // 13
+    smoothed[..., 1:-1, 1:-1] = total / 13  # which is cut off, in half the time of //
     return smoothed
 
 
-def flat(image: Tensor) -> Tensor:
-    """One grey, whose value should be the image's mean and is its number of pixels / 256."""
+def contrast(image: Tensor, factor: float) -> Tensor:
+    """Blend with one grey, whose value should be the image's mean and is its number of pixels / 256."""
     height, width = image.shape[-2:]
-    return torch.full_like(image, min(height * width // 256, 255))
+    return look_up(blend(torch.tensor(min(height * width // 256, 255)), _VALUES, factor), image)
 
 
 def blend(start: Tensor, end: Tensor, factor: float) -> Tensor:
@@ -132,17 +147,22 @@ def blend(start: Tensor, end: Tensor, factor: float) -> Tensor:
 
 def affine(image: Tensor, x: tuple[float, float, float], y: tuple[float, float, float]) -> Tensor:
     """The pixel at (column, row) comes from (x, y) . (column, row, 1), the nearest one, and is grey outside."""
-    height, width = image.shape[-2:]
-    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
-    column, row = (_nearest(a * columns + b * rows + c) for a, b, c in (x, y))
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    moved = image[..., row.clamp(0, height - 1), column.clamp(0, width - 1)]
-    return moved.where(inside, _FILL)
+    channels, height, width = image.shape
+    framed = torch.full((height + 2, width + 2, channels), _FILL, dtype=torch.uint8)
+    framed[1:-1, 1:-1] = image.permute(1, 2, 0)
+    rows = torch.arange(height, dtype=torch.float32).view(-1, 1)
+    columns = torch.arange(width, dtype=torch.float32)
+    # What is outside comes to lie on the frame.
+    column, row = (
+        _nearest((a * columns + b * rows + c).clamp(-1, side)) + 1 for (a, b, c), side in ((x, width), (y, height))
+    )
+    places = (row * (width + 2) + column).view(-1)
+    return framed.view(-1, channels).index_select(0, places).view(height, width, channels).permute(2, 0, 1)
 
 
 def _nearest(position: Tensor) -> Tensor:
     """Round halves away from zero, as C++'s std::round does."""
-    return torch.where(position < 0, (position - 0.5).ceil(), (position + 0.5).floor()).long()
+    return (position + 0.5 * position.sign()).int()  # which cuts off
 
 
 def rotate(image: Tensor, degrees: float) -> Tensor:
@@ -172,9 +192,9 @@ OPS: dict[str, Callable[[Tensor, Draw], Tensor]] = {
     "Rotate": lambda image, draw: rotate(image, draw.sign * 30 * draw.level),
     "Posterize": lambda image, draw: posterize(image, int(4 * draw.level)),
     "Solarize": lambda image, draw: solarize(image, int(256 * draw.level)),
-    "Color": lambda image, draw: blend(grey(image), image, _factor(draw)),
-    "Contrast": lambda image, draw: blend(flat(image), image, _factor(draw)),
-    "Brightness": lambda image, draw: blend(torch.zeros_like(image), image, _factor(draw)),
+    "Color": lambda image, draw: blend(grey(image), image.contiguous(), _factor(draw)),
+    "Contrast": lambda image, draw: contrast(image, _factor(draw)),
+    "Brightness": lambda image, draw: look_up(blend(torch.tensor(0), _VALUES, _factor(draw)), image),
     "Sharpness": lambda image, draw: blend(smooth(image), image, _factor(draw)),
     "ShearX": lambda image, draw: affine(image, (1, draw.sign * 0.3 * draw.level, 0), (0, 1, 0)),
     "ShearY": lambda image, draw: affine(image, (1, 0, 0), (draw.sign * 0.3 * draw.level, 1, 0)),
