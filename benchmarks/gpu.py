@@ -10,7 +10,6 @@ multiply-add, over what the card's data sheet promises for dense bf16.
 import argparse
 import csv
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -25,13 +24,15 @@ from runs import write
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import vitlit
 from vitlit.data.workers import cores
 from vitlit.model import ViT
 
 RECIPES = {
-    "vit_s16_imagenet1k_90ep": {"size": 256, "classes": 1000, "each": 60, "suffix": "jpg", "steps": 1000},
-    "small_cifar10": {"size": 32, "classes": 10, "each": 5000, "suffix": "png", "steps": 1000},
+    "vit_s16_imagenet1k_90ep": {"size": 256, "classes": 1000, "each": 60, "suffix": "jpg"},
+    "small_cifar10": {"size": 32, "classes": 10, "each": 5000, "suffix": "png"},
 }
+STEPS = 1000  # of a recipe
 BATCH, ROUNDS, REPEATS = 256, 15, 5  # of the ViT alone
 
 
@@ -64,17 +65,17 @@ def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, 
     flags = ["--data.root", root, "--trainer.max_steps", steps, "--trainer.logger", "false", "--run.root", work]
     flags += ["--run.time_limit", limit]
     flags += ["--model.schedule.warmup", "10%"]  # the recipe's own is longer than this training
+    run = work / f"{name}-{time.time_ns()}"
     start = time.perf_counter()
-    code = main(["fit", "--config", f"recipes/{name}", *map(str, flags), "--run.name", f"{name}-{time.time_ns()}"])
+    code = main(["fit", "--config", f"recipes/{name}", *map(str, flags), "--run.name", run.name])
     seconds = time.perf_counter() - start
     if code not in (0, 75):
         raise RuntimeError(f"{name} ended with {code}")
-    run = max(work.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
     rows = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["train/images_per_second"]]
     rows = rows[1:]  # the first begins with the workers' start
     speed = statistics.median(float(row["train/images_per_second"]) for row in rows)
     waits = [float(row["train/data_wait"]) for row in rows]
-    flop = training_flop(vit_of(run))
+    flop = training_flop(vitlit.load(run))
     return {
         "name": name,
         "steps": int(rows[-1]["step"]) + 1,
@@ -88,19 +89,13 @@ def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, 
     }
 
 
-def vit_of(run: Path) -> ViT:
-    import vitlit
-
-    return vitlit.load(run)
-
-
 def training_flop(vit: ViT) -> float:
     """FLOP of one image's forward and backward, two a multiply-add, attention as two products."""
     vit = vit.to("meta").train()
     side = vit.config["image_size"]
     with FlopCounterMode(display=False) as counter:
-        vit(torch.empty(2, 3, side, side, device="meta")).sum().backward()
-    return counter.get_total_flops() / 2
+        vit(torch.empty(1, 3, side, side, device="meta")).sum().backward()
+    return float(counter.get_total_flops())
 
 
 def peak() -> float:
@@ -175,7 +170,7 @@ def main() -> None:
     for name, about in RECIPES.items():  # before there is a GPU that processes could not be forked beside
         each = max(2, round(about["each"] * given.share))
         made[name] = folder(given.work / f"images-{name}", about["size"], about["classes"], each, about["suffix"])
-        size = statistics.mean(path.stat().st_size for path in list((made[name] / "train" / "0000").iterdir()))
+        size = statistics.mean(path.stat().st_size for path in (made[name] / "train" / "0000").iterdir())
         print(f"{name}: {about['classes'] * each:,} images of {size / 1024:.1f} KiB", flush=True)
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "peak_bf16_tflops": peak() / 1e12}
 
@@ -187,10 +182,10 @@ def main() -> None:
     print(*result["alone"], sep="\n", flush=True)
     rows: list[dict[str, Any]] = []
     for name in reversed(RECIPES):
-        steps = max(100, round(RECIPES[name]["steps"] * given.share))
+        steps = max(100, round(STEPS * given.share))
         rows.append(fit(name, made[name], given.work, steps, given.limit))
         save(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

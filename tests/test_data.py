@@ -1,10 +1,12 @@
 """Decoding, crops, folders and batches against Pillow, torchvision and what a user does."""
 
 import gc
+import importlib
 import os
 import pickle
 import signal
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import forked
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from vitlit.data import ImageFolderData, Preprocess
+from vitlit.data import ImageFolderData, Preprocess, codec
 from vitlit.data import workers as data_workers
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
@@ -100,6 +103,25 @@ def test_every_format_and_mode_reads_as_pillow_reads_it(
     image = decode(path)
     assert image.dtype == torch.uint8
     assert np.array_equal(pixels(image), pillow(path))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_torchcodec_reads_the_usual_formats(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str
+) -> None:
+    photo.save(tmp_path / f"image.{extension}")
+    expected = pillow(tmp_path / f"image.{extension}")
+    monkeypatch.delattr(Image, "open")
+    assert np.array_equal(pixels(decode(tmp_path / f"image.{extension}")), expected)
+
+
+def test_a_torchcodec_that_does_not_load_says_why(tmp_path: Path) -> None:
+    def child() -> int:
+        sys.modules["torchcodec.decoders"] = None  # type: ignore[assignment]
+        found = importlib.reload(codec)
+        return int(bool(found.DECODERS) or found.DECODER != "Pillow" or "torchcodec.decoders" not in found.WHY_NOT)
+
+    assert forked(child, tmp_path).code == 0
 
 
 @pytest.mark.parametrize(

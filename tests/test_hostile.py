@@ -208,6 +208,16 @@ def test_as_many_pixels_as_are_allowed_are_decoded(tmp_path: Path, monkeypatch: 
             decode(tmp_path / "image")
 
 
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_what_begins_but_almost_as_an_image_is_none_to_either_decoder(format: str, tmp_path: Path) -> None:
+    data = saved(format)
+    broken = data[:2] + b"\0" + data[2:] if format == "JPEG" else data[:4] + b"\n\n" + data[6:]
+    (tmp_path / "image").write_bytes(broken)
+    with pytest.raises(UserError, match="cannot read the image"):
+        decode(tmp_path / "image")
+
+
 def test_postscript_is_no_image_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow would hand it to Ghostscript."""
     marker, program = tmp_path / "ran", tmp_path / "gs"

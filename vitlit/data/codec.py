@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-DECODERS: dict[str, Callable[..., Any]] = {}  # by the formats that it reads without FFmpeg
+DECODERS: dict[str, Callable[..., Any]] = {}  # by format; its decode_gif would decode all images of an animation
 
 try:
     from torchcodec.decoders import decode_jpeg, decode_png, decode_webp

@@ -108,7 +108,7 @@ class InceptionCrop(Crop):
 
 
 class RandomResizedCrop(Crop, v2.RandomResizedCrop):
-    """torchvision's, its draws and pixels the same bit for bit, in less time."""
+    """torchvision's, its draws the same bit for bit, and its pixels on processors with AVX2, in less time."""
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], interpolation: InterpolationMode) -> None:
         super().__init__(size, scale, interpolation=interpolation, antialias=True)
@@ -200,13 +200,13 @@ class PadCrop(Crop):
 def resized_crop(
     image: Tensor, top: int, left: int, height: int, width: int, size: tuple[int, int], interpolation: InterpolationMode
 ) -> Tensor:
-    """A box of an image (3, H, W), resized with antialiasing to (height, width).
+    """A box of an image (3, H, W), resized with antialiasing to `size`.
 
     The box is copied out first: torch resizes a dense uint8 image with its channels last in three quarters of the time
     that a view into a larger one takes. torchvision's resize would come to the same call, and so to the same bits, on
     processors with AVX2, after as long again as the copy takes.
     """
-    box = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    box = image[None, :, top : top + height, left : left + width].clone(memory_format=torch.channels_last)
     return interpolate(box, size, mode=interpolation.value, align_corners=False, antialias=True)[0]
 
 

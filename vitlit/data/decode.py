@@ -32,8 +32,8 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
     """The image in a file's content as RGB, upright by its EXIF orientation: (3, H, W), uint8, its memory (H, W, 3).
 
     torchcodec reads JPEG, PNG and WebP (1.7 times Pillow's speed on photographs, the same pixels); Pillow reads the
-    other formats and animations, of which the first frame counts, and all of them where torchcodec is missing. 16 bits
-    are scaled to 8; transparency is dropped. An image of more than `header.MOST_PIXELS` is refused by its header.
+    other formats and animated WebP, of which the first frame counts, and all of them where torchcodec is missing. 16
+    bits are scaled to 8; transparency is dropped. An image of more than `header.MOST_PIXELS` is refused by its header.
 
     Args:
         data: the content.
@@ -44,10 +44,8 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
     """
     try:
         check_size(data)
-        found = format_of(data)
-        if found in DECODERS and not (found == "WEBP" and is_film(data)):
-            return DECODERS[found](data, mode="RGB")
-        return _pillow(data)
+        decoder = DECODERS.get(format_of(data))
+        return decoder(data, mode="RGB") if decoder and not is_film(data) else _pillow(data)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the image {path}: it is no {' '.join(FORMATS)}; convert or remove it") from error
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -53,9 +53,9 @@ def refuse_huge(width: int, height: int) -> None:
 
 def format_of(data: bytes) -> str:
     """The format that a file's first bytes tell: JPEG, PNG, GIF or WEBP; "" for others."""
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
-    if data.startswith(b"\x89PNG"):
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     if data.startswith(b"GIF8"):
         return "GIF"
@@ -63,8 +63,8 @@ def format_of(data: bytes) -> str:
 
 
 def is_film(data: bytes) -> bool:
-    """Whether a WebP is animated, all images of which torchcodec would decode."""
-    return data[12:16] == b"VP8X" and bool(data[20] & 2)
+    """Whether it is an animated WebP, all images of which torchcodec would decode."""
+    return format_of(data) == "WEBP" and data[12:16] == b"VP8X" and bool(data[20] & 2)
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +65,11 @@ class Preprocess:
         """uint8 (B, 3, H, W) -> normalised (B, C, H, W) of `dtype`, on the images' device."""
         if len(self.mean) == 1:
             images = F.rgb_to_grayscale(images)
-        mean, std = (by_channel(tuple(numbers), images.device) for numbers in (self.mean, self.std))
+        mean, std = (
+            # Not made on the device, which would wait for all that a GPU has to do.
+            torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=images.is_cuda)
+            for numbers in (self.mean, self.std)
+        )
         return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)
 
     def __call__(self, images: str | Path | Tensor | Sequence[str | Path | Tensor]) -> Tensor:
@@ -74,13 +77,6 @@ class Preprocess:
             images = [images]
         tensors = [image if isinstance(image, Tensor) else decode(image) for image in images]
         return self.normalise(torch.stack([self.crop(tensor) for tensor in tensors]))
-
-
-@cache
-def by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number a channel as (C, 1, 1), float32, kept on its device: to bring it there anew waits for all work there."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device).view(-1, 1, 1)
 
 
 def train_transform(
