@@ -166,6 +166,14 @@ def test_a_run_skips_and_lists_and_a_run_without_stops(
     assert [row[0] for row in rows(tmp_path / "out.csv")[1:]] == [str(path) for path in sorted(photos.iterdir())[2:]]
 
 
+def test_a_prediction_of_nothing_is_an_error(vitlit: Callable[..., Any], few: Path, tmp_path: Path) -> None:
+    assert vitlit("fit", *SMALL, "--data.root", few, "--run.name", "one").code == 0
+    (tmp_path / "text.jpg").write_text("no image")
+    result = vitlit("predict", "runs/one", "text.jpg", "--data.on_bad_image", "skip", "--out", "out.csv")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "out.csv is empty; 1 could not be read, see out-bad.csv" in result.err
+
+
 def test_evaluation_stops_at_a_bad_image_either_way(vitlit: Callable[..., Any], few: Path, tmp_path: Path) -> None:
     root = tmp_path / "holed"
     shutil.copytree(few, root)
@@ -173,4 +181,4 @@ def test_evaluation_stops_at_a_bad_image_either_way(vitlit: Callable[..., Any], 
     result = vitlit("fit", *SMALL, "--data.root", root, "--data.on_bad_image", "skip")
     assert result.code == 2
     assert "cannot read the image" in result.err
-    assert "on_bad_image" not in result.err
+    assert "evaluation takes every image: restore or remove it" in result.err

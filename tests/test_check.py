@@ -415,7 +415,7 @@ def test_each_file_that_cannot_be_read_has_its_reason(
     assert fault["reasons"] == {
         "train/temple/404.jpg": "it is no JPEG PNG WEBP GIF BMP PPM TIFF",
         "train/temple/link.jpg": "No such file or directory",
-        "val/temple/empty.png": "empty file",
+        "val/temple/empty.png": "it is empty",
     }
     out = capfd.readouterr().out
     assert all(f"\n  {path}: {reason}\n" in out for path, reason in fault["reasons"].items())

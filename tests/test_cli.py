@@ -825,6 +825,8 @@ def test_a_run_is_logged_to_wandb(vitlit: Command, few: Path, tmp_path: Path) ->
             "Gaussian",
         ),
         ("--data.augment", "[torchvision.transforms.v2.MixUp]", "data.augment: MixUp fails on an image"),
+        ("--data.augment", "torchvision.transforms.v2.AugMix", "; write [torchvision.transforms.v2.AugMix]"),
+        ("--data.mean", "0.5", "data.mean: expected tuple, not 0.5; write [0.5]"),
         ("--run.keep_every", "0", "run.keep_every 0"),
         ("--run.save_minutes", ".nan", "run.save_minutes nan"),
         ("--run.name", "a\0b", "run.name 'a"),

@@ -194,6 +194,21 @@ def test_a_cut_off_file_is_an_error_that_names_it_in_one_line(
         assert "BytesIO" not in message
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_whose_range_is_unknown_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.linspace(0, 255, 100, dtype=kind).reshape(10, 10)).save(tmp_path / "wide.tif")
+    with pytest.raises(UserError, match=r"wide.tif: numbers of 32 bits, .*; convert it to 8 or 16 bits"):
+        decode(tmp_path / "wide.tif")
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("extension", ["png", "tiff", "pgm"])
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path: Path, extension: str) -> None:
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / f"deep.{extension}")
+    assert np.array_equal(pixels(decode(tmp_path / f"deep.{extension}"))[..., 0], values // 257)
+
+
 def test_sixteen_bits_of_colour_are_scaled_to_eight(tmp_path: Path) -> None:
     """Pillow, which cannot write them, cuts the lower byte off, so that the two decoders are a level apart."""
     values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)

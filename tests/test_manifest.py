@@ -197,7 +197,7 @@ def test_a_group_is_held_out_whole_or_not_at_all(tmp_path: Path, share: float) -
 def test_groups_that_leave_nothing_to_hold_out_are_refused(tmp_path: Path) -> None:
     rows = [(f"{i}.png", "ab"[i % 2], "all") for i in range(20)]
     found = read_manifest(grouped(tmp_path, rows), tmp_path / "images")
-    with pytest.raises(UserError, match="every group is most of a class, so none can be held out"):
+    with pytest.raises(UserError, match=r"holdout 0.1: every group .* or all of one; hold out more"):
         hold_out(found.splits["train"], 0.1, found.classes)
 
 

@@ -151,6 +151,7 @@ WORDING = (
     (r"expected import path or a subclass spec, but got .*, not", "expected class, not"),
     (r"Unable to load config '([^']*)'.*", r"expected its keys, not \1"),
     (r"Not a valid subclass of (\w+)", r"expected \1"),
+    (r"(expected (?:Sequence|tuple), not )([^\[{].*)", r"\1\2; write [\2]"),
     (r'Parser key "([\w.]+)":(?: ([\w.]+):(?= ))?', lambda found: ".".join(filter(None, found.groups())) + ":"),
 )
 

@@ -329,6 +329,8 @@ class CLI(LightningCLI):
         writer = next(c for c in trainer.callbacks if isinstance(c, callbacks.Predictions))
         left = len(writer.index) - writer.written
         beside = f"; {left:,} could not be read, see {self.datamodule.bad_photos}" if left else ""
+        if trainer.is_global_zero and not writer.written:
+            raise UserError(f"{writer.out} is empty{beside}")
         rank_zero_only(print)(f"{writer.out}: {writer.written:,} images{beside}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

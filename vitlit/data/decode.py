@@ -33,7 +33,8 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
 
     torchcodec reads JPEG, PNG and WebP (1.7 times Pillow's speed on photographs, the same pixels); Pillow reads the
     other formats and animated WebP, of which the first frame counts, and all of them where torchcodec is missing. 16
-    bits are scaled to 8; transparency is dropped. An image of more than `header.MOST_PIXELS` is refused by its header.
+    bits are scaled to 8, and 32 refused; transparency is dropped. An image of more than `header.MOST_PIXELS` is refused
+    by its header.
 
     Args:
         data: the content.
@@ -43,13 +44,16 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
         UserError: it is no image that can be read; the message names the path.
     """
     try:
+        if not data:
+            raise ValueError("it is empty")
         check_size(data)
         decoder = DECODERS.get(format_of(data))
         return decoder(data, mode="RGB") if decoder and not is_film(data) else _pillow(data)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the image {path}: it is no {' '.join(FORMATS)}; convert or remove it") from error
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error)).strip().splitlines()  # torchcodec names its source line
+        # torchcodec names its source line.
+        reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error)).strip(" .\n").splitlines()
         raise UserError(f"cannot read the image {path}: {reason[0] if reason else type(error).__name__}") from error
 
 
@@ -61,6 +65,8 @@ def _pillow(data: bytes) -> Tensor:
     except Image.DecompressionBombError as error:
         raise HugeImage(f"more than {MOST_PIXELS:,} pixels; scale it down") from error
     refuse_huge(*picture.size)
+    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        raise ValueError("numbers of 32 bits, which do not tell what is white; convert it to 8 or 16 bits")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would cut off at 255
         picture = Image.fromarray(((np.asarray(picture, np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))

@@ -200,7 +200,10 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
     if index.groups is not None:
         held = _hold_groups(index.groups, labels, counts, wanted)
         if not held.any() and wanted.any():
-            raise UserError(f"data.holdout {share:g}: every group is most of a class, so none can be held out")
+            raise UserError(
+                f"data.holdout {share:.3g}: every group is more than twice what is to be held out of its classes, "
+                "or all of one; hold out more, or make groups smaller"
+            )
     else:
         drawn = mix(np.array([zlib.crc32(name) for name in index.names()]))  # by name: another class changes nothing
         held = np.zeros(len(index), bool)

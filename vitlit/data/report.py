@@ -76,8 +76,6 @@ def look(path: str) -> Look:
         warnings.simplefilter("ignore")  # Pillow's, of what is looked for here
         try:
             data = read_file(path)
-            if not data:
-                return Look("unreadable", "empty file")
             image = decode_bytes(data, path).permute(1, 2, 0).contiguous()
         except Exception as error:  # a decoder's bug in one file must not end the check
             if isinstance(error.__cause__, HugeImage):
@@ -267,8 +265,8 @@ class Report:
 
 
 def _text(text: str) -> str:
-    """Text for rich; a name that is not UTF-8 cannot be printed as it is."""
-    return escape(os.fsencode(text).decode(errors="replace"))
+    """Text for rich on one line; a name that is not UTF-8 cannot be printed as it is."""
+    return escape(os.fsencode(text).decode(errors="replace").replace("\n", "\\n"))
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:

@@ -109,7 +109,9 @@ def _list(filesystem: Any, path: str, root: str) -> tuple[dict[str, str], list[s
             sizes = filesystem.sizes([entry["name"] for entry in found.values()])
         texts = [os.fsdecode(filesystem.cat_file(top[name]["name"])) for name in CLASSES if name in top]
     except Exception as error:  # every filesystem has its own
-        raise UserError(f"{root} has no {INDEX}, and cannot be searched for tars: {why(error)}") from error
+        raise UserError(
+            f"{root} has no {INDEX}, and cannot be searched for tars ({why(error)}); give the folder or URL of shards"
+        ) from error
     if not found:
         raise UserError(f"{root} holds neither {INDEX} nor *.tar, nor does its folder train; give a folder of shards")
     lines = sorted(f"{name} {size}" for name, size in zip(found, sizes, strict=True))
