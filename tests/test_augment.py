@@ -328,13 +328,16 @@ def test_three_augment_without_jitter_is_one_of_three() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (5, 3), (16, 24)])
 def test_augments_keep_the_shape_and_follow_the_seed(augment: v2.Transform, size: tuple[int, int]) -> None:
     image = picture(*size)
+    as_decoded = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     results = []
-    for seed in (*range(40), *range(40)):
-        torch.manual_seed(seed)
-        results.append(augment(image))
+    for given in (image, as_decoded):
+        for seed in range(40):
+            torch.manual_seed(seed)
+            results.append(augment(given))
     assert all(result.shape == image.shape and result.dtype == torch.uint8 for result in results)
     assert all(torch.equal(*pair) for pair in zip(results[:40], results[40:], strict=True))
     assert torch.equal(image, picture(*size))
+    assert torch.equal(as_decoded, picture(*size))
     if size == (16, 24):
         assert len({result.numpy().tobytes() for result in results}) > 20
 
