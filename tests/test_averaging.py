@@ -40,13 +40,13 @@ class Watch(Callback):
 
 
 def fit(
-    root: Path, *callbacks: Callback, ckpt_path: Path | None = None, before: Path | None = None, decay: float = DECAY
+    root: Path, *callbacks: Callback, ckpt_path: Path | None = None, before: Path | None = None, epochs: int = 2
 ) -> tuple[Pretrain, Trainer]:
     torch.manual_seed(0 if before is None else 1)
     vit = ViT(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_dim=32, dropout=0.2)
     stage = Pretrain(vit, partial(Supervised, num_classes=4), partial(torch.optim.AdamW, lr=5e-3), Schedule(2))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(accelerator="cpu", max_epochs=2, logger=False, callbacks=list(callbacks), **quiet)  # type: ignore
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, logger=False, callbacks=list(callbacks), **quiet)  # type: ignore
     data = ImageFolderData(str(root), image_size=16, batch_size=8, num_workers=0)
     try:
         trainer.fit(stage, data, ckpt_path=ckpt_path, weights_only=True)
@@ -129,8 +129,23 @@ def test_an_average_that_would_lag_behind_is_said(few: Path, capsys: pytest.Capt
     fit(few, EMA(0.9999))
     said = capsys.readouterr().out
     assert "vitlit: warning: an EMA with decay 0.9999 averages over 10,000 steps, much of a training of 10" in said
+    assert "so that it lags behind; leave EMA out\n" in said  # none fits 10 steps
+    fit(few, EMA(0.9999), epochs=13)
+    assert "a training of 65, so that it lags behind; 0.8 would fit" in capsys.readouterr().out
     fit(few, EMA(0.4))
     assert "warning" not in capsys.readouterr().out
+
+
+def test_an_average_begins_with_the_weights_of_a_run_without_one(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    fit(few, Watch(5, tmp_path / "a.ckpt"))
+    watch = Watch()
+    stage, _ = fit(few, EMA(DECAY), watch, ckpt_path=tmp_path / "a.ckpt", before=tmp_path)
+    assert "the checkpoint has no average of weights (EMA); it begins with its weights\n" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "WeightAveraging" in str(warning.message)]
+    for name, expected in averaged(watch.steps).items():
+        torch.testing.assert_close(stage.get_parameter(name).detach(), expected)
 
 
 def test_coarse_weights_are_not_averaged(few: Path) -> None:
@@ -149,7 +164,7 @@ def test_the_average_computes_as_the_weights_it_is_of(few: Path, tmp_path: Path)
         vit=ViT(**size),
         init_from=str(tmp_path / "weights.safetensors"),
         num_classes=4,
-        optimizer=partial(torch.optim.SGD, lr=0.0),
+        optimizer=partial(torch.optim.SGD, lr=1e-30),
     )
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
     trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[EMA(0.5)], **quiet)

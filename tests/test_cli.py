@@ -182,9 +182,19 @@ MISTAKES = {
     "--batch_size 8": ["no key batch_size; did you mean data.batch_size?"],
     "--trainer.logg false": ["no key trainer.logg; did you mean trainer.logger?"],  # no abbreviations
     "--model.vit.widht 8": ["model.vit: no key widht; did you mean width?"],
+    "--model.vit.mixing 8": ["model.vit: no key mixing\n"],  # there is data.mixing, in another object
+    "--data.mixing.timescale 8": ["no key data.mixing.timescale\n"],
+    "--model.vit vitlit.ViT.from_preset --model.vit.preset S/16 --model.vit.width 64": [
+        "model.vit: no key width, which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT"
+    ],
     "--model.schedule.warmupp 8": ["no key schedule.warmupp; did you mean schedule.warmup?"],
+    "--data.mixing.prob 0.5": ["data.mixing.prob does nothing without data.mixing.mixup or data.mixing.cutmix; give"],
+    "--data.erasing.area [0.1,0.2]": ["data.erasing.area does nothing without data.erasing.prob; give it, or leave it"],
+    "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats, 8 or less"],
     "--model.optimizer AdanW": ["no class AdanW; did you mean AdamW?"],
     "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
+    "--trainer.callbacks [vitlit.averaging.EMAA]": ["no attribute 'EMAA'; did you mean EMA?"],
+    "--data.augment [vitlit.data.augment.TimRandAugment]": ["did you mean TimmRandAugment?"],
     "--model Pretrian": ["no class Pretrian; did you mean Pretrain?"],
     "--data.batch_size many": ["data.batch_size: expected int, not many"],
     "--model.optimizer.lr fast": ["model.optimizer.lr: expected float or class, not fast"],
@@ -593,6 +603,11 @@ def test_the_images_of_any_step_of_a_run_are_shown(vitlit: Command, few: Path, w
     refused(vitlit("data", "show", "runs/pretrain"), "--step")
 
 
+def test_what_a_flag_switches_off_may_keep_the_configs_settings(vitlit: Command, few: Path, tmp_path: Path) -> None:
+    config = shipped(tmp_path, "  batch_size: 32", "  erasing: {prob: 0.5, fill: mean}\n  batch_size: 32")
+    done(vitlit("fit", "--config", config, *SMALL[2:], "--data.root", few, "--data.erasing.prob", 0))
+
+
 def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
     vitlit: Command, few: Path, tmp_path: Path
 ) -> None:
@@ -651,6 +666,15 @@ def test_a_checkpoint_that_the_config_contradicts_is_refused(
     assert not (work / "runs" / "b" / "checkpoints").exists()
 
 
+def test_a_checkpoint_beyond_the_end_of_training_is_refused(vitlit: Command, few: Path, work: Path) -> None:
+    command = ("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, "--run.name", "b", "--ckpt_path", LAST)
+    more = "more --trainer.max_epochs or --trainer.max_steps"
+    refused(vitlit(*command), f"{LAST} is at step 6, and this training ends at step 6; give {more}")
+    refused(vitlit(*command, "--trainer.max_epochs", 2), f"{LAST} is at step 6, and this training ends at step 4")
+    assert not (work / "runs" / "b").exists()
+    done(vitlit(*command, "--trainer.max_steps", 7))
+
+
 def test_a_checkpoint_of_the_other_stage_is_refused(vitlit: Command, few: Path, work: Path) -> None:
     refused(
         vitlit(*FINETUNE.split(), few, "--ckpt_path", LAST), LAST, "holds a Pretrain", "Finetune", "--model.init_from"
@@ -672,6 +696,7 @@ def test_finetuning_starts_from_a_run_or_a_file_at_another_size(
     ("flags", "words"),
     [
         ("--model.init_from missing", ["missing does not exist"]),
+        ("--model.init_from runs/no", ["runs/no does not exist; name the folder of a run, or a checkpoint file\n"]),
         ("--model.init_from runs", ["runs holds no checkpoints"]),
         ("--model.init_from null", ["--model.init_from"]),
         ("--data.mean [0.1,0.2,0.3]", ["data.mean is (0.1, 0.2, 0.3)", "best.ckpt was made with (0.5, 0.5, 0.5)"]),
@@ -916,6 +941,19 @@ def test_a_learning_rate_for_another_batch_is_doubted(
     assert result.code == 2  # for the warm-up
     doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
     assert (doubt in result.out) == (not answer)
+
+
+def test_adapters_under_layer_decay_are_doubted(vitlit: Command, few: Path, work: Path) -> None:
+    command = (*FINETUNE.split(), few, "--model.init_from", "runs/pretrain", "--model.lora.rank", 2)
+    doubt = "layer_decay 0.5 leaves LoRA's adapters near the image almost still; give --model.groups.layer_decay 1"
+    assert f"vitlit: warning: model.groups.{doubt}" in done(vitlit(*command, "--model.groups.layer_decay", 0.5))
+    assert "layer_decay" not in done(vitlit(*command, "--run.name", "b"))
+
+
+def test_a_loss_that_rose_is_said_at_the_end(vitlit: Command, few: Path) -> None:
+    out = done(vitlit("fit", *SMALL, "--data.root", few, "--model.optimizer.lr", 10, "--model.schedule.warmup", 0))
+    assert re.search(r"vitlit: warning: train/loss rose from 1\.\d+ to [\d,.]+; lower the learning rate \(", out)
+    assert "rose" not in done(vitlit("fit", *SMALL, "--data.root", few, "--run.name", "b"))
 
 
 def test_two_ways_of_balancing_are_doubted(vitlit: Command, few: Path) -> None:

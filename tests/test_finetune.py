@@ -164,6 +164,28 @@ def test_multiples_go_by_the_names_that_freezing_goes_by(weights: str, few: Path
         fit(made(weights, groups=Groups(lr={"blokcs.*": 0.5})), few)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": partial(torch.optim.AdamW, lr=0.0)}, "every learning rate is 0, which trains nothing"),
+        (
+            {"groups": Groups(lr={"head.*": 0.0})},
+            r"model\.groups\.lr {'head\.\*': 0.0} leaves the new head as it begins",
+        ),
+        ({"groups": Groups(lr={"head.*": 0.0}), "keep_head": True}, None),
+        ({"groups": Groups(lr={"head.bias": 0.0})}, None),
+    ],
+)
+def test_what_is_to_be_trained_has_a_learning_rate(
+    options: dict[str, Any], words: str | None, weights: str, few: Path
+) -> None:
+    if words is None:
+        fit(made(weights, **options), few, steps=2)
+        return
+    with pytest.raises(UserError, match=words):
+        fit(made(weights, **options), few, steps=2)
+
+
 def test_a_share_of_the_learning_rate_needs_a_global_batch(weights: str) -> None:
     stage = made(weights, schedule=Schedule(lr_per=256))
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -192,7 +214,7 @@ def test_an_objective_need_not_take_the_number_of_classes(weights: str, few: Pat
 
 def test_a_head_that_is_kept_goes_on_where_the_weights_left_it(weights: str, few: Path) -> None:
     """At another resolution, as in FixRes (1906.06423): without an update it is the weights' network, resampled."""
-    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "schedule": Schedule()}
+    still = {"optimizer": partial(torch.optim.SGD, lr=1e-30), "schedule": Schedule()}
     stage = made(weights, vit=ViT(**{**SIZE, "image_size": 24}), keep_head=True, **still)
     fit(stage, few, data={"image_size": 24}, steps=1)
     resized = ViT(**{**SIZE, "image_size": 24}, num_classes=4)
@@ -216,7 +238,8 @@ def moved_by_training(weights: str, root: Path) -> set[str]:
         ({"num_classes": 0}, [], "no head"),
         ({"num_classes": 3}, [], "a head for 3 classes"),
         ({"num_classes": 4, "hidden_dim": 8}, [], "a head with a hidden layer"),
-        ({"num_classes": 4}, list("3210"), "a head for 4 classes"),
+        ({"num_classes": 4}, list("3210"), "a head for 4 classes, '3' in the place of '0'"),
+        ({"num_classes": 4}, list("01x3"), "a head for 4 classes, 'x' in the place of '2'"),
     ],
 )
 def test_a_head_of_something_else_is_not_kept(

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
+from vitlit import averaging
 from vitlit.cli import find_config
 from vitlit.config import read_config
+from vitlit.data import augment
 from vitlit.errors import UserError
+from vitlit.model import Size
 from vitlit.objectives import Objective
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
@@ -185,23 +189,35 @@ class Parser(LightningArgumentParser):
         raise UserError(text + parser.suggestion(text)) from ex
 
     def suggestion(self, text: str) -> str:
-        """The nearest name to the one that a message calls unknown."""
-        wrong = re.search(r"no (key|class|attribute) '?([\w.]+?)(?:\.(?:class_path|init_args).*)?'?$", text)
-        if not wrong:
+        """The nearest name to the one that a message calls unknown, within the object that it names."""
+        pattern = r"(?:^([\w.]+): )?no (key|class|attribute) '?([\w.]+?)(?:\.(?:class_path|init_args).*)?'?$"
+        found = re.search(pattern, text)
+        if not found:
             return ""
-        names = self.keys() if wrong[1] == "key" else self.classes()
-        near = get_close_matches(wrong[2], names, 1, 0.7)
-        return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong[2] else ""
+        owner, kind, wrong = found.groups()
+        names = self.keys(owner or "", wrong) if kind == "key" else self.classes()
+        if "preset" in names and wrong in Size._fields:
+            return ", which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT and all its keys"
+        near = get_close_matches(wrong, names, 1, 0.7) or get_close_matches(wrong.rpartition(".")[2], names, 1, 0.7)
+        return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong else ""
 
-    def keys(self) -> dict[str, str]:
-        """Every key by itself and by its last part."""
+    def keys(self, owner: str, wrong: str) -> dict[str, str]:
+        """The keys beside a wrong one by their last parts; without an owner or a group, all, by their whole names too.
+
+        Of an owner that is a class, whose keys its own parser has, there are none.
+        """
         keys = [action.dest for action in self._actions if action.dest and action.dest != "help"]
-        return {key.rsplit(".", 1)[-1]: key for key in keys} | {key: key for key in keys}
+        group = ".".join(filter(None, (owner, wrong.rpartition(".")[0])))
+        beside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
+        if owner or (group and beside):
+            return beside
+        return {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
 
     @staticmethod
     def classes() -> dict[str, str]:
         """The classes that a config usually names."""
-        names = [*dir(optim), *(c.__name__ for base in (Stage, Objective) for c in base.__subclasses__())]
+        names = [name for module in (optim, callbacks, averaging, augment) for name in dir(module)]
+        names += [c.__name__ for base in (Stage, Objective) for c in base.__subclasses__()]
         return {name: name for name in names if name[0].isupper()}
 
 

@@ -1,5 +1,6 @@
 """An exponential moving average of the weights, evaluated beside the weights that are trained."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -59,11 +60,22 @@ class EMA(WeightAveraging):
         set_numerics(copy.vit, pl_module.vit.config)
         steps = trainer.estimated_stepping_batches
         if 5 / (1 - self.decay) > steps:
+            # A tenth of the training, rounded; one of less than 50 steps has no time for an average.
+            remedy = "leave EMA out" if steps < 50 else f"{1 - float(f'{10 / steps:.1g}'):g} would fit"
             rank_zero_only(print)(
                 f"vitlit: warning: an EMA with decay {self.decay:g} averages over {1 / (1 - self.decay):,.0f} steps, "
-                f"much of a training of {steps:,.0f}, so that it lags behind; {max(0.0, 1 - 10 / steps):.2g} would fit",
+                f"much of a training of {steps:,.0f}, so that it lags behind; {remedy}",
                 flush=True,
             )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is None or "averaging_state" in checkpoint:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's words for it
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        rank_zero_only(print)("the checkpoint has no average of weights (EMA); it begins with its weights", flush=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # the two change places

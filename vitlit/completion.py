@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from vitlit.data.erasing import Erasing
+from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT
@@ -136,9 +138,36 @@ def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
             f"data.batch_size is {batch}, but the config's learning rate {now:g} is for {made_for}; in proportion it "
             f"would be {now * batch / made_for:.3g} (--model.schedule.lr_per {made_for})"
         )
+    decay = config.model.init_args.groups.layer_decay
+    if config.model.init_args.get("lora") is not None and decay < 1:
+        found.append(
+            f"model.groups.layer_decay {decay:g} leaves LoRA's adapters near the image almost still; give "
+            "--model.groups.layer_decay 1, with which 1e-3 is a learning rate to begin with"
+        )
     if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
         found.append("data.balanced draws rare classes more often, and class_weights weigh them more besides; give one")
     return found
+
+
+# What of the data does nothing where these are all 0.
+SWITCHES = {"mixing": (Mixing, ("mixup", "cutmix")), "erasing": (Erasing, ("prob",))}
+
+
+def check_idle(data: Namespace, source: dict[str, Any]) -> None:
+    """Refuse settings of what is off, unless the file, before flags, had it on: then a flag switched it off.
+
+    Raises:
+        UserError: a setting other than the default would do nothing.
+    """
+    for group, (kind, switches) in SWITCHES.items():
+        names = [f"data.{group}.{switch}" for switch in switches]
+        if any(data[group][switch] for switch in switches) or any(given_in(source, name) for name in names):
+            continue
+        for key, value in data[group].as_dict().items():
+            if plain(value) != plain(getattr(kind, key)):
+                raise UserError(
+                    f"data.{group}.{key} does nothing without {' or '.join(names)}; give it, or leave it out"
+                )
 
 
 def given_in(source: Any, key: str) -> Any:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from vitlit import averaging, callbacks
 from vitlit.arguments import HELP, CommandLine, Parser, build, check_groups
 from vitlit.checkpoints import Best, Last, check_space
-from vitlit.completion import complete, doubts, starting_weights
+from vitlit.completion import check_idle, complete, doubts, starting_weights
 from vitlit.data import ImageFolderData, augment, sources
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -34,6 +34,7 @@ from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
 from vitlit.trainer import Trainer, check_monitors
 from vitlit.weights import locate
+from vitlit.weights.checkpoint import open_checkpoint
 
 DIGITS = "data/digits"  # the root that is made where it is missing
 
@@ -181,6 +182,7 @@ class CLI(LightningCLI):
                 "--trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true begins it again"
             )
             raise SystemExit(0)
+        self.given = config.ckpt_path
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
         if config.ckpt_path:
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
@@ -254,12 +256,18 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         self.datamodule.check(self.subcommand, self.trainer.world_size)
         if self.keeps:
+            check_idle(self.config.fit.data, self.line.content)
             for doubt in doubts(self.config.fit, self.line.content):
                 rank_zero_only(print)(f"vitlit: warning: {doubt}", flush=True)
             check_monitors(self.trainer, self.model)
             epoch = self.datamodule.steps_per_epoch
             limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * epoch]
-            self.model.schedule.over(min(limit for limit in limits if limit > 0), epoch)
+            total = min(limit for limit in limits if limit > 0)
+            self.model.schedule.over(total, epoch)
+            # Not of the run's own, which may have been stopped when it had but to be marked as finished.
+            if self.given and (step := open_checkpoint(Path(self.given))["global_step"]) >= total:
+                ends = f"{self.given} is at step {step}, and this training ends at step {total}"
+                raise UserError(f"{ends}; give more --trainer.max_epochs or --trainer.max_steps")
             self.model.check(self.datamodule)
             self.model.objective.prepare(self.datamodule)
 
@@ -296,6 +304,10 @@ class CLI(LightningCLI):
         if not self.keeps or rank() != 0:
             return
         self.folder.finish(self.trainer.global_step)
+        losses = [float(loss) for loss in self.model.losses]
+        if losses and losses[-1] > 1.5 * max(losses[0], 0.5):  # a small one is as large again by chance
+            rose = f"train/loss rose from {losses[0]:,.4g} to {losses[-1]:,.4g}"
+            print(f"vitlit: warning: {rose}; lower the learning rate (--model.optimizer.init_args.lr)", flush=True)
         rows = {"steps": f"{self.trainer.global_step:,}"}
         if self.best.best_model_score is not None:
             score = float(self.best.best_model_score)

@@ -170,8 +170,9 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
         return np.arange(batch_size)
     if batch_size < 2 * repeats:
         raise UserError(
-            f"data.batch_size {batch_size} cannot pair {repeats} repeats of an image with others; "
-            f"give at least {2 * repeats}, or fewer --data.repeats"
+            f"data.batch_size {batch_size} is too small for {repeats} repeats of an image and as many of another, with "
+            f"which they are paired, mixed or not; give at least {2 * repeats}, or fewer --data.repeats"
+            + (f", {batch_size // 2} or less" if batch_size > 3 else "")
         )
     half = -(-batch_size // 2)
     rows = np.empty(batch_size, np.int64)

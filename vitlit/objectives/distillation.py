@@ -67,7 +67,11 @@ class Distillation(Supervised):
         if classes != self.num_classes:
             raise UserError(f"the teacher {self.teacher} has {classes} classes, the data {self.num_classes}")
         if teacher.classes and own and teacher.classes != own:
-            raise UserError(f"the teacher {self.teacher} has other class names than the data")
+            other, name = next(pair for pair in zip(teacher.classes, own, strict=True) if pair[0] != pair[1])
+            raise UserError(
+                f"the teacher {self.teacher} has other class names than the data, or in another order: {other!r} in "
+                f"the place of {name!r}"
+            )
         sees: Any = teacher.preprocess
         gets: Any = getattr(data, "preprocess", None)
         if gets is not None:

@@ -26,7 +26,7 @@ class Groups:
         layer_decay: the learning rate of each layer as a multiple of the one above: 1 for norm and head, layer_decay
             for the last block, layer_decay ^ (depth + 1) for the embedding (2106.08254, appendix A.2; MAE's
             util/lr_decay.py).
-        lr: further multiples of the learning rate by pattern.
+        lr: further multiples of the learning rate by pattern; where several match, they multiply.
         weight_decay: multiples of the weight decay by pattern, in place of 1 for kernels (matrices of linear layers and
             convolutions) and 0 for all else (big_vision, configs/vit_s16_i1k.py).
 
@@ -61,7 +61,7 @@ def build_optimizer(
         lr_scale: a factor of every learning rate.
 
     Raises:
-        UserError: a trainable parameter is in no layer, a pattern matches none, or nothing is trainable.
+        UserError: a trainable parameter is in no layer, a pattern matches none, or nothing is trainable or trained.
     """
     members = group_members(layers, module, groups)
     settings = [{"params": group["params"], "layers": group["layers"]} for group in members]
@@ -77,6 +77,8 @@ def build_optimizer(
         for name in ("lr", "weight_decay"):
             if not abs(made.get(name, 0)) <= torch.finfo(torch.float32).max:
                 raise UserError(f"the optimizer's {name} of {made['layers'][0]} is {made[name]:g}, beyond float32")
+    if not any(group["lr"] for group in optimizer.param_groups):
+        raise UserError("every learning rate is 0, which trains nothing; give --model.optimizer.init_args.lr more")
     return optimizer
 
 

@@ -17,11 +17,12 @@ class Schedule:
 
     Args:
         warmup: the length over which the learning rate rises from 0.
-        decay: the curve after it: cosine and linear reach `final` at the last step; rsqrt is
-            1 / sqrt(1 + t / timescale), t steps after the warm-up; constant stays.
+        decay: the curve after it: cosine and linear fall to `final`; rsqrt is 1 / sqrt(1 + t / timescale), t steps
+            after the warm-up; constant stays.
         cooldown: the length at the end over which the learning rate is brought to 0, for rsqrt and constant.
         timescale: steps, of rsqrt.
-        final: what cosine and linear end at, as a multiple of the peak.
+        final: what cosine and linear fall to, as a multiple of the peak: one step after the last, whose learning rate
+            is above it by the curve's last step.
         lr_per: images of global batch that the optimizer's lr is for: the peak is lr x data.batch_size / lr_per. Unless
             given, the lr is the peak.
 
@@ -43,6 +44,8 @@ class Schedule:
             raise UserError(f"model.schedule.final {self.final} is not between 0 and 1")
         if self.timescale < 1:
             raise UserError(f"model.schedule.timescale {self.timescale} is less than 1")
+        if self.timescale != Schedule.timescale and self.decay != "rsqrt":
+            raise UserError(f"model.schedule.timescale is for rsqrt, not for {self.decay}; leave it out")
         if self.lr_per is not None and self.lr_per < 1:
             raise UserError(f"model.schedule.lr_per {self.lr_per} is less than 1")
         if self.final and self.decay not in ("cosine", "linear"):

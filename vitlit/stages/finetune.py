@@ -42,7 +42,9 @@ class Finetune(Stage):
         freeze: what is not trained: true for all but the head (linear probe), or shell patterns of parameter names, one
             or a list.
         last_blocks: train only so many blocks at the end, the final norm and the head.
-        lora: train only low-rank adapters and the head. Checkpoints hold the plain network with the adapters merged.
+        lora: train only low-rank adapters and the head; any one of its keys switches it on, with rank 8 unless given.
+            Its learning rate is higher, 1e-3 with AdamW, and groups.layer_decay 1. Checkpoints hold the plain network
+            with the adapters merged.
         optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
             peak.
         schedule: of the learning rate, by optimiser step.
@@ -123,6 +125,16 @@ class Finetune(Stage):
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
             self.init_from = None  # a second fit goes on
 
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        head = {id(parameter) for parameter in self.vit.head.parameters()}
+        groups = [g for g in made["optimizer"].param_groups if any(id(parameter) in head for parameter in g["params"])]
+        if not self.keep_head and not any(group["initial_lr"] for group in groups):
+            raise UserError(
+                f"model.groups.lr {self.groups.lr} leaves the new head as it begins, at zero; give it more than 0"
+            )
+        return made
+
     def check_head(self, weights: Weights) -> None:
         """Refuse to keep a head of other classes or of another kind."""
         known = list(getattr(self.data, "classes", []))
@@ -130,6 +142,8 @@ class Finetune(Stage):
         others = bool(weights.classes and known) and weights.classes != known
         if count != self.vit.config["num_classes"] or hidden or others:
             has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
+            if others and (pair := next((p for p in zip(weights.classes, known, strict=False) if p[0] != p[1]), None)):
+                has += f", {pair[0]!r} in the place of {pair[1]!r}"
             raise UserError(
                 f"model.keep_head needs one linear layer for the data's {self.vit.config['num_classes']} classes, in "
                 f"their order, but {weights.path} has {has}; leave it out"

@@ -68,6 +68,7 @@ class Stage(LightningModule):
         self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
         self._rate = 0.0
+        self.losses: list[Tensor] = []  # the first and the last that this training logged
         self._finite = Finite(torch.device("cpu"))
         self.clock = Clock(torch.device("cpu"))
 
@@ -148,6 +149,7 @@ class Stage(LightningModule):
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
+        self.losses.clear()
         self._finite = Finite(self.device)
         self.clock = Clock(self.device)
 
@@ -222,6 +224,7 @@ class Stage(LightningModule):
         if not every or (step % every and not trainer.is_last_batch):
             return
         logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
+        self.losses[1:] = [logs["loss"]]
         self._check_training()
         speed, waited = self.clock.lap()
         for name, value in logs.items():

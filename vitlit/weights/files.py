@@ -75,7 +75,8 @@ def locate(source: str | Path) -> Path:
             f"{source} holds no checkpoints/best.ckpt and no model.safetensors; name the folder of a run, or a "
             "checkpoint file"
         )
-    hub = f"; for a model of the hub write hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) else ""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir()
+    hub = f"; for a model of the hub write hf:{source}" if named and source.parts[0] != "runs" else ""
     raise UserError(f"{source} does not exist; name the folder of a run, or a checkpoint file{hub}")
 
 
