@@ -857,7 +857,7 @@ def test_a_holdout_leaves_an_image_of_every_class(share: float, few: Path) -> No
     [
         ({"augment": [v2.ToDtype(torch.float32, scale=True)]}, r"data\.augment makes images .* of float32"),
         ({"augment": [v2.Resize((8, 8))]}, r"data\.augment makes images \[3, 8, 8\] of uint8"),
-        ({"repeats": 9}, "cannot pair 9 repeats"),
+        ({"repeats": 9}, "too small for 9 repeats"),
     ],
 )
 def test_what_training_would_trip_over_is_refused_before(options: dict[str, Any], words: str, few: Path) -> None:
