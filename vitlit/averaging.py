@@ -69,13 +69,13 @@ class EMA(WeightAveraging):
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average_model is None or "averaging_state" in checkpoint:
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
-            return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Lightning's words for it
+            warnings.filterwarnings("ignore", "The checkpoint was not created with WeightAveraging")
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        rank_zero_only(print)("the checkpoint has no average of weights (EMA); it begins with its weights", flush=True)
+        if self._average_model is not None and "averaging_state" not in checkpoint:
+            rank_zero_only(print)(
+                "the checkpoint has no average of weights (EMA); it begins with its weights", flush=True
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # the two change places

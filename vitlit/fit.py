@@ -304,10 +304,6 @@ class CLI(LightningCLI):
         if not self.keeps or rank() != 0:
             return
         self.folder.finish(self.trainer.global_step)
-        losses = [float(loss) for loss in self.model.losses]
-        if losses and losses[-1] > 1.5 * max(losses[0], 0.5):  # a small one is as large again by chance
-            rose = f"train/loss rose from {losses[0]:,.4g} to {losses[-1]:,.4g}"
-            print(f"vitlit: warning: {rose}; lower the learning rate (--model.optimizer.init_args.lr)", flush=True)
         rows = {"steps": f"{self.trainer.global_step:,}"}
         if self.best.best_model_score is not None:
             score = float(self.best.best_model_score)

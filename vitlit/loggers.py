@@ -97,8 +97,9 @@ class CSV(Logger):
             whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
             reader = csv.DictReader(io.StringIO(whole, newline=""))
             rows = list(reader)
-            assert all(int(row["step"]) >= 0 and None not in row for row in rows)
-        except (ValueError, KeyError, TypeError, AssertionError, csv.Error) as error:
+            if any(int(row["step"]) < 0 or None in row for row in rows):
+                raise ValueError("a row has more cells than there are columns, or a step below 0")
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{self.path} is damaged; move it away, and the same command continues the run") from error
         return list(reader.fieldnames or ["step"]), rows
 

@@ -105,7 +105,6 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in known:
             continue
-        if makers <= {"vitlit", "lightning"} or get_close_matches(
-            monitor, known, 1, 0.7
-        ):  # else it may be a metric of theirs
+        # Else it may be a metric that theirs logs.
+        if makers <= {"vitlit", "lightning"} or get_close_matches(monitor, known, 1, 0.7):
             raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")

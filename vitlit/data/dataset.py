@@ -58,10 +58,11 @@ class Images(Dataset[tuple[Any, ...]]):
         except StorageUserError:
             raise
         except UserError as error:
-            if self.bad is None and (self.index.labels[index] < 0).any():  # of a photo, which no metric needs
-                raise UserError(f"{error}; --data.on_bad_image skip leaves it out") from error
             if self.bad is None:
-                raise UserError(f"{error}; evaluation takes every image: restore or remove it") from error
+                photo = (self.index.labels[index] < 0).any()  # which no metric needs
+                needed = "evaluation takes every image: restore or remove it"
+                remedy = "--data.on_bad_image skip leaves it out" if photo else needed
+                raise UserError(f"{error}; {remedy}") from error
             self.bad.note(self.index.path(index), str(error))
             return torch.zeros(3, 8, 8, dtype=torch.uint8), -1
 

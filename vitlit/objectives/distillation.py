@@ -11,6 +11,7 @@ from vitlit.model import ViT
 from vitlit.objectives.objective import Step
 from vitlit.objectives.supervised import Supervised
 from vitlit.weights import load
+from vitlit.weights.weights import other_name
 
 
 class Distillation(Supervised):
@@ -67,10 +68,9 @@ class Distillation(Supervised):
         if classes != self.num_classes:
             raise UserError(f"the teacher {self.teacher} has {classes} classes, the data {self.num_classes}")
         if teacher.classes and own and teacher.classes != own:
-            other, name = next(pair for pair in zip(teacher.classes, own, strict=True) if pair[0] != pair[1])
             raise UserError(
-                f"the teacher {self.teacher} has other class names than the data, or in another order: {other!r} in "
-                f"the place of {name!r}"
+                f"the teacher {self.teacher} has other class names than the data, or in another order: "
+                f"{other_name(teacher.classes, own)}"
             )
         sees: Any = teacher.preprocess
         gets: Any = getattr(data, "preprocess", None)

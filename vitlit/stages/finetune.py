@@ -15,6 +15,7 @@ from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
+from vitlit.weights.weights import other_name
 
 # What is a training's, not its weights', as a new one begins with it.
 TRAINING: dict[str, Any] = {
@@ -142,8 +143,8 @@ class Finetune(Stage):
         others = bool(weights.classes and known) and weights.classes != known
         if count != self.vit.config["num_classes"] or hidden or others:
             has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
-            if others and (pair := next((p for p in zip(weights.classes, known, strict=False) if p[0] != p[1]), None)):
-                has += f", {pair[0]!r} in the place of {pair[1]!r}"
+            if others and (name := other_name(weights.classes, known)):
+                has += f", {name}"
             raise UserError(
                 f"model.keep_head needs one linear layer for the data's {self.vit.config['num_classes']} classes, in "
                 f"their order, but {weights.path} has {has}; leave it out"

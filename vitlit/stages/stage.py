@@ -68,7 +68,7 @@ class Stage(LightningModule):
         self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
         self._rate = 0.0
-        self.losses: list[Tensor] = []  # the first and the last that this training logged
+        self._losses: list[Tensor] = []  # the first and the last that this training logged
         self._finite = Finite(torch.device("cpu"))
         self.clock = Clock(torch.device("cpu"))
 
@@ -149,12 +149,19 @@ class Stage(LightningModule):
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
-        self.losses.clear()
+        self._losses.clear()
         self._finite = Finite(self.device)
         self.clock = Clock(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.clock.restart()
+
+    def on_train_end(self) -> None:
+        losses = [float(loss) for loss in self._losses]
+        if losses and losses[-1] > 1.5 * max(losses[0], 0.5):  # a small one is as large again by chance
+            rose = f"train/loss rose from {losses[0]:,.4g} to {losses[-1]:,.4g}"
+            remedy = "lower the learning rate (--model.optimizer.init_args.lr)"
+            rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
 
     def on_validation_epoch_end(self) -> None:
         measures = self.measures["val"]
@@ -224,7 +231,7 @@ class Stage(LightningModule):
         if not every or (step % every and not trainer.is_last_batch):
             return
         logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
-        self.losses[1:] = [logs["loss"]]
+        self._losses[1:] = [logs["loss"]]
         self._check_training()
         speed, waited = self.clock.lap()
         for name, value in logs.items():
