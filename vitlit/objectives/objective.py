@@ -8,18 +8,34 @@ from torch import Tensor, nn
 from vitlit.model import ViT
 
 
+class Batch(NamedTuple):
+    """A batch of images, normalised and on the device.
+
+    Attributes:
+        views: one tensor of images (B, C, H, W) a view; plain training has one view.
+        labels: class numbers (B,), int64, or shares of classes (B, classes), float. -1 where there are no labels.
+        indices: positions of the images in their split, (B,), int64.
+    """
+
+    views: list[Tensor]
+    labels: Tensor
+    indices: Tensor
+
+
 class Step(NamedTuple):
-    """What an objective makes of one batch.
+    """What an objective computes from one batch.
 
     Attributes:
         loss: the mean over the batch, a scalar.
-        logits: (B, classes) where there are classes to be right about, else None.
+        logits: (B, classes) from an objective that classifies, else None.
         logs: further scalars to log, by name.
+        features: (B, D) pooled features of the first view, detached, where the objective has them; probes use them.
     """
 
     loss: Tensor
     logits: Tensor | None = None
     logs: dict[str, Tensor] = {}  # noqa: RUF012
+    features: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):
