@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "wandb_mode": ("errors",),
     "callbacks": ("loggers", "data", "optim", "errors"),
     "checkpoints": ("errors",),
-    "interrupt": ("checkpoints",),
+    "interrupt": ("checkpoints", "data.workers"),
     "lock": ("errors",),
 }
 # And of other packages, beside Python's own library.

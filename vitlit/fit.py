@@ -26,9 +26,9 @@ from vitlit.data import ImageFolderData, augment, sources
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
-from vitlit.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
+from vitlit.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
 from vitlit.loggers import CSV, Wandb
-from vitlit.ranks import agree, exchange, inherited, rank
+from vitlit.ranks import inherited, rank, share_decision
 from vitlit.run import Decision, RunFolder, RunOptions, seconds
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
@@ -76,7 +76,7 @@ def run(command: str, arguments: list[str]) -> int:
     )
     line = CommandLine.read(command, arguments)
     try:
-        with heeded(command == "fit"):
+        with signals_handled(command == "fit"):
             CLI(line)
     except UserError:
         if rank() and not line.launched:
@@ -175,7 +175,7 @@ class CLI(LightningCLI):
         self.asked = self.plain(config)
         decision = Decision("begin", "")
         if self.keeps:
-            decision = agree(self.decided(config.run.overwrite), self.folder.path, self.asked)
+            decision = share_decision(self.decided(config.run.overwrite), self.folder.path, self.asked)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -195,7 +195,7 @@ class CLI(LightningCLI):
             return self.folder.decide(self.asked, overwrite)
         except UserError:
             with suppress(UserError):  # they may not have come
-                exchange(Decision("refused", ""), self.folder.path)
+                share_decision(Decision("refused", ""), self.folder.path, self.asked)
             raise
 
     def complete_loggers(self, config: Any) -> None:
