@@ -135,6 +135,7 @@ class Parser(LightningArgumentParser):
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
         """Check null too, which jsonargparse accepts for any type."""
         super().validate(namespace, *args, **kwargs)
+        # skip_unset=False would do the same, but for required keys: "expected str, not null" says less than "needs".
         for action in self._actions:
             if action.default is not None and namespace.get(action.dest, action.default) is None:
                 self._check_value_key(action, None, action.dest, namespace)
@@ -155,7 +156,7 @@ class Parser(LightningArgumentParser):
 
     def nearest(self, wrong: str) -> str:
         """Words that suggest the nearest key: of the same group, or any where no group has that name."""
-        keys = [action.dest for action in self._actions if action.dest != "help"]
+        keys = list(self.get_defaults().keys())
         if "preset" in keys and wrong in Size._fields:
             return ", which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT and all its keys"
         group, _, name = wrong.rpartition(".")

@@ -154,7 +154,7 @@ class CLI(LightningCLI):
 
     def plain(self, config: Any) -> dict[str, Any]:
         """The config as plain values, without what is no setting of the run."""
-        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         for beside in ("config", "ckpt_path", "out"):
             plain.pop(beside, None)
         plain["run"].update(name=self.folder.name, overwrite=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
 from vitlit.checkpoints import Last
@@ -153,7 +152,7 @@ class Interrupt(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
         agreed = isinstance(exception, Interrupted) and exception.agreed
-        if isinstance(launcher, _SubprocessScriptLauncher) and not agreed:
+        if launcher is not None and not agreed:
             launcher.kill(signal.SIGKILL)  # the other ranks would wait for this process for ever
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
