@@ -20,7 +20,7 @@ from functools import cache, partial
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -55,12 +55,37 @@ def randomized(module: Module, scale: float = 0.1) -> Module:
     return module.eval()
 
 
+def stranger(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
+    """A timm model, by default a small one for 32 pixels and 3 classes, whose every parameter has a value."""
+    import timm
+
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 3}
+    return randomized(timm.create_model(name, **{**small, **options}))
+
+
 class Result(NamedTuple):
     """What a command left: its exit code and what it printed."""
 
     code: int
     out: str
     err: str
+
+
+def refused(result: Result, *words: object, code: int = 2) -> None:
+    """It is one line, with these words in it, and exit code 2."""
+    assert result.code == code, result.err
+    assert result.err.startswith("vitlit: error: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert str(word) in result.err
+
+
+def done(result: Result) -> str:
+    """It worked, and nothing was complained about; what it printed."""
+    assert result.code == 0, result.err
+    assert not result.err
+    return result.out
 
 
 def start(function: Callable[[], int], cwd: Path, name: str = "") -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result, command
+from conftest import SMALL, Result, command, done, refused
 from PIL import Image
 from test_loggers import recorded
 
@@ -28,22 +28,6 @@ from vitlit.stages import Stage
 Command = Callable[..., Result]
 FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
 FINETUNE += " --model.schedule.warmup 1 --trainer.logger false --data.root"
-
-
-def refused(result: Result, *words: object, code: int = 2) -> None:
-    """It is one line, with these words in it, and exit code 2."""
-    assert result.code == code, result.err
-    assert result.err.startswith("vitlit: error: ")
-    assert result.err.count("\n") == 1, result.err
-    for word in words:
-        assert str(word) in result.err
-
-
-def done(result: Result) -> str:
-    """It worked, and nothing was complained about; what it printed."""
-    assert result.code == 0, result.err
-    assert not result.err
-    return result.out
 
 
 def columns(run: Path) -> set[str]:

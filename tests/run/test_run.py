@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result, launched
+from conftest import SMALL, Result, launched, refused
 from torch.distributed import TCPStore
 
 from vitlit import cli as vitlit_cli
@@ -84,15 +84,6 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 def files(run: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
-
-
-def refused(result: Result, *words: object) -> None:
-    """It is one line, with these words in it, and exit code 2."""
-    assert result.code == 2, result.err
-    assert result.err.startswith("vitlit: error: ")
-    assert result.err.count("\n") == 1
-    for word in words:
-        assert str(word) in result.err
 
 
 @pytest.fixture
