@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import math
+import shutil
 import signal
 import sys
 import time
@@ -237,3 +238,23 @@ def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = command("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, cwd=folder)
     assert result.code == 0, result.err
     return folder
+
+
+@pytest.fixture
+def work(trained: Path, tmp_path: Path) -> Path:
+    """A folder of one's own in which runs/pretrain is complete."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of the run that SMALL makes."""
+    return tmp_path / "runs" / "pretrain"
+
+
+@pytest.fixture
+def finished(trained: Path, run: Path) -> Path:
+    """The folder of a run that is complete."""
+    shutil.copytree(trained / "runs", run.parent)
+    return run

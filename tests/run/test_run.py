@@ -86,18 +86,6 @@ def files(run: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "pretrain"
-
-
-@pytest.fixture
-def finished(trained: Path, run: Path) -> Path:
-    """The folder of a run that is complete."""
-    shutil.copytree(trained / "runs", run.parent)
-    return run
-
-
 # The same command again, and another.
 
 
