@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed import TCPStore
 
@@ -63,6 +64,13 @@ def stranger(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
     torch.manual_seed(0)
     small = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 3}
     return randomized(timm.create_model(name, **{**small, **options}))
+
+
+def paint(*paths: Path) -> None:
+    """Write a small image at each path."""
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, 100, 200)).save(path)
 
 
 class Result(NamedTuple):
@@ -258,3 +266,25 @@ def finished(trained: Path, run: Path) -> Path:
     """The folder of a run that is complete."""
     shutil.copytree(trained / "runs", run.parent)
     return run
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Image.Image]:
+    """Two real photographs, 640 x 427."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def photo(photos: list[Image.Image]) -> Image.Image:
+    return photos[0].resize((161, 107))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Class folders of 20, 10, 5, 2 and 1 images in the root itself."""
+    root = tmp_path / "tree"
+    for name, count in (("a", 20), ("b", 10), ("c", 5), ("d", 2), ("e", 1)):
+        paint(*(root / name / f"{i:02d}.png" for i in range(count)))
+    return root
