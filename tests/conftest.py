@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from functools import cache, partial
 from importlib import import_module
@@ -288,3 +288,37 @@ def tree(tmp_path: Path) -> Path:
     for name, count in (("a", 20), ("b", 10), ("c", 5), ("d", 2), ("e", 1)):
         paint(*(root / name / f"{i:02d}.png" for i in range(count)))
     return root
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start a web server of a folder, which ends with the test."""
+    from shard_files import Server
+
+    servers: list[Server] = []
+
+    def start(folder: Path, mode: str = "parts") -> Server:
+        servers.append(Server(folder, tmp_path / f"requests{len(servers)}.log", mode))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def packed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits of `few` in four shards, three of them of train."""
+    from shard_files import _of_folder
+
+    from vitlit.data.sharding import write
+
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    write(_of_folder(few), out, 30_000)
+    return out
+
+
+@pytest.fixture
+def own(packed: Path, tmp_path: Path) -> Path:
+    """A copy of the shards to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "own"))

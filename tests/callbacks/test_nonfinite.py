@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Result, refused
+from small_stage import fit, pretrain
 
 from vitlit.data.stream import order
+from vitlit.errors import UserError
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
@@ -53,3 +55,13 @@ def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
     flags = ("--model.optimizer.lr", 1e30, "--model.schedule.warmup", 0)
     refused(vitlit("fit", *SMALL, "--data.root", few, *flags), "is no finite number")
     assert not (tmp_path / "runs" / "pretrain" / "checkpoints").exists()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def test_a_loss_that_is_no_number_stops_the_training(few: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss of step \d+ .*is no finite number; lower the learning rate"):
+        fit(pretrain(lr=1e30), few, max_epochs=5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,3 +155,20 @@ def test_a_holdout_leaves_an_image_of_every_class(share: float, few: Path) -> No
     classes, index, held = scan_train(few, share)
     assert held is not None
     assert set(index.labels) == set(held.labels) == set(range(len(classes)))
+
+
+def test_links_in_a_circle_end_below_photos_too(
+    vitlit: Callable[..., Any], few: Path, trained: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "a").mkdir(parents=True)
+    (photos / "a" / "1.png").write_bytes(next(few.rglob("*.png")).read_bytes())
+    for name, target in (("self", "."), ("a/up", ".."), ("a/there", "../a"), ("loop", "loop"), ("a/top", photos)):
+        (photos / name).symlink_to(target)
+    assert [Path(scan_photos([photos]).path(i)).name for i in range(len(scan_photos([photos])))] == ["1.png"]
+    done = vitlit("predict", trained / "runs" / "pretrain", photos, "--out", "out.csv")
+    assert done.code == 0, done.err
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+    for arguments in (("predict", trained / "runs" / "pretrain", photos / "loop"), ("data", "check", photos / "loop")):
+        result = vitlit(*arguments)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err

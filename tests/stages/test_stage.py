@@ -1,12 +1,7 @@
-"""The stages built in Python: what they learn, log, refuse and leave in a checkpoint."""
+"""The stages built in Python: what they learn, log and refuse."""
 
-import argparse
 import copy
 import math
-import os
-import shutil
-import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    balanced_accuracy_score,
-    log_loss,
-    top_k_accuracy_score,
-)
+from small_stage import TINY, Memory, data, distance, finetune, fit, perturbed, pretrain, saved, state_of, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,283 +20,12 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.optim import Schedule
-from vitlit.stages import Finetune, Pretrain, Stage
-from vitlit.stages.metrics import metrics, update
-
-TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
+from vitlit.stages import Finetune, Pretrain
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-class Memory(Logger):
-    """Keeps what is logged: name -> (step, value) pairs."""
-
-    name = version = "memory"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: dict[str, list[tuple[int | None, float]]] = {}
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            self.rows.setdefault(name, []).append((step, value))
-
-
-def perturbed(module: nn.Module) -> None:
-    """Move every parameter: a zero head would hide mistakes."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-
-
-def pretrain(num_classes: int = 4, dropout: float = 0.0, schedule: Schedule = Schedule(), **optimizer: Any) -> Pretrain:
-    stage = Pretrain(
-        ViT(**TINY, dropout=dropout),
-        partial(Supervised, num_classes=num_classes),
-        partial(torch.optim.AdamW, **{"lr": 1e-3, "weight_decay": 0.1, **optimizer}),
-        schedule,
-    )
-    perturbed(stage)
-    return stage
-
-
-def finetune(init_from: Path | None = None, **options: Any) -> Finetune:
-    vit = None if init_from else ViT(**TINY)
-    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    source = str(init_from) if init_from else None
-    return Finetune(**{"vit": vit, "init_from": source, "num_classes": 4, "optimizer": sgd, **options})
-
-
-def data(root: Path, **options: Any) -> ImageFolderData:
-    return ImageFolderData(str(root), **{"image_size": 16, "batch_size": 8, "num_workers": 0, **options})
-
-
-def trainer(**options: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    small = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-    return Trainer(**{**quiet, **small, **options})
-
-
-def fit(stage: Stage, root: Path, data_options: dict[str, Any] | None = None, **options: Any) -> Trainer:
-    runner = trainer(**options)
-    runner.fit(stage, data(root, **(data_options or {})))
-    return runner
-
-
-def saved(stage: Stage, root: Path, path: Path) -> Path:
-    fit(stage, root, max_steps=2).save_checkpoint(path)
-    return path
-
-
-def state_of(stage: Stage) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in stage.state_dict().items()}
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-# Checkpoints
-
-
-@pytest.mark.parametrize("kind", [pretrain, finetune])
-def test_a_checkpoint_holds_plain_values_and_gives_the_stage_back(kind: Any, few: Path, tmp_path: Path) -> None:
-    stage = kind()
-    path = saved(stage, few, tmp_path / "a.ckpt")
-    torch.load(path, weights_only=True)
-    images = torch.randn(3, 3, 16, 16)
-    expected = stage.eval()(images)
-    for again in (type(stage).load_from_checkpoint(path), Stage.load_from_checkpoint(path)):
-        assert type(again) is type(stage)
-        assert torch.equal(again.eval()(images), expected)
-        assert again.schedule == stage.schedule
-        optimizers = [s.optimizer([nn.Parameter(torch.zeros(1))]) for s in (stage, again)]
-        assert type(optimizers[0]) is type(optimizers[1])
-        assert optimizers[0].defaults == optimizers[1].defaults
-    assert torch.equal(vitlit.load(path)(images), expected)
-
-
-def test_a_checkpoint_of_the_other_stage_is_refused(few: Path, tmp_path: Path) -> None:
-    path = saved(pretrain(), few, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a\.ckpt holds a \S*Pretrain, not a Finetune"):
-        Finetune.load_from_checkpoint(path)
-
-
-class Derived(Pretrain):
-    """A stage of a user's own."""
-
-
-def test_a_stage_of_ones_own_loads_where_its_package_is_trusted(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Derived(ViT(**TINY), partial(Supervised, num_classes=4), partial(torch.optim.AdamW, lr=1e-3))
-    path = saved(stage, few, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=rf"{__name__}\.Derived is outside the packages that may be named"):
-        Stage.load_from_checkpoint(path)
-    monkeypatch.setenv("VITLIT_TRUST", __name__)
-    for again in (Derived.load_from_checkpoint(path), Stage.load_from_checkpoint(path)):
-        assert type(again) is Derived
-        assert distance(state_of(again), state_of(stage)) == 0
-
-
-def test_a_stage_that_was_loaded_trains_and_saves_again(few: Path, tmp_path: Path) -> None:
-    again = Stage.load_from_checkpoint(saved(pretrain(schedule=Schedule(1, "linear")), few, tmp_path / "a.ckpt"))
-    third = Stage.load_from_checkpoint(saved(again, few, tmp_path / "b.ckpt"))
-    assert third.schedule == Schedule(1, "linear")
-    assert distance(state_of(again), state_of(third)) == 0
-
-
-def test_a_parameter_has_one_name_in_a_checkpoint(few: Path, tmp_path: Path) -> None:
-    stage = pretrain()
-    names = torch.load(saved(stage, few, tmp_path / "a.ckpt"), weights_only=True)["state_dict"].keys()
-    assert names == {f"vit.{name}" for name in stage.vit.state_dict()}
-
-
-def test_a_checkpoint_says_what_the_model_is_and_sees(few: Path, tmp_path: Path) -> None:
-    about = torch.load(saved(pretrain(), few, tmp_path / "a.ckpt"), weights_only=True)["vitlit"]
-    assert about["classes"] == ["0", "1", "2", "3"]
-    assert about["preprocess"]["image_size"] == (16, 16)
-    assert ViT(**about["vit"]).config == about["vit"]
-
-
-@pytest.mark.parametrize(
-    "factory", [lambda vit: Supervised(vit, 4), partial(lambda vit, n: Supervised(vit, n), n=4), Supervised.__call__]
-)
-def test_what_a_checkpoint_could_not_name_is_refused_in_one_line(factory: Any) -> None:
-    with pytest.raises(UserError, match=r"cannot be stored in a checkpoint; give a class or a functools\.partial") as e:
-        Pretrain(ViT(**TINY), factory, partial(torch.optim.AdamW, lr=1e-3))
-    assert "\n" not in str(e.value)
-    with pytest.raises(UserError, match="cannot be stored"):
-        Pretrain(ViT(**TINY), partial(Supervised, num_classes=4), lambda groups: torch.optim.AdamW(groups, lr=1e-3))
-
-
-def test_a_finetuned_checkpoint_needs_no_other_file(few: Path, tmp_path: Path) -> None:
-    source = saved(pretrain(), few, tmp_path / "pretrain.ckpt")
-    stage = finetune(source)
-    path = saved(stage, few, tmp_path / "finetune.ckpt")
-    source.unlink()
-    images = torch.randn(2, 3, 16, 16)
-    again = Finetune.load_from_checkpoint(path)
-    assert torch.equal(again.eval()(images), stage.eval()(images))
-    fit(finetune(vit=ViT(**TINY)), few, max_epochs=2)  # and a run of it goes on
-    trainer(max_epochs=2).fit(Finetune.load_from_checkpoint(path), data(few), ckpt_path=path, weights_only=True)
-
-
-class Evil:
-    """A pickle that runs a command."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
-
-
-POPEN = "lightning.pytorch.strategies.launchers.subprocess_script.subprocess.Popen"  # beneath a trusted package
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("_instantiator", "subprocess.check_output"),
-        ("_class_path", "subprocess.Popen"),
-        ("_class_path", POPEN),
-        ("optimizer", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "MARKER"]}}),
-        ("optimizer", {"class_path": POPEN, "init_args": {"args": ["touch", "MARKER"]}}),
-        ("objective", {"class_path": "os.system", "init_args": {"command": "touch MARKER"}}),
-        ("objective", {"class_path": POPEN, "dict_kwargs": {"args": ["touch", "MARKER"]}}),
-        ("vit", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "MARKER"]}}),
-        ("vit", {"class_path": POPEN, "init_args": {"args": ["touch", "MARKER"]}}),
-    ],
-)
-def test_a_checkpoint_that_names_a_foreign_callable_does_not_get_it_called(
-    key: str, value: Any, few: Path, tmp_path: Path
-) -> None:
-    path = saved(pretrain(), few, tmp_path / "a.ckpt")
-    marker = tmp_path / "marker"
-    checkpoint = torch.load(path, weights_only=True)
-
-    def filled(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {name: filled(part) for name, part in item.items()}
-        if isinstance(item, list):
-            return [filled(part) for part in item]
-        return item.replace("MARKER", str(marker))
-
-    checkpoint["hyper_parameters"][key] = filled(value)
-    torch.save(checkpoint, path)
-    with pytest.raises((UserError, ValueError, argparse.ArgumentError)) as caught:
-        fit(Stage.load_from_checkpoint(path), few, max_steps=1)
-    assert not marker.exists()
-    if "subprocess.Popen" in str(value) and POPEN not in str(value):
-        assert isinstance(caught.value, UserError)
-        assert "subprocess.Popen is outside the packages" in str(caught.value)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_pickle_that_would_run_a_command_is_refused(nested: bool, few: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    path = tmp_path / "evil.ckpt"
-    if nested:
-        checkpoint = torch.load(saved(pretrain(), few, path), weights_only=True)
-        torch.save({**checkpoint, "extra": Evil(marker)}, path)
-    else:
-        torch.save(Evil(marker), path)
-    for read in (vitlit.load, Stage.load_from_checkpoint, lambda p: vitlit.load_weights(ViT(**TINY), p)):
-        with pytest.raises(UserError, match=r"evil\.ckpt is not a checkpoint"):
-            read(path)
-    assert not marker.exists()
-
-
-# Measures
-
-
-def test_validation_numbers_are_scikit_learns_on_uneven_batches(digits: Path) -> None:
-    stage = pretrain(num_classes=10).eval()
-    folder = data(digits, batch_size=64)  # 359 images: five batches and 39
-    measured = trainer().validate(stage, folder, verbose=False)[0]
-    index = folder.split("val")
-    with torch.no_grad():
-        logits = stage(folder.preprocess([index.path(i) for i in range(len(index))])).double()
-    probabilities, labels = logits.softmax(-1).numpy(), index.labels
-    assert len(labels) == 359
-    expected = {
-        "val/loss": log_loss(labels, probabilities, labels=range(10)),
-        "val/top1": accuracy_score(labels, probabilities.argmax(-1)),
-        "val/top1_macro": balanced_accuracy_score(labels, probabilities.argmax(-1)),
-        "val/top5": top_k_accuracy_score(labels, probabilities, k=5),
-    }
-    assert measured == pytest.approx(expected, abs=1e-6)
-    assert len(set(expected.values())) == 4
-
-
-@pytest.mark.parametrize(("classes", "top5"), [(2, False), (4, False)])
-def test_top5_is_left_out_where_five_classes_are_all(classes: int, top5: bool, few: Path, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    for split in ("train", "val"):
-        for label in range(classes):
-            shutil.copytree(few / split / str(label), root / split / str(label))
-    stage = pretrain(num_classes=classes)
-    runner = fit(stage, root)
-    assert {"train/loss", "val/loss", "val/top1", "val/top1_macro"} <= runner.callback_metrics.keys()
-    assert ("val/top5" in runner.callback_metrics) is top5
-    assert stage(torch.randn(2, 3, 16, 16)).shape == (2, classes)
-
-
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_a_checkpoint_measures_what_its_run_measured(weights_only: bool, few: Path, tmp_path: Path) -> None:
-    runner = fit(pretrain(), few)
-    runner.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
-    options: Any = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True, "verbose": False}
-    [measured] = trainer().validate(pretrain(), data(few), **options)
-    assert measured == {name: runner.callback_metrics[name].item() for name in measured}
 
 
 def test_a_finetune_starts_from_zero_logits(few: Path, tmp_path: Path) -> None:
@@ -365,40 +82,6 @@ class StopAfter(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.steps:
             trainer.should_stop = True
-
-
-def test_throughput_counts_images_not_batches(few: Path) -> None:
-    memory = Memory()
-    fit(pretrain(), few, {"micro_batch": 4}, logger=memory)
-    rates = [value for _, value in memory.rows["train/images_per_second"]]
-    assert len(rates) == 5
-    assert all(math.isfinite(rate) and rate > 8 for rate in rates)
-
-
-def test_the_wait_for_data_is_its_share_of_the_time(few: Path) -> None:
-    """A loader that sleeps for four fifths of the time, beside a step that sleeps for the rest."""
-
-    class Slow(ImageFolderData):
-        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            time.sleep(0.2)
-            return super().on_before_batch_transfer(batch, dataloader_idx)
-
-    class Busy(Callback):
-        def on_before_zero_grad(self, *args: Any) -> None:
-            time.sleep(0.05)
-
-    waits = {}
-    for name, kind in (("slow", Slow), ("fast", ImageFolderData)):
-        memory = Memory()
-        slow = kind(str(few), image_size=16, batch_size=4, num_workers=0)
-        trainer(max_steps=10, log_every_n_steps=2, callbacks=[Busy()], logger=memory).fit(pretrain(), slow)
-        waits[name] = [value for _, value in memory.rows["train/data_wait"]]
-    assert len(waits["slow"]) >= 4
-    assert all(0.5 < wait < 0.85 for wait in waits["slow"][1:])
-    assert all(wait < 0.4 for wait in waits["fast"][1:])
-
-
-# Training
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("64-true", 1e-9)])
@@ -565,11 +248,6 @@ def test_a_warm_up_longer_than_the_training_is_refused(few: Path) -> None:
         fit(pretrain(schedule=Schedule(5)), few)
 
 
-def test_a_loss_that_is_no_number_stops_the_training(few: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss of step \d+ .*is no finite number; lower the learning rate"):
-        fit(pretrain(lr=1e30), few, max_epochs=5)
-
-
 def test_a_small_vit_overfits_forty_digits(few: Path) -> None:
     runner = fit(pretrain(lr=5e-3, weight_decay=0.0), few, {"crop_scale": (1.0, 1.0), "flip": 0.0}, max_epochs=40)
     assert runner.callback_metrics["train/loss"] < 0.05
@@ -610,17 +288,3 @@ def test_data_that_does_not_fit_the_network_is_refused(few: Path, size: int, cla
     data = ImageFolderData(str(few), image_size=size, batch_size=8, num_workers=0)
     with pytest.raises(UserError, match=words):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1).fit(stage, data)
-
-
-def test_the_mean_average_precision_is_scikit_learns_over_the_classes_that_have_images() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(40, 5, generator=generator)
-    labels = (torch.rand(40, 5, generator=generator) < 0.3).float()
-    labels[:, 3] = 0
-    measures = metrics(5, multi_label=True)
-    for part in (slice(0, 15), slice(15, 40)):
-        update(measures, torch.tensor(1.0), logits[part], labels[part], len(logits[part]))
-    measure: Any = measures["map"]
-    present = [0, 1, 2, 4]
-    expected = average_precision_score(labels[:, present], logits[:, present], average="macro")
-    assert measure.compute().item() == pytest.approx(expected, abs=1e-6)
