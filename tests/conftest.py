@@ -90,6 +90,17 @@ def refused(result: Result, *words: object, code: int = 2) -> None:
         assert str(word) in result.err
 
 
+def user_error(pattern: str, function: Callable[..., object], *arguments: Any) -> str:
+    """What a call says that ends in a UserError: one line, in which the pattern is found."""
+    from vitlit.errors import UserError
+
+    with pytest.raises(UserError, match=pattern) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 def done(result: Result) -> str:
     """It worked, and nothing was complained about; what it printed."""
     assert result.code == 0, result.err

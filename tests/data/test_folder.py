@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import paint
+from conftest import paint, user_error
 
 from vitlit.data import ImageFolderData
 from vitlit.data.decode import decode
@@ -81,26 +81,22 @@ def test_links_in_a_circle_neither_hang_nor_count_an_image_twice(tmp_path: Path)
 
 
 def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> None:
-    def refused(pattern: str, call: Callable[[], object]) -> None:
-        with pytest.raises(UserError, match=pattern):
-            call()
-
-    refused("is not a folder; give --data.root", lambda: scan_train(tmp_path / "nowhere"))
+    user_error("is not a folder; give --data.root", scan_train, tmp_path / "nowhere")
     paint(tmp_path / "flat" / "train" / "1.png")
-    refused("train holds no class folders; images belong in", lambda: scan_train(tmp_path / "flat"))
+    user_error("train holds no class folders; images belong in", scan_train, tmp_path / "flat")
     paint(tmp_path / "root" / "a" / "1.png")
-    refused(r"has no folder train; .*--data\.holdout 10%", lambda: scan_train(tmp_path / "root"))
+    user_error(r"has no folder train; .*--data\.holdout 10%", scan_train, tmp_path / "root")
     paint(tmp_path / "hole" / "train" / "a" / "1.png")
     (tmp_path / "hole" / "train" / "b").mkdir()
-    refused("class folder .*/b holds no image", lambda: scan_train(tmp_path / "hole"))
+    user_error("class folder .*/b holds no image", scan_train, tmp_path / "hole")
     paint(tmp_path / "strange" / "val" / "z" / "1.png")
-    refused("has the class 'z', which the training", lambda: scan_split(tmp_path / "strange" / "val", ["a", "b"]))
+    user_error("has the class 'z', which the training", scan_split, tmp_path / "strange" / "val", ["a", "b"])
     paint(tmp_path / "loose" / "val" / "1.png")
-    refused("holds images but no class folders", lambda: scan_split(tmp_path / "loose" / "val", ["a", "b"]))
+    user_error("holds images but no class folders", scan_split, tmp_path / "loose" / "val", ["a", "b"])
     (tmp_path / "empty" / "val" / "a").mkdir(parents=True)
-    refused("holds no image", lambda: scan_split(tmp_path / "empty" / "val", ["a"]))
-    refused("does not exist; give images or folders", lambda: scan_photos([tmp_path / "nowhere"]))
-    refused("no image under", lambda: scan_photos([tmp_path / "empty"]))
+    user_error("holds no image", scan_split, tmp_path / "empty" / "val", ["a"])
+    user_error("does not exist; give images or folders", scan_photos, [tmp_path / "nowhere"])
+    user_error("no image under", scan_photos, [tmp_path / "empty"])
 
 
 def test_photos_are_files_or_folders_searched_to_their_depth(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import user_error
 from shard_files import Server, _of_folder, tar
 
 from vitlit.data import ImageFolderData, Preprocess, shards
@@ -256,11 +257,9 @@ def test_damaged_indices_are_refused_in_one_line(own: Path) -> None:
     with np.load(io.BytesIO(whole)) as opened:
         arrays = {name: opened[name] for name in opened.files}
 
-    def refused(data: bytes) -> None:
+    def damaged(data: bytes) -> None:
         file.write_bytes(data)
-        with pytest.raises(UserError, match=rf"{INDEX} is damaged") as caught:
-            read_shards(str(own))
-        assert "\n" not in str(caught.value)
+        user_error(rf"{INDEX} is damaged", read_shards, str(own))
 
     def changed(**more: Any) -> bytes:
         buffer = io.BytesIO()
@@ -268,24 +267,24 @@ def test_damaged_indices_are_refused_in_one_line(own: Path) -> None:
         return buffer.getvalue()
 
     parts, labels = arrays["train_parts"], arrays["train_labels"]
-    refused(b"")
-    refused(b"garbage" * 100)
-    refused(whole[: len(whole) // 2])
-    refused(whole[:2000] + bytes(100) + whole[2100:])
-    refused(pickle.dumps(arrays))
-    refused(changed(train_labels=np.array([Trap()] * 40, object)))
-    refused(changed(train_parts=parts[:-1]))
-    refused(changed(train_parts=parts * [1, 1, 10**9, 1]))
-    refused(changed(train_parts=parts * [1, -1, 1, 1]))
-    refused(changed(train_parts=np.add(parts, [9, 0, 0, 0])))
-    refused(changed(train_labels=labels + 3))
-    refused(changed(train_labels=labels.astype(float)))
-    refused(changed(train_names_ends=arrays["train_names_ends"][::-1].copy()))
-    refused(changed(shards=np.frombuffer(arrays["shards"].tobytes().replace(b"train-0", b"/../../"), np.uint8)))
-    refused(changed(sizes=None))
+    damaged(b"")
+    damaged(b"garbage" * 100)
+    damaged(whole[: len(whole) // 2])
+    damaged(whole[:2000] + bytes(100) + whole[2100:])
+    damaged(pickle.dumps(arrays))
+    damaged(changed(train_labels=np.array([Trap()] * 40, object)))
+    damaged(changed(train_parts=parts[:-1]))
+    damaged(changed(train_parts=parts * [1, 1, 10**9, 1]))
+    damaged(changed(train_parts=parts * [1, -1, 1, 1]))
+    damaged(changed(train_parts=np.add(parts, [9, 0, 0, 0])))
+    damaged(changed(train_labels=labels + 3))
+    damaged(changed(train_labels=labels.astype(float)))
+    damaged(changed(train_names_ends=arrays["train_names_ends"][::-1].copy()))
+    damaged(changed(shards=np.frombuffer(arrays["shards"].tobytes().replace(b"train-0", b"/../../"), np.uint8)))
+    damaged(changed(sizes=None))
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays, more=np.zeros(1 << 20, np.uint8))
-    refused(packed.getvalue())
+    damaged(packed.getvalue())
     file.write_bytes(changed())
     read_shards(str(own))
 
