@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import SMALL, Result
+from conftest import SMALL, Result, done, refused, stranger
 from safetensors.torch import load_file, save_file
-from test_cli import done, refused
 from torch import Tensor
 
 import vitlit as package
@@ -20,17 +19,6 @@ from vitlit.model import ViT
 Command = Callable[..., Result]
 FLAGS = "--data.image_size 32 --data.batch_size 16 --data.num_workers 0 --trainer.max_steps 2 --trainer.logger false"
 FLAGS += " --model.schedule.warmup 1 --model.init_from"
-MODEL = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 3}
-
-
-def stranger(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
-    """A timm model whose every parameter has a value."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**MODEL, **options}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture

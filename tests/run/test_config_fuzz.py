@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, Result
-from test_cli import refused
+from conftest import REPOSITORY, Result, refused
 from test_recipes import MEAN, STD, TINY, shrunken, small_weights
 
 from vitlit.data import Preprocess

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import user_error
 from PIL import Image
 from scipy.io import savemat  # type: ignore[import-untyped]
 from torchvision.datasets.imagenet import ARCHIVE_META, parse_devkit_archive
@@ -101,11 +102,8 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def refused(tars: Path, out: Path, match: str) -> str:
-    with pytest.raises(UserError, match=match) as caught:
-        unpack(tars, out)
-    message = str(caught.value)
-    assert "\n" not in message
+def not_unpacked(tars: Path, out: Path, match: str) -> str:
+    message = user_error(match, unpack, tars, out)
     assert not out.exists()
     return message
 
@@ -162,7 +160,9 @@ def test_existing_folder(tars: Tars, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [TRAIN, VAL, DEVKIT])
 def test_missing_archive(tars: Tars, tmp_path: Path, name: str) -> None:
     (tars.folder / name).unlink()
-    message = refused(tars.folder, tmp_path / "out", f"tars lacks {re.escape(name)}: download .*image-net.org.* login")
+    message = not_unpacked(
+        tars.folder, tmp_path / "out", f"tars lacks {re.escape(name)}: download .*image-net.org.* login"
+    )
     assert all(other == name or other not in message for other in imagenet.MD5)
     assert not (tmp_path / "out.partial").exists()
 
@@ -205,7 +205,9 @@ def test_interrupted_unpacking_goes_on(tars: Tars, tmp_path: Path, monkeypatch: 
 
 def test_leftovers_of_another_command(tars: Tars, tmp_path: Path) -> None:
     (tmp_path / "out.partial/train/7").mkdir(parents=True)
-    refused(tars.folder, tmp_path / "out", r"train holds '7', which these archives lack: remove .*out\.partial first")
+    not_unpacked(
+        tars.folder, tmp_path / "out", r"train holds '7', which these archives lack: remove .*out\.partial first"
+    )
     assert [path.name for path in (tmp_path / "out.partial").rglob("*")] == ["train", "7"]
 
 
@@ -214,14 +216,16 @@ def test_full_disk(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device", str(file))
 
     monkeypatch.setattr(imagenet, "_copy", full)
-    refused(tars.folder, tmp_path / "out", r"img_val\.tar could not be unpacked .*No space left.* same command again")
+    not_unpacked(
+        tars.folder, tmp_path / "out", r"img_val\.tar could not be unpacked .*No space left.* same command again"
+    )
 
 
 @pytest.mark.parametrize("name", [TRAIN, VAL, DEVKIT])
 @pytest.mark.parametrize("junk", [b"", b"<html>Log in</html>", b"\x1f\x8b\x08" + bytes(2000), b"junk" * 4000])
 def test_other_file_in_an_archives_place(tars: Tars, tmp_path: Path, name: str, junk: bytes) -> None:
     tars.edit(name, lambda data: junk)
-    message = refused(tars.folder, tmp_path / "out", f"{re.escape(name)} is cut short, damaged or another archive")
+    message = not_unpacked(tars.folder, tmp_path / "out", f"{re.escape(name)} is cut short, damaged or another archive")
     assert imagenet.MD5[name] in message
     assert "image-net.org" in message
 
@@ -232,7 +236,7 @@ def test_archive_cut_short(tars: Tars, tmp_path: Path, name: str, share: float) 
     complete = (tars.folder / name).read_bytes()
     size = len(complete.rstrip(b"\0"))
     tars.edit(name, lambda data: data[: int(share * size)])
-    refused(tars.folder, tmp_path / "out", f"{re.escape(name)} is cut short, damaged or another archive .* again")
+    not_unpacked(tars.folder, tmp_path / "out", f"{re.escape(name)} is cut short, damaged or another archive .* again")
     tars.edit(name, lambda data: complete)
     unpack(tars.folder, tmp_path / "out")
     assert contents(tmp_path / "out") == tars.expected
@@ -243,14 +247,16 @@ def test_archive_cut_between_two_members(tars: Tars, tmp_path: Path, name: str, 
     with tarfile.open(tars.folder / name) as archive:
         end = archive.getmembers()[-1].offset
     tars.edit(name, lambda data: data[:end])
-    refused(tars.folder, tmp_path / "out", match)
+    not_unpacked(tars.folder, tmp_path / "out", match)
 
 
 def test_damaged_header(tars: Tars, tmp_path: Path) -> None:
     """Python's tarfile would take it for the end of the class, and the images behind it would be missing."""
     second = (tars.folder / TRAIN).read_bytes().index(b"n02119789_9.JPEG")
     tars.edit(TRAIN, lambda data: data[:second] + b"m" + data[second + 1 :])
-    refused(tars.folder, tmp_path / "out", r"img_train\.tar, n02119789\.tar in it, is cut short, damaged or another")
+    not_unpacked(
+        tars.folder, tmp_path / "out", r"img_train\.tar, n02119789\.tar in it, is cut short, damaged or another"
+    )
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
@@ -286,7 +292,7 @@ def test_nothing_escapes(tars: Tars, tmp_path: Path, place: str, name: str, kind
         evil = tar(others | {"n01440764.tar": evil})
     tars.edit(VAL if place == VAL else TRAIN, lambda data: evil)
     before = set(tmp_path.rglob("*"))
-    message = refused(tars.folder, tmp_path / "out", r" holds '.*', which is no plain file named as in ImageNet's")
+    message = not_unpacked(tars.folder, tmp_path / "out", r" holds '.*', which is no plain file named as in ImageNet's")
     assert repr(name.format(plain)) in message
     made = set(tmp_path.rglob("*")) - before
     assert all(path.is_relative_to(tmp_path / "out.partial") and plain not in path.name for path in made)
@@ -308,7 +314,9 @@ def test_folders_in_an_archive_are_passed_over(tars: Tars, tmp_path: Path) -> No
 @pytest.mark.parametrize("truth", [TRUTH[:-1], [*TRUTH, 1]])
 def test_truth_of_another_number_of_images(tars: Tars, tmp_path: Path, truth: list[int]) -> None:
     tars.edit(DEVKIT, lambda data: devkit(truth))
-    refused(tars.folder, tmp_path / "out", rf"img_val\.tar holds 6 images, but .*devkit.* classes of {len(truth)}, ")
+    not_unpacked(
+        tars.folder, tmp_path / "out", rf"img_val\.tar holds 6 images, but .*devkit.* classes of {len(truth)}, "
+    )
 
 
 @pytest.mark.parametrize("number", ["00000000", "00000007"])
@@ -317,25 +325,29 @@ def test_val_image_of_no_truth(tars: Tars, tmp_path: Path, number: str) -> None:
         images = {info.name: imagenet._open(archive, info).read() for info in archive}
     images[f"ILSVRC2012_val_{number}.JPEG"] = images.pop("ILSVRC2012_val_00000006.JPEG")
     tars.edit(VAL, lambda data: tar(images))
-    refused(tars.folder, tmp_path / "out", "6 images, but .* the classes of 6, numbered from 1: download both again")
+    not_unpacked(
+        tars.folder, tmp_path / "out", "6 images, but .* the classes of 6, numbered from 1: download both again"
+    )
 
 
 def test_train_and_val_of_other_classes(tars: Tars, tmp_path: Path) -> None:
     two = {f"{wnid}.tar": tar({f"{wnid}_1.JPEG": jpeg(1)}) for wnid in ("n02119789", "n03000684")}
     tars.edit(TRAIN, lambda data: tar(two))
-    refused(
+    not_unpacked(
         tars.folder, tmp_path / "out", r"img_train\.tar lacks the class n01440764, which .*val\.tar has by .*devkit"
     )
     tars.edit(
         TRAIN, lambda data: tar(two | {"n01440764.tar": tar({"n01440764_1.JPEG": jpeg(1)}), "n00000001.tar": b""})
     )
-    refused(tars.folder, tmp_path / "out", r"img_val\.tar lacks the class n00000001, which .*img_train\.tar has")
+    not_unpacked(tars.folder, tmp_path / "out", r"img_val\.tar lacks the class n00000001, which .*img_train\.tar has")
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_class_without_images(tars: Tars, tmp_path: Path) -> None:
     tars.edit(TRAIN, lambda data: tar({f"{wnid}.tar": tar({}) for wnid, _ in SYNSETS.values()}))
-    refused(tars.folder, tmp_path / "out", r"img_train\.tar, n01440764\.tar in it, holds no image: download it again")
+    not_unpacked(
+        tars.folder, tmp_path / "out", r"img_train\.tar, n01440764\.tar in it, holds no image: download it again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,5 +364,7 @@ def test_class_without_images(tars: Tars, tmp_path: Path) -> None:
 )
 def test_other_devkit(tars: Tars, tmp_path: Path, kit: bytes) -> None:
     tars.edit(DEVKIT, lambda data: kit)
-    refused(tars.folder, tmp_path / "out", r"devkit_t12\.tar\.gz (has|names) no .*: download it again from .*MD5 fa75")
+    not_unpacked(
+        tars.folder, tmp_path / "out", r"devkit_t12\.tar\.gz (has|names) no .*: download it again from .*MD5 fa75"
+    )
     assert not (tmp_path / "out.partial").exists()
