@@ -568,8 +568,10 @@ def no_number(where: str) -> Callable[[], None]:
         def training_step(self: Stage, batch: Any, index: int) -> torch.Tensor:
             factor = math.nan if self.trainer.global_step == 3 else 1.0
             if where == "loss":
-                return original(self, (batch[0] * factor, *batch[1:]), index)
-            return original(self, batch, index) * factor
+                return original(self, batch._replace(views=[view * factor for view in batch.views]), index)
+            loss = original(self, batch, index)
+            loss.register_hook(lambda gradient: gradient * factor)
+            return loss
 
         setattr(Stage, "training_step", training_step)  # noqa: B010
 
@@ -582,7 +584,7 @@ def test_a_run_that_comes_to_no_number_stops_with_sound_checkpoints(
 ) -> None:
     result = vitlit("fit", *SMALL, "--data.root", few, before=no_number(where))
     shown = order(0, 1, 40)[16:32].tolist()
-    listed = f"(training images {' '.join(map(str, shown[:8]))} and 8 more) is no finite number"
+    listed = f"(training images {' '.join(map(str, shown[:8]))} and 8 more) is not finite"
     good = "the last good checkpoint is runs/pretrain/checkpoints/last.ckpt"
     refused(result, f"{words} {listed}", "vitlit data show runs/pretrain --step 3", "learning rate", good)
     for name in ("last", "best"):
@@ -612,7 +614,7 @@ def test_a_learning_rate_that_blows_up_stops_the_run_without_a_checkpoint(
     vitlit: Command, few: Path, tmp_path: Path
 ) -> None:
     flags = ("--model.optimizer.lr", 1e30, "--model.schedule.warmup", 0)
-    refused(vitlit("fit", *SMALL, "--data.root", few, *flags), "is no finite number")
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags), "is not finite")
     assert not (tmp_path / "runs" / "pretrain" / "checkpoints").exists()
 
 

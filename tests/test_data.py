@@ -39,6 +39,7 @@ from vitlit.images import codec
 from vitlit.images.crops import InceptionCrop, PadCrop, SimpleCrop
 from vitlit.images.decode import decode
 from vitlit.images.preprocess import Interpolation
+from vitlit.objectives import Batch
 
 
 @pytest.fixture(scope="module")
@@ -555,6 +556,12 @@ def test_class_names_are_listed_in_brief() -> None:
 # The data module
 
 
+def flat(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and indices of a batch of one view."""
+    [images] = batch.views
+    return images, batch.labels, batch.indices
+
+
 class Recorder(LightningModule):
     """Keeps what it is given, and trains one number."""
 
@@ -564,18 +571,18 @@ class Recorder(LightningModule):
         self.seen: dict[str, list[Any]] = {"train": [], "val": [], "test": [], "predict": []}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen["train"].append(batch)
-        return self.number * batch[0].mean()
+        self.seen["train"].append(flat(batch))
+        return self.number * batch.views[0].mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.seen["val"].append(batch)
+        self.seen["val"].append(flat(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.seen["test"].append(batch)
+        self.seen["test"].append(flat(batch))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen["predict"].append(batch)
-        return batch[2]
+        self.seen["predict"].append(flat(batch))
+        return batch.indices
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -769,7 +776,8 @@ def regularised(
         lightning_module=SimpleNamespace(dtype=torch.float64),
     )
     loader = data.train_dataloader() if split == "train" else data.val_dataloader()
-    return [data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0) for batch in loader]
+    batches = [data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0) for batch in loader]
+    return [flat(batch) for batch in batches]
 
 
 def joined(batches: Batches, parts: int) -> Batches:

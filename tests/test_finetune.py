@@ -18,7 +18,7 @@ from vitlit.data.mixing import Mixing
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA
-from vitlit.objectives import Distillation, Objective, Step, Supervised
+from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, Schedule
 from vitlit.stages import Finetune
 from vitlit.weights import save_weights
@@ -203,9 +203,11 @@ def test_a_finetuned_head_is_linear_whatever_the_objective(weights: str) -> None
 
 def test_an_objective_need_not_take_the_number_of_classes(weights: str, few: Path) -> None:
     class Margin(Objective):
-        def forward(self, vit: ViT, batch: Any) -> Step:
-            logits = vit(batch[0])
-            return Step(nn.functional.multi_margin_loss(logits, batch[1]), logits)
+        needs_labels = True
+
+        def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
+            logits = vit(batch.views[0])
+            return Step(nn.functional.multi_margin_loss(logits, batch.labels), logits)
 
     stage = made(weights, objective=Margin)
     assert fit(stage, few, steps=2).global_step == 2

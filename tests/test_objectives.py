@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from vitlit.data import Preprocess
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.objectives import Distillation, Supervised
-from vitlit.weights import save_weights
+from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
+from vitlit.weights import load, save_weights
 
 TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
 CLASSES = 5
@@ -38,6 +38,11 @@ def batch(size: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 3, 16, 16), torch.arange(size) % CLASSES
 
 
+def step_of(objective: Objective, vit: ViT, images: Tensor, labels: Tensor) -> Step:
+    step: Step = objective(vit, Batch.of((images, labels)), 0.0)
+    return step
+
+
 def shares(size: int = 6) -> Tensor:
     return torch.rand(size, CLASSES).softmax(-1)
 
@@ -45,7 +50,7 @@ def shares(size: int = 6) -> Tensor:
 def test_hard_labels_are_softmax_cross_entropy() -> None:
     vit, objective = made()
     images, labels = batch()
-    step = objective(vit, (images, labels))
+    step = step_of(objective, vit, images, labels)
     assert step.loss.item() == pytest.approx(F.cross_entropy(vit(images), labels).item(), rel=1e-6)
     assert step.logits is not None
     assert torch.equal(step.logits, vit(images))
@@ -56,16 +61,16 @@ def test_soft_labels_are_timms_soft_target_loss() -> None:
     images, _ = batch()
     targets = shares()
     expected = SoftTargetCrossEntropy()(vit(images), targets)
-    assert objective(vit, (images, targets)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step_of(objective, vit, images, targets).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_label_smoothing_is_timms_and_acts_in_training_alone() -> None:
     vit, objective = made(label_smoothing=0.1)
     images, labels = batch()
     expected = LabelSmoothingCrossEntropy(0.1)(vit(images), labels)
-    assert objective(vit, (images, labels)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step_of(objective, vit, images, labels).loss.item() == pytest.approx(expected.item(), rel=1e-6)
     plain = F.cross_entropy(vit(images), labels)
-    assert objective.eval()(vit, (images, labels)).loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert step_of(objective.eval(), vit, images, labels).loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
 def test_sigmoid_sums_over_classes() -> None:
@@ -74,17 +79,17 @@ def test_sigmoid_sums_over_classes() -> None:
     images, labels = batch()
     logits, targets = vit(images), F.one_hot(labels, CLASSES).float()
     by_hand = -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).sum(-1).mean()
-    assert objective(vit, (images, labels)).loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert step_of(objective, vit, images, labels).loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
 def test_bce_is_timms_on_whole_classes() -> None:
     vit, objective = made(loss="bce")
     images, labels = batch()
     expected = BinaryCrossEntropy(smoothing=0.0)(vit(images), labels)
-    assert objective(vit, (images, labels)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step_of(objective, vit, images, labels).loss.item() == pytest.approx(expected.item(), rel=1e-6)
     mixed = 0.3 * F.one_hot(labels, CLASSES).float() + 0.7 * F.one_hot(labels.flip(0), CLASSES).float()
     expected = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)(vit(images), mixed)
-    assert objective(vit, (images, mixed)).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step_of(objective, vit, images, mixed).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_probabilities_are_the_losses_own() -> None:
@@ -104,9 +109,9 @@ def test_class_weights_are_scikit_learns_and_average_to_one_so_that_slices_add_u
     with torch.no_grad():
         errors = F.cross_entropy(vit(images), targets, reduction="none")
         expected = (errors * torch.from_numpy(weights)[targets]).mean().item()
-        whole = objective(vit, (images, targets)).loss.item()
-        parts = [objective(vit, (images[i : i + 5], targets[i : i + 5])).loss.item() for i in range(0, 20, 5)]
-        plain = objective.eval()(vit, (images, targets)).loss.item()
+        whole = step_of(objective, vit, images, targets).loss.item()
+        parts = [step_of(objective, vit, images[i : i + 5], targets[i : i + 5]).loss.item() for i in range(0, 20, 5)]
+        plain = step_of(objective.eval(), vit, images, targets).loss.item()
     assert whole == pytest.approx(expected, rel=1e-5)
     assert sum(parts) / 4 == pytest.approx(whole, rel=1e-5)
     assert weights[labels].mean() == pytest.approx(1)
@@ -118,7 +123,7 @@ def test_mixed_labels_weigh_by_their_shares() -> None:
     objective.prepare(SimpleNamespace(class_counts=[1, 2, 3, 4, 10]))
     images, labels = batch()
     targets = F.one_hot(labels, CLASSES).float()
-    assert torch.equal(objective(vit, (images, labels)).loss, objective(vit, (images, targets)).loss)
+    assert torch.equal(step_of(objective, vit, images, labels).loss, step_of(objective, vit, images, targets).loss)
 
 
 def test_the_head_starts_as_it_is_asked_to() -> None:
@@ -184,6 +189,7 @@ def data(classes: str = "abcde") -> Any:
 def student(teacher: str, distilled: bool, **options: Any) -> tuple[ViT, Distillation]:
     vit = ViT(**TINY, distilled=distilled)
     objective = Distillation(vit, teacher, num_classes=CLASSES, **options)
+    objective.set_teacher(load(teacher))
     objective.prepare(data())
     return randomized(vit, 0.3).train(), objective.train()
 
@@ -203,7 +209,7 @@ def test_hard_distillation_is_deits(teacher: tuple[ViT, str]) -> None:
     answers = teacher[0](as_teacher_sees(images)).argmax(-1)
     assert len(answers.unique()) > 1
     expected = 0.5 * F.cross_entropy(own, labels) + 0.5 * F.cross_entropy(follower, answers)  # equation 3
-    step = objective(vit, (images, labels))
+    step = step_of(objective, vit, images, labels)
     assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(step.logits, (own + follower) / 2)
 
@@ -215,29 +221,31 @@ def test_soft_distillation_is_hintons(teacher: tuple[ViT, str]) -> None:
     target = (teacher[0](as_teacher_sees(images)) / 2).softmax(-1)
     divergence = (target * (target.log() - (logits / 2).log_softmax(-1))).sum(-1).mean() * 4
     expected = 0.7 * F.cross_entropy(logits, labels) + 0.3 * divergence
-    assert objective(vit, (images, labels)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert step_of(objective, vit, images, labels).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_teacher_is_neither_trained_nor_stored(teacher: tuple[ViT, str]) -> None:
     vit, objective = student(teacher[1], distilled=True)
     assert list(objective.parameters()) == []
     assert objective.state_dict() == {}
-    objective(vit, batch()).loss.backward()
+    step_of(objective, vit, *batch()).loss.backward()
     assert all(parameter.grad is not None for parameter in vit.parameters())
 
 
 def test_evaluation_asks_the_student_alone(teacher: tuple[ViT, str]) -> None:
     vit, objective = student(teacher[1], distilled=True)
     images, labels = batch()
-    step = objective.eval()(vit.eval(), (images, labels))
+    step = step_of(objective.eval(), vit.eval(), images, labels)
     assert step.loss.item() == pytest.approx(F.cross_entropy(vit(images), labels).item(), rel=1e-6)
 
 
 def test_a_teacher_of_other_classes_is_refused(teacher: tuple[ViT, str]) -> None:
     objective = Distillation(ViT(**TINY), teacher[1], num_classes=CLASSES)
+    objective.set_teacher(teacher[0])
     with pytest.raises(UserError, match=r"other class names than the data.*: 'e' in the place of 'x'$"):
         objective.prepare(data("abcdx"))
     objective = Distillation(ViT(**TINY), teacher[1], num_classes=4)
+    objective.set_teacher(teacher[0])
     with pytest.raises(UserError, match="has 5 classes, the data 4"):
         objective.prepare(data("abcd"))
 

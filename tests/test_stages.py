@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitlit
+from vitlit.callbacks import NonFinite, Throughput
 from vitlit.data import ImageFolderData
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -92,7 +93,8 @@ def data(root: Path, **options: Any) -> ImageFolderData:
 def trainer(**options: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     small = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-    return Trainer(**{**quiet, **small, **options})
+    watching = [*options.pop("callbacks", []), NonFinite(), Throughput()]
+    return Trainer(**{**quiet, **small, **options}, callbacks=watching)
 
 
 def fit(stage: Stage, root: Path, data_options: dict[str, Any] | None = None, **options: Any) -> Trainer:
@@ -326,8 +328,8 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         vit = copy.deepcopy(pl_module.vit).double()
         with torch.no_grad():
-            logits = vit(batch[0].double())
-        picked = logits.log_softmax(-1)[torch.arange(len(batch[1])), batch[1]]
+            logits = vit(batch.views[0].double())
+        picked = logits.log_softmax(-1)[torch.arange(len(batch.labels)), batch.labels]
         self.losses.append(-picked.mean().item())
 
 
@@ -566,7 +568,7 @@ def test_a_warm_up_longer_than_the_training_is_refused(few: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_training(few: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss of step \d+ .*is no finite number; lower the learning rate"):
+    with pytest.raises(UserError, match=r"the loss of step \d+ .*is not finite; lower the learning rate"):
         fit(pretrain(lr=1e30), few, max_epochs=5)
 
 
@@ -600,7 +602,9 @@ def test_prediction_gives_probabilities(few: Path) -> None:
     assert torch.allclose(probabilities.sum(-1), torch.ones(3))
 
 
-@pytest.mark.parametrize(("size", "classes", "words"), [(24, 4, "images of 16"), (16, 7, "num_classes=4")])
+@pytest.mark.parametrize(
+    ("size", "classes", "words"), [(24, 4, "images of 16"), (16, 7, "num_classes is 7, but the data has 4 classes")]
+)
 def test_data_that_does_not_fit_the_network_is_refused(few: Path, size: int, classes: int, words: str) -> None:
     stage = Pretrain(
         ViT(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16),
@@ -619,7 +623,7 @@ def test_the_mean_average_precision_is_scikit_learns_over_the_classes_that_have_
     labels[:, 3] = 0
     measures = metrics(5, multi_label=True)
     for part in (slice(0, 15), slice(15, 40)):
-        update(measures, torch.tensor(1.0), logits[part], labels[part], len(logits[part]))
+        update(measures, torch.tensor(1.0), logits[part], labels[part])
     measure: Any = measures["map"]
     present = [0, 1, 2, 4]
     expected = average_precision_score(labels[:, present], logits[:, present], average="macro")

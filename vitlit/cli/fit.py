@@ -248,6 +248,8 @@ class CLI(LightningCLI):
         until = None if limit is None else self.begun + seconds(limit)
         return [
             Interrupt(last, until, self.options.save_minutes),
+            callbacks.NonFinite(),
+            callbacks.Throughput(),
             callbacks.Tracking(self.resolved),
             callbacks.Mistakes(),
             self.best,
@@ -269,8 +271,6 @@ class CLI(LightningCLI):
             if self.given and (step := open_checkpoint(Path(self.given))["global_step"]) >= total:
                 ends = f"{self.given} is at step {step}, and this training ends at step {total}"
                 raise UserError(f"{ends}; give more --trainer.max_epochs or --trainer.max_steps")
-            self.model.check(self.datamodule)
-            self.model.objective.prepare(self.datamodule)
 
     def _set_seed(self) -> None:
         try:

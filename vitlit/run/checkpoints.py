@@ -114,12 +114,9 @@ class Last(Checkpoint):
         """Write last.ckpt, on every rank at once.
 
         Raises:
-            UserError: a weight is not finite, or the file cannot be written.
+            UserError: the file cannot be written.
         """
-        module: Any = trainer.lightning_module
-        module.require_finite_weights()
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero and self.due(trainer.global_step):
             link(self.path, self.path.with_name(f"step-{trainer.global_step}.ckpt"))
         self.saved_at = time.monotonic()
-        module.clock.restart()
