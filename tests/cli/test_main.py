@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, Result, command, done, refused
 
-from vitlit import __version__
-from vitlit.cli import main as cli
+from vitlit import __version__, doctor
 from vitlit.cli.main import HELP, explain
 from vitlit.errors import UserError
 from vitlit.stages import Stage
@@ -128,7 +127,7 @@ def test_another_pipe_that_breaks_is_a_bug(vitlit: Command, monkeypatch: pytest.
     def broken(arguments: list[str]) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    monkeypatch.setattr(doctor, "run", broken)
     result = vitlit("doctor")
     assert result.code == 1
     assert "BrokenPipeError" in result.err

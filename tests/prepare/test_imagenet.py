@@ -203,14 +203,6 @@ def test_interrupted_unpacking_goes_on(tars: Tars, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_leftovers_of_another_command(tars: Tars, tmp_path: Path) -> None:
-    (tmp_path / "out.partial/train/7").mkdir(parents=True)
-    not_unpacked(
-        tars.folder, tmp_path / "out", r"train holds '7', which these archives lack: remove .*out\.partial first"
-    )
-    assert [path.name for path in (tmp_path / "out.partial").rglob("*")] == ["train", "7"]
-
-
 def test_full_disk(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(reader: io.BytesIO, file: Path) -> None:
         raise OSError(28, "No space left on device", str(file))
