@@ -231,7 +231,7 @@ def hf_output(model: Any, images: Tensor, **options: Any) -> Tensor:
 
 
 def our_output(vit: ViT, images: Tensor) -> Tensor:
-    return vit(images) if vit.config["num_classes"] else vit.features(images)
+    return vit(images) if vit.config.num_classes else vit.features(images)
 
 
 def hf_loaded(name: str, folder: Path) -> Any:
@@ -254,7 +254,7 @@ def test_transformers_in_and_out(family: str, name: str, options: dict[str, Any]
     images = images_of(tuple(size) if isinstance(size, list) else size, options.get("num_channels", 3))
     vit = vitlit.load(tmp_path / "theirs")
     assert_same(our_output(vit, images), hf_output(theirs, images))
-    if not vit.config["num_classes"] and not vit.config["distilled"]:  # where it is the mean of two tokens, as in timm
+    if not vit.config.num_classes and not vit.config.distilled:  # where it is the mean of two tokens, as in timm
         assert_same(vit(images), hf_output(theirs, images)[:, 0])
 
     out, back = tmp_path / "ours", BACK.get(name, name)
@@ -294,8 +294,8 @@ def test_without_its_config_the_heads_follow_from_the_width(
     moved.parent.mkdir()
     (tmp_path / "theirs" / "model.safetensors").rename(moved)
     vit = vitlit.load(moved)
-    assert vit.config["heads"] == theirs.config.num_attention_heads
-    assert vit.config["norm_eps"] == theirs.config.layer_norm_eps
+    assert vit.config.heads == theirs.config.num_attention_heads
+    assert vit.config.norm_eps == theirs.config.layer_norm_eps
     assert_same(our_output(vit, images), hf_output(theirs, images))
 
 
@@ -352,7 +352,7 @@ def test_epsilon_and_gelu_are_set_on_the_vit(eps: float, tmp_path: Path) -> None
     assert f"set norm_eps {eps} (was 1e-06)" in str(report)
     assert_same(vit(images), hf_output(theirs, images))
     assert {m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} == {eps}
-    assert (vit.config["norm_eps"], vit.config["mlp"]) == (eps, "gelu_tanh")
+    assert (vit.config.norm_eps, vit.config.mlp) == (eps, "gelu_tanh")
 
 
 def test_labels_are_the_classes_and_go_out_again(tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def test_torchvision_in_and_out(
     theirs, images = shaken(peer()), images_of(2 * patch)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     vit = vitlit.load(tmp_path / "theirs.pth")
-    assert vit.config["hidden_dim"] == representation
+    assert vit.config.hidden_dim == representation
     assert_same(vit(images), theirs(images))
     file = vitlit.save_weights(shaken(vit, 0.01), tmp_path / "ours.safetensors", "torchvision")
     back = peer()
@@ -614,7 +614,7 @@ def test_google_as_timm_reads_it(
     theirs.load_pretrained(str(file))
     vit = vitlit.load(file)
     assert_same(vit(images), theirs(images))
-    report = vitlit.load_weights(ViT(**vit.config), file)
+    report = vitlit.load_weights(ViT(**vit.config.plain()), file)
     assert report.format == "google"
     assert {*report.unexpected} == {*beside}
 
@@ -641,7 +641,7 @@ def test_google_without_a_table_has_sines_and_cosines(tmp_path: Path) -> None:
     theirs.load_pretrained(str(save_npz(tmp_path / "timm.npz", {**named, "params/pos_embedding": table})))
     del named["params/pos_embedding"]
     vit, images = vitlit.load(save_npz(tmp_path / "theirs.npz", named)), images_of(64)
-    assert vit.config["position"] == "sincos2d"
+    assert vit.config.position == "sincos2d"
     assert_same(vit(images), theirs(images))
 
     written = np.load(vitlit.save_weights(shaken(vit, 0.01), tmp_path / "ours.npz", "google"))
@@ -649,7 +649,7 @@ def test_google_without_a_table_has_sines_and_cosines(tmp_path: Path) -> None:
     assert_same(vitlit.load(tmp_path / "ours.npz")(images), vit(images))
     theirs.load_pretrained(str(save_npz(tmp_path / "back.npz", {**written, "params/pos_embedding": table})))
     assert_same(theirs(images), vit(images))
-    learned = ViT(**{**vit.config, "position": "learned", "image_size": 64}).eval()
+    learned = ViT(**{**vit.config.plain(), "position": "learned", "image_size": 64}).eval()
     vitlit.load_weights(learned, tmp_path / "theirs.npz")
     vitlit.load_weights(vit, tmp_path / "theirs.npz")
     assert_same(learned(images), vit(images))
@@ -701,7 +701,7 @@ def facebook(path: Path, content: Any, name: str, theirs: nn.Module, size: int =
     torch.save(content, path)
     vit, images = vitlit.load(path), images_of(size)
     assert_same(vit(images), theirs(images))
-    fresh = ViT(**{**vit.config, "resampling": "antialias"}).eval()
+    fresh = ViT(**{**vit.config.plain(), "resampling": "antialias"}).eval()
     report = vitlit.load_weights(fresh, path)
     assert report.format == f"facebook {name}"
     assert_same(fresh(images), theirs(images))
@@ -798,7 +798,7 @@ def test_facebooks_dinov2_at_another_resolution(size: int, tmp_path: Path) -> No
     theirs.load_state_dict(state)
     vit, images = vitlit.load(tmp_path / "dinov2.pth"), images_of(size)
     assert_same(vit(images), theirs(images))
-    other = ViT(**{**vit.config, "image_size": size, "resampling": "antialias"}).eval()
+    other = ViT(**{**vit.config.plain(), "image_size": size, "resampling": "antialias"}).eval()
     vitlit.load_weights(other, tmp_path / "dinov2.pth")
     assert_same(other(images), theirs(images))
 
@@ -921,8 +921,8 @@ OWN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OWN)
 def test_vitlits_own_files_keep_everything(options: dict[str, Any], ending: str, tmp_path: Path) -> None:
     vit = vit_of(**options)
-    vit.classes = [f"Klasse {i} é ☃" for i in range(vit.config["num_classes"])]
-    colours = (0.1, 0.2, 0.3)[: vit.config["in_channels"]]
+    vit.classes = [f"Klasse {i} é ☃" for i in range(vit.config.num_classes)]
+    colours = (0.1, 0.2, 0.3)[: vit.config.in_channels]
     sides = tuple(side * vit.patch_size for side in vit.grid)
     vit.preprocess = Preprocess(sides, 0.7, "bilinear", colours, colours)  # type: ignore[arg-type]
     loaded = vitlit.load(vitlit.save_weights(vit, tmp_path / f"a.{ending}"))
@@ -931,7 +931,7 @@ def test_vitlits_own_files_keep_everything(options: dict[str, Any], ending: str,
     assert loaded.preprocess == vit.preprocess
     assert loaded.state_dict().keys() == vit.state_dict().keys()
     assert all(torch.equal(tensor, vit.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    images = torch.randn(2, vit.config["in_channels"], *sides)
+    images = torch.randn(2, vit.config.in_channels, *sides)
     assert torch.equal(loaded(images), vit(images))
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"a.{ending}"]
 
@@ -951,7 +951,7 @@ def test_a_flipped_byte_anywhere_is_refused_or_changes_nothing(tmp_path: Path) -
         except UserError:
             continue
         harmless.add(place)
-        assert (read.config, read.classes, read.preprocess) == (vit.config, vit.classes, None), place
+        assert (read.config, read.classes, read.preprocess) == (vit.config.plain(), vit.classes, None), place
         assert all(torch.equal(tensor, vit.state_dict()[name]) for name, tensor in read.state_dict().items()), place
     first = whole.index(b'format":"pt"')  # which says nothing of the content
     assert harmless <= {*range(first, first + len(b'format":"pt'))}

@@ -1,20 +1,21 @@
 """The Vision Transformer against published counts, timm and an independent implementation."""
 
-import inspect
 import itertools
 import json
 import math
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 import timm
 import torch
 from conftest import randomized
+from docstring_parser import parse_from_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError
-from vitlit.model import SIZES, ViT, ViTOptions
+from vitlit.model import SIZES, ViT, ViTConfig
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 40}
 
@@ -243,12 +244,24 @@ def test_wrong_head() -> None:
 
 def test_misspelt_option() -> None:
     with pytest.raises(TypeError, match="droput"):
-        ViT.from_preset("Ti/16", droput=0.1)  # type: ignore[call-arg]
+        ViT.from_preset("Ti/16", droput=0.1)
+    with pytest.raises(TypeError, match="droput"):
+        ViT(droput=0.1)
 
 
-def test_options_are_the_rest_of_the_constructor() -> None:
-    named = {"self", "image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes", "hidden_dim"}
-    assert set(ViTOptions.__annotations__) == set(inspect.signature(ViT.__init__).parameters) - named
+def test_every_option_has_a_docstring_which_is_its_help() -> None:
+    documented = {param.arg_name: param.description for param in parse_from_object(ViTConfig).params}
+    assert list(documented) == [field.name for field in fields(ViTConfig)]
+    assert all(documented.values())
+
+
+def test_a_config_cannot_be_changed_but_replaced() -> None:
+    vit = tiny()
+    with pytest.raises(FrozenInstanceError):
+        vit.config.depth = 3  # type: ignore[misc]
+    with pytest.raises(UserError, match="depth 0 is less than 1"):
+        replace(vit.config, depth=0)
+    assert ViT(**replace(vit.config, depth=3).plain()).config == ViTConfig(**TINY | {"depth": 3, "num_classes": 5})
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -261,19 +274,18 @@ OPTIONS: list[dict[str, Any]] = [
 
 def same_network(vit: ViT) -> None:
     """Assert that a network of the config, which a JSON file may have held, is the same in every respect."""
-    again = ViT(**json.loads(json.dumps(vit.config))).eval()
+    again = ViT(**json.loads(json.dumps(vit.config.plain()))).eval()
     assert again.config == vit.config
     assert str(again) == str(vit)
     again.load_state_dict(vit.state_dict())
     height, width = (vit.grid[0] * vit.patch_size, vit.grid[1] * vit.patch_size)
-    images = torch.randn(2, vit.config["in_channels"], height, width)
+    images = torch.randn(2, vit.config.in_channels, height, width)
     assert torch.equal(again(images), vit(images))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_config_builds_the_same_network(options: dict[str, Any]) -> None:
     vit = tiny(**options)
-    assert set(vit.config) == set(inspect.signature(ViT.__init__).parameters) - {"self"}
     same_network(vit)
 
 
@@ -378,7 +390,7 @@ def test_pretraining_head_is_linear_tanh_linear() -> None:
 
     vit.set_head("pretrain", 7)
     assert vit.state_dict()["head.pre_logits.weight"].shape == (24, 24)
-    assert vit.config["hidden_dim"] == 24
+    assert vit.config.hidden_dim == 24
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])

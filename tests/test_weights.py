@@ -36,7 +36,7 @@ def tiny(**options: Any) -> ViT:
 def write(vit: ViT, path: Path, **changes: Tensor | None) -> Path:
     """A checkpoint of a ViT's weights, some of them changed, or left out where None."""
     state: dict[str, Tensor | None] = {**vit.state_dict(), **{n.replace("__", "."): t for n, t in changes.items()}}
-    about = {"vit": vit.config, "classes": [], "preprocess": {}}
+    about = {"vit": vit.config.plain(), "classes": [], "preprocess": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"vitlit": about, "state_dict": {f"vit.{n}": t for n, t in state.items() if t is not None}}, path)
     return path

@@ -62,7 +62,7 @@ class Distillation(Supervised):
         if self._loaded:
             return
         teacher = load(self.teacher).requires_grad_(False).eval()
-        classes, own = teacher.config["num_classes"], list(getattr(data, "classes", []))
+        classes, own = teacher.config.num_classes, list(getattr(data, "classes", []))
         if not classes:
             raise UserError(f"the teacher {self.teacher} has no head; finetune it first")
         if classes != self.num_classes:

@@ -64,7 +64,7 @@ class Stage(LightningModule):
         self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
-        classes, several = self.vit.config["num_classes"], self.objective.multi_label
+        classes, several = self.vit.config.num_classes, self.objective.multi_label
         self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
         self._rate = 0.0
@@ -128,13 +128,12 @@ class Stage(LightningModule):
 
     def check(self, data: Any) -> None:
         """Refuse data that does not fit the network or the objective, where they are built in Python."""
-        classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
+        classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", [])) or classes
         if classes and found != classes:
             raise UserError(f"the head has {classes} classes, but the data has {found}; give num_classes={found}")
         preprocess = getattr(data, "preprocess", None)
-        wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
-        if preprocess is not None and list(preprocess.image_size) != wanted:
+        if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
         mixing = getattr(data, "mixing", None)
         if mixing is not None and mixing.on and not self.objective.soft_targets:
@@ -302,7 +301,7 @@ class Stage(LightningModule):
         before = progress["total"]["processed"] // checkpoint["global_step"]
         was = (checkpoint.get("devices", self.trainer.world_size), before)
         now = (self.trainer.world_size, self.trainer.accumulate_grad_batches)
-        if fitting and was != now and any(self.vit.config[name] for name in DROPOUTS):
+        if fitting and was != now and any(getattr(self.vit.config, name) for name in DROPOUTS):
             rank_zero_only(print)(
                 f"vitlit: warning: {now[0]} devices x {now[1]} micro-batches go on where {was[0]} x {was[1]} were: the "
                 "samples are the same, but dropout depends on how they are divided",

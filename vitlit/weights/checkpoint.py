@@ -50,7 +50,7 @@ def read(contents: Contents) -> Weights | None:
 def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
     """What a vitlit file says of its weights, as plain values."""
     known = asdict(preprocess) if isinstance(preprocess, Preprocess) else {}
-    return {"vit": dict(vit.config), "classes": list(classes), "preprocess": known}
+    return {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
 
 
 def metadata(vit: ViT) -> dict[str, str]:

@@ -129,9 +129,9 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     state = dict(vit.state_dict())
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
-        special = 0 if vit.config["registers"] else vit.prefix  # timm's table covers all of the prefix or nothing
+        special = 0 if vit.config.registers else vit.prefix  # timm's table covers all of the prefix or nothing
         state["pos_embed"] = torch.cat([vit.pos_embed.new_zeros(1, special, vit.width), vit.pos_embed], dim=1)
-    if vit.config["registers"] and vit.positioned:  # likewise
+    if vit.config.registers and vit.positioned:  # likewise
         table = state["pos_embed"]
         state["pos_embed"] = table[:, vit.positioned :]
         for i, name in enumerate(name for name in ("cls_token", "dist_token") if name in state):

@@ -56,7 +56,7 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     )
     if vit.grid[0] != vit.grid[1]:
         raise UserError(f"{path} was not written: torchvision's VisionTransformer takes square images alone")
-    head = TANH if vit.config["hidden_dim"] else LINEAR
+    head = TANH if vit.config.hidden_dim else LINEAR
     state, others = translate(vit.state_dict(), backwards([*TABLE, *head]))
     assert not others, others
     return state

@@ -163,7 +163,7 @@ def require(vit: ViT, path: Path, whose: str, **wanted: Any) -> None:
         **wanted: the value that an option must have, by name; a tuple holds several.
     """
     for name, value in wanted.items():
-        own = vit.config[name]
+        own = getattr(vit.config, name)
         if own not in (value if isinstance(value, tuple) else (value,)):
             raise UserError(f"{path} was not written: {whose} has no {name} {own}")
 
