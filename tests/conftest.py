@@ -109,8 +109,8 @@ def forked(function: Callable[[], int], cwd: Path) -> Result:
 @cache
 def prepare() -> None:
     """Import here what a command imports, and let jsonargparse read the classes' sources: each child would do it."""
-    from vitlit.arguments import CommandLine
-    from vitlit.fit import CLI
+    from vitlit.cli.arguments import CommandLine
+    from vitlit.cli.fit import CLI
 
     for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config"):
         import_module(name)
@@ -129,7 +129,7 @@ def launched(
 
     `before` is called in each, and `meanwhile` here, with their process ids. Of one rank, it is the command alone.
     """
-    from vitlit.cli import main
+    from vitlit.cli.main import main
 
     prepare()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -166,7 +166,7 @@ def launched(
 
 def command(*arguments: object, cwd: Path, before: Callable[[], object] = lambda: None) -> Result:
     """`vitlit ARGUMENTS` in a child and a folder, where `before` may change the code or the environment."""
-    from vitlit.cli import main
+    from vitlit.cli.main import main
 
     def run() -> int:
         before()
@@ -185,7 +185,7 @@ def vitlit(tmp_path: Path) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real handwritten digits as an image folder, 1,438 for training and 359 for validation."""
-    from vitlit.data import sources
+    from vitlit.prepare import sources
 
     root = tmp_path_factory.mktemp("data") / "digits"
     sources.write("digits", root)

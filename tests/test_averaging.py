@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 import vitlit
-from vitlit.averaging import EMA
+from vitlit.callbacks import EMA
 from vitlit.data import ImageFolderData
 from vitlit.errors import UserError
 from vitlit.model import ViT

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vitlit.data import check as checking
-from vitlit.data.check import check, run
 from vitlit.data.folder import scan_train
-from vitlit.data.report import FAULTS, WARNINGS, Paths, Report
-from vitlit.data.sharding import run as write_shards
 from vitlit.errors import UserError
+from vitlit.prepare import check as checking
+from vitlit.prepare.check import check, run
+from vitlit.prepare.report import FAULTS, WARNINGS, Paths, Report
+from vitlit.prepare.shard import run as write_shards
 
 TAG = 0x0112  # EXIF's orientation
 

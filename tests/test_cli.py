@@ -19,8 +19,9 @@ from conftest import SMALL, Result, command
 from PIL import Image
 from test_loggers import recorded
 
-from vitlit import __version__, cli, load
-from vitlit.cli import HELP, explain
+from vitlit import __version__, load
+from vitlit.cli import main as cli
+from vitlit.cli.main import HELP, explain
 from vitlit.data.stream import order
 from vitlit.errors import UserError
 from vitlit.stages import Stage
@@ -193,7 +194,7 @@ MISTAKES = {
     "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats, 8 or less"],
     "--model.optimizer AdanW": ["no class AdanW; did you mean AdamW?"],
     "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
-    "--trainer.callbacks [vitlit.averaging.EMAA]": ["no attribute 'EMAA'; did you mean EMA?"],
+    "--trainer.callbacks [vitlit.callbacks.ema.EMAA]": ["no attribute 'EMAA'; did you mean EMA?"],
     "--data.augment [vitlit.data.augment.TimRandAugment]": ["did you mean TimmRandAugment?"],
     "--model Pretrian": ["no class Pretrian; did you mean Pretrain?"],
     "--data.batch_size many": ["data.batch_size: expected int, not many"],
@@ -378,7 +379,7 @@ def test_a_class_in_a_config_outside_the_trusted_packages_is_refused_unimported(
 
 
 def test_a_function_in_a_trusted_module_that_comes_from_elsewhere_is_refused(vitlit: Command, few: Path) -> None:
-    for path in ("os.system", "vitlit.run.shutil.rmtree", "torch.optim.optimizer.functools.partial"):
+    for path in ("os.system", "vitlit.run.folder.shutil.rmtree", "torch.optim.optimizer.functools.partial"):
         refused(vitlit("fit", *SMALL, "--data.root", few, "--model.optimizer", path))
 
 
@@ -992,7 +993,7 @@ def test_a_teacher_that_is_not_there_is_said_before_anything_is_written(
 
 
 def test_an_averaged_run_is_not_continued_without_its_average(vitlit: Command, few: Path, tmp_path: Path) -> None:
-    ema = "[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.5}}]"
+    ema = "[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.5}}]"
     done(vitlit("fit", *SMALL, "--data.root", few, "--trainer.callbacks", ema))
     last = "runs/pretrain/checkpoints/last.ckpt"
     other = ["--run.name", "other", "--trainer.max_steps", 8, "--ckpt_path", last]

@@ -59,11 +59,11 @@ COSTLY = {
 }
 EXECUTED = "executed"  # the file that a case leaves behind where something of it is executed
 CLASSES: tuple[Any, ...] = (
-    *("os.system", "builtins.eval", "subprocess.Popen", "pathlib.Path.touch", "vitlit.run.shutil.rmtree"),
+    *("os.system", "builtins.eval", "subprocess.Popen", "pathlib.Path.touch", "vitlit.run.folder.shutil.rmtree"),
     *("torch.nn.Linear", "torch.optim.AdamW", "torch.optim.Optimizer", "torch.optim.lr_scheduler.StepLR", "SGD"),
     *("vitlit.ViT", "vitlit.ViT.from_preset", "vitlit.stages.Stage", "Pretrain", "Finetune", "vitlit.data.Mixing"),
     *("Supervised", "Distillation", "vitlit.objectives.Objective", "vitlit.objectives.Step", "vitlit.optim.Groups"),
-    *("vitlit.data.ImageFolderData", "vitlit.data.augment.ThreeAugment", "vitlit.averaging.EMA", "vitlit.load"),
+    *("vitlit.data.ImageFolderData", "vitlit.data.augment.ThreeAugment", "vitlit.callbacks.EMA", "vitlit.load"),
     *("torchvision.transforms.v2.Normalize", "torchvision.transforms.v2.Resize", "torchmetrics.Accuracy"),
     *("lightning.pytorch.Trainer", "lightning.pytorch.callbacks.EarlyStopping", "lightning.pytorch.loggers.CSVLogger"),
     *("lightning.pytorch.callbacks.Callback", "LearningRateMonitor", "vitlit.errors.UserError", "vitlit.cli.main"),

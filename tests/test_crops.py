@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.data.crops import InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
 from vitlit.errors import UserError
+from vitlit.images.crops import InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
 
 CROPS: list[v2.Transform] = [InceptionCrop((8, 6)), SimpleCrop((8, 6)), PadCrop((8, 6))]
 

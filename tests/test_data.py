@@ -25,18 +25,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from vitlit.data import ImageFolderData, Preprocess, codec
+from vitlit.data import ImageFolderData, Preprocess
 from vitlit.data import workers as data_workers
 from vitlit.data.augment import TimmRandAugment
-from vitlit.data.crops import InceptionCrop, PadCrop, SimpleCrop
 from vitlit.data.dataset import Images
-from vitlit.data.decode import decode
 from vitlit.data.erasing import Erasing
 from vitlit.data.folder import brief, find_classes, parse_share, scan_photos, scan_split, scan_train
 from vitlit.data.mixing import Mixing
 from vitlit.data.stream import Sample, TrainStream
-from vitlit.data.transforms import Interpolation, train_transform
+from vitlit.data.transforms import train_transform
 from vitlit.errors import UserError
+from vitlit.images import codec
+from vitlit.images.crops import InceptionCrop, PadCrop, SimpleCrop
+from vitlit.images.decode import decode
+from vitlit.images.preprocess import Interpolation
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ FORMATS = {
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two paths: with torchcodec, and without it."""
     if request.param == "Pillow":
-        monkeypatch.setattr("vitlit.data.decode.DECODERS", {})
+        monkeypatch.setattr("vitlit.images.decode.DECODERS", {})
 
 
 @pytest.mark.usefixtures("decoder")

@@ -48,7 +48,9 @@ def without_key() -> None:
 
 
 def test_it_says_what_the_system_says_without_lightning(tmp_path: Path) -> None:
-    code = "import sys; from vitlit.cli import main; main(['doctor', '--json']); print(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys; from vitlit.cli.main import main; main(['doctor', '--json']); print(*sys.modules, file=sys.stderr)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     facts = json.loads(result.stdout)
     for package in (

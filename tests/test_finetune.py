@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import vitlit
-from vitlit.averaging import EMA
+from vitlit.callbacks import EMA
 from vitlit.data import ImageFolderData
 from vitlit.data.mixing import Mixing
 from vitlit.errors import UserError

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
-from vitlit.averaging import EMA
-from vitlit.cli import main
+from vitlit.callbacks import EMA
+from vitlit.cli.main import main
+from vitlit.cli.trainer import Trainer as OwnTrainer
 from vitlit.data import ImageFolderData
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -27,7 +28,6 @@ from vitlit.model.lora import LoRA
 from vitlit.objectives import Supervised
 from vitlit.optim import LAMB, Groups, Schedule
 from vitlit.stages import Finetune, Pretrain, Stage
-from vitlit.trainer import Trainer as OwnTrainer
 
 STEPS, HALF = 6, 3
 
@@ -248,7 +248,7 @@ def test_an_optimizer_of_whole_weights_is_refused_before_training(
         ),
         (
             {"strategy": "fsdp2", "callbacks": EMAWeightAveraging()},
-            "fsdp2 .* EMAWeightAveraging; use vitlit.averaging.EMA",
+            "fsdp2 .* EMAWeightAveraging; use vitlit.callbacks.EMA",
         ),
         ({"strategy": "fsdp2", "accelerator": "gpu", "precision": "16-mixed"}, "fsdp2 .* 16-mixed; use bf16-mixed"),
     ],

@@ -16,15 +16,15 @@ import pytest
 from conftest import SMALL, forked
 from PIL import EpsImagePlugin, Image
 
-from vitlit.config import read_config
-from vitlit.data import sharding
-from vitlit.data.decode import decode
 from vitlit.data.folder import scan_photos
 from vitlit.data.index import Index
 from vitlit.data.manifest import Manifest
-from vitlit.data.report import look
 from vitlit.data.shards import read_shards
 from vitlit.errors import UserError
+from vitlit.images.decode import decode
+from vitlit.prepare import shard as sharding
+from vitlit.prepare.report import look
+from vitlit.run.config import read_config
 
 SIDE = 50_000
 HUGE = rf"{SIDE} x {SIDE} pixels, more than 178,956,970; scale it down"
@@ -141,7 +141,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two paths: with torchcodec, and without it."""
     if request.param == "Pillow":
-        monkeypatch.setattr("vitlit.data.decode.DECODERS", {})
+        monkeypatch.setattr("vitlit.images.decode.DECODERS", {})
 
 
 def refused(path: Path, words: str, cwd: Path) -> None:
@@ -197,11 +197,11 @@ def test_of_an_animation_no_frame_but_the_first_is_decoded(format: str, tmp_path
 
 @pytest.mark.usefixtures("decoder")
 def test_as_many_pixels_as_are_allowed_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitlit.data.header.MOST_PIXELS", 1200)
+    monkeypatch.setattr("vitlit.images.header.MOST_PIXELS", 1200)
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"):
         (tmp_path / "image").write_bytes(saved(format))
         assert decode(tmp_path / "image").shape == (3, 30, 40)
-    monkeypatch.setattr("vitlit.data.header.MOST_PIXELS", 1199)
+    monkeypatch.setattr("vitlit.images.header.MOST_PIXELS", 1199)
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"):
         (tmp_path / "image").write_bytes(saved(format))
         with pytest.raises(UserError, match="40 x 30 pixels, more than 1,199"):
@@ -260,7 +260,7 @@ def test_a_large_member_of_a_shard_is_not_read(few: Path, tmp_path: Path, monkey
     sharding.write(Manifest(["a", "b"], found, False), tmp_path / "shards", 1_000_000)
     train = read_shards(str(tmp_path / "shards")).splits["train"]
     assert train.read(0)
-    monkeypatch.setattr("vitlit.data.index.MOST_BYTES", len(train.read(0)) - 1)
+    monkeypatch.setattr("vitlit.files.MOST_BYTES", len(train.read(0)) - 1)
     monkeypatch.setattr("vitlit.data.shards.read_range", None)
     with pytest.raises(UserError, match=r"cannot read the image train-000000\.tar/.* bytes, more than"):
         train.read(0)

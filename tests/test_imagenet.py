@@ -13,10 +13,11 @@ from PIL import Image
 from scipy.io import savemat  # type: ignore[import-untyped]
 from torchvision.datasets.imagenet import ARCHIVE_META, parse_devkit_archive
 
-from vitlit.data import imagenet, progress
+from vitlit.data import progress
 from vitlit.data.folder import scan_split, scan_train
-from vitlit.data.imagenet import DEVKIT, TRAIN, VAL, unpack
 from vitlit.errors import UserError
+from vitlit.prepare import imagenet
+from vitlit.prepare.imagenet import DEVKIT, TRAIN, VAL, unpack
 
 # As in the real kit, the order of the IDs is not the order of the names; animal is no class.
 SYNSETS = {3: ("n01440764", "tench"), 1: ("n02119789", "kit fox"), 2: ("n03000684", "chain saw")}

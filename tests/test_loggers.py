@@ -17,7 +17,7 @@ from wandb_file import read_wandb
 from vitlit import loggers
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb, confusion_rows
-from vitlit.wandb_mode import decide
+from vitlit.loggers.wandb_mode import decide
 
 KEY = "a" * 40
 

@@ -21,12 +21,12 @@ import yaml
 from conftest import SMALL, Result, launched
 from torch.distributed import TCPStore
 
-from vitlit import cli as vitlit_cli
-from vitlit.checkpoints import Last
+from vitlit.cli import main as vitlit_cli
 from vitlit.errors import UserError
-from vitlit.lock import Lock
-from vitlit.ranks import agree, exchange
-from vitlit.run import Decision, RunFolder, RunOptions, flatten, longer, seconds
+from vitlit.run.checkpoints import Last
+from vitlit.run.folder import Decision, RunFolder, RunOptions, flatten, longer, seconds
+from vitlit.run.lock import Lock
+from vitlit.run.ranks import agree, exchange
 from vitlit.stages import Stage
 
 Command = Callable[..., Result]
@@ -796,7 +796,7 @@ def test_the_same_job_or_machine_is_taken_over_at_once(tmp_path: Path, monkeypat
 
 
 def test_a_lock_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitlit.lock.BEAT", 0.01)
+    monkeypatch.setattr("vitlit.run.lock.BEAT", 0.01)
     lock = Lock(tmp_path / ".x.lock")
     lock.take("x")
     os.utime(lock.path, (0, 0))

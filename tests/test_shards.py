@@ -27,12 +27,12 @@ from vitlit.data.dataset import Images
 from vitlit.data.folder import hold_out, scan_split, scan_train
 from vitlit.data.index import Index
 from vitlit.data.manifest import Manifest, read_manifest
-from vitlit.data.sharding import run, write
 from vitlit.data.shards import INDEX, is_shards, read_shards
 from vitlit.data.stream import TrainStream
 from vitlit.data.transforms import train_transform
 from vitlit.data.workers import loader
 from vitlit.errors import UserError
+from vitlit.prepare.shard import run, write
 
 SERVER = """
 import http.server, os, re, sys, time

@@ -21,8 +21,8 @@ from scipy.io import savemat  # type: ignore[import-untyped]
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from vitlit.data import sources
 from vitlit.errors import UserError
+from vitlit.prepare import sources
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -289,5 +289,5 @@ def test_flowers102(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, vitlit.data.sources; print({'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules))"
+    code = "import sys, vitlit.prepare.sources; print({'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

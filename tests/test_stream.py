@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitlit.data.stream import (
-    EvalShare,
-    Sample,
-    TrainStream,
-    eval_batch,
-    mix,
-    mix_one,
-    order,
-    seed_step,
-    seeded_sample,
-    split_batch,
-)
+from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, order, split_batch
 from vitlit.errors import UserError
+from vitlit.seeds import mix, mix_one, seed_step, seeded_sample
 
 GAMMA = 0x9E3779B97F4A7C15
 WORD = 2**64

@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from vitlit.data.codec import DECODER, PILLOW_SLOWER
 from vitlit.data.dataset import Images, channels_last
-from vitlit.data.decode import decode_bytes
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.splits import Splits
 from vitlit.data.stream import TrainStream
-from vitlit.data.transforms import Preprocess, train_transform
+from vitlit.data.transforms import train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
+from vitlit.images.codec import DECODER, PILLOW_SLOWER
+from vitlit.images.decode import decode_bytes
+from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
 HELP = """\

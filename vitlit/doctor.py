@@ -13,10 +13,10 @@ import torch
 from packaging.requirements import Requirement
 
 import vitlit
-from vitlit import wandb_mode
 from vitlit.data import workers
-from vitlit.data.codec import DECODER, PILLOW_SLOWER, WHY_NOT
 from vitlit.errors import CommandParser, UserError
+from vitlit.images.codec import DECODER, PILLOW_SLOWER, WHY_NOT
+from vitlit.loggers import wandb_mode
 
 HELP = """\
 Report on this machine: versions, devices, cores, determinism, decoder, W&B, disk, shared memory, launcher. Then what of

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vitlit.data.bad_images import BadImages
-from vitlit.data.codec import DECODER, PILLOW_SLOWER
 from vitlit.data.dataset import Images
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
@@ -22,9 +21,11 @@ from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, global_batch, paired_rows, split_batch
-from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_augment, train_transform
+from vitlit.data.transforms import CropName, check_augment, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
+from vitlit.images.codec import DECODER, PILLOW_SLOWER
+from vitlit.images.preprocess import Interpolation, Preprocess
 
 
 class ImageFolderData(LightningDataModule):

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
-from vitlit.data.stream import seed_step
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
 from vitlit.objectives import Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.seeds import seed_step
 from vitlit.stages.clock import Clock
 from vitlit.stages.finite import GRADIENT, LOSS, Finite, all_finite, no_number
 from vitlit.stages.fsdp import shard

@@ -12,7 +12,7 @@ from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT, ViTConfig
-from vitlit.run import flatten
+from vitlit.run.folder import flatten
 from vitlit.stages.finetune import TRAINING
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
-from vitlit.checkpoints import Last
+from vitlit.run.checkpoints import Last
 
 TIME_LIMIT = signal.SIGALRM  # the number that stands for run.time_limit among those of signals
 SAVE = 1  # and what asks for a checkpoint alone

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from vitlit.config import read_config
 from vitlit.errors import UserError
-from vitlit.lock import Lock
-from vitlit.weights.files import check_archive
+from vitlit.files import check_archive
+from vitlit.run.config import read_config
+from vitlit.run.lock import Lock
 
 # Settings of how a run is computed, not of what: they may differ when it is continued.
 FREE = (

@@ -4,10 +4,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 
 import vitlit
 from vitlit.errors import UserError
@@ -39,7 +37,14 @@ VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a conf
 """
 
 STAGES = ("fit", "validate", "test", "predict")
-CLUSTER = "cluster"  # the folder of scripts among the configs
+# Where the `run` of each other command is; it is imported when it is asked for.
+COMMANDS = {
+    "data": "vitlit.cli.data",
+    "benchmark": "vitlit.benchmark",
+    "doctor": "vitlit.doctor",
+    "config": "vitlit.cli.configs",
+    "weights": "vitlit.cli.weights",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,10 +108,9 @@ def dispatch(argv: list[str]) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # A signal that comes meanwhile waits for what `run` makes of it.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
-        command_line: Callable[[str, list[str]], int] = import_module("vitlit.fit").run
-        return command_line(command, arguments)
+        return int(import_module("vitlit.cli.fit").run(command, arguments))
     if command in COMMANDS:
-        return COMMANDS[command](arguments)
+        return int(import_module(COMMANDS[command]).run(arguments))
     near = get_close_matches(command, [*STAGES, *COMMANDS], 1)
     raise UserError(
         f"no command {command!r}" + (f"; did you mean {near[0]}?" if near else "; vitlit --help lists them")
@@ -124,80 +128,3 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(seen).split())
         seen = seen.__cause__ or seen.__context__
     return None
-
-
-def data(arguments: list[str]) -> int:
-    """`vitlit data NAME OUT`, and check, shard and imagenet."""
-    from vitlit.data import command
-
-    return command.run(arguments)
-
-
-def benchmark(arguments: list[str]) -> int:
-    """`vitlit benchmark data`"""
-    from vitlit import benchmark
-
-    return benchmark.run(arguments)
-
-
-def doctor(arguments: list[str]) -> int:
-    """`vitlit doctor`"""
-    from vitlit import doctor
-
-    return doctor.run(arguments)
-
-
-def config(arguments: list[str]) -> int:
-    """`vitlit config [NAME]`"""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n")
-        print("\n".join(f"  {name}" for name in shipped()))
-        print("\nor of the scripts that start a run on many machines, which it prints as well\n")
-        print("\n".join(f"  {name}" for name in scripts()))
-        return 0
-    path = scripts().get(arguments[0]) or find_config(arguments[0])
-    print(path.read_text(), end="")
-    return 0
-
-
-def weights(arguments: list[str]) -> int:
-    """`vitlit weights show|convert`"""
-    from vitlit.weights import command
-
-    return command.run(arguments)
-
-
-COMMANDS = {"data": data, "benchmark": benchmark, "doctor": doctor, "config": config, "weights": weights}
-
-
-def configs() -> Path:
-    """The folder of the shipped configs: in the package, or beside it in a checkout."""
-    package = Path(vitlit.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def shipped() -> list[str]:
-    """The names of the shipped configs."""
-    found = (path.relative_to(configs()).with_suffix("") for path in configs().rglob("*.yaml"))
-    return sorted(str(name) for name in found if name.parts[0] != CLUSTER)
-
-
-def scripts() -> dict[str, Path]:
-    """The shipped scripts for clusters, by their names."""
-    return {f"{CLUSTER}/{path.stem}": path for path in sorted((configs() / CLUSTER).iterdir())}
-
-
-def find_config(name: str) -> Path:
-    """A config by its path, or by the name of a shipped one, which `configs/NAME.yaml` is in any folder.
-
-    Raises:
-        UserError: there is neither.
-    """
-    known = name.removeprefix("configs/").removesuffix(".yaml")
-    for path in (Path(name), configs() / f"{known}.yaml"):
-        if path.is_file():
-            return path
-    near = get_close_matches(known, shipped(), 1)
-    hint = f"; did you mean {near[0]}?" if near else "; `vitlit config` lists the shipped ones"
-    raise UserError(f"config {name} does not exist{hint}")

@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
-from vitlit.averaging import EMA
-from vitlit.checkpoints import Files
+from vitlit.callbacks import EMA
 from vitlit.errors import UserError
+from vitlit.run.checkpoints import Files
 from vitlit.stages import Stage
 from vitlit.stages.fsdp import FSDP2
 
@@ -73,7 +73,7 @@ class Trainer(LightningTrainer):
             for callback in self.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not isinstance(callback, EMA):
                     raise UserError(
-                        f"trainer.strategy fsdp2 does not work with {type(callback).__name__}; use vitlit.averaging.EMA"
+                        f"trainer.strategy fsdp2 does not work with {type(callback).__name__}; use vitlit.callbacks.EMA"
                     )
             if self.precision in ("16-mixed", "16-true"):
                 raise UserError(

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from vitlit.data.output import whole_folder
 from vitlit.data.progress import Progress
 from vitlit.errors import UserError
+from vitlit.files import whole_folder
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"

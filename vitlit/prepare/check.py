@@ -14,12 +14,12 @@ from rich.progress import track
 from torch.utils.data import Dataset
 
 from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
-from vitlit.data.header import MOST_PIXELS
 from vitlit.data.index import Index
-from vitlit.data.report import Copies, Facts, Look, Paths, Report, look
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError
+from vitlit.images.header import MOST_PIXELS
+from vitlit.prepare.report import Copies, Facts, Look, Paths, Report, look
 
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:

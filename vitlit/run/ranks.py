@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from vitlit.errors import UserError
-from vitlit.run import Decision, flatten
+from vitlit.run.folder import Decision, flatten
 
 HOSTED: list[Any] = []  # the store that this process holds for the others, which torch goes on to use
 

@@ -7,8 +7,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from vitlit.data.output import whole_folder
 from vitlit.errors import UserError
+from vitlit.files import whole_folder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,7 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 class Files(TorchCheckpointIO):
     """Writes a checkpoint beside its place and puts it there when it is on the disk, so that a kill leaves the old one.
 
-    torch.save notes a CRC-32 of all that it writes, which vitlit.weights.files.check_archive compares. A last.ckpt that
+    torch.save notes a CRC-32 of all that it writes, which vitlit.files.check_archive compares. A last.ckpt that
     is written over is kept as previous.ckpt.
     """
 

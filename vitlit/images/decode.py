@@ -10,10 +10,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vitlit.data.codec import DECODERS
-from vitlit.data.header import MOST_PIXELS, HugeImage, check_size, format_of, is_film, refuse_huge
-from vitlit.data.index import read_file
 from vitlit.errors import UserError
+from vitlit.files import read_file
+from vitlit.images.codec import DECODERS
+from vitlit.images.header import MOST_PIXELS, HugeImage, check_size, format_of, is_film, refuse_huge
 
 # That Pillow may read: it knows more, of which EPS would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")

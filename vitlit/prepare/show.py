@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitlit.config import read_config
 from vitlit.errors import CommandParser, UserError
+from vitlit.run.config import read_config
 
 if TYPE_CHECKING:
     from vitlit.data.module import ImageFolderData

@@ -10,13 +10,13 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
-from vitlit import averaging
-from vitlit.cli import find_config
-from vitlit.config import read_config
+from vitlit.callbacks import ema as averaging
+from vitlit.cli.configs import find_config
 from vitlit.data import augment
 from vitlit.errors import UserError
 from vitlit.model import Size
 from vitlit.objectives import Objective
+from vitlit.run.config import read_config
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 

@@ -20,10 +20,10 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from vitlit.data.decode import FORMATS, decode_bytes
-from vitlit.data.header import HugeImage
-from vitlit.data.index import read_file
 from vitlit.errors import UserError
+from vitlit.files import read_file
+from vitlit.images.decode import FORMATS, decode_bytes
+from vitlit.images.header import HugeImage
 
 Paths: TypeAlias = "list[str | list[str]]"  # files; or lists of files that have the same pixels
 

@@ -4,7 +4,6 @@
 import re
 import struct
 
-MOST_BYTES = 1 << 30  # of a file: the largest image is half of it in 8-bit RGB without compression
 MOST_PIXELS = 178_956_970  # of an image: above them Pillow, too, takes it for an attack
 SEGMENTS = 10_000  # of a JPEG before its size, where a photograph has a dozen
 

@@ -18,21 +18,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
 
-from vitlit import averaging, callbacks
-from vitlit.arguments import HELP, CommandLine, Parser, build, check_groups
-from vitlit.checkpoints import Best, Last, check_space
-from vitlit.completion import check_idle, complete, doubts, starting_weights
-from vitlit.data import ImageFolderData, augment, sources
+from vitlit import callbacks
+from vitlit.callbacks import ema as averaging
+from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
+from vitlit.cli.completion import check_idle, complete, doubts, starting_weights
+from vitlit.cli.trainer import Trainer, check_monitors
+from vitlit.data import ImageFolderData, augment
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
-from vitlit.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
 from vitlit.loggers import CSV, Wandb
-from vitlit.ranks import agree, exchange, inherited, rank
-from vitlit.run import Decision, RunFolder, RunOptions, seconds
+from vitlit.prepare import sources
+from vitlit.run.checkpoints import Best, Last, check_space
+from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
+from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
+from vitlit.run.ranks import agree, exchange, inherited, rank
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
-from vitlit.trainer import Trainer, check_monitors
 from vitlit.weights import locate
 from vitlit.weights.checkpoint import open_checkpoint
 

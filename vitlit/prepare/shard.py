@@ -14,16 +14,16 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from vitlit.data.decode import decode_bytes
 from vitlit.data.folder import scan_classes, scan_split, train_folder
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest, read_manifest
-from vitlit.data.output import whole_folder
 from vitlit.data.progress import Progress
 from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, save_index
-from vitlit.data.stream import mix
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
+from vitlit.files import whole_folder
+from vitlit.images.decode import decode_bytes
+from vitlit.seeds import mix
 
 HELP = """\
 Write images as OUT/train-000000.tar, OUT/val-000000.tar and so on: shards that webdataset reads, too. With --data.root

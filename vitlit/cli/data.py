@@ -24,12 +24,12 @@ vitlit data show RUN --step N
 
 check and shard have options: `vitlit data check --help`.
 """
-COMMANDS = {"check": "vitlit.data.check", "shard": "vitlit.data.sharding", "show": "vitlit.data.show"}
+COMMANDS = {"check": "vitlit.prepare.check", "shard": "vitlit.prepare.shard", "show": "vitlit.prepare.show"}
 
 
 def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
-    from vitlit.data import sources
+    from vitlit.prepare import sources
 
     if not arguments or (arguments[0] not in COMMANDS and not {"-h", "--help"}.isdisjoint(arguments)):
         print(HELP.format(names=" ".join(sources.NAMES)), end="")
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
         command: Callable[[list[str]], int] = import_module(COMMANDS[name]).run
         return command(rest)
     if len(rest) == 2 and name == "imagenet":
-        from vitlit.data import imagenet
+        from vitlit.prepare import imagenet
 
         imagenet.unpack(Path(rest[0]), Path(rest[1]))
         return 0

@@ -1,0 +1,9 @@
+"""What watches a training, or keeps what it makes."""
+
+from vitlit.callbacks.ema import EMA
+from vitlit.callbacks.mistakes import Mistakes
+from vitlit.callbacks.predictions import Predictions
+from vitlit.callbacks.progress import Bar, Lines
+from vitlit.callbacks.tracking import Tracking
+
+__all__ = ["EMA", "Bar", "Lines", "Mistakes", "Predictions", "Tracking"]
