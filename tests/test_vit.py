@@ -455,3 +455,83 @@ def test_export_with_any_batch_size() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"less than 1|not a probability|no pixel"):
         ViT(**{"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, **options})
+
+
+def kept(batch: int, patches: int, count: int) -> Tensor:
+    """Other patches for each image, in no order."""
+    return torch.stack([torch.randperm(patches)[:count] for _ in range(batch)])
+
+
+def rows(tokens: Tensor, keep: Tensor, prefix: int) -> Tensor:
+    """The prefix tokens and the kept patches of all tokens."""
+    images = [torch.cat([image[:prefix], image[prefix:][chosen]]) for image, chosen in zip(tokens, keep, strict=True)]
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("options", [{}, {"registers": 2, "class_position": False}, {"position": "sincos2d"}])
+def test_embedding_kept_patches_is_a_part_of_embedding_all(options: dict[str, Any]) -> None:
+    vit = tiny(**options)
+    images, keep = torch.randn(3, 3, 32, 48), kept(3, 24, 5)
+    tokens = vit.embed(images, keep=keep)
+    assert tokens.shape == (3, vit.prefix + 5, 24)
+    assert torch.equal(tokens, rows(vit.embed(images), keep, vit.prefix))
+    assert vit.pool(vit.encode(tokens, (4, 6), keep)).shape == (3, 24)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("registers", [0, 2])
+def test_encoding_kept_patches_is_encoding_all_with_the_others_hidden(
+    position: str, registers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = tiny(position=position, registers=registers, heads=2)
+    images, keep = torch.randn(3, 3, 32, 48), kept(3, 24, 5)
+    encoded = vit.encode(vit.embed(images, keep=keep), (4, 6), keep)
+
+    seen = torch.zeros(3, 1, 1, vit.prefix + 24, dtype=torch.bool)
+    seen[..., : vit.prefix] = True
+    seen.scatter_(-1, vit.prefix + keep[:, None, None], True)
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, dropout_p: attention(q, k, v, attn_mask=seen)
+    )
+    everything = vit.encode(vit.embed(images), (4, 6))
+    torch.testing.assert_close(encoded, rows(everything, keep, vit.prefix))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_keeping_every_patch_changes_nothing(position: str) -> None:
+    vit = tiny(position=position, heads=2)
+    images, keep = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, 16)
+    torch.testing.assert_close(vit.encode(vit.embed(images, keep=keep), keep=keep), vit.features(images))
+
+
+def test_a_mask_puts_the_mask_token_in_place_of_patches_before_their_positions() -> None:
+    vit = tiny()
+    names = set(vit.state_dict())
+    images, mask = torch.randn(3, 3, 32, 32), torch.rand(3, 16) < 0.5
+    with pytest.raises(AssertionError, match="add_mask_token"):
+        vit.embed(images, mask)
+    before = vit.embed(images)
+    vit.add_mask_token()
+    assert set(vit.state_dict()) - names == {"mask_token"}
+    assert set(vit.layers()["embed"]) >= {"mask_token"}
+    tokens = vit.embed(images, mask)
+    hidden = (vit.get_parameter("mask_token") + vit.get_parameter("pos_embed")[:, 1:]).expand(3, -1, -1)
+    assert torch.equal(tokens[:, 1:][mask], hidden[mask])
+    assert torch.equal(tokens[:, 1:][~mask], before[:, 1:][~mask])
+    keep = kept(3, 16, 4)
+    assert torch.equal(vit.embed(images, mask, keep), rows(tokens, keep, 1))
+    assert torch.equal(vit.embed(images), before)
+
+
+def test_masks_and_kept_patches_of_a_batch_compile_in_one_graph() -> None:
+    vit = tiny(position="rope", heads=2)
+    vit.add_mask_token()
+    torch._dynamo.reset()
+
+    def encode(images: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+        return vit.encode(vit.embed(images, mask, keep), keep=keep)
+
+    given = (torch.randn(2, 3, 32, 32), torch.rand(2, 16) < 0.5, kept(2, 16, 6))
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*given), encode(*given))

@@ -42,6 +42,20 @@ def write(vit: ViT, path: Path, **changes: Tensor | None) -> Path:
     return path
 
 
+def test_a_mask_token_is_in_no_file(tmp_path: Path) -> None:
+    vit = tiny()
+    plain = vit.state_dict()
+    vit.add_mask_token()
+    for name in ("a.safetensors", "a.ckpt"):
+        loaded = vitlit.load(vitlit.save_weights(vit, tmp_path / name))
+        assert loaded.state_dict().keys() == plain.keys()
+    report = vitlit.load_weights(vit, tmp_path / "a.ckpt")
+    assert report.new == ["mask_token"]
+    pretrained = write(vit, tmp_path / "b.ckpt")  # of a pretraining, whose optimizer has it
+    assert vitlit.load(pretrained).state_dict().keys() == plain.keys()
+    assert vitlit.load_weights(tiny(), pretrained).unexpected == ["vit.mask_token"]
+
+
 @pytest.fixture
 def run(few: Path, tmp_path: Path) -> Path:
     """The folder of a short run."""

@@ -23,7 +23,7 @@ from vitlit.model.sizes import parse_preset
 
 # The layer of each part of a ViT that is not a block.
 LAYER_OF = {
-    **dict.fromkeys(("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed"), "embed"),
+    **dict.fromkeys(("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed"), "embed"),
     **dict.fromkeys(("norm", "fc_norm"), "norm"),
     **dict.fromkeys(("attn_pool", "head", "head_dist"), "head"),
 }
@@ -91,8 +91,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", (height, width))
+            object.__setattr__(self, "image_size", tuple(self.image_size))
         if self.class_token is None:
             object.__setattr__(self, "class_token", self.pool == "cls")
         if not self.num_classes:
@@ -116,9 +115,8 @@ class ViTConfig:
             raise UserError(f"hidden_dim {self.hidden_dim} is less than 1")
         if self.norm_eps <= 0:
             raise UserError(f"norm_eps {self.norm_eps} is not above 0")
-        height, width = self.sides
-        if min(height, width) < 1:
-            raise UserError(f"image size {height} x {width} has no pixel")
+        if min(self.sides) < 1:
+            raise UserError("image size {} x {} has no pixel".format(*self.sides))
         if self.width % self.heads:
             raise UserError(f"heads {self.heads} do not divide the width {self.width}")
         if self.position == "rope" and self.width // self.heads % 4:
@@ -156,8 +154,8 @@ class ViT(nn.Module):
         config: the options. `set_head` and `resampling` update it.
         grid: (rows, columns) of patches at the configured image size.
         prefix: S, the number of tokens before the patches.
-        classes: class names in the order of the logits, as `vitlit.load` found them; else empty.
-        preprocess: makes input images from files, as `vitlit.load` found it; else None.
+        classes: class names in the order of the logits; `vitlit.load` sets them.
+        preprocess: makes input from image files; `vitlit.load` sets it.
 
     Raises:
         UserError: an option is out of range, two contradict each other, or the patch size does not divide the image.
@@ -178,6 +176,7 @@ class ViT(nn.Module):
         self.cls_token = token(1 if config.class_token else 0)
         self.dist_token = token(1 if config.distilled else 0)
         self.reg_token = token(config.registers)
+        self.mask_token: Tensor | None = None
         special = sum(t is not None for t in (self.cls_token, self.dist_token))
         self.prefix = special + config.registers
         self.positioned = special if config.position == "learned" and config.class_position else 0
@@ -249,6 +248,11 @@ class ViT(nn.Module):
         self.head = head()
         self.head_dist = head() if self.dist_token is not None else None
 
+    def add_mask_token(self) -> None:
+        """Add the learned token that `embed` puts in place of masked patches. Weight files do not contain it."""
+        self.mask_token = nn.Parameter(self.patch_embed.proj.weight.new_empty(1, 1, self.width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
     def layers(self) -> dict[str, dict[str, nn.Parameter]]:
         """The parameters by name, layer by layer in the order of the forward pass: embed, blocks.N, norm, head.
 
@@ -280,33 +284,44 @@ class ViT(nn.Module):
             return resample(self.pos_embed, self.grid, grid, self.positioned, self.resampling)
         return sincos2d(grid, self.width, self.position).to(self.pos_embed)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Patches, positions and prefix tokens (equation 1): (B, C, H, W) -> (B, S + N, D).
 
         The tokens are class, distillation, registers, patches.
+
+        Args:
+            images: of any size that the patch size divides.
+            mask: patches that the mask token replaces before positions are added, (B, N), bool; see `add_mask_token`.
+            keep: indices of the only patches to keep, (B, K), int64; the result is (B, S + K, D).
         """
         patches = self.patch_embed(images)
+        if mask is not None:
+            assert self.mask_token is not None, "a mask needs a mask token: call vit.add_mask_token() first"
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         positions = self.positions(self.grid_of(*images.shape[-2:]))
         prefix = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if positions is not None:
             patches = patches + positions[:, self.positioned :]
+        if keep is not None:
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, self.width))
         if positions is not None and self.positioned:
             prefix = [torch.cat(prefix, dim=1) + positions[:, : self.positioned]]
         if self.reg_token is not None:
             prefix.append(self.reg_token)
         return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
-    def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None, keep: Tensor | None = None) -> Tensor:
         """The blocks and the final norm: (B, S + N, D) -> (B, S + N, D).
 
         Args:
-            tokens: of `embed`.
-            grid: their patch grid, for position rope; the model's own unless given.
+            tokens: the result of `embed`.
+            grid: the images' patch grid, for position rope; by default the model's own.
+            keep: the indices given to `embed`, for position rope.
         """
         rotary = None
         if self.position == "rope":
             head_width = self.width // self.config.heads
-            rotary = rotary2d(grid or self.grid, head_width, self.prefix, like=tokens)
+            rotary = rotary2d(grid or self.grid, head_width, self.prefix, like=tokens, keep=keep)
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, rotary, use_reentrant=False)

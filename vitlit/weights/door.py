@@ -115,7 +115,7 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     """
     weights = path if isinstance(path, Weights) else read(path)
     own = vit.state_dict()
-    globs = [skip] if isinstance(skip, str) else [*skip]
+    globs = ["mask_token", *([skip] if isinstance(skip, str) else skip)]
     if not vit.config.num_classes:
         globs.append("head*")
     skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}

@@ -10,7 +10,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
 from vitlit.weights.names import Table, fuse, split, translate
-from vitlit.weights.weights import HALF, Weights, architecture, require
+from vitlit.weights.weights import HALF, Weights, architecture, require, tensors
 
 QKV, KV = ("attn.q", "attn.k", "attn.v"), ("k", "v")
 PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
@@ -142,7 +142,7 @@ def write(vit: ViT, path: Path) -> dict[str, np.ndarray]:
     if vit.grid[0] != vit.grid[1] and config.position == "learned":
         raise UserError(f"{path} was not written: Google's ViT takes square images alone")
     big_vision = config.pool != "cls" or config.position != "learned" or not config.class_position
-    state = split(split(vit.state_dict(), "attn.qkv", QKV), "kv", KV)
+    state = split(split(tensors(vit), "attn.qkv", QKV), "kv", KV)
     names = [(ours, theirs) for theirs, ours in table(big_vision, bool(config.hidden_dim))]
     renamed, others = translate(state, names)
     assert not others, others

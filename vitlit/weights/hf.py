@@ -13,7 +13,7 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
 from vitlit.weights.names import Table, backwards, fuse, split, translate
-from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require
+from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
@@ -242,7 +242,7 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "hidden_act": "gelu_pytorch_tanh" if config.mlp == "gelu_tanh" else "gelu",
         "torch_dtype": "float32",
     }
-    state = split(vit.state_dict(), "attn.qkv", QKV)
+    state = split(tensors(vit), "attn.qkv", QKV)
     if config.position == "rope":
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         require(vit, path, whose(name), **common, num_classes=0, distilled=False, class_token=True)
