@@ -9,11 +9,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vitlit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_BYTES = 1 << 30  # of an image file: the largest image is half of it in 8-bit RGB without compression
 # How many times a file's size its content may be. Packed weights shrink to a half, a bomb to a thousandth.
@@ -52,6 +53,8 @@ def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
 
 def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
     """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
+    import numpy as np
+
     partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as opened:
@@ -61,13 +64,15 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
+def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
     """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is damaged, or nothing that `save_arrays` wrote.
     """
+    import numpy as np
+
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

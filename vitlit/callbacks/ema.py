@@ -12,9 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from vitlit.errors import UserError
+from vitlit.objectives import Batch
 from vitlit.stages import Stage
 from vitlit.stages.fsdp import whole
-from vitlit.stages.metrics import metrics, update
+from vitlit.stages.metrics import update
 from vitlit.weights.adapt import set_numerics
 
 
@@ -82,8 +83,7 @@ class EMA(WeightAveraging):
         if self._average_model is not None and not trainer.sanity_checking:
             assert isinstance(pl_module, Stage)
             self._average_model.module.eval()
-            measures = metrics(pl_module.vit.config.num_classes, pl_module.objective.multi_label)
-            self._raw = measures.to(pl_module.device)
+            self._raw = pl_module.new_metrics().to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -98,7 +98,7 @@ class EMA(WeightAveraging):
             raw: Any = self._average_model.module
             with trainer.precision_plugin.forward_context():
                 step = raw.step(batch)
-            update(self._raw, step.loss, step.logits, batch[1], len(batch[0]))
+            update(self._raw, step.loss, step.logits, Batch.of(batch).labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, metric in (self._raw or {}).items():

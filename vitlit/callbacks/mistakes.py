@@ -33,10 +33,9 @@ class Mistakes(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is not None and len(batch) > 2 and batch[1].ndim == 1:  # not with several classes an image
-            _, labels, indices = batch
+        if outputs is not None and batch.labels.ndim == 1:  # not with several classes an image
             probability, prediction = outputs["probabilities"].max(-1)
-            columns = (indices, labels, prediction, probability)
+            columns = (batch.indices, batch.labels, prediction, probability)
             self._rows.append(torch.stack([column.cpu().double() for column in columns], 1))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

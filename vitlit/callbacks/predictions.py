@@ -57,7 +57,7 @@ class Predictions(Callback):
     ) -> None:
         probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
         rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
-        self._rows.append(torch.cat([batch[2].cpu().double()[:, None], rows], 1))
+        self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = torch.cat(gather(trainer, self._rows))

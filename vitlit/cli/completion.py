@@ -149,12 +149,14 @@ def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
     return found
 
 
-# What of the data does nothing where these are all 0.
+# The other settings of a group do nothing while these are all 0.
 SWITCHES = {"mixing": (Mixing, ("mixup", "cutmix")), "erasing": (Erasing, ("prob",))}
 
 
 def check_idle(data: Namespace, source: dict[str, Any]) -> None:
-    """Refuse settings of what is off, unless the file, before flags, had it on: then a flag switched it off.
+    """Refuse settings of what is off, unless the config file has it on: then a flag switched it off.
+
+    `--data.mixing.prob 0.5` alone mixes nothing, though `--data.erasing.prob 0.5` erases.
 
     Raises:
         UserError: a setting other than the default would do nothing.

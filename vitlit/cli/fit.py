@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -29,7 +28,7 @@ from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
 from vitlit.prepare import sources
-from vitlit.run.checkpoints import Best, Last, check_space
+from vitlit.run.checkpoints import Best, Last
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
 from vitlit.run.ranks import agree, exchange, inherited, rank
@@ -250,6 +249,8 @@ class CLI(LightningCLI):
         until = None if limit is None else self.begun + seconds(limit)
         return [
             Interrupt(last, until, self.options.save_minutes),
+            callbacks.NonFinite(),
+            callbacks.Throughput(),
             callbacks.Tracking(self.resolved),
             callbacks.Mistakes(),
             self.best,
@@ -271,8 +272,6 @@ class CLI(LightningCLI):
             if self.given and (step := open_checkpoint(Path(self.given))["global_step"]) >= total:
                 ends = f"{self.given} is at step {step}, and this training ends at step {total}"
                 raise UserError(f"{ends}; give more --trainer.max_epochs or --trainer.max_steps")
-            self.model.check(self.datamodule)
-            self.model.objective.prepare(self.datamodule)
 
     def _set_seed(self) -> None:
         try:
@@ -291,10 +290,7 @@ class CLI(LightningCLI):
         )
         if not self.keeps:
             return
-        trainer: Any = self.trainer
         if rank() == 0:
-            averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-            check_space(self.folder.path, self.model, averaged)
             self.folder.begin(self.asked, self.config.fit.run.overwrite)
         given = self.config_init.fit.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given else []

@@ -50,16 +50,13 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run.
 
-    It is 141, SIGPIPE's, where nobody reads what is printed any more, as after `| head`.
+    It is 141, SIGPIPE's, where nobody reads stdout any more, as after `| head`.
     """
     try:
         try:
-            code = answer(sys.argv[1:] if argv is None else argv)
-        except SystemExit:  # argparse's
+            return answer(sys.argv[1:] if argv is None else argv)
+        finally:
             sys.stdout.flush()
-            raise
-        sys.stdout.flush()
-        return code
     except (BrokenPipeError, SystemExit) as stop:  # rich makes the one into the other
         if not (unread() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)):
             raise
@@ -68,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def unread() -> bool:
-    """Whether it is the reader of what is printed that has gone. A flush would not tell, where nothing is buffered."""
+    """Whether nobody reads stdout any more; a pipe of W&B or a data worker that breaks must not end in silence."""
     watch = select.poll()
-    watch.register(sys.stdout, 0)  # an error is told unasked
+    watch.register(sys.stdout, 0)  # POLLERR is always reported
     return any(event & select.POLLERR for _, event in watch.poll(0))
 
 

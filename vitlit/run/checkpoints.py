@@ -72,34 +72,6 @@ def link(path: Path, other: Path) -> None:
     os.replace(partial, other)
 
 
-def check_space(folder: Path, module: LightningModule, averaged: bool) -> None:
-    """Refuse a disk that would be full before training ends.
-
-    Args:
-        folder: of the run, which may have checkpoints already.
-        module: that is trained.
-        averaged: whether an average of the weights is kept, too.
-
-    Raises:
-        UserError: there is less room than last, previous and best checkpoint need while a new one is written.
-    """
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    whole = weights * (2 if averaged else 1) + 2 * trained  # with Adam's two moments
-    needed = 3 * whole + 2 * weights
-    there = (folder / "checkpoints" / name for name in (LAST, PREVIOUS, BEST))
-    needed -= sum(path.stat().st_size for path in there if path.is_file())
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"the disk of {folder} has {free / 1e6:,.0f} MB left, and the run's checkpoints need "
-            f"{needed / 1e6:,.0f} MB; make room, or give another --run.root"
-        )
-
-
 class Best(ModelCheckpoint):
     """Keep the weights with the best metric in `folder`/best.ckpt, also where the folder was moved meanwhile.
 
@@ -142,12 +114,9 @@ class Last(Checkpoint):
         """Write last.ckpt, on every rank at once.
 
         Raises:
-            UserError: a weight is not finite, or the file cannot be written.
+            UserError: the file cannot be written.
         """
-        module: Any = trainer.lightning_module
-        module.require_finite_weights()
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero and self.due(trainer.global_step):
             link(self.path, self.path.with_name(f"step-{trainer.global_step}.ckpt"))
         self.saved_at = time.monotonic()
-        module.clock.restart()
