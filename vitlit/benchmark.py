@@ -147,8 +147,10 @@ def time_loader(data: Images, batch_size: int, workers: int, pin: bool) -> float
 def time_model(vit: ViT, batch_size: int, device: torch.device) -> float:
     """Images per second of forward and backward, in bf16 where a GPU has it, without a loader."""
     vit = vit.to(device).train()
-    side = vit.config["image_size"]
-    images, labels = torch.randn(batch_size, 3, side, side, device=device), torch.arange(batch_size, device=device)
+    images, labels = (
+        torch.randn(batch_size, 3, *vit.config.sides, device=device),
+        torch.arange(batch_size, device=device),
+    )
     seconds = []
     for _ in range(1 + STEPS):
         start = time.perf_counter()

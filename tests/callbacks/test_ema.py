@@ -171,7 +171,7 @@ def test_the_average_computes_as_the_weights_it_is_of(few: Path, tmp_path: Path)
     trainer.fit(stage, ImageFolderData(str(few), image_size=16, batch_size=8, num_workers=0))
     metrics = trainer.callback_metrics
     assert metrics["val/loss_raw"] == metrics["val/loss"]
-    assert stage.vit.config["norm_eps"] == 1e-3
+    assert stage.vit.config.norm_eps == 1e-3
 
 
 def test_what_was_not_trained_is_saved_all_the_same(few: Path, tmp_path: Path) -> None:
@@ -179,4 +179,4 @@ def test_what_was_not_trained_is_saved_all_the_same(few: Path, tmp_path: Path) -
     trainer = Trainer(accelerator="cpu", callbacks=[EMA()], logger=False, enable_progress_bar=False)
     trainer.validate(stage, ImageFolderData(str(few), image_size=16, batch_size=8, num_workers=0), verbose=False)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert vitlit.load(tmp_path / "a.ckpt").config["num_classes"] == 4
+    assert vitlit.load(tmp_path / "a.ckpt").config.num_classes == 4

@@ -3,12 +3,15 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import SMALL, Result, done, refused
+
+from vitlit.model import ViTConfig
 
 Command = Callable[..., Result]
 
@@ -37,6 +40,7 @@ MISTAKES = {
     "--model.vit vitlit.ViT.from_preset --model.vit.preset S/16 --model.vit.width 64": [
         "model.vit: no key width, which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT"
     ],
+    "--model.vit.preset S/16": ["model.vit: no key width, which follows from preset"],  # SMALL has a width
     "--model.schedule.warmupp 8": ["no key schedule.warmupp; did you mean schedule.warmup?"],
     "--data.mixing.prob 0.5": ["data.mixing.prob does nothing without data.mixing.mixup or data.mixing.cutmix; give"],
     "--data.erasing.area [0.1,0.2]": ["data.erasing.area does nothing without data.erasing.prob; give it, or leave it"],
@@ -105,6 +109,7 @@ def test_a_mistaken_flag_is_refused_before_anything_is_written(
     [
         ("batch_size:", "batch_sise:", "no key data.batch_sise; did you mean data.batch_size?"),
         ("patch_size:", "patch_sise:", "model.vit: no key patch_sise; did you mean patch_size?"),
+        ("width: 128", "preset: B/16", "model.vit: no key preset; write class_path: vitlit.ViT.from_preset"),
         ("seed_everything", "seed_everythin", "no key seed_everythin; did you mean seed_everything?"),
         ("AdamW", "AdanW", "did you mean AdamW?"),
         (
@@ -144,6 +149,28 @@ def test_a_mistake_in_a_config_is_refused_as_that_in_a_flag(
 def test_a_config_that_is_none_is_named(vitlit: Command, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mine.yaml").write_bytes(content)
     refused(vitlit("fit", "--config", "mine.yaml"), "config mine.yaml ")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.vit.preset", "Ti/16", "--model.vit.drop_path", "0.1"],
+        ["--model.vit.drop_path=0.1", "--model.vit.preset=Ti/16"],
+        ["--model.vit", "vitlit.ViT.from_preset", "--model.vit.preset", "Ti/16", "--model.vit.drop_path", "0.1"],
+    ],
+)
+@pytest.mark.parametrize("config", ["pretrain", "finetune", "recipes/deit_b16"])
+def test_a_preset_replaces_the_sizes_of_a_config(vitlit: Command, config: str, flags: list[str]) -> None:
+    printed = yaml.safe_load(done(vitlit("fit", "--config", config, *flags, "--print_config=skip_default")))
+    vit = printed["model"]["init_args"]["vit"]
+    assert vit == {"class_path": "vitlit.ViT.from_preset", "init_args": {"preset": "Ti/16", "drop_path": 0.1}}
+
+
+def test_the_help_of_a_vit_explains_its_options(vitlit: Command) -> None:
+    lines = " ".join(done(vitlit("fit", "--model", "Pretrain", "--model.vit.help", "vitlit.ViT")).split())
+    assert "--vit.depth DEPTH The number of blocks. (type: int, default: 12)" in lines
+    for option in fields(ViTConfig):
+        assert f"--vit.{option.name} " in lines
 
 
 def test_a_flag_wins_over_a_config_that_stands_after_it(vitlit: Command, few: Path, tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def test_a_finetuning_that_changes_the_network_is_evaluated_and_continued(
     assert "top1" in measured(done(vitlit("validate", "runs/gap")))
     done(vitlit("predict", "runs/gap", few / "val"))
     assert "runs/gap is complete" in done(vitlit(*flags, "--trainer.max_steps", 4))
-    assert load(work / "runs/gap").config["drop_path"] == 0.1
-    assert load(work / "runs/gap").config["depth"] == 2
+    assert load(work / "runs/gap").config.drop_path == 0.1
+    assert load(work / "runs/gap").config.depth == 2
 
 
 @pytest.mark.parametrize(("name", "lr", "batch"), [("pretrain", 0.001, 32), ("recipes/deit3_s16", 0.004, 2048)])

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.init import init_weights
-from vitlit.model.options import CHOICES
+from vitlit.model.vit import CHOICES
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 48}
 
@@ -40,7 +40,7 @@ def tiny(**options: Any) -> ViT:
 def images_for(vit: ViT, batch: int = 2) -> Tensor:
     """Random images of the network's own size."""
     height, width = (side * vit.patch_size for side in vit.grid)
-    return torch.randn(batch, vit.config["in_channels"], height, width)
+    return torch.randn(batch, vit.config.in_channels, height, width)
 
 
 GAP: dict[str, Any] = {"pool": "gap", "position": "sincos2d"}
@@ -133,7 +133,7 @@ def test_multiply_accumulates(preset: str, image_size: int) -> None:
     with counter:
         vit(images)
     n = (image_size // vit.patch_size) ** 2
-    width, mlp_dim, tokens = vit.width, vit.config["mlp_dim"], n + 1
+    width, mlp_dim, tokens = vit.width, vit.config.mlp_dim, n + 1
     block = tokens * (4 * width**2 + 2 * width * mlp_dim) + 2 * tokens**2 * width
     expected = n * 3 * vit.patch_size**2 * width + len(vit.blocks) * block + width * 1000
     assert counter.get_total_flops() == 2 * expected
@@ -424,8 +424,8 @@ def test_every_parameter_of_any_options_is_trained(options: dict[str, Any]) -> N
 @combined
 def test_any_options_run_at_another_resolution(options: dict[str, Any]) -> None:
     vit = tiny(**options)
-    images = torch.randn(2, vit.config["in_channels"], 24, 48)
-    prefix = vit.config["class_token"] + vit.config["distilled"] + vit.config["registers"]
+    images = torch.randn(2, vit.config.in_channels, 24, 48)
+    prefix = bool(vit.config.class_token) + vit.config.distilled + vit.config.registers
     features = vit.features(images)
     assert features.shape == (2, prefix + 18, 24)
     assert vit(images).shape == (2, 5)
@@ -436,7 +436,7 @@ def test_any_options_run_at_another_resolution(options: dict[str, Any]) -> None:
 def test_any_options_build_on_the_meta_device(options: dict[str, Any]) -> None:
     vit = tiny(**options)
     with torch.device("meta"):
-        again = ViT(**vit.config).eval()
+        again = ViT(**vit.config.plain()).eval()
     images = images_for(vit)
     assert again(images.to("meta")).shape == (2, 5)
     again.to_empty(device="cpu")
@@ -448,7 +448,7 @@ def test_any_options_build_on_the_meta_device(options: dict[str, Any]) -> None:
 @combined
 def test_weights_of_any_options_load_strictly(options: dict[str, Any]) -> None:
     vit, again = tiny(**options), tiny(**options)
-    images = torch.randn(2, vit.config["in_channels"], 24, 48)
+    images = torch.randn(2, vit.config.in_channels, 24, 48)
     assert not torch.equal(again(images), vit(images))
     again.load_state_dict(vit.state_dict(), strict=True)
     assert torch.equal(again(images), vit(images))
@@ -457,7 +457,7 @@ def test_weights_of_any_options_load_strictly(options: dict[str, Any]) -> None:
 @combined
 def test_any_options_run_in_other_precisions(options: dict[str, Any]) -> None:
     vit = tiny(**options)
-    images = torch.randn(2, vit.config["in_channels"], 24, 48)
+    images = torch.randn(2, vit.config.in_channels, 24, 48)
     expected = vit(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(vit(images).float(), expected, rtol=0.2, atol=0.3)
@@ -487,7 +487,7 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 
 
 def test_the_class_token_is_there_where_it_is_pooled() -> None:
-    assert [tiny(pool=pool).config["class_token"] for pool in ("cls", "gap", "map")] == [True, False, False]
+    assert [tiny(pool=pool).config.class_token for pool in ("cls", "gap", "map")] == [True, False, False]
 
 
 COMPILED: list[dict[str, Any]] = [

@@ -37,7 +37,7 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_plain_network(layer
     assert (logits - plain(images)).abs().max() > 1e-2
     state, replaced = merge(vit.state_dict())
     assert state.keys() == plain.state_dict().keys()
-    merged = ViT(**plain.config).eval()
+    merged = ViT(**plain.config.plain()).eval()
     merged.load_state_dict(state)
     assert (merged(images) - logits).abs().max() <= 1e-5
     assert len(replaced) == 4 * len(layers) * 2

@@ -1,20 +1,21 @@
 """The Vision Transformer against published counts, timm and an independent implementation."""
 
-import inspect
 import itertools
 import json
 import math
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 import timm
 import torch
 from conftest import randomized
+from docstring_parser import parse_from_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError
-from vitlit.model import SIZES, ViT, ViTOptions
+from vitlit.model import SIZES, ViT, ViTConfig
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 40}
 
@@ -243,12 +244,24 @@ def test_wrong_head() -> None:
 
 def test_misspelt_option() -> None:
     with pytest.raises(TypeError, match="droput"):
-        ViT.from_preset("Ti/16", droput=0.1)  # type: ignore[call-arg]
+        ViT.from_preset("Ti/16", droput=0.1)
+    with pytest.raises(TypeError, match="droput"):
+        ViT(droput=0.1)
 
 
-def test_options_are_the_rest_of_the_constructor() -> None:
-    named = {"self", "image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes", "hidden_dim"}
-    assert set(ViTOptions.__annotations__) == set(inspect.signature(ViT.__init__).parameters) - named
+def test_every_option_has_a_docstring_which_is_its_help() -> None:
+    documented = {param.arg_name: param.description for param in parse_from_object(ViTConfig).params}
+    assert list(documented) == [field.name for field in fields(ViTConfig)]
+    assert all(documented.values())
+
+
+def test_a_config_cannot_be_changed_but_replaced() -> None:
+    vit = tiny()
+    with pytest.raises(FrozenInstanceError):
+        vit.config.depth = 3  # type: ignore[misc]
+    with pytest.raises(UserError, match="depth 0 is less than 1"):
+        replace(vit.config, depth=0)
+    assert ViT(**replace(vit.config, depth=3).plain()).config == ViTConfig(**TINY | {"depth": 3, "num_classes": 5})
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -261,19 +274,18 @@ OPTIONS: list[dict[str, Any]] = [
 
 def same_network(vit: ViT) -> None:
     """Assert that a network of the config, which a JSON file may have held, is the same in every respect."""
-    again = ViT(**json.loads(json.dumps(vit.config))).eval()
+    again = ViT(**json.loads(json.dumps(vit.config.plain()))).eval()
     assert again.config == vit.config
     assert str(again) == str(vit)
     again.load_state_dict(vit.state_dict())
     height, width = (vit.grid[0] * vit.patch_size, vit.grid[1] * vit.patch_size)
-    images = torch.randn(2, vit.config["in_channels"], height, width)
+    images = torch.randn(2, vit.config.in_channels, height, width)
     assert torch.equal(again(images), vit(images))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_config_builds_the_same_network(options: dict[str, Any]) -> None:
     vit = tiny(**options)
-    assert set(vit.config) == set(inspect.signature(ViT.__init__).parameters) - {"self"}
     same_network(vit)
 
 
@@ -378,7 +390,7 @@ def test_pretraining_head_is_linear_tanh_linear() -> None:
 
     vit.set_head("pretrain", 7)
     assert vit.state_dict()["head.pre_logits.weight"].shape == (24, 24)
-    assert vit.config["hidden_dim"] == 24
+    assert vit.config.hidden_dim == 24
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
@@ -443,3 +455,83 @@ def test_export_with_any_batch_size() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"less than 1|not a probability|no pixel"):
         ViT(**{"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 16, **options})
+
+
+def kept(batch: int, patches: int, count: int) -> Tensor:
+    """Other patches for each image, in no order."""
+    return torch.stack([torch.randperm(patches)[:count] for _ in range(batch)])
+
+
+def rows(tokens: Tensor, keep: Tensor, prefix: int) -> Tensor:
+    """The prefix tokens and the kept patches of all tokens."""
+    images = [torch.cat([image[:prefix], image[prefix:][chosen]]) for image, chosen in zip(tokens, keep, strict=True)]
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("options", [{}, {"registers": 2, "class_position": False}, {"position": "sincos2d"}])
+def test_embedding_kept_patches_is_a_part_of_embedding_all(options: dict[str, Any]) -> None:
+    vit = tiny(**options)
+    images, keep = torch.randn(3, 3, 32, 48), kept(3, 24, 5)
+    tokens = vit.embed(images, keep=keep)
+    assert tokens.shape == (3, vit.prefix + 5, 24)
+    assert torch.equal(tokens, rows(vit.embed(images), keep, vit.prefix))
+    assert vit.pool(vit.encode(tokens, (4, 6), keep)).shape == (3, 24)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("registers", [0, 2])
+def test_encoding_kept_patches_is_encoding_all_with_the_others_hidden(
+    position: str, registers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = tiny(position=position, registers=registers, heads=2)
+    images, keep = torch.randn(3, 3, 32, 48), kept(3, 24, 5)
+    encoded = vit.encode(vit.embed(images, keep=keep), (4, 6), keep)
+
+    seen = torch.zeros(3, 1, 1, vit.prefix + 24, dtype=torch.bool)
+    seen[..., : vit.prefix] = True
+    seen.scatter_(-1, vit.prefix + keep[:, None, None], True)
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, dropout_p: attention(q, k, v, attn_mask=seen)
+    )
+    everything = vit.encode(vit.embed(images), (4, 6))
+    torch.testing.assert_close(encoded, rows(everything, keep, vit.prefix))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_keeping_every_patch_changes_nothing(position: str) -> None:
+    vit = tiny(position=position, heads=2)
+    images, keep = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, 16)
+    torch.testing.assert_close(vit.encode(vit.embed(images, keep=keep), keep=keep), vit.features(images))
+
+
+def test_a_mask_puts_the_mask_token_in_place_of_patches_before_their_positions() -> None:
+    vit = tiny()
+    names = set(vit.state_dict())
+    images, mask = torch.randn(3, 3, 32, 32), torch.rand(3, 16) < 0.5
+    with pytest.raises(AssertionError, match="add_mask_token"):
+        vit.embed(images, mask)
+    before = vit.embed(images)
+    vit.add_mask_token()
+    assert set(vit.state_dict()) - names == {"mask_token"}
+    assert set(vit.layers()["embed"]) >= {"mask_token"}
+    tokens = vit.embed(images, mask)
+    hidden = (vit.get_parameter("mask_token") + vit.get_parameter("pos_embed")[:, 1:]).expand(3, -1, -1)
+    assert torch.equal(tokens[:, 1:][mask], hidden[mask])
+    assert torch.equal(tokens[:, 1:][~mask], before[:, 1:][~mask])
+    keep = kept(3, 16, 4)
+    assert torch.equal(vit.embed(images, mask, keep), rows(tokens, keep, 1))
+    assert torch.equal(vit.embed(images), before)
+
+
+def test_masks_and_kept_patches_of_a_batch_compile_in_one_graph() -> None:
+    vit = tiny(position="rope", heads=2)
+    vit.add_mask_token()
+    torch._dynamo.reset()
+
+    def encode(images: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+        return vit.encode(vit.embed(images, mask, keep), keep=keep)
+
+    given = (torch.randn(2, 3, 32, 32), torch.rand(2, 16) < 0.5, kept(2, 16, 6))
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*given), encode(*given))

@@ -211,7 +211,7 @@ def test_an_objective_need_not_take_the_number_of_classes(weights: str, few: Pat
 
     stage = made(weights, objective=Margin)
     assert fit(stage, few, steps=2).global_step == 2
-    assert stage.vit.config["num_classes"] == 4
+    assert stage.vit.config.num_classes == 4
 
 
 def test_a_head_that_is_kept_goes_on_where_the_weights_left_it(weights: str, few: Path) -> None:
@@ -288,7 +288,7 @@ def test_what_contradicts_itself_is_refused(options: dict[str, Any], message: st
 def test_dropouts_are_the_trainings_and_not_the_weights(few: Path, tmp_path: Path) -> None:
     save_weights(ViT(**SIZE, num_classes=4, dropout=0.5, drop_path=0.5), tmp_path / "dropped.safetensors")
     config = made(str(tmp_path / "dropped.safetensors")).vit.config
-    assert (config["dropout"], config["drop_path"]) == (0, 0)
+    assert (config.dropout, config.drop_path) == (0, 0)
 
 
 def test_what_is_logged_of_a_step_is_the_mean_of_its_micro_batches(weights: str, few: Path) -> None:

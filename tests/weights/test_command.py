@@ -130,7 +130,7 @@ def test_finetuning_takes_the_network_and_the_preprocessing_from_the_file(
     vit = package.load(tmp_path / "runs" / "finetune")
     assert isinstance(vit.preprocess, Preprocess)
     assert vit.preprocess.mean == (0.485, 0.456, 0.406)
-    assert vit.config["distilled"]
+    assert vit.config.distilled
     assert vit.classes == ["0", "1", "2", "3"]
     done(vitlit("validate", "runs/finetune"))
 
@@ -147,7 +147,7 @@ def test_a_value_that_contradicts_the_file_is_refused_with_both(vitlit: Command,
     refused(vitlit(*fit, *shape.split(), 4), "model.vit.heads is 4", "was made with 3")
     refused(vitlit(*fit, *shape.split(), 3, "--model.vit.norm_eps", 1e-5), "norm_eps is 1e-05", "was made with 1e-12")
     done(vitlit(*fit, *shape.split(), 3))
-    assert package.load(tmp_path / "runs" / "finetune").config["norm_eps"] == 1e-12
+    assert package.load(tmp_path / "runs" / "finetune").config.norm_eps == 1e-12
 
 
 def test_grey_images_for_one_channel(vitlit: Command, few: Path, file: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_one_flag_of_the_network_goes_beside_the_weights(vitlit: Command, few: P
     fit = ["fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), file]
     done(vitlit(*fit, "--model.vit.drop_path", 0.1))
     vit = package.load(file.parent / "runs" / "finetune")
-    assert (vit.config["drop_path"], vit.config["width"], vit.config["depth"]) == (0.1, 192, 2)
+    assert (vit.config.drop_path, vit.config.width, vit.config.depth) == (0.1, 192, 2)
 
 
 def test_a_run_continues_after_the_file_it_began_from_is_gone(vitlit: Command, few: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_run_continues_after_the_file_it_began_from_is_gone(vitlit: Command, f
     out = done(vitlit(*fit, "--trainer.max_steps", 4))
     assert "continuing runs/finetune" in out
     assert "weights of" not in out
-    assert package.load(tmp_path / "runs" / "finetune").config["mlp"] == "gelu_tanh"
+    assert package.load(tmp_path / "runs" / "finetune").config.mlp == "gelu_tanh"
 
 
 @pytest.mark.parametrize("out", ["file/a.safetensors", "file/a.npz", "file/folder"])

@@ -160,7 +160,7 @@ def check(whole: Path, mutation: Callable[[Path, random.Random], int], draw: ran
     path = folder / whole.name
     right = vitlit.load(whole)
     flips = mutation(path, draw)
-    target = ViT(**right.config)
+    target = ViT(**right.config.plain())
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     for load in (vitlit.load, lambda path: vitlit.load_weights(target, path)):
         try:
@@ -317,7 +317,7 @@ def test_a_tensor_of_more_numbers_than_the_file_holds_is_refused(change: str, tm
 )
 def test_a_config_that_asks_for_the_impossible_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     vit, path = network(position="sincos2d"), tmp_path / "a.ckpt"
-    about = {"vit": {**vit.config, **change}, "classes": [], "preprocess": {}}
+    about = {"vit": {**vit.config.plain(), **change}, "classes": [], "preprocess": {}}
     torch.save({"vitlit": about, "state_dict": {f"vit.{n}": t for n, t in vit.state_dict().items()}}, path)
     unloadable(path, words)
 

@@ -117,7 +117,7 @@ def test_google_as_timm_reads_it(
     theirs.load_pretrained(str(file))
     vit = vitlit.load(file)
     assert_same(vit(images), theirs(images))
-    report = vitlit.load_weights(ViT(**vit.config), file)
+    report = vitlit.load_weights(ViT(**vit.config.plain()), file)
     assert report.format == "google"
     assert {*report.unexpected} == {*beside}
 
@@ -144,7 +144,7 @@ def test_google_without_a_table_has_sines_and_cosines(tmp_path: Path) -> None:
     theirs.load_pretrained(str(save_npz(tmp_path / "timm.npz", {**named, "params/pos_embedding": table})))
     del named["params/pos_embedding"]
     vit, images = vitlit.load(save_npz(tmp_path / "theirs.npz", named)), images_of(64)
-    assert vit.config["position"] == "sincos2d"
+    assert vit.config.position == "sincos2d"
     assert_same(vit(images), theirs(images))
 
     written = np.load(vitlit.save_weights(shaken(vit, 0.01), tmp_path / "ours.npz", "google"))
@@ -152,7 +152,7 @@ def test_google_without_a_table_has_sines_and_cosines(tmp_path: Path) -> None:
     assert_same(vitlit.load(tmp_path / "ours.npz")(images), vit(images))
     theirs.load_pretrained(str(save_npz(tmp_path / "back.npz", {**written, "params/pos_embedding": table})))
     assert_same(theirs(images), vit(images))
-    learned = ViT(**{**vit.config, "position": "learned", "image_size": 64}).eval()
+    learned = ViT(**{**vit.config.plain(), "position": "learned", "image_size": 64}).eval()
     vitlit.load_weights(learned, tmp_path / "theirs.npz")
     vitlit.load_weights(vit, tmp_path / "theirs.npz")
     assert_same(learned(images), vit(images))

@@ -82,7 +82,7 @@ def hf_output(model: Any, images: Tensor, **options: Any) -> Tensor:
 
 
 def our_output(vit: ViT, images: Tensor) -> Tensor:
-    return vit(images) if vit.config["num_classes"] else vit.features(images)
+    return vit(images) if vit.config.num_classes else vit.features(images)
 
 
 def hf_loaded(name: str, folder: Path) -> Any:
@@ -105,7 +105,7 @@ def test_transformers_in_and_out(family: str, name: str, options: dict[str, Any]
     images = images_of(tuple(size) if isinstance(size, list) else size, options.get("num_channels", 3))
     vit = vitlit.load(tmp_path / "theirs")
     assert_same(our_output(vit, images), hf_output(theirs, images))
-    if not vit.config["num_classes"] and not vit.config["distilled"]:  # where it is the mean of two tokens, as in timm
+    if not vit.config.num_classes and not vit.config.distilled:  # where it is the mean of two tokens, as in timm
         assert_same(vit(images), hf_output(theirs, images)[:, 0])
 
     out, back = tmp_path / "ours", BACK.get(name, name)
@@ -145,8 +145,8 @@ def test_without_its_config_the_heads_follow_from_the_width(
     moved.parent.mkdir()
     (tmp_path / "theirs" / "model.safetensors").rename(moved)
     vit = vitlit.load(moved)
-    assert vit.config["heads"] == theirs.config.num_attention_heads
-    assert vit.config["norm_eps"] == theirs.config.layer_norm_eps
+    assert vit.config.heads == theirs.config.num_attention_heads
+    assert vit.config.norm_eps == theirs.config.layer_norm_eps
     assert_same(our_output(vit, images), hf_output(theirs, images))
 
 
@@ -203,7 +203,7 @@ def test_epsilon_and_gelu_are_set_on_the_vit(eps: float, tmp_path: Path) -> None
     assert f"set norm_eps {eps} (was 1e-06)" in str(report)
     assert_same(vit(images), hf_output(theirs, images))
     assert {m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} == {eps}
-    assert (vit.config["norm_eps"], vit.config["mlp"]) == (eps, "gelu_tanh")
+    assert (vit.config.norm_eps, vit.config.mlp) == (eps, "gelu_tanh")
 
 
 def test_labels_are_the_classes_and_go_out_again(tmp_path: Path) -> None:

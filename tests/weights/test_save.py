@@ -123,8 +123,8 @@ OWN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OWN)
 def test_vitlits_own_files_keep_everything(options: dict[str, Any], ending: str, tmp_path: Path) -> None:
     vit = vit_of(**options)
-    vit.classes = [f"Klasse {i} é ☃" for i in range(vit.config["num_classes"])]
-    colours = (0.1, 0.2, 0.3)[: vit.config["in_channels"]]
+    vit.classes = [f"Klasse {i} é ☃" for i in range(vit.config.num_classes)]
+    colours = (0.1, 0.2, 0.3)[: vit.config.in_channels]
     sides = tuple(side * vit.patch_size for side in vit.grid)
     vit.preprocess = Preprocess(sides, 0.7, "bilinear", colours, colours)  # type: ignore[arg-type]
     loaded = vitlit.load(vitlit.save_weights(vit, tmp_path / f"a.{ending}"))
@@ -133,7 +133,7 @@ def test_vitlits_own_files_keep_everything(options: dict[str, Any], ending: str,
     assert loaded.preprocess == vit.preprocess
     assert loaded.state_dict().keys() == vit.state_dict().keys()
     assert all(torch.equal(tensor, vit.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    images = torch.randn(2, vit.config["in_channels"], *sides)
+    images = torch.randn(2, vit.config.in_channels, *sides)
     assert torch.equal(loaded(images), vit(images))
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"a.{ending}"]
 

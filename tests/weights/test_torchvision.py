@@ -36,7 +36,7 @@ def test_torchvision_in_and_out(
     theirs, images = shaken(peer()), images_of(2 * patch)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     vit = vitlit.load(tmp_path / "theirs.pth")
-    assert vit.config["hidden_dim"] == representation
+    assert vit.config.hidden_dim == representation
     assert_same(vit(images), theirs(images))
     file = vitlit.save_weights(shaken(vit, 0.01), tmp_path / "ours.safetensors", "torchvision")
     back = peer()

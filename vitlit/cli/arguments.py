@@ -20,6 +20,7 @@ from vitlit.run.config import read_config
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
+PRESET = "--model.vit.preset"
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 
 # What opens the help of a command, before all keys.
@@ -54,6 +55,10 @@ class CommandLine:
         self.content = contents[0] if contents else {}
         self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
         self.exact, self.launched = exact, False
+        names = [flag.partition("=")[0] for flag in flags]
+        if PRESET in names and "--model.vit" not in names:  # the class replaces the config's, and its sizes
+            first = next(i for i, name in enumerate(names) if name.startswith("--model.vit."))
+            flags = [*flags[:first], "--model.vit", "vitlit.ViT.from_preset", *flags[first:]]
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
     @classmethod
@@ -157,6 +162,8 @@ class Parser(LightningArgumentParser):
     def nearest(self, wrong: str) -> str:
         """Words that suggest the nearest key: of the same group, or any where no group has that name."""
         keys = list(self.get_defaults().keys())
+        if wrong == "preset":
+            return "; write class_path: vitlit.ViT.from_preset beside it, or --model.vit.preset on the command line"
         if "preset" in keys and wrong in Size._fields:
             return ", which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT and all its keys"
         group, _, name = wrong.rpartition(".")

@@ -75,6 +75,7 @@ def run(command: str, arguments: list[str]) -> int:
         import_path_denylist=["*"],
         # What jsonargparse calls the base class where a callback's keys come without a class.
         import_path_allowlist=[*trusted(), "lightning.Callback"],
+        docstring_parse_attribute_docstrings=True,  # the help of ViTConfig's options
     )
     load = get_loader("yaml")
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 from vitlit.errors import UserError
@@ -35,8 +35,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
     if type(value) is ViT:
-        headless = {**value.config, "num_classes": 0, "hidden_dim": None}
-        return {"class_path": "vitlit.model.ViT", "init_args": headless}
+        headless = replace(value.config, num_classes=0)
+        return {"class_path": "vitlit.model.ViT", "init_args": headless.plain()}
     if inspect.isabstract(value):
         raise UserError(f"{path_of(value)} is a base class; name one that is derived from it")
     if inspect.isclass(value):

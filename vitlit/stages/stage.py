@@ -78,7 +78,7 @@ class Stage(LightningModule):
 
     def new_metrics(self) -> nn.ModuleDict:
         """What an evaluation measures, by name."""
-        classes = self.vit.config["num_classes"] if self.objective.needs_labels else 0
+        classes = self.vit.config.num_classes if self.objective.needs_labels else 0
         return metrics(classes, getattr(self.objective, "multi_label", False))
 
     @property
@@ -131,13 +131,12 @@ class Stage(LightningModule):
     def _check_data(self) -> None:
         """Refuse data that does not fit the network or the objective."""
         data, objective, name = self.data, self.objective, type(self.objective).__name__
-        classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
+        classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", []))
         if found and objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
         preprocess = getattr(data, "preprocess", None)
-        wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
-        if preprocess is not None and list(preprocess.image_size) != wanted:
+        if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
         mixing = getattr(data, "mixing", None)
         if mixing is not None and mixing.on and not isinstance(objective, Supervised):
@@ -245,7 +244,7 @@ class Stage(LightningModule):
         before = progress["total"]["processed"] // checkpoint["global_step"]
         was = (checkpoint.get("devices", self.trainer.world_size), before)
         now = (self.trainer.world_size, self.trainer.accumulate_grad_batches)
-        if fitting and was != now and any(self.vit.config[name] for name in DROPOUTS):
+        if fitting and was != now and any(getattr(self.vit.config, name) for name in DROPOUTS):
             rank_zero_only(print)(
                 f"vitlit: warning: {now[0]} devices x {now[1]} micro-batches go on where {was[0]} x {was[1]} were: the "
                 "samples are the same, but dropout depends on how they are divided",

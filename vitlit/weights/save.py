@@ -16,6 +16,7 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import checkpoint, google, hf, timm, torchvision
 from vitlit.weights.files import CONFIG, PREPROCESSOR
+from vitlit.weights.weights import tensors
 
 Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]
 ENDINGS = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}  # the others' are .safetensors, .pth and .pt
@@ -53,9 +54,9 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
     elif format == "torchvision":
         write_tensors(torchvision.write(vit, path), path)
     elif path.suffix == ".safetensors":
-        write_tensors(vit.state_dict(), path, checkpoint.metadata(vit))
+        write_tensors(tensors(vit), path, checkpoint.metadata(vit))
     else:
-        state = {f"vit.{name}": tensor for name, tensor in detached(vit.state_dict()).items()}
+        state = {f"vit.{name}": tensor for name, tensor in detached(tensors(vit)).items()}
         content = {"vitlit": checkpoint.about(vit, vit.classes, vit.preprocess), "state_dict": state}
         with writing(path) as partial:
             torch.save(content, partial)
