@@ -44,8 +44,8 @@ from torchvision import datasets as vision
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
-
 from vitlit.data.codec import DECODER
+
 from vitlit.data.crops import RandomResizedCrop
 from vitlit.data.decode import decode
 from vitlit.data.module import ImageFolderData

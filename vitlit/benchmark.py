@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from vitlit.data.codec import DECODER, PILLOW_SLOWER
 from vitlit.data.dataset import Images, channels_last
-from vitlit.data.decode import decode_bytes
+from vitlit.data.decode import DECODER, PILLOW_SLOWER, decode_bytes
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.splits import Splits

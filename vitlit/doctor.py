@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 import vitlit
 from vitlit import wandb_mode
 from vitlit.data import workers
-from vitlit.data.codec import DECODER, PILLOW_SLOWER, WHY_NOT
+from vitlit.data.decode import DECODER, PILLOW_SLOWER, WHY_NOT
 from vitlit.errors import CommandParser, UserError
 
 HELP = """\

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
 
+from vitlit.data.decode import MOST_PIXELS
 from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
-from vitlit.data.header import MOST_PIXELS
 from vitlit.data.index import Index
 from vitlit.data.report import Copies, Facts, Look, Paths, Report, look
 from vitlit.data.shards import is_shards

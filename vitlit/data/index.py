@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vitlit.data.header import MOST_BYTES
 from vitlit.errors import UserError
+
+MOST_BYTES = 1 << 30  # of an image file: the largest image is half of it in 8-bit RGB without compression
 
 
 class StorageUserError(UserError):
@@ -75,7 +76,7 @@ def read_file(path: str | Path) -> bytes:
     """The content of an image file.
 
     Raises:
-        UserError: it cannot be read, is no file but such as a pipe, or has more than `header.MOST_BYTES`.
+        UserError: it cannot be read, is no file but such as a pipe, or has more than `MOST_BYTES`.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
@@ -89,7 +90,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def refuse_large(path: str | Path, size: int) -> None:
-    """UserError for an image file of more bytes than `header.MOST_BYTES`."""
+    """UserError for an image file of more bytes than `MOST_BYTES`."""
     if size > MOST_BYTES:
         raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
 

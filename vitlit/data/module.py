@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vitlit.data.bad_images import BadImages
-from vitlit.data.codec import DECODER, PILLOW_SLOWER
 from vitlit.data.dataset import Images
+from vitlit.data.decode import DECODER, PILLOW_SLOWER
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index

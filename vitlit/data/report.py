@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from vitlit.data.decode import FORMATS, decode_bytes
-from vitlit.data.header import HugeImage
 from vitlit.data.index import read_file
 from vitlit.errors import UserError
 
@@ -78,7 +77,7 @@ def look(path: str) -> Look:
             data = read_file(path)
             image = decode_bytes(data, path).permute(1, 2, 0).contiguous()
         except Exception as error:  # a decoder's bug in one file must not end the check
-            if isinstance(error.__cause__, HugeImage):
+            if isinstance(error.__cause__, Image.DecompressionBombError):
                 return Look("too_large")
             reason = str(error).removeprefix(f"cannot read the image {path}: ") or type(error).__name__
             return Look("unreadable", reason)
