@@ -50,7 +50,7 @@ ROWS: dict[str, list[str]] = {
     "mixup 0.2": flags(data__mixing__mixup=0.2),
     "cutmix 1.0": flags(data__mixing__cutmix=1.0),
     "random erasing 0.25": flags(data__erasing__prob=0.25),
-    "EMA 0.99": flags(trainer__callbacks="[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.99}}]"),
+    "EMA 0.99": flags(trainer__callbacks="[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.99}}]"),
     "affine, repeated 3 times": [*augment(AFFINE), *flags(data__repeats=3)],
 }
 UNEVEN = {

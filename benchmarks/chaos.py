@@ -28,7 +28,7 @@ fit --config pretrain --data.image_size 28 --data.batch_size 100 --data.num_work
 --model.vit.attention_dropout 0.1 --data.mixing.mixup 0.2 --data.mixing.cutmix 1.0 --data.erasing.prob 0.25
 --trainer.max_epochs 4 --run.save_minutes 0.05 --trainer.logger false --trainer.accelerator cpu --run.name mnist
 """
-EMA = "[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.99}}]"
+EMA = "[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.99}}]"
 LONGEST = 15.0  # seconds to a kill, of which the start takes a few
 
 
@@ -42,7 +42,7 @@ def begin(line: list[str], folder: Path) -> int:
             log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            from vitlit.cli import main
+            from vitlit.cli.main import main
 
             code = main(line)
         finally:

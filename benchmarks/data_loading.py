@@ -44,11 +44,10 @@ from torchvision import datasets as vision
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
-from vitlit.data.codec import DECODER
 
-from vitlit.data.crops import RandomResizedCrop
-from vitlit.data.decode import decode
 from vitlit.data.module import ImageFolderData
+from vitlit.images.crops import RandomResizedCrop
+from vitlit.images.decode import DECODER, decode
 
 BATCH, TURN = 32, 3
 SIZE, SHORT, SCALE, RATIO = 224, 256, (0.08, 1.0), (3 / 4, 4 / 3)

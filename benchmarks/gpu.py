@@ -59,7 +59,7 @@ def folder(out: Path, size: int, classes: int, each: int, suffix: str) -> Path:
 
 def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, Any]:
     """Train a recipe for so many steps, or so long, and report what metrics.csv says of it, and the memory it took."""
-    from vitlit.cli import main
+    from vitlit.cli.main import main
 
     torch.cuda.reset_peak_memory_stats()
     flags = ["--data.root", root, "--trainer.max_steps", steps, "--trainer.logger", "false", "--run.root", work]

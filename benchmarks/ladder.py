@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runs import Run, arguments, fit_all, summary, write
 
-from vitlit.data import sources
+from vitlit.prepare import sources
 
 HEART = "--config pretrain --data.crop center --data.image_size 16 --data.batch_size 64 --model.schedule.warmup 10%"
 HEART += " --model.optimizer.init_args.weight_decay 0 --trainer.max_epochs 60 --trainer.check_val_every_n_epoch 60"

@@ -64,7 +64,7 @@ def fit_all(runs: Iterable[Run], work: Path, at_once: int) -> list[Made]:
 def _fit(job: tuple[Run, Path, bool]) -> Made:
     import torch
 
-    from vitlit.cli import main
+    from vitlit.cli.main import main
 
     run, work, alone = job
     name = f"{run.name}-{run.seed}".replace(" ", "_")

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
-from vitlit.cli import main
+from vitlit.cli.main import main
 
 Command = Callable[..., Result]
 KILLED = 3  # steps that were done when rank 1 dies: an epoch has two, so that the third is done again

@@ -14,7 +14,7 @@ from conftest import SMALL, command
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing import ProcessRaisedException
 
-from vitlit.averaging import EMA
+from vitlit.callbacks import EMA
 from vitlit.data import ImageFolderData
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.erasing import Erasing
@@ -253,7 +253,7 @@ def console_script(tmp_path: Path) -> Path:
         return installed
     script = tmp_path / "bin" / "vitlit"
     script.parent.mkdir()
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom vitlit.cli import main\n\nsys.exit(main())\n")
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom vitlit.cli.main import main\n\nsys.exit(main())\n")
     script.chmod(0o755)
     return script
 

@@ -23,4 +23,4 @@ def test_the_wheel_holds_the_configs_and_the_command(tmp_path: Path) -> None:
     }
     assert configs <= held
     assert not any(name.startswith(("tests/", "runs/", "data/")) for name in held)
-    assert "vitlit = vitlit.cli:main" in points
+    assert "vitlit = vitlit.cli.main:main" in points

@@ -15,8 +15,8 @@ import yaml
 from conftest import REPOSITORY, Result
 from jsonargparse import Namespace
 
-import vitlit.completion
-from vitlit.arguments import Parser
+import vitlit.cli.completion
+from vitlit.cli.arguments import Parser
 from vitlit.data import ImageFolderData, Preprocess
 from vitlit.model import ViT
 from vitlit.stages import Stage
@@ -189,7 +189,7 @@ def built(name: str) -> Built:
     config = parser().parse_object({key: recipe[key] for key in ("seed_everything", "model", "data")})
     config.ckpt_path = None
     splits: Any = SimpleNamespace(labels=lambda: ([str(i) for i in range(classes)], False))
-    vitlit.completion.complete(config, begins(name), splits)
+    vitlit.cli.completion.complete(config, begins(name), splits)
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))
     return Built(made.model, made.data, config.model.init_args.as_dict(), images)

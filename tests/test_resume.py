@@ -223,7 +223,7 @@ COMMAND = (
     *("fit", *SMALL, "--data.batch_size", 8, "--trainer.max_steps", -1),  # 5 steps an epoch
     *("--model.vit.dropout", 0.1, "--model.vit.attention_dropout", 0.1, "--model.vit.drop_path", 0.1),
     *("--data.mixing.mixup", 0.8, "--data.mixing.cutmix", 1.0, "--data.erasing.prob", 0.5),
-    *("--trainer.callbacks", "[{class_path: vitlit.averaging.EMA, init_args: {decay: 0.7}}]"),
+    *("--trainer.callbacks", "[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.7}}]"),
     *("--run.save_minutes", 0),  # after every step
 )
 KILLED = -signal.SIGKILL

@@ -2,6 +2,6 @@
 
 import sys
 
-from vitlit.cli import main
+from vitlit.cli.main import main
 
 sys.exit(main())

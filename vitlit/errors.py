@@ -28,3 +28,11 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; {self.prog} --help says more")
+
+
+def first_difference(theirs: list[str], ours: list[str]) -> str:
+    """The first class name of weights that differs from the data's, in words; empty where one list begins the other."""
+    for their, our in zip(theirs, ours, strict=False):
+        if their != our:
+            return f"{their!r} in the place of {our!r}"
+    return ""

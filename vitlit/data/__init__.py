@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitlit.data.module import ImageFolderData
-    from vitlit.data.transforms import Preprocess
+    from vitlit.images.preprocess import Preprocess
 
 __all__ = ["ImageFolderData", "Preprocess"]
 
@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
 
         return ImageFolderData
     if name == "Preprocess":
-        from vitlit.data.transforms import Preprocess
+        from vitlit.images.preprocess import Preprocess
 
         return Preprocess
     raise AttributeError(f"module 'vitlit.data' has no attribute {name!r}")

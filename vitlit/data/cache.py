@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vitlit.data.index import Names, load_arrays, save_arrays
+from vitlit.data.index import Names
 from vitlit.data.manifest import SPLITS
+from vitlit.files import load_arrays, save_arrays
 
 WORTH = 50_000  # fewer images are scanned in a blink, and nobody's folder is written to
 TICK = 2.0  # seconds: a change so shortly before the scan could leave the folder's time as it is

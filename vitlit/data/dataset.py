@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitlit.data.bad_images import BadImages
-from vitlit.data.decode import decode_bytes
 from vitlit.data.index import Index, StorageUserError
-from vitlit.data.stream import REPLACE, Sample, mix, seeded_sample
+from vitlit.data.stream import Sample
 from vitlit.errors import UserError
+from vitlit.images.decode import decode_bytes
+from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
 class Images(Dataset[tuple[Any, ...]]):

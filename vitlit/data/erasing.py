@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vitlit.data.mixing import Box
-from vitlit.data.stream import ERASING, mix
 from vitlit.errors import UserError
+from vitlit.seeds import ERASING, mix
 
 Fill = Literal["noise", "mean"]
 ATTEMPTS = 10

@@ -10,8 +10,8 @@ import numpy as np
 
 from vitlit.data import cache
 from vitlit.data.index import FolderFiles, Index, Names
-from vitlit.data.stream import mix
 from vitlit.errors import UserError
+from vitlit.seeds import mix
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 HIDDEN = ord(".")

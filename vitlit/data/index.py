@@ -1,21 +1,16 @@
 """Which images a split has, in arrays that forked workers share: a list of paths would be copied, page by page."""
 
 import hashlib
-import io
 import os
-import socket
-import stat
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from vitlit.errors import UserError
-
-MOST_BYTES = 1 << 30  # of an image file: the largest image is half of it in 8-bit RGB without compression
+from vitlit.files import read_file
 
 
 class StorageUserError(UserError):
@@ -70,29 +65,6 @@ class Files(Protocol):
 
     def read(self, row: int) -> bytes:
         """The content of an image file; UserError where it cannot be read, StorageUserError where none may be."""
-
-
-def read_file(path: str | Path) -> bytes:
-    """The content of an image file.
-
-    Raises:
-        UserError: it cannot be read, is no file but such as a pipe, or has more than `MOST_BYTES`.
-    """
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
-                raise UserError(f"cannot read the image {path}: it is no file")
-            refuse_large(path, about.st_size)
-            return file.read()
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
-
-
-def refuse_large(path: str | Path, size: int) -> None:
-    """UserError for an image file of more bytes than `MOST_BYTES`."""
-    if size > MOST_BYTES:
-        raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
 
 
 @dataclass(frozen=True)
@@ -168,35 +140,3 @@ class Index:
         """The images at these positions."""
         groups = None if self.groups is None else self.groups[indices]
         return Index(self.files, self.rows[indices], self.labels[indices], groups)
-
-
-def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
-    """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
-    partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as opened:
-            np.savez(opened, **arrays)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
-    """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged, or nothing that `save_arrays` wrote.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            places = {member.header_offset for member in members}
-            if any(member.compress_type for member in members) or len(places) < len(members):
-                raise ValueError("its members are compressed, or lie over each other")
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlit.data.stream import MIXING, mix
 from vitlit.errors import UserError
+from vitlit.seeds import MIXING, mix
 
 
 class Box(NamedTuple):

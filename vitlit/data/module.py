@@ -15,23 +15,25 @@ from torchvision.transforms import v2
 
 from vitlit.data.bad_images import BadImages
 from vitlit.data.dataset import Images
-from vitlit.data.decode import DECODER, PILLOW_SLOWER
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, global_batch, paired_rows, split_batch
-from vitlit.data.transforms import CropName, Interpolation, Preprocess, check_augment, train_transform
+from vitlit.data.transforms import CropName, check_augment, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
+from vitlit.images.decode import DECODER, PILLOW_SLOWER
+from vitlit.images.preprocess import Interpolation, Preprocess
+from vitlit.objectives import Batch
 
 
 class ImageFolderData(LightningDataModule):
     """Images in class folders, ROOT/{train,val[,test]}/CLASS/* or ROOT/CLASS/* with a holdout, or in shards.
 
-    A batch is (images, labels, indices): float (B, C, H, W) normalised on the device, int64 (B,), int64 (B,). Labels
-    are float (B, classes) shares where images have several classes or training mixes them.
+    A batch is a `vitlit.objectives.Batch`, normalised on the device. Its labels are float (B, classes) shares where
+    images have several classes or training mixes them.
 
     Args:
         root: the folder, or the URL of shards.
@@ -276,7 +278,7 @@ class ImageFolderData(LightningDataModule):
         # Of training, the first sample's position is kept on the host: to read it on the device would wait.
         return [*batch[:3], *(int(positions[0]) for positions in batch[3:])]
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         images, labels, indices, *position = batch
         assert self.trainer is not None
         dtype = self.trainer.lightning_module.dtype
@@ -284,7 +286,7 @@ class ImageFolderData(LightningDataModule):
         images = self.preprocess.normalise(images.permute(0, 3, 1, 2), dtype)
         if position:
             images, labels = self._regularise(images, labels, position[0])
-        return images, labels, indices
+        return Batch([images], labels, indices)
 
     def _regularise(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Erase and mix training images, from a position of the stream on, by what is drawn for their step and rows."""

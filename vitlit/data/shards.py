@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-from vitlit.data.index import Index, Names, StorageUserError, load_arrays, refuse_large, save_arrays
+from vitlit.data.index import Index, Names, StorageUserError
 from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.errors import UserError
+from vitlit.files import load_arrays, refuse_large, save_arrays
 
 INDEX = "index.npz"
 CLASSES = ("classes.txt", "classnames.txt")  # a name a line, where tars have numbers

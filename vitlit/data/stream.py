@@ -9,19 +9,14 @@ Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixe
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DistributedSampler
 
 from vitlit.errors import UserError
-
-# What a number is drawn for: the streams must not meet. A new purpose goes to the end.
-ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE = range(7)
-LARGEST = 2**64 - 1
+from vitlit.seeds import BALANCE, ORDER, mix
 
 
 class Sample(NamedTuple):
@@ -38,17 +33,6 @@ class Sample(NamedTuple):
     index: int  # type: ignore[assignment]  # not tuple's method
     repeat: int
     position: int
-
-
-def mix(*values: int | np.ndarray) -> np.ndarray:
-    """Hash integers to uint64 (splitmix64, broadcasting), the same on every machine and in every version."""
-    mixed = np.zeros(1, np.uint64)
-    for value in values:
-        mixed = (mixed ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed
 
 
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
@@ -89,36 +73,6 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tup
     images = np.lexsort((mix(BALANCE, seed, epoch, np.arange(len(labels))), labels))  # by class, shuffled within it
     before, place = np.divmod(numbers, sizes[drawn])
     return images[(np.cumsum(sizes) - sizes)[drawn] + place], before
-
-
-def mix_one(*values: int) -> int:
-    """What `mix` makes of single numbers, in an eighth of the time."""
-    mixed = 0
-    for value in values:
-        mixed = ((mixed ^ (value & LARGEST)) + 0x9E3779B97F4A7C15) & LARGEST
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & LARGEST
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & LARGEST
-        mixed ^= mixed >> 31
-    return mixed
-
-
-@contextmanager
-def seeded_sample(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the augmentation of one sample, and leave it as it was before.
-
-    Without data workers it is the model's generator, too.
-    """
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(mix_one(SAMPLE, seed, epoch, index, repeat))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
-def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed torch for dropout and other draws of the model in one micro-batch of one step on one device."""
-    torch.manual_seed(mix_one(STEP, seed, step, micro, rank))
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, first_difference
 from vitlit.model import ViT
-from vitlit.objectives.objective import Step
+from vitlit.objectives.objective import Batch, Step
 from vitlit.objectives.supervised import Supervised
-from vitlit.weights import load
-from vitlit.weights.weights import other_name
 
 
 class Distillation(Supervised):
@@ -24,8 +22,8 @@ class Distillation(Supervised):
     Args:
         vit: the headless ViT; it is given its head here.
         teacher: a run folder, a file of any known format, or hf:OWNER/NAME, with a head for the same classes. It sees
-            the student's images, mixed and erased as they are, normalised as it is used to. It is read when training
-            starts, and is no part of a checkpoint.
+            the student's images, mixed and erased as they are, normalised as it is used to. A stage reads it when
+            training starts; it is no part of a checkpoint.
         kind: hard or soft.
         share: of the loss that is the teacher's; the rest is the labels'.
         temperature: of soft.
@@ -54,14 +52,20 @@ class Distillation(Supervised):
         if self.multi_label:
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature
-        self._loaded: list[Any] = []  # in a list, so that its parameters are none of this module's
+        self._teacher: list[Any] = []  # in a list, so that its parameters are none of this module's
+
+    def set_teacher(self, teacher: ViT) -> None:
+        """Hand over the network that `teacher` names; a stage does so before training."""
+        self._teacher = [teacher.requires_grad_(False).eval()]
 
     def prepare(self, data: Any) -> None:
-        """Read the teacher; refuse one of other classes."""
+        """Compare the teacher with the data.
+
+        Raises:
+            UserError: it has other classes than the data, or cannot see images of this size.
+        """
         super().prepare(data)
-        if self._loaded:
-            return
-        teacher = load(self.teacher).requires_grad_(False).eval()
+        (teacher, *_) = self._teacher
         classes, own = teacher.config["num_classes"], list(getattr(data, "classes", []))
         if not classes:
             raise UserError(f"the teacher {self.teacher} has no head; finetune it first")
@@ -70,7 +74,7 @@ class Distillation(Supervised):
         if teacher.classes and own and teacher.classes != own:
             raise UserError(
                 f"the teacher {self.teacher} has other class names than the data, or in another order: "
-                f"{other_name(teacher.classes, own)}"
+                f"{first_difference(teacher.classes, own)}"
             )
         sees: Any = teacher.preprocess
         gets: Any = getattr(data, "preprocess", None)
@@ -83,20 +87,20 @@ class Distillation(Supervised):
         if sees is not None and gets is not None:
             mean, std = torch.tensor(gets.mean), torch.tensor(gets.std)
             scale, shift = std / torch.tensor(sees.std), (mean - torch.tensor(sees.mean)) / torch.tensor(sees.std)
-        self._loaded = [teacher, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)]
+        self._teacher = [teacher, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)]
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, classes)."""
-        self._loaded = [part.to(images.device) for part in self._loaded]
-        teacher, scale, shift = self._loaded
+        self._teacher = [part.to(images.device) for part in self._teacher]
+        teacher, scale, shift = self._teacher
         logits: Tensor = teacher(images * scale + shift)
         return logits
 
-    def forward(self, vit: ViT, batch: Any) -> Step:
+    def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         if not self.training:
-            return super().forward(vit, batch)
-        images, labels, *_ = batch
+            return super().forward(vit, batch, progress)
+        images, labels = batch.views[0], batch.labels
         own, follower = vit.heads(vit.features(images))
         by_labels = self.error(own, labels)
         by_teacher = self._disagreement(own if follower is None else follower, self._taught(images))

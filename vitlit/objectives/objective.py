@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from vitlit.errors import UserError
 from vitlit.model import ViT
 
 
@@ -20,6 +22,23 @@ class Batch(NamedTuple):
     views: list[Tensor]
     labels: Tensor
     indices: Tensor
+
+    @classmethod
+    def of(cls, batch: Any) -> "Batch":
+        """Of what a loader of one's own yields: images, (images, labels) or (images, labels, indices).
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(batch, Batch):
+            return batch
+        parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+        if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in parts):
+            raise UserError("a loader yields images, (images, labels) or (images, labels, indices), all tensors")
+        images = parts[0]
+        labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1, device=images.device)
+        indices = parts[2] if len(parts) > 2 else torch.arange(len(images), device=images.device)
+        return cls([images], labels, indices)
 
 
 class Step(NamedTuple):
@@ -45,23 +64,37 @@ class Objective(nn.Module, ABC):
     the stage owns the ViT and passes it at every call, so that a parameter has one name in a checkpoint.
 
     Attributes:
-        soft_targets: whether labels may be (B, classes) shares, as mixup and cutmix make them.
-        multi_label: whether an image may have several classes.
+        views: how many views of an image a batch must have: exactly 1, or at least 2.
+        needs_labels: whether every image must have a label.
     """
 
-    soft_targets = False
-    multi_label = False
+    views = 1
+    needs_labels = False
 
     def __init__(self, vit: ViT) -> None:
         super().__init__()
 
     def prepare(self, data: Any) -> None:
-        """Called with the data module, None where there is none, before training and perhaps earlier besides."""
+        """Called once before training with the data module, None where training has none.
+
+        Raises:
+            UserError: the objective cannot learn from this data.
+        """
 
     @abstractmethod
-    def forward(self, vit: ViT, batch: Any) -> Step:
-        """Compute the loss of a batch (images (B, C, H, W), labels (B,) or (B, classes), ...)."""
+    def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
+        """Compute the loss of a batch.
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Class probabilities (B, classes), float32, of logits."""
-        return logits.float().softmax(-1)
+        Args:
+            vit: that learns.
+            batch: of training (`self.training`) or of validation.
+            progress: the share of training that is done, step / total steps, in [0, 1), for schedules.
+        """
+
+    def after_step(self, vit: ViT, progress: float) -> None:
+        """Called once after every optimiser step, as for a teacher that follows the ViT.
+
+        Args:
+            vit: with the weights of after the step.
+            progress: of that step, as in `forward`.
+        """

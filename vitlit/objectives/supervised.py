@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.objectives.objective import Objective, Step
+from vitlit.objectives.objective import Batch, Objective, Step
 
 
 class Supervised(Objective):
@@ -37,7 +37,7 @@ class Supervised(Objective):
         UserError: there are fewer than 2 classes, or options contradict each other.
     """
 
-    soft_targets = True
+    needs_labels = True
 
     def __init__(
         self,
@@ -94,10 +94,9 @@ class Supervised(Objective):
         images = torch.as_tensor(counts, dtype=torch.float64)
         self.weights = (images.sum() / (len(images) * images)).float()
 
-    def forward(self, vit: ViT, batch: Any) -> Step:
-        images, labels, *_ = batch
-        logits = vit(images)
-        return Step(self.error(logits, labels), logits)
+    def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
+        logits = vit(batch.views[0])
+        return Step(self.error(logits, batch.labels), logits)
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits (B, classes) on labels (B,) or shares of classes (B, classes), a scalar."""
@@ -116,5 +115,5 @@ class Supervised(Objective):
         return errors.mean()
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax, or for sigmoid and bce each class's own probability."""
-        return super().probabilities(logits) if self.loss == "softmax" else logits.float().sigmoid()
+        """Class probabilities (B, classes), float32: softmax, or for sigmoid and bce each class by itself."""
+        return logits.float().softmax(-1) if self.loss == "softmax" else logits.float().sigmoid()

@@ -7,7 +7,7 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, first_difference
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora
 from vitlit.objectives import Objective, Supervised
@@ -15,7 +15,6 @@ from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
-from vitlit.weights.weights import other_name
 
 # What is a training's, not its weights', as a new one begins with it.
 TRAINING: dict[str, Any] = {
@@ -106,6 +105,7 @@ class Finetune(Stage):
             )
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             weights = read(self.init_from)
             fresh = ["*.lora_*"]
@@ -143,7 +143,7 @@ class Finetune(Stage):
         others = bool(weights.classes and known) and weights.classes != known
         if count != self.vit.config["num_classes"] or hidden or others:
             has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
-            if others and (name := other_name(weights.classes, known)):
+            if others and (name := first_difference(weights.classes, known)):
                 has += f", {name}"
             raise UserError(
                 f"model.keep_head needs one linear layer for the data's {self.vit.config['num_classes']} classes, in "

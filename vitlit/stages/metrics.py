@@ -42,13 +42,13 @@ def metrics(classes: int, multi_label: bool) -> nn.ModuleDict:
     return nn.ModuleDict(found)
 
 
-def update(measures: nn.ModuleDict, loss: object, logits: object, labels: object, size: int) -> None:
-    """Count a batch of `size` images into every metric."""
+def update(measures: nn.ModuleDict, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
+    """Count a batch into every metric."""
     for name, metric in measures.items():
         assert isinstance(metric, Metric)
         if name == "loss":
-            metric.update(loss, size)
+            metric.update(loss, len(labels))
         elif name == "map":
-            metric.update(logits, labels.int())  # type: ignore[attr-defined]
+            metric.update(logits, labels.int())
         else:
             metric.update(logits, labels)

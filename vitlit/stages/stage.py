@@ -11,21 +11,18 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric
 
-from vitlit.data.stream import seed_step
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
-from vitlit.objectives import Objective, Step
+from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
-from vitlit.stages.clock import Clock
-from vitlit.stages.finite import GRADIENT, LOSS, Finite, all_finite, no_number
+from vitlit.seeds import seed_step
 from vitlit.stages.fsdp import shard
 from vitlit.stages.metrics import metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
+from vitlit.weights import load
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
 
@@ -64,13 +61,10 @@ class Stage(LightningModule):
         self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
-        classes, several = self.vit.config["num_classes"], self.objective.multi_label
-        self.measures = nn.ModuleDict({split: metrics(classes, several) for split in ("val", "test")})
+        self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
-        self._rate = 0.0
-        self._losses: list[Tensor] = []  # the first and the last that this training logged
-        self._finite = Finite(torch.device("cpu"))
-        self.clock = Clock(torch.device("cpu"))
+        self._rate = self._progress = 0.0
+        self._total = 1
 
     @property
     def data(self) -> Any:
@@ -81,6 +75,11 @@ class Stage(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
 
+    def new_metrics(self) -> nn.ModuleDict:
+        """What an evaluation measures, by name."""
+        classes = self.vit.config["num_classes"] if self.objective.needs_labels else 0
+        return metrics(classes, getattr(self.objective, "multi_label", False))
+
     @property
     def measured(self) -> list[str]:
         """The validation's metrics, by the names that they are logged with."""
@@ -88,8 +87,8 @@ class Stage(LightningModule):
         return [f"val/{name}" for name in measures]
 
     def step(self, batch: Any) -> Step:
-        """What the objective makes of a batch, by which a stage is trained and evaluated."""
-        step: Step = self.objective(self.vit, batch)
+        """What the objective computes from a batch of a data module, or of whatever `Batch.of` takes."""
+        step: Step = self.objective(self.vit, Batch.of(batch), self._progress)
         return step
 
     def configure_model(self) -> None:
@@ -121,124 +120,64 @@ class Stage(LightningModule):
 
     # Training
 
-    def on_fit_start(self) -> None:
-        self.check(self.data)
-        self.objective.prepare(self.data)
-        self.objective.to(self.device)
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._check_data()
+            if isinstance(self.objective, Distillation):
+                self.objective.set_teacher(load(self.objective.teacher))
+            self.objective.prepare(self.data)
 
-    def check(self, data: Any) -> None:
-        """Refuse data that does not fit the network or the objective, where they are built in Python."""
+    def _check_data(self) -> None:
+        """Refuse data that does not fit the network or the objective."""
+        data, objective, name = self.data, self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
-        found = len(getattr(data, "classes", [])) or classes
-        if classes and found != classes:
-            raise UserError(f"the head has {classes} classes, but the data has {found}; give num_classes={found}")
+        found = len(getattr(data, "classes", []))
+        if found and objective.needs_labels and found != classes:
+            raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
         preprocess = getattr(data, "preprocess", None)
         wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
         if preprocess is not None and list(preprocess.image_size) != wanted:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
         mixing = getattr(data, "mixing", None)
-        if mixing is not None and mixing.on and not self.objective.soft_targets:
-            raise UserError(
-                f"data.mixing makes soft targets, which {type(self.objective).__name__} does not learn from"
-            )
+        if mixing is not None and mixing.on and not isinstance(objective, Supervised):
+            raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
         several = getattr(data, "multi_label", False)
-        if several != self.objective.multi_label:
+        if isinstance(objective, Supervised) and several != objective.multi_label:
             how = "several labels" if several else "one label"
             raise UserError(f"the data has {how} an image; give the objective multi_label={several}")
 
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
         self._window.clear()
-        self._losses.clear()
-        self._finite = Finite(self.device)
-        self.clock = Clock(self.device)
-
-    def on_train_epoch_start(self) -> None:
-        self.clock.restart()
-
-    def on_train_end(self) -> None:
-        losses = [float(loss) for loss in self._losses]
-        if losses and losses[-1] > 1.5 * max(losses[0], 0.5):  # a small one is as large again by chance
-            rose = f"train/loss rose from {losses[0]:,.4g} to {losses[-1]:,.4g}"
-            remedy = "lower the learning rate (--model.optimizer.init_args.lr)"
-            rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
-
-    def on_validation_epoch_end(self) -> None:
-        measures = self.measures["val"]
-        assert isinstance(measures, nn.ModuleDict)
-        loss = measures["loss"]
-        assert isinstance(loss, MeanMetric)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            if not self.trainer.sanity_checking:
-                self._check_training()
-            value = loss.compute().item()
-            if not math.isfinite(value):
-                raise no_number(self.trainer, f"the validation loss is {value} after step {self.trainer.global_step}")
-
-    def on_validation_end(self) -> None:
-        self.clock.restart()
-
-    def _check_training(self) -> None:
-        """Raise UserError where a loss or a gradient since the last time was no number."""
-        found = self._finite.first_other()
-        if found is None:
-            return
-        what, step = found
-        samples = getattr(self.data, "samples", None)
-        indices = list(dict.fromkeys(sample.index for sample in samples(step))) if samples else []
-        listed = " ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
-        images = f" (training images {listed})" if indices else ""
-        raise no_number(self.trainer, f"the {what} of step {step}{images} is no finite number", step)
-
-    def require_finite_weights(self) -> None:
-        """Raise UserError where training has come to no number, before a checkpoint is made of it."""
-        self._check_training()
-        finite = all_finite(self.parameters())
-        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise no_number(self.trainer, f"a weight is no finite number after step {self.trainer.global_step}")
+        self._total = int(self.trainer.estimated_stepping_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.clock.begin_batch()
+        trainer: Any = self.trainer
         seed = getattr(self.data, "seed", 0)
-        seed_step(seed, self.trainer.global_step, len(self._window), self.global_rank)
+        seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank)
+        self._progress = trainer.global_step / self._total
         # The highest, which is the head's; the scheduler moves on before the batch ends.
-        self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.step(batch)
-        loss = step.loss.detach()
-        self._window.append({"loss": loss, **step.logs})
-        self._finite.note(LOSS, self.trainer.global_step, loss)
+        self._window.append({"loss": step.loss.detach(), **step.logs})
         return step.loss
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        trainer: Any = self.trainer
-        if trainer.precision != "16-mixed":  # whose scaler looks for gradients out of range itself, and skips the step
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self._finite.note(GRADIENT, trainer.global_step, *gradients)
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.end_batch(len(batch[0]) * self.trainer.world_size)
-        if len(self._window) < self.trainer.accumulate_grad_batches:
+        trainer: Any = self.trainer
+        if not step_ends(trainer, batch_idx):
             return
+        self.objective.after_step(self.vit, self._progress)
         logs = {name: torch.stack([micro[name] for micro in self._window]).mean() for name in self._window[0]}
         self._window.clear()
-        trainer: Any = self.trainer
-        step = trainer.global_step
-        if step == trainer.max_steps:
+        if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # in the midst of an epoch Lightning would end without a validation
-        every = trainer.log_every_n_steps
-        if not every or (step % every and not trainer.is_last_batch):
-            return
-        logs = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in logs.items()}
-        self._losses[1:] = [logs["loss"]]
-        self._check_training()
-        speed, waited = self.clock.lap()
-        for name, value in logs.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
-        self.log("train/lr", self._rate)
-        self.log("train/images_per_second", speed, prog_bar=True)
-        self.log("train/data_wait", waited, prog_bar=True)
+        if logs_now(trainer):
+            for name, value in logs.items():
+                mean = trainer.strategy.reduce(value, reduce_op="mean")
+                self.log(f"train/{name}", mean, prog_bar=name == "loss")
+            self.log("train/lr", self._rate)
 
     # Evaluation: every image counts once, on any number of devices, so the numbers come from torchmetrics alone.
 
@@ -249,18 +188,21 @@ class Stage(LightningModule):
         return self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: Any) -> dict[str, Tensor] | None:
-        step = self.step(batch)
-        measures = self.measures[split]
-        assert isinstance(measures, nn.ModuleDict)
-        update(measures, step.loss, step.logits, batch[1], len(batch[0]))
+        step, labels = self.step(batch), Batch.of(batch).labels
+        measures: Any = self.measures[split]
+        update(measures, step.loss, step.logits, labels)
         for name, metric in measures.items():
-            assert isinstance(metric, Metric)
-            self.log(f"{split}/{name}", metric, prog_bar=name in ("top1", "map"), batch_size=len(batch[0]))
-        return None if step.logits is None else {"probabilities": self.objective.probabilities(step.logits)}
+            self.log(f"{split}/{name}", metric, prog_bar=name in ("top1", "map"), batch_size=len(labels))
+        if step.logits is None or not isinstance(self.objective, Supervised):
+            return None
+        return {"probabilities": self.objective.probabilities(step.logits)}
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes), float32."""
-        return self.objective.probabilities(self.vit(batch[0]))
+        if not isinstance(self.objective, Supervised):
+            name = type(self.objective).__name__
+            raise UserError(f"{name} learns no classes to predict; finetune the weights first")
+        return self.objective.probabilities(self.vit(Batch.of(batch).views[0]))
 
     # Checkpoints
 
@@ -329,6 +271,17 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
         found: Any = super(Stage, kind)
         return found.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
+
+def step_ends(trainer: Any, batch_idx: int) -> bool:
+    """Whether a training batch is the last of its optimiser step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def logs_now(trainer: Any) -> bool:
+    """Whether the optimiser step that has just ended is logged: every log_every_n_steps, and an epoch's last."""
+    every = trainer.log_every_n_steps
+    return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)
 
 
 def kinds(stage: type[Stage]) -> Iterator[type[Stage]]:

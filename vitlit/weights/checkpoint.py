@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlit.data.transforms import Preprocess
 from vitlit.errors import UserError
+from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
 from vitlit.weights.weights import Weights

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitlit.data.transforms import Preprocess
 from vitlit.errors import UserError
+from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.model.init import fill_positions
 from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision

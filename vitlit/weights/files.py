@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitlit.errors import UserError
+from vitlit.files import MOST_UNPACKED, check_archive, damaged
 
 # What may stand between a checkpoint's top and its state dict, the better choice first.
 WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")
 # Plain values that training scripts leave in checkpoints, beside what torch allows.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
 RECORDS += [np.float64(0).__reduce__()[0]]  # numpy's scalar
-# How many times a file's size its content may be. Packed weights shrink to a half, a bomb to a thousandth.
-MOST_UNPACKED = 20
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
@@ -99,31 +98,6 @@ def open_file(path: Path) -> Contents:
     elif first[8:9] == b"{":
         return open_safetensors(path)
     return open_torch(path)
-
-
-def check_archive(path: Path) -> list[str]:
-    """The members of a zip archive, every checksum of which is compared, unless it is a bomb."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            unpacked = sum(member.file_size for member in members)
-            numpy = any(member.filename.endswith(".npy") for member in members)
-            packed = next((m.filename for m in members if m.compress_type and not numpy), None)
-            bomb = unpacked > MOST_UNPACKED * path.stat().st_size
-            broken = None if bomb else archive.testzip()
-    except Exception as error:  # zlib.error, struct.error and what else a broken archive raises
-        raise damaged(path, f"not a whole archive ({type(error).__name__}: {error})") from error
-    if bomb:
-        raise damaged(path, f"{unpacked:,} bytes packed as {path.stat().st_size:,}, which no weights are")
-    if broken is not None:
-        raise damaged(path, f"the checksum of {broken} is wrong")
-    if packed is not None:  # torch would take the packed bytes for numbers
-        raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
-    return [member.filename for member in members]
-
-
-def damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not a checkpoint, or a damaged one: {' '.join(why.split())}")
 
 
 def open_torch(path: Path) -> Contents:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitlit.data.transforms import Preprocess
 from vitlit.errors import UserError
+from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import checkpoint, google, hf, timm, torchvision
 from vitlit.weights.files import CONFIG, PREPROCESSOR

@@ -166,11 +166,3 @@ def require(vit: ViT, path: Path, whose: str, **wanted: Any) -> None:
         own = vit.config[name]
         if own not in (value if isinstance(value, tuple) else (value,)):
             raise UserError(f"{path} was not written: {whose} has no {name} {own}")
-
-
-def other_name(theirs: list[str], ours: list[str]) -> str:
-    """The first class name of weights that is not the data's, in words; nothing where one list goes on as the other."""
-    for their, our in zip(theirs, ours, strict=False):
-        if their != our:
-            return f"{their!r} in the place of {our!r}"
-    return ""

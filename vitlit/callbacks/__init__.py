@@ -1,0 +1,11 @@
+"""What watches a training, or keeps what it makes."""
+
+from vitlit.callbacks.ema import EMA
+from vitlit.callbacks.mistakes import Mistakes
+from vitlit.callbacks.nonfinite import NonFinite
+from vitlit.callbacks.predictions import Predictions
+from vitlit.callbacks.progress import Bar, Lines
+from vitlit.callbacks.throughput import Throughput
+from vitlit.callbacks.tracking import Tracking
+
+__all__ = ["EMA", "Bar", "Lines", "Mistakes", "NonFinite", "Predictions", "Throughput", "Tracking"]

@@ -1,0 +1,122 @@
+"""Training whose numbers overflow is stopped, and no checkpoint is made of them."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vitlit.errors import UserError
+from vitlit.stages.stage import logs_now, step_ends
+
+LOSS, GRADIENT = range(2)
+NEVER = 2**63 - 1
+
+
+class NonFinite(Callback):
+    """Stop when a loss, a gradient or a weight is not finite, and warn at the end of a training whose loss rose.
+
+    Losses and gradients are looked at in every step, and the first step at which one was not finite is kept on the
+    device; it is read where losses are logged and before a checkpoint is written, so that a GPU is not waited for at
+    every step. Of trainer.precision 16-mixed, whose scaler looks for infinite gradients itself and skips such a step,
+    gradients are left alone.
+
+    Raises:
+        UserError: something is not finite. It names the step, its images and the last good checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._first = torch.full((2,), NEVER)
+        self._step = 0
+        self._first_loss: Tensor | None = None  # that this training logged
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first = torch.full((2,), NEVER, device=pl_module.device)
+        self._first_loss = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
+        if self._first_loss is None:
+            self._first_loss = trainer.callback_metrics.get("train/loss")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if trainer.precision != "16-mixed":
+            self._note(GRADIENT, [p.grad for p in pl_module.parameters() if p.grad is not None])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._note(LOSS, [outputs["loss"]])
+        if step_ends(trainer, batch_idx) and logs_now(trainer):
+            self._check(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if not trainer.sanity_checking:
+            self._check(trainer)
+        measures: Any = pl_module.measures
+        loss = measures["val"]["loss"].compute().item()
+        if not math.isfinite(loss):
+            raise nonfinite_error(trainer, f"the validation loss is {loss} after step {trainer.global_step}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._check(trainer)
+        finite = bool(all_finite([parameter.detach() for parameter in pl_module.parameters()]).item())
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise nonfinite_error(trainer, f"a weight is not finite after step {trainer.global_step}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._first_loss is None:
+            return
+        first, last = float(self._first_loss), float(trainer.callback_metrics["train/loss"])
+        if last > 1.5 * max(first, 0.5):  # a small loss may double by chance
+            rose = f"train/loss rose from {first:,.4g} to {last:,.4g}"
+            remedy = "lower the learning rate (--model.optimizer.init_args.lr)"
+            rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
+
+    def _note(self, kind: int, values: list[Tensor]) -> None:
+        if values:
+            first = torch.where(all_finite(values), NEVER, self._step)
+            self._first[kind] = torch.minimum(self._first[kind], first)
+
+    def _check(self, trainer: Trainer) -> None:
+        """Raise UserError where a loss or a gradient was not finite on any rank."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._first, torch.distributed.ReduceOp.MIN)
+        steps = self._first.tolist()
+        step = min(steps)
+        if step == NEVER:
+            return
+        samples = getattr(trainer.datamodule, "samples", None)  # type: ignore[attr-defined]
+        indices = list(dict.fromkeys(sample.index for sample in samples(step))) if samples else []
+        listed = " ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+        images = f" (training images {listed})" if indices else ""
+        what = ("loss", "gradient")[steps.index(step)]
+        raise nonfinite_error(trainer, f"the {what} of step {step}{images} is not finite", step)
+
+
+def all_finite(values: Iterable[Tensor]) -> Tensor:
+    """Whether all elements of all tensors are finite, a scalar on their device; of a sharded tensor, its own part."""
+    parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
+    # A norm is finite where all elements are, but for one so large that training is over just the same.
+    norms: Any = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
+    return torch.stack([norm.float() for norm in norms]).isfinite().all()
+
+
+def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> UserError:
+    """The error of a training whose numbers are not finite, which names the last good checkpoint and the remedy."""
+    run = Path(trainer.default_root_dir)
+    last = run / "checkpoints" / "last.ckpt"
+    good = f"; the last good checkpoint is {last}" if last.is_file() else ""
+    shown = step is not None and (run / "config.yaml").is_file()
+    show = f"; vitlit data show {run} --step {step} lists the images" if shown else ""
+    return UserError(
+        f"{what}{show}; lower the learning rate, clip gradients (trainer.gradient_clip_val) or use more precision, and "
+        f"begin again (--run.overwrite true){good}"
+    )

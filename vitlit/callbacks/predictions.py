@@ -1,0 +1,86 @@
+"""Predictions as a CSV file."""
+
+import csv
+import os
+from errno import EISDIR
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from vitlit.data.index import Index
+from vitlit.errors import UserError
+
+
+class Predictions(Callback):
+    """Write class probabilities as CSV: path, class, probability, then the next four classes of the top five.
+
+    Args:
+        out: the file.
+        index: the images that are predicted.
+        classes: names in the order of the probabilities.
+
+    Raises:
+        UserError: there is a folder of the file's name.
+    """
+
+    def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
+        if out.is_dir():
+            raise UserError(f"cannot write {out}: {os.strerror(EISDIR)}; give another --out")
+        self.out, self.index, self.classes = out, index, classes
+        self.written = 0
+        self._partial = out.with_name(out.name + ".partial")
+        self._rows: list[Tensor] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._partial.touch()
+            except OSError as error:
+                raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            self._partial.unlink(missing_ok=True)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
+        rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
+        self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = torch.cat(gather(trainer, self._rows))
+        if not trainer.is_global_zero:
+            return
+        rows = rows[rows[:, 0].argsort()]
+        rows = rows[rows[:, 0] >= 0]  # data.on_bad_image skip leaves others out
+        self.written = len(rows)
+        head = ["path", "class", "probability"]
+        head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
+        with self._partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(head)
+            for index, *pairs in rows.tolist():
+                cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
+                table.writerow([self.index.path(int(index)), *cells])
+        os.replace(self._partial, self.out)
+
+
+def gather(trainer: Trainer, rows: list[Tensor]) -> list[Tensor]:
+    """The rows of every rank, on every rank."""
+    if trainer.world_size == 1:
+        return rows
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, rows)
+    return [part for rank in gathered for part in rank]

@@ -1,0 +1,85 @@
+"""How fast training is, and how much of its time it waits for data."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from vitlit.objectives import Batch
+from vitlit.stages.stage import logs_now, step_ends
+
+
+class Throughput(Callback):
+    """Log train/images_per_second and train/data_wait, the share of the time spent waiting for data, with each loss.
+
+    The wait is the time between the end of a batch and the beginning of the next, or before an epoch's first. On a GPU,
+    where the host runs ahead, it is the time that the device has nothing to compute, between events in its own queue;
+    it includes the copy of the batch to the device. Validation and saving are left out of both.
+
+    Give it after callbacks that save checkpoints in `on_train_batch_start`.
+    """
+
+    def __init__(self) -> None:
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._images, self._waited = 0, 0.0
+        self._interrupted = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._on_gpu = pl_module.device.type == "cuda"
+        self._restart()  # a run that continues in the midst of an epoch has no on_train_epoch_start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._interrupted = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._interrupted = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._interrupted:
+            self._restart()
+        now = self._now()
+        if isinstance(self._ended, float):
+            self._waited += now - self._ended
+        else:
+            self._gaps.append((self._ended, now))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._ended = self._now()
+        self._images += len(Batch.of(batch).labels) * trainer.world_size
+        if step_ends(trainer, batch_idx) and logs_now(trainer):
+            speed, waited = self._lap()
+            pl_module.log("train/images_per_second", speed, prog_bar=True)
+            pl_module.log("train/data_wait", waited, prog_bar=True)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _restart(self) -> None:
+        """Forget what was counted: something else than training has taken time."""
+        self._begin_lap()
+        self._ended = self._now()
+        self._interrupted = False
+
+    def _begin_lap(self) -> None:
+        self._began, self._images, self._waited = time.perf_counter(), 0, 0.0
+        self._gaps = []
+
+    def _lap(self) -> tuple[float, float]:
+        """(images per second, share of the time waited for data) since the last lap; waits for a GPU."""
+        if self._gaps:
+            self._gaps[-1][1].synchronize()
+        elapsed = time.perf_counter() - self._began
+        waited = self._waited + sum(ended.elapsed_time(begun) / 1000 for ended, begun in self._gaps)
+        speed = self._images / elapsed
+        self._begin_lap()
+        return speed, min(1.0, waited / elapsed)

@@ -1,0 +1,1 @@
+"""The command line: `vitlit COMMAND ...`, one small file a command."""

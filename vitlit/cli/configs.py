@@ -1,0 +1,55 @@
+"""`vitlit config [NAME]`, and where the shipped configs are."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import vitlit
+from vitlit.errors import UserError
+
+CLUSTER = "cluster"  # the folder of scripts among the configs
+
+
+def run(arguments: list[str]) -> int:
+    """`vitlit config [NAME]`"""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n")
+        print("\n".join(f"  {name}" for name in shipped()))
+        print("\nor of the scripts that start a run on many machines, which it prints as well\n")
+        print("\n".join(f"  {name}" for name in scripts()))
+        return 0
+    path = scripts().get(arguments[0]) or find_config(arguments[0])
+    print(path.read_text(), end="")
+    return 0
+
+
+def configs() -> Path:
+    """The folder of the shipped configs: in the package, or beside it in a checkout."""
+    package = Path(vitlit.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped() -> list[str]:
+    """The names of the shipped configs."""
+    found = (path.relative_to(configs()).with_suffix("") for path in configs().rglob("*.yaml"))
+    return sorted(str(name) for name in found if name.parts[0] != CLUSTER)
+
+
+def scripts() -> dict[str, Path]:
+    """The shipped scripts for clusters, by their names."""
+    return {f"{CLUSTER}/{path.stem}": path for path in sorted((configs() / CLUSTER).iterdir())}
+
+
+def find_config(name: str) -> Path:
+    """A config by its path, or by the name of a shipped one, which `configs/NAME.yaml` is in any folder.
+
+    Raises:
+        UserError: there is neither.
+    """
+    known = name.removeprefix("configs/").removesuffix(".yaml")
+    for path in (Path(name), configs() / f"{known}.yaml"):
+        if path.is_file():
+            return path
+    near = get_close_matches(known, shipped(), 1)
+    hint = f"; did you mean {near[0]}?" if near else "; `vitlit config` lists the shipped ones"
+    raise UserError(f"config {name} does not exist{hint}")

@@ -1,0 +1,127 @@
+"""The command line: `vitlit ...`."""
+
+import os
+import select
+import signal
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+import vitlit
+from vitlit.errors import UserError
+
+HELP = f"""\
+vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
+
+  vitlit fit --config CONFIG [--KEY VALUE ...]      train; the same command again continues an unfinished run
+  vitlit validate|test RUN [--KEY VALUE ...]        evaluate a run's best checkpoint on its val or test split
+  vitlit predict RUN PHOTOS... --out FILE.csv       classify images: files, or folders searched to their depth
+  vitlit data NAME OUT                              write a data set as an image folder; digits works offline
+  vitlit data check ROOT                            find what is wrong with a folder before a training does
+  vitlit data shard ROOT OUT                        pack it into tars that are read from disk, S3, GCS or HTTP
+  vitlit data show RUN --step N                     which images a step of a run was trained on
+  vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
+  vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
+  vitlit doctor [--json]                            report on this machine, and what of it will bite
+  vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...
+  vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
+  vitlit config [NAME]                              print a shipped config or cluster script, or list them
+
+validate, test and predict take --config CONFIG in RUN's place.
+
+  vitlit fit --help                     every key
+  vitlit fit --model.help Finetune      the keys of a stage: Pretrain, Finetune
+  vitlit fit --config CONFIG --print_config=skip_default
+
+VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a config name classes of your own.
+"""
+
+STAGES = ("fit", "validate", "test", "predict")
+# Where the `run` of each other command is; it is imported when it is asked for.
+COMMANDS = {
+    "data": "vitlit.cli.data",
+    "benchmark": "vitlit.benchmark",
+    "doctor": "vitlit.doctor",
+    "config": "vitlit.cli.configs",
+    "weights": "vitlit.cli.weights",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run.
+
+    It is 141, SIGPIPE's, where nobody reads stdout any more, as after `| head`.
+    """
+    try:
+        try:
+            return answer(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as stop:  # rich makes the one into the other
+        if not (unread() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        return 141
+
+
+def unread() -> bool:
+    """Whether nobody reads stdout any more; a pipe of W&B or a data worker that breaks must not end in silence."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)  # POLLERR is always reported
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def answer(argv: list[str]) -> int:
+    """Run a command, or say what there is."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"vitlit {vitlit.__version__}")
+        return 0
+    try:
+        return dispatch(argv)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning exits with 1 on Ctrl-C, and with 0 on a SIGTERM in the midst of an evaluation.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
+        if type(stop).__name__ == "SIGTERMException":
+            return 143
+        raise
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("VITLIT_DEBUG") == "1":
+            raise
+        print(f"vitlit: error: {message}", file=sys.stderr)
+        return 2
+
+
+def dispatch(argv: list[str]) -> int:
+    """Import what a command needs, and run it."""
+    command, arguments = argv[0], argv[1:]
+    if command in STAGES:
+        # OpenMP's threads spin while they wait, and where data workers share their cores a step takes ten times as
+        # long. It is read when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # A signal that comes meanwhile waits for what `run` makes of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+        return int(import_module("vitlit.cli.fit").run(command, arguments))
+    if command in COMMANDS:
+        return int(import_module(COMMANDS[command]).run(arguments))
+    near = get_close_matches(command, [*STAGES, *COMMANDS], 1)
+    raise UserError(
+        f"no command {command!r}" + (f"; did you mean {near[0]}?" if near else "; vitlit --help lists them")
+    )
+
+
+def explain(error: BaseException) -> str | None:
+    """The line for an error that is the user's, wherever in the chain of causes it is; None for a bug."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            # A data-loading worker hands on the whole traceback as text.
+            return " ".join(str(seen).rsplit("UserError: ", 1)[-1].split())
+        if type(seen).__name__ == "MisconfigurationException":
+            return " ".join(str(seen).split())
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,110 @@
+"""Lightning's Trainer with automatic precision, checkpoints that are written whole, and strategies that work."""
+
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
+
+from vitlit.callbacks import EMA
+from vitlit.errors import UserError
+from vitlit.run.checkpoints import Files
+from vitlit.stages import Stage
+from vitlit.stages.fsdp import FSDP2
+
+FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
+POSITIVE = ("check_val_every_n_epoch", "val_check_interval")  # Lightning would divide by 0
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer, whose precision is `auto` unless given, and which writes checkpoints whole or not at all.
+
+    Args:
+        precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
+
+    Raises:
+        UserError: a GPU is asked for, or a precision that needs one, and there is none; the strategy shards otherwise
+            than fsdp2 does, or fsdp2 does not work with the precision or a callback; a value is out of its range.
+    """
+
+    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
+        for name in POSITIVE:
+            if isinstance(kwargs.get(name), int | float) and not kwargs[name] > 0:
+                raise UserError(f"trainer.{name} {kwargs[name]} is not above 0")
+        if not (kwargs.get("gradient_clip_val") or 0) >= 0:
+            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is no length; 0 clips nothing")
+        if (kwargs.get("log_every_n_steps") or 0) < 0:
+            raise UserError(f"trainer.log_every_n_steps {kwargs['log_every_n_steps']} is less than 0")
+        accelerator = kwargs.get("accelerator", "auto")
+        gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+        if precision == "auto":
+            mixed = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+            precision = mixed if gpu else "32-true"  # type: ignore[assignment]
+        elif not gpu and str(precision) in ("16-true", "16-mixed", "16"):
+            raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
+        try:
+            super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
+        except MisconfigurationException as error:
+            if "backend found" in str(error):
+                raise UserError(f"trainer.accelerator {accelerator}: no GPU is found; use cpu or auto") from error
+            raise
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # an unknown strategy, among others
+            raise UserError(f"trainer: {error}") from error
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FINDERS):
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} would change what the config says; give "
+                    "data.batch_size, data.micro_batch and the optimizer's lr"
+                )
+        if isinstance(self.strategy, FSDP2):
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not isinstance(callback, EMA):
+                    raise UserError(
+                        f"trainer.strategy fsdp2 does not work with {type(callback).__name__}; use vitlit.callbacks.EMA"
+                    )
+            if self.precision in ("16-mixed", "16-true"):
+                raise UserError(
+                    f"trainer.strategy fsdp2 does not work with trainer.precision {self.precision}; use bf16-mixed, or "
+                    "32-true where the GPU has no bf16"
+                )
+        elif isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"trainer.strategy {type(self.strategy).__name__} is not supported; give ddp, or fsdp2 where the model "
+                "is too large for one device"
+            )
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
+            self.strategy.checkpoint_io = Files()
+
+
+def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
+    """Refuse a callback that waits for a metric which nothing logs: it would end the run after its first epoch.
+
+    Raises:
+        UserError: there is one.
+    """
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    known = stage.measured
+    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        known += [f"{name}_raw" for name in known]
+    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
+    makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in known:
+            continue
+        # Else it may be a metric that theirs logs.
+        if makers <= {"vitlit", "lightning"} or get_close_matches(monitor, known, 1, 0.7):
+            raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")

@@ -1,0 +1,135 @@
+"""Files: written whole or not at all, and read with a check of their size and checksums."""
+
+import io
+import os
+import shutil
+import socket
+import stat
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitlit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_BYTES = 1 << 30  # of an image file: the largest image is half of it in 8-bit RGB without compression
+# How many times a file's size its content may be. Packed weights shrink to a half, a bomb to a thousandth.
+MOST_UNPACKED = 20
+
+
+@contextmanager
+def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
+    """A folder to write into, `OUT.partial` beside `out`, which takes its name after the block.
+
+    Args:
+        out: the folder to make; where it exists it must be empty.
+        resume: leave what is in `OUT.partial`, there before the block or where the block fails, to the same command
+            given again; else it is removed.
+
+    Raises:
+        UserError: `out` is not empty or cannot be made.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
+    target = out.resolve()
+    partial = target.with_name(f"{target.name}.partial")
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=resume)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be made ({error.strerror}): name another folder") from error
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
+    """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
+    import numpy as np
+
+    partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as opened:
+            np.savez(opened, **arrays)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
+    """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or nothing that `save_arrays` wrote.
+    """
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            places = {member.header_offset for member in members}
+            if any(member.compress_type for member in members) or len(places) < len(members):
+                raise ValueError("its members are compressed, or lie over each other")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        UserError: it cannot be read, is no file but such as a pipe, or has more than `MOST_BYTES`.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
+                raise UserError(f"cannot read the image {path}: it is no file")
+            refuse_large(path, about.st_size)
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+
+
+def refuse_large(path: str | Path, size: int) -> None:
+    """UserError for an image file of more bytes than `MOST_BYTES`."""
+    if size > MOST_BYTES:
+        raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
+
+
+def check_archive(path: Path) -> list[str]:
+    """The members of a zip archive, every checksum of which is compared, unless it is a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            unpacked = sum(member.file_size for member in members)
+            numpy = any(member.filename.endswith(".npy") for member in members)
+            packed = next((m.filename for m in members if m.compress_type and not numpy), None)
+            bomb = unpacked > MOST_UNPACKED * path.stat().st_size
+            broken = None if bomb else archive.testzip()
+    except Exception as error:  # zlib.error, struct.error and what else a broken archive raises
+        raise damaged(path, f"not a whole archive ({type(error).__name__}: {error})") from error
+    if bomb:
+        raise damaged(path, f"{unpacked:,} bytes packed as {path.stat().st_size:,}, which no weights are")
+    if broken is not None:
+        raise damaged(path, f"the checksum of {broken} is wrong")
+    if packed is not None:  # torch would take the packed bytes for numbers
+        raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
+    return [member.filename for member in members]
+
+
+def damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not a checkpoint, or a damaged one: {' '.join(why.split())}")

@@ -1,0 +1,1 @@
+"""Image files as tensors: decoding, cropping, and what a model expects of its input."""

@@ -1,0 +1,124 @@
+"""The metrics of a run as a CSV file beside its checkpoints."""
+
+import csv
+import io
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from vitlit.errors import UserError
+
+Row = dict[str, str]
+
+
+class CSV(Logger):
+    """Writes `folder/metrics.csv`: one row per step, on disk as soon as it is logged, appended to on resume.
+
+    Numbers are written in full precision, so that a run that was interrupted and continued (see `cut`) leaves the
+    same rows as one that was not, but for the speed.
+
+    Args:
+        folder: The run's folder; made if it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] = []
+        self._last: Row = {}
+        self._start = self._end = 0  # the last row's bytes in the file
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the run's config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Adds a row, or adds to the last row if it is of the same step (None: the last row's step)."""
+        if not self._columns:
+            self._write(*self._read())
+        at = self._last.get("step", "0") if step is None else str(step)
+        more = self._last.get("step") == at
+        row = {**(self._last if more else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
+        if new := [name for name in row if name not in self._columns]:
+            rows = self._read()[1]
+            self._write([*self._columns, *new], [*(rows[:-1] if more else rows), row])
+            return
+        line = _line([row.get(name, "") for name in self._columns])
+        start = self._start if more else self._end
+        with _writing(self.path), self.path.open("r+b") as file:
+            file.seek(start)
+            file.write(line)
+            file.truncate()
+        self._last, self._start, self._end = row, start, start + len(line)
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Drops the rows after `step`: those that a run will log again which continues from there."""
+        if not self.path.exists():
+            return
+        columns, rows = self._read()
+        rows = [row for row in rows if int(row["step"]) <= step]
+        self._write([name for name in columns if name == "step" or any(row[name] for row in rows)], rows)
+
+    def _read(self) -> tuple[list[str], list[Row]]:
+        try:
+            text = self.path.read_text() if self.path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
+            reader = csv.DictReader(io.StringIO(whole, newline=""))
+            rows = list(reader)
+            if any(int(row["step"]) < 0 or None in row for row in rows):
+                raise ValueError("a row has more cells than there are columns, or a step below 0")
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"{self.path} is damaged; move it away, and the same command continues the run") from error
+        return list(reader.fieldnames or ["step"]), rows
+
+    def _write(self, columns: list[str], rows: list[Row]) -> None:
+        lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]
+        draft = self.path.with_name("metrics.csv.tmp")
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(b"".join(lines))
+            os.replace(draft, self.path)
+        self._columns, self._last = columns, rows[-1] if rows else {}
+        self._end = sum(map(len, lines))
+        self._start = self._end - len(lines[-1])
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; the checkpoints are whole, and the same command continues from "
+            "the last of them once there is room"
+        ) from error
+
+
+def _cell(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    return repr(float(value) if isinstance(value, float) else int(value))
+
+
+def _line(cells: Sequence[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()

@@ -1,0 +1,212 @@
+"""Weights & Biases."""
+
+import os
+import secrets
+import shlex
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageOps
+
+from vitlit.loggers.wandb_mode import Mode, decide
+
+ONLINE_WITHIN = 15  # seconds until a run without an answer from the server goes on offline
+UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
+PICTURE_SIDE = 256
+WHOLE_CONFUSION = 50  # classes, and pairs where there are more classes
+
+
+class Mistake(NamedTuple):
+    """One image that was classified wrongly; `probability` is the one given to the wrong class."""
+
+    path: str
+    label: int
+    prediction: int
+    probability: float
+
+
+class Wandb(WandbLogger):
+    """A Weights & Biases run that never asks a question, never hangs and says in one line where it is.
+
+    Without a key, or where the server does not answer within 15 seconds, the run is kept on disk and
+    `closing_line` is the command that uploads it.
+
+    Args:
+        project: `WANDB_PROJECT`, or "vitlit", where it is not given.
+        entity: The user or team that the run belongs to.
+        group: The group of runs that it belongs to.
+        tags: Its tags.
+        name: The name shown for it.
+        id: Its id; give the `version` of a run to continue it. A new one where it is not given.
+        save_dir: Its files go to `save_dir/wandb`; the working directory where it is not given.
+        mode: auto is `WANDB_MODE` where that is set, else online with a key and offline without.
+        pictures: Whether `log_mistakes` adds the (shrunk) images.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        name: str | None = None,
+        id: str | None = None,
+        save_dir: str | Path | None = None,
+        mode: Mode = "auto",
+        pictures: bool = True,
+    ) -> None:
+        patience = {"init_timeout": ONLINE_WITHIN, "finish_timeout": UPLOAD_WITHIN, "finish_timeout_raises": True}
+        super().__init__(
+            project=project or os.environ.get("WANDB_PROJECT") or "vitlit",
+            entity=entity,
+            group=group,
+            tags=tags,
+            name=name,
+            id=id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),  # a sweep's agent sets WANDB_RUN_ID
+            save_dir=save_dir or os.environ.get("WANDB_DIR") or ".",
+            settings={"silent": True, **patience},
+        )
+        del self._wandb_init["anonymous"]  # its mere presence makes wandb warn
+        self.mode = mode
+        self.pictures = pictures
+        self.folder: Path | None = None  # the run's files, once it has begun
+        self._url: str | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run, begun at the first use; a stand-in that does nothing on ranks other than 0."""
+        if self._experiment is None:
+            self._begin()
+        return self._experiment
+
+    def _begin(self) -> None:
+        why = ""
+        if wandb.run is None and getattr(self, "_attach_id", None) is None:
+            why = self._init()
+        run = super().experiment  # begun above, or by the caller
+        self._id = run.id
+        if run.disabled:
+            print("W&B: disabled")
+            return
+        self.folder = Path(run.sync_dir).absolute()
+        # Tables wait for `wandb sync` beside the run, by default in the home directory of this machine.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.parent))
+        self._url = None if run.offline else run.url
+        reason = f" ({why})" if why else ""
+        print(f"W&B: offline{reason}; afterwards: {self.closing_line()}" if run.offline else f"W&B: online, {run.url}")
+
+    def _init(self) -> str:
+        """Begins a run; returns why it is offline if that is not what was asked for."""
+        # wandb's own telemetry holds up the end of a process without a network by tens of seconds.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
+        mode, why = decide(self.mode)
+        if mode == "online":
+            self._wandb_init.update(mode=mode, resume="allow")
+            try:
+                _ = super().experiment
+                return ""
+            except Exception as error:  # whatever became of the network, the training goes on
+                mode, why = "offline", str(error).partition("\n")[0]
+                wandb.teardown()  # the failed attempt still holds the run's id
+        self._wandb_init.update(mode=mode, resume=None)
+        _ = super().experiment
+        return why
+
+    def closing_line(self) -> str | None:
+        """The command that uploads an offline run (every part of one that was continued), or an online run's URL."""
+        if self.folder is None or self._url is not None:
+            return self._url
+        return _sync(*sorted(self.folder.parent.glob(f"offline-run-*-{self.version}")))
+
+    @rank_zero_only
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the run, so that its files are whole and another may begin in this process.
+
+        Args:
+            exit_code: Other than 0 for a run that failed.
+        """
+        if self._experiment is None:
+            return
+        run, self._experiment = self._experiment, None
+        try:
+            run.finish(exit_code)
+        except TimeoutError:
+            print(f"W&B: not all was uploaded; afterwards: {_sync(Path(run.sync_dir).absolute())}")
+        if self._url is None:
+            wandb.teardown()  # `finish` returns before an offline run's last rows are on disk
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: `log_config` stores the whole config."""
+
+    @rank_zero_only
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Stores the resolved config under the one key `config`."""
+        self.experiment.config.update({"config": config}, allow_val_change=True)
+
+    @rank_zero_only
+    def log_classes(self, classes: list[str]) -> None:
+        """Stores the class names, in the order of their labels, under the key `classes`."""
+        self.experiment.config.update({"classes": classes}, allow_val_change=True)
+
+    @rank_zero_only
+    def log_mistakes(
+        self, classes: list[str], labels: Sequence[int], predictions: Sequence[int], worst: Sequence[Mistake]
+    ) -> None:
+        """Logs the tables `mistakes` and `confusion`: once, at the end, for all images of an evaluation.
+
+        Args:
+            classes: The class names, in the order of their labels.
+            labels: The true label of each image.
+            predictions: The predicted label of each image.
+            worst: The mistakes to show.
+        """
+        rows: list[list[Any]] = [[m.path, classes[m.label], classes[m.prediction], m.probability] for m in worst]
+        columns: list[str | int] = ["path", "label", "prediction", "probability"]
+        if self.pictures:
+            columns = ["image", *columns]
+            rows = [[_picture(mistake.path), *row] for mistake, row in zip(worst, rows, strict=True)]
+        counts = [list(row) for row in confusion_rows(classes, labels, predictions)]
+        self.experiment.log(
+            {
+                "mistakes": wandb.Table(columns=columns, data=rows),
+                "confusion": wandb.Table(columns=["label", "prediction", "count"], data=counts),
+            }
+        )
+
+
+def _sync(*folders: Path) -> str:
+    here = Path.cwd()
+    return shlex.join(["wandb", "sync", *(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)])
+
+
+def _picture(path: str) -> wandb.Image | None:
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            return wandb.Image(ImageOps.exif_transpose(picture).convert("RGB"), file_type="jpg")
+    except OSError:  # not a file of its own, or damaged: the row goes without
+        return None
+
+
+def confusion_rows(classes: list[str], labels: Sequence[int], predictions: Sequence[int]) -> list[tuple[str, str, int]]:
+    """Counts (label, prediction) pairs: every cell of the matrix up to 50 classes, else the 50 most confused pairs.
+
+    Raises:
+        ValueError: There are more labels than predictions, or fewer.
+    """
+    counts = Counter((int(a), int(b)) for a, b in zip(labels, predictions, strict=True))
+    if len(classes) <= WHOLE_CONFUSION:
+        cells = [(a, b) for a in range(len(classes)) for b in range(len(classes))]
+    else:
+        confused = [pair for pair in counts if pair[0] != pair[1]]
+        cells = sorted(confused, key=lambda pair: (-counts[pair], pair))[:WHOLE_CONFUSION]
+    return [(classes[a], classes[b], counts[a, b]) for a, b in cells]

@@ -1,0 +1,1 @@
+"""What `vitlit data ...` does to data before training."""

@@ -1,0 +1,252 @@
+"""The folder of a run: `ROOT/NAME/`, and whether a command begins, continues or has finished it."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from vitlit.errors import UserError
+from vitlit.files import check_archive
+from vitlit.run.config import read_config
+from vitlit.run.lock import Lock
+
+# Settings of how a run is computed, not of what: they may differ when it is continued.
+FREE = (
+    "data.micro_batch",
+    "data.num_workers",
+    "data.on_bad_image",
+    "data.pin_memory",
+    "data.prefetch",
+    "run.keep_every",
+    "run.name",
+    "run.root",
+    "run.save_minutes",
+    "run.time_limit",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.enable_*",
+    "trainer.logger*",
+    "trainer.num_nodes",
+    "trainer.num_sanity_val_steps",
+    "trainer.profiler",
+    "trainer.strategy*",
+)
+LONGEST = 200  # bytes of a run's name: a file's may have 255, and the lock's is longer
+LONGER = ("trainer.max_epochs", "trainer.max_steps")
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept and by what it is judged.
+
+    Args:
+        name: its folder below the root; the config's name unless given.
+        root: the folder of all runs.
+        overwrite: delete what is in the run's folder and begin again.
+        monitor: the metric whose best checkpoint is kept, the highest, or the lowest of a loss; unless given it is
+            val/top1, or val/map where images have several classes.
+        save_minutes: how long after a checkpoint the next is saved in the midst of an epoch; the end of an epoch saves
+            one, and so does a signal.
+        keep_every: optimiser steps between checkpoints that are kept for good, as step-N.ckpt.
+        time_limit: of this command, as HH:MM:SS, D:HH:MM:SS or a number of seconds; training then stops in good order
+            with exit code 75, and the same command continues it.
+    """
+
+    name: str | None = None
+    root: str = "runs"
+    overwrite: bool = False
+    monitor: str | None = None
+    save_minutes: float = 15.0
+    keep_every: int | None = None
+    time_limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.save_minutes >= 0:
+            raise UserError(f"run.save_minutes {self.save_minutes} is less than 0")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
+
+
+class Decision(NamedTuple):
+    """What to do with a run.
+
+    Attributes:
+        action: begin it, continue it, or nothing since it is finished or refused.
+        checkpoint: where it is continued from, else empty.
+        config: a digest of the config that was decided on.
+    """
+
+    action: Literal["begin", "continue", "finished", "refused"]
+    checkpoint: str
+    config: str = ""
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Args:
+        options: the run's.
+        config: the path of its config, which names it where the options do not.
+        exact: whether the name is that of a run that is there; else a W&B sweep's run id is appended.
+
+    Raises:
+        UserError: the name would lead out of the root, or is none that a folder may have.
+    """
+
+    def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
+        name = Path(config or "run").stem if options.name is None else options.name
+        trial = f"-{os.environ.get('WANDB_RUN_ID')}"
+        if "WANDB_SWEEP_ID" in os.environ and not exact and not name.endswith(trial):
+            name += trial
+        if name in ("", ".", "..") or {"/", "\0", os.sep} & set(name) or len(os.fsencode(name)) > LONGEST:
+            raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
+        if "\0" in options.root:
+            raise UserError(f"run.root {options.root!r} is not the path of a folder")
+        self.name = name
+        self.path = Path(options.root) / name
+        self.config = self.path / "config.yaml"
+        self.marker = self.path / "finished.json"
+        self.last = self.path / "checkpoints" / "last.ckpt"
+        self.previous = self.path / "checkpoints" / "previous.ckpt"
+        self.best = self.path / "checkpoints" / "best.ckpt"
+        self.lock = Lock(self.path.parent / f".{name}.lock")
+        self._wandb_id = self.path / "wandb" / "run-id"
+
+    def decide(self, config: dict[str, Any], overwrite: bool) -> Decision:
+        """Compare a config with what is in the folder.
+
+        Raises:
+            UserError: the folder holds a run of another config, or something that is no run.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return Decision("begin", "")
+        if not self.config.is_file():
+            raise UserError(f"{self.path} has no config.yaml, so is no run; put it back, or give another --run.name")
+        if overwrite:
+            return Decision("begin", "")
+        if not self.checkpoints():
+            if (self.path / "metrics.csv").is_file():
+                print(f"{self.path} has no checkpoint to continue from, so that it begins again", flush=True)
+            return Decision("begin", "")
+        before = flatten(read_config(self.config))
+        after = flatten(config)
+        differing = sorted(
+            key
+            for key in before.keys() | after.keys()
+            if before.get(key) != after.get(key) and not any(fnmatchcase(key, free) for free in FREE)
+        )
+        finished = self.marker.is_file()
+        if not set(differing) <= set(LONGER) or (differing and not finished):
+            listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise UserError(
+                f"the run {self.path} was made with another config ({listed}{more}); "
+                "give another --run.name, or --run.overwrite true to begin again"
+            )
+        if finished and not any(longer(before.get(key), after.get(key)) for key in LONGER):
+            return Decision("finished", "")
+        return Decision("continue", str(self.newest()))
+
+    def checkpoints(self) -> list[Path]:
+        """What the run can be continued from, the newest first: last, previous, and those kept for good."""
+        kept = [path for path in self.last.parent.glob("step-*.ckpt") if path.stem[5:].isdecimal()]
+        kept.sort(key=lambda path: -int(path.stem[5:]))
+        return [path for path in (self.last, self.previous, *kept) if path.is_file()]
+
+    def newest(self) -> Path:
+        """The newest checkpoint that is whole; where that is not last.ckpt, it is said.
+
+        Raises:
+            UserError: none is.
+        """
+        wrong = [] if self.last.is_file() else [f"{self.last} is missing"]
+        for path in self.checkpoints():
+            try:
+                check_archive(path)
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            if wrong:
+                print(f"vitlit: warning: {'; '.join(wrong)}; {path}, which is older, takes its place", flush=True)
+            return path
+        raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
+
+    def begin(self, config: dict[str, Any], overwrite: bool) -> None:
+        """Take the folder for this process, empty it where it is overwritten, and write the config into it.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.take(f"the run {self.path}")
+            if overwrite and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.marker.unlink(missing_ok=True)
+            self._write(self.config, yaml.safe_dump(config, sort_keys=False))
+        except OSError as error:
+            raise UserError(
+                f"cannot write into {self.path}: {error.strerror or error}; give another --run.root"
+            ) from error
+
+    def wandb_id(self) -> str | None:
+        """The id of the W&B run that this run logs to, where it has begun one."""
+        return self._wandb_id.read_text() if self._wandb_id.is_file() else None
+
+    def keep_wandb_id(self, name: str) -> None:
+        """Remember the W&B run, so that it is continued with this run."""
+        self._wandb_id.parent.mkdir(exist_ok=True)
+        self._write(self._wandb_id, name)
+
+    def finish(self, step: int) -> None:
+        """Mark the run as finished at a step."""
+        self._write(self.marker, json.dumps({"step": step}) + "\n")
+
+    def finished_at(self) -> int:
+        """The step at which the run was finished; UserError where its marker is damaged."""
+        try:
+            return int(json.loads(self.marker.read_text())["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.marker} is damaged; remove it, and the same command continues the run") from error
+
+    def _write(self, path: Path, text: str) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; an empty branch is None, as an absent one."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def longer(before: int | None, after: int | None) -> bool:
+    """Whether the second limit of training allows more than the first; None and -1 are no limit."""
+    if before in (None, -1):
+        return False
+    return after in (None, -1) or int(after or 0) > int(before or 0)
+
+
+def seconds(limit: int | str) -> int:
+    """HH:MM:SS, D:HH:MM:SS (or SLURM's D-HH:MM:SS) or a number of seconds in seconds.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    parts = str(limit).replace("-", ":", 1).split(":")
+    if not all(part.isdecimal() for part in parts) or len(parts) not in (1, 3, 4) or not any(map(int, parts)):
+        raise UserError(f"run.time_limit {limit} is no time; give HH:MM:SS, D:HH:MM:SS or a number of seconds")
+    # YAML reads 1:30:00 as the number 5400.
+    return sum(int(part) * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False))

@@ -1,0 +1,170 @@
+"""How a run is stopped in good order: by a signal, or by its time limit."""
+
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor
+
+from vitlit.run.checkpoints import Last
+
+TIME_LIMIT = signal.SIGALRM  # the number that stands for run.time_limit among those of signals
+SAVE = 1  # and what asks for a checkpoint alone
+EARLY = (signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C ends what is no training by itself
+AGAIN = 75  # the exit code of a run that wants to be continued: sysexits.h's EX_TEMPFAIL
+
+
+class Interrupted(Exception):
+    """A signal or the time limit ended the run, in training after a checkpoint was saved.
+
+    Attributes:
+        code: the exit code of the process: 75 where the run wants to be continued, else 128 + the signal.
+        agreed: whether all ranks stop, as they do in training.
+    """
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        name = "run.time_limit" if number == TIME_LIMIT else signal.Signals(number).name
+        super().__init__(f"stopped by {name} " + ("outside of training" if step is None else f"after step {step}"))
+        self.agreed = step is not None
+        self.code = AGAIN if number in (TIME_LIMIT, signal.SIGUSR1) else 128 + number
+
+
+@contextmanager
+def heeded(training: bool) -> Iterator[None]:
+    """Let a signal before or after training, also one that has waited for this, end the process as one in it would."""
+    before = {number: signal.signal(number, _end) for number in EARLY if training}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: Any) -> None:
+    raise Interrupted(number)
+
+
+class Interrupt(Callback):
+    """On SIGTERM, SIGINT, SIGUSR1 or the time limit finish the step, save last.ckpt and end training on every rank.
+
+    A step that ends an epoch is finished once the epoch is validated. The ranks tell each other at the beginning of a
+    step and act on it at that of the next, so that no GPU has to be waited for. It replaces Lightning's handling, which
+    saves nothing, exits 0, and hangs where one rank alone is signalled. A second SIGINT stops at once.
+
+    Args:
+        last: what saves.
+        until: time.monotonic() at which training is to stop; None for no limit.
+        save_minutes: how long after a checkpoint the next is saved in the midst of an epoch.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, last: Last, until: float | None = None, save_minutes: float = math.inf) -> None:
+        self.last, self.until, self.save_seconds = last, until, 60 * save_minutes
+        self.received = 0
+        self._before: dict[int, Any] = {}
+        self._told: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # At every step, and a GPU would have to be waited for.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # where max_steps is given, Lightning would count that epoch once more
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        wanted = self._agreed(trainer, self._wanted())
+        # At an epoch's first batch, the checkpoint of the epoch before is the newest there can be.
+        if batch_idx and (wanted or self.last.due(trainer.global_step)):
+            self._save(trainer)
+        if wanted > SAVE:
+            raise Interrupted(wanted, trainer.global_step)
+
+    def _wanted(self) -> int:
+        """What this rank asks for: the number of a signal, TIME_LIMIT, SAVE or 0."""
+        if self.received:
+            return self.received
+        now = time.monotonic()
+        if self.until is not None and now >= self.until:
+            return TIME_LIMIT
+        return SAVE if now - self.last.saved_at >= self.save_seconds else 0
+
+    def _agreed(self, trainer: Trainer, wanted: int) -> int:
+        """The highest that any rank wanted, one step late where there are several."""
+        if trainer.world_size == 1:
+            return wanted
+        before = self._told
+        device = trainer.strategy.root_device
+        flag = torch.tensor([wanted], dtype=torch.int32).to(device, non_blocking=True)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        host, event = flag, None
+        if device.type == "cuda":  # copied now, it is there by the next step; copied then, it would end the queue
+            host = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(flag, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._told = host, event
+        if before is None:
+            return 0
+        if before[1] is not None:
+            before[1].synchronize()
+        return int(before[0].item())
+
+    def _save(self, trainer: Trainer) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        was_last = progress.is_last_batch
+        for counts in (progress.total, progress.current):
+            counts.ready -= 1  # the continued run begins this batch again
+        progress.is_last_batch = False
+        self.last.save(trainer)
+        for counts in (progress.total, progress.current):
+            counts.ready += 1
+        progress.is_last_batch = was_last
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        launcher = trainer.strategy.launcher
+        agreed = isinstance(exception, Interrupted) and exception.agreed
+        if isinstance(launcher, _SubprocessScriptLauncher) and not agreed:
+            launcher.kill(signal.SIGKILL)  # they would wait for this process for ever
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+def requeue() -> None:
+    """Put this process's SLURM job back into the queue, unless a person waits in it; nothing where there is none."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        print(f"SLURM job {job} is requeued", flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", None) or str(error)
+        print(f"vitlit: warning: scontrol did not requeue job {job} ({why.strip()}); submit it again", flush=True)

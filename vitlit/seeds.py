@@ -1,0 +1,52 @@
+"""Every random draw of a run by its purpose: a pure function of (purpose, seed, step or epoch, index, ...)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+# What a number is drawn for. Streams of different purposes never share numbers; a new purpose goes to the end.
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE = range(7)
+LARGEST = 2**64 - 1
+
+
+def mix(*values: int | np.ndarray) -> np.ndarray:
+    """Hash integers to uint64 (splitmix64, broadcasting), the same on every machine and in every version."""
+    mixed = np.zeros(1, np.uint64)
+    for value in values:
+        mixed = (mixed ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed
+
+
+def mix_one(*values: int) -> int:
+    """What `mix` makes of single numbers, in an eighth of the time."""
+    mixed = 0
+    for value in values:
+        mixed = ((mixed ^ (value & LARGEST)) + 0x9E3779B97F4A7C15) & LARGEST
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & LARGEST
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & LARGEST
+        mixed ^= mixed >> 31
+    return mixed
+
+
+@contextmanager
+def seeded_sample(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
+    """Seed torch's CPU generator for the augmentation of one sample, and leave it as it was before.
+
+    Without data workers it is the model's generator, too.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(mix_one(SAMPLE, seed, epoch, index, repeat))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
+    """Seed torch for dropout and other draws of the model in one micro-batch of one step on one device."""
+    torch.manual_seed(mix_one(STEP, seed, step, micro, rank))
