@@ -166,7 +166,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
     classes, labels = _number(root, samples, named)
     splits = {}
     for split, own in samples.items():
-        names = Names.pack([sample.name.encode(errors="surrogateescape") for sample in own])
+        names = Names.pack(sample.name for sample in own)
         parts = np.array([sample.part for sample in own], np.int64)
         splits[split] = Index(ShardFiles(root, shards, parts, names), np.arange(len(own)), labels[split])
     total = ", ".join(f"{len(index):,} of {split}" for split, index in splits.items())

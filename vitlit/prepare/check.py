@@ -122,7 +122,8 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
 def _find_splits(report: Report, holdout: bool) -> dict[str, Path]:
     """The folders of the splits. One in another spelling is a fault, and taken for what it means."""
     names, _ = _list(report.root)
-    meanings = {name: _meaning(name) for name in names}
+    split_of = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+    meanings = {name: split_of.get(name.strip().lower()) for name in names}
     if holdout and "train" not in names and not (names and all(meanings.values())):  # "valid" may be a class
         return {"train": report.root}
     folders = {}
@@ -136,11 +137,6 @@ def _find_splits(report: Report, holdout: bool) -> dict[str, Path]:
         elif split != "test":
             report.add("no_split", [split], split)
     return folders
-
-
-def _meaning(name: str) -> str | None:
-    """The split that a folder's name means."""
-    return next((split for split, spellings in SPLITS.items() if name.strip().lower() in spellings), None)
 
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
@@ -158,12 +154,9 @@ def _scan(folder: Path) -> Layout:
     index = Index.of(
         folder, [image for tree in trees for image in tree.images], np.repeat(np.arange(len(trees)), counts)
     )
+    stray = [str(folder / file) for file in files if file.lower().endswith(EXTENSIONS)]
     ignored = [str(folder / os.fsdecode(other)) for tree in trees for other in tree.others]
-    return Layout(folder, classes, index, [str(folder / file) for file in files if _is_image(file)], ignored)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    return Layout(folder, classes, index, stray, ignored)
 
 
 def _judge_folder(report: Report, layout: Layout) -> None:
