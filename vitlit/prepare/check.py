@@ -19,7 +19,7 @@ from vitlit.data.shards import is_shards
 from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError
 from vitlit.images.decode import MOST_PIXELS
-from vitlit.prepare.report import Copies, Facts, Look, Paths, Report, look
+from vitlit.prepare.report import Facts, Look, Paths, Report, look
 
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:
@@ -29,6 +29,7 @@ train that val or test lacks is a warning.
 """
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+Place = tuple[int, int]  # of an image: the number of its split, and its row there
 SMALL = 16  # pixels
 RARE = 100  # times fewer images than the largest class
 
@@ -197,7 +198,8 @@ def _judge_classes(report: Report, layouts: dict[str, Layout]) -> None:
 
 def _judge_images(report: Report, layouts: dict[str, Layout], workers: int) -> None:
     """Look at all images, note facts about each split, and what is wrong with files and between them."""
-    copies = Copies()
+    first: dict[bytes, Place] = {}  # image of these pixels
+    copies: dict[Place, list[Place]] = {}  # by the first one, which is among them
     found: dict[str, Paths] = defaultdict(list)
     reasons: dict[str, str] = {}
     for number, (split, layout) in enumerate(layouts.items()):
@@ -210,13 +212,15 @@ def _judge_images(report: Report, layouts: dict[str, Layout], workers: int) -> N
                 reasons[path] = seen.reason.split(";")[0].rstrip(".")  # the rest is a remedy
             if seen.digest:
                 facts.add(seen, path)
-                copies.add(seen.digest, number, row)
+                place = first.setdefault(seen.digest, (number, row))
+                if place != (number, row):
+                    copies.setdefault(place, [place]).append((number, row))
         report.splits[split] = facts.plain(layout.counts)
     details = {"too_large": f"{MOST_PIXELS:,}", "small": str(SMALL)}
     report.add("unreadable", found["unreadable"], reasons=reasons)
     for kind in ("truncated", "corrupt", "too_large", "small"):
         report.add(kind, found[kind], details.get(kind, ""))
-    _judge_copies(report, list(layouts.items()), copies)
+    _judge_copies(report, list(layouts.items()), [copies[place] for place in sorted(copies)])
 
 
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
@@ -237,14 +241,17 @@ def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
         ) from error
 
 
-def _judge_copies(report: Report, layouts: list[tuple[str, Layout]], copies: Copies) -> None:
-    """Note images with the same pixels, by decoded pixels: between splits, and within one."""
+def _judge_copies(report: Report, layouts: list[tuple[str, Layout]], copies: list[list[Place]]) -> None:
+    """Note sets of images with the same pixels: between splits, and within one."""
     found: dict[str, Paths] = defaultdict(list)
 
     def at(split: int, row: int) -> str:
         return os.path.relpath(layouts[split][1].index.path(row), report.root)
 
-    for group in copies.groups():
+    for places in copies:
+        group: dict[int, list[int]] = defaultdict(list)  # rows by split
+        for split, row in places:
+            group[split].append(row)
         for split, rows in group.items():
             labels = {int(layouts[split][1].index.labels[row]) for row in rows}
             if len(rows) > 1:

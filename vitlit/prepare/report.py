@@ -156,30 +156,6 @@ class Facts:
         return facts | {"turned": self.turned, "misnamed": self.misnamed}
 
 
-class Copies:
-    """The digests of all images, and of which split and row they are."""
-
-    def __init__(self) -> None:
-        self.digests, self.splits, self.rows = bytearray(), array("B"), array("q")
-
-    def add(self, digest: bytes, split: int, row: int) -> None:
-        self.digests += digest
-        self.splits.append(split)
-        self.rows.append(row)
-
-    def groups(self) -> list[dict[int, list[int]]]:
-        """The rows by split of each set of images with the same pixels."""
-        if not self.rows:
-            return []
-        digests = np.frombuffer(bytes(self.digests), np.uint64).reshape(-1, 2)
-        _, group, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
-        group = group.reshape(-1)
-        found: dict[int, dict[int, list[int]]] = {}
-        for place in np.flatnonzero(counts[group] > 1).tolist():
-            found.setdefault(int(group[place]), {}).setdefault(self.splits[place], []).append(self.rows[place])
-        return list(found.values())
-
-
 @dataclass
 class Finding:
     """Something wrong.
