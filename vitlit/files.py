@@ -22,6 +22,26 @@ MOST_UNPACKED = 20
 
 
 @contextmanager
+def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` after the block, once its content is on the disk.
+
+    A process that is killed leaves the file of before, and so does a block that fails.
+
+    Args:
+        path: of the file.
+        partial: where it is written, in the same folder; a hidden name unless given.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
     """A folder to write into, `OUT.partial` beside `out`, which takes its name after the block.
 
@@ -55,13 +75,10 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
     """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
     import numpy as np
 
-    partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as opened:
-            np.savez(opened, **arrays)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Of a folder that several processes scan at once, each writes a file of its own.
+    name = f".{file.name}.{socket.gethostname()}.{os.getpid()}.partial"
+    with whole_file(file, file.with_name(name)) as partial, partial.open("wb") as opened:
+        np.savez(opened, **arrays)
 
 
 def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":

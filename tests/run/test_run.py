@@ -329,3 +329,15 @@ def test_a_run_that_was_made_longer_is_complete_for_the_first_command_too(
     result = vitlit(*FIT, "--data.root", few)
     assert result.code == 0
     assert "is complete" in result.out
+
+
+def test_the_class_paths_of_earlier_versions_name_the_same_run(vitlit: Command, few: Path, run: Path) -> None:
+    def fit(path: str) -> Result:
+        ema = f"[{{class_path: {path}, init_args: {{decay: 0.5}}}}]"
+        return vitlit(*FIT, "--data.root", few, "--trainer.callbacks", ema)
+
+    assert fit("vitlit.averaging.EMA").code == 0
+    config = (run / "config.yaml").read_text()
+    assert "vitlit.callbacks.EMA" in config
+    (run / "config.yaml").write_text(config.replace("vitlit.callbacks.EMA", "vitlit.averaging.EMA"))
+    assert "is complete" in fit("vitlit.callbacks.EMA").out

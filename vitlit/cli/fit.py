@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,6 +29,7 @@ from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
 from vitlit.prepare import sources
 from vitlit.run.checkpoints import Best, Last
+from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
 from vitlit.run.ranks import agree, exchange, inherited, rank
@@ -75,6 +76,8 @@ def run(command: str, arguments: list[str]) -> int:
         # What jsonargparse calls the base class where a callback's keys come without a class.
         import_path_allowlist=[*trusted(), "lightning.Callback"],
     )
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
     line = CommandLine.read(command, arguments)
     try:
         with heeded(command == "fit"):

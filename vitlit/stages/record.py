@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import sys
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -71,4 +72,10 @@ def check_class_paths(value: Any) -> None:
 
 
 def path_of(cls: type) -> str:
+    """The public path of a class: that of the outermost package that offers it, such as vitlit.stages.Finetune."""
+    parts = cls.__module__.split(".")
+    for length in range(2, len(parts)):
+        package = ".".join(parts[:length])
+        if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
+            return f"{package}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -18,6 +18,7 @@ from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.run.config import with_public_paths
 from vitlit.seeds import seed_step
 from vitlit.stages.fsdp import shard
 from vitlit.stages.metrics import metrics, update
@@ -262,7 +263,7 @@ class Stage(LightningModule):
         Raises:
             UserError: the file cannot be read, holds another stage, or names a class outside the trusted packages.
         """
-        record = open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
+        record = with_public_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
         check_class_paths(record)
         # Lightning would ask for the arguments of `cls`, whatever the record says.
         made_by = str(record.get("_class_path"))
@@ -270,7 +271,7 @@ class Stage(LightningModule):
         if not issubclass(kind, cls):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
         found: Any = super(Stage, kind)
-        return found.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+        return found.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
