@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vitlit.errors import UserError
 from vitlit.files import read_file
@@ -107,4 +107,4 @@ def _pillow(picture: Image.Image) -> Tensor:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would cut off at 255
         picture = Image.fromarray(((np.asarray(picture, np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
-    return pil_to_tensor(picture.convert("RGB"))
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
