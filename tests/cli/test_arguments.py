@@ -41,23 +41,31 @@ MISTAKES = {
     "--data.mixing.prob 0.5": ["data.mixing.prob does nothing without data.mixing.mixup or data.mixing.cutmix; give"],
     "--data.erasing.area [0.1,0.2]": ["data.erasing.area does nothing without data.erasing.prob; give it, or leave it"],
     "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats, 8 or less"],
-    "--model.optimizer AdanW": ["no class AdanW; did you mean AdamW?"],
+    "--model.optimizer AdanW": ["model.optimizer: expected class, not AdanW; did you mean AdamW?"],
     "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
     "--trainer.callbacks [vitlit.callbacks.ema.EMAA]": ["no attribute 'EMAA'; did you mean EMA?"],
     "--data.augment [vitlit.data.augment.TimRandAugment]": ["did you mean TimmRandAugment?"],
-    "--model Pretrian": ["no class Pretrian; did you mean Pretrain?"],
+    "--model Pretrian": ["model: expected class, not Pretrian; did you mean Pretrain?"],
     "--data.batch_size many": ["data.batch_size: expected int, not many"],
     "--model.optimizer.lr fast": ["model.optimizer.lr: expected float or class, not fast"],
     "--data.interpolation cubic": ["data.interpolation: expected 'bilinear' or 'bicubic', not cubic"],
     "--data.image_size [8,8,8]": ["data.image_size: expected int or tuple with 2 elements, not [8, 8, 8]"],
     "--data.num_workers": ["--data.num_workers: expected one argument"],
-    "--model.optimizer vitlit.objectives.Supervised": ["vitlit.objectives.Supervised is no subclass of Optimizer"],
-    "--model.objective torch.optim.AdamW": ["torch.optim.AdamW is no subclass of Objective"],
+    "--model.optimizer vitlit.objectives.Supervised": [
+        "model.optimizer: Expected 'vitlit.objectives.Supervised' to be a subclass of Optimizer"
+    ],
+    "--model.objective torch.optim.AdamW": [
+        "model.objective: Expected 'torch.optim.AdamW' to be a subclass of Objective"
+    ],
     "--model.objective vitlit.objectives.Objective": ["is a base class; name one that is derived from it"],
     "--model.optimizer vitlit.optim.build_optimizer": ["model.optimizer: expected its keys, not build_optimizer"],
-    "--model.vit vitlit.objectives.Supervised": ["vitlit.objectives.Supervised is no subclass of ViT"],
-    "--trainer.callbacks [vitlit.ViT]": ["trainer.callbacks: vitlit.ViT is no subclass of Callback"],
-    "--trainer.callbacks [3]": ["trainer.callbacks: expected Callback, not 3"],
+    "--model.vit vitlit.objectives.Supervised": [
+        "model.vit: Import path vitlit.objectives.Supervised does not correspond to a subclass of ViT"
+    ],
+    "--trainer.callbacks [vitlit.ViT]": [
+        "trainer.callbacks: Import path vitlit.ViT does not correspond to a subclass of Callback"
+    ],
+    "--trainer.callbacks [3]": ["trainer.callbacks: expected Callback, not [3]"],
     "--model.schedule 3": ["model.schedule: expected its keys, not 3"],
     "stray": ["what is 'stray'?"],
     "--config": ["--config needs a config"],
@@ -99,7 +107,11 @@ def test_a_mistaken_flag_is_refused_before_anything_is_written(
         ("patch_size:", "patch_sise:", "model.vit: no key patch_sise; did you mean patch_size?"),
         ("seed_everything", "seed_everythin", "no key seed_everythin; did you mean seed_everything?"),
         ("AdamW", "AdanW", "did you mean AdamW?"),
-        ("class_path: Supervised", "class_path: Supervized", "no class Supervized; did you mean Supervised?"),
+        (
+            "class_path: Supervised",
+            "class_path: Supervized",
+            "model.objective: expected class, not Supervized; did you mean Supervised?",
+        ),
         ("seed_everything: 0", "seed_everything: [", "is not YAML: line "),
         ("max_epochs: 30", "max_epochs: 30\n  max_epochs: 3", "the key max_epochs is there twice"),
         ("warmup: 50", "3: 50", "the key 3 is no text"),

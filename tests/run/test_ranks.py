@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from vitlit.errors import UserError
 from vitlit.run.folder import Decision
-from vitlit.run.ranks import agree, exchange
+from vitlit.run.ranks import share_decision
 
 
 @pytest.fixture
@@ -29,21 +29,21 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def agreed(decision: Decision, run: Path) -> list[Decision]:
     """What a rank that waits, and rank 0 that decides, take the decision to be."""
     heard: list[Decision] = []
-    other = threading.Thread(target=lambda: heard.append(exchange(None, run)), daemon=True)
+    other = threading.Thread(target=lambda: heard.append(share_decision(None, run, {})), daemon=True)
     other.start()
     time.sleep(0.1)
     assert not heard
-    own = exchange(decision, run)
+    own = share_decision(decision, run, {})
     other.join(10)
     del os.environ["VITLIT_DECISION"]
-    return [*heard, own]
+    return [told._replace(config="") for told in (*heard, own)]
 
 
 @pytest.mark.usefixtures("alone")
 def test_one_process_decides_for_those_that_lightning_launches(tmp_path: Path) -> None:
     decision = Decision("continue", "last.ckpt")
-    assert exchange(decision, tmp_path) == decision
-    assert exchange(None, tmp_path) == decision  # in the environment that they inherit
+    assert share_decision(decision, tmp_path, {})[:2] == decision[:2]
+    assert share_decision(None, tmp_path, {})[:2] == decision[:2]  # in the environment that they inherit
 
 
 @pytest.mark.usefixtures("alone")
@@ -65,10 +65,10 @@ def test_under_torchrun_all_ranks_hear_the_decision_of_each_start(
     store.set_timeout(timedelta(seconds=0.2))
     monkeypatch.setattr("torch.distributed.TCPStore", lambda *args, **kwargs: store)
     with pytest.raises(UserError, match="of 2 processes only 1 have come"):
-        exchange(first, tmp_path)
+        share_decision(first, tmp_path, {})
     monkeypatch.delenv("VITLIT_DECISION")
     with pytest.raises(UserError, match="rank 0 has not come"):
-        exchange(None, tmp_path / "other")
+        share_decision(None, tmp_path / "other", {})
 
 
 @pytest.mark.usefixtures("alone")
@@ -86,16 +86,16 @@ def test_under_slurm_all_ranks_hear_the_decision_of_each_step(tmp_path: Path, mo
 def test_processes_of_an_unknown_launcher_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun"):
-        exchange(Decision("begin", ""), tmp_path)
+        share_decision(Decision("begin", ""), tmp_path, {})
 
 
 def test_ranks_with_different_configs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITLIT_DECISION", "")  # forgotten afterwards
-    decided = agree(Decision("begin", ""), tmp_path, {"model": {"lr": 1e-3}})
+    decided = share_decision(Decision("begin", ""), tmp_path, {"model": {"lr": 1e-3}})
     assert decided.action == "begin"
-    assert agree(None, tmp_path, {"model": {"lr": 1e-3}}) == decided
+    assert share_decision(None, tmp_path, {"model": {"lr": 1e-3}}) == decided
     with pytest.raises(UserError, match="different configs"):
-        agree(None, tmp_path, {"model": {"lr": 1e-2}})
+        share_decision(None, tmp_path, {"model": {"lr": 1e-2}})
 
 
 def test_what_rank_0_refuses_ends_the_others_in_silence(few: Path, trained: Path, tmp_path: Path) -> None:

@@ -304,6 +304,7 @@ def test_overwriting_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "mine").symlink_to(tmp_path / "elsewhere")
     made = begun(tmp_path, {})
+    made.lock.release()
     with pytest.raises(UserError, match="symbolic link"):
         made.begin({}, overwrite=True)
     assert made.last.exists()

@@ -31,8 +31,8 @@ from vitlit.prepare import sources
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
-from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
-from vitlit.run.ranks import agree, exchange, inherited, rank
+from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
+from vitlit.run.ranks import inherited, rank, share_decision
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
@@ -80,7 +80,7 @@ def run(command: str, arguments: list[str]) -> int:
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
     line = CommandLine.read(command, arguments)
     try:
-        with heeded(command == "fit"):
+        with signals_handled(command == "fit"):
             CLI(line)
     except UserError:
         if rank() and not line.launched:
@@ -158,7 +158,7 @@ class CLI(LightningCLI):
 
     def plain(self, config: Any) -> dict[str, Any]:
         """The config as plain values, without what is no setting of the run."""
-        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         for beside in ("config", "ckpt_path", "out"):
             plain.pop(beside, None)
         plain["run"].update(name=self.folder.name, overwrite=False)
@@ -179,7 +179,7 @@ class CLI(LightningCLI):
         self.asked = self.plain(config)
         decision = Decision("begin", "")
         if self.keeps:
-            decision = agree(self.decided(config.run.overwrite), self.folder.path, self.asked)
+            decision = share_decision(self.decided(config.run.overwrite), self.folder.path, self.asked)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -199,7 +199,7 @@ class CLI(LightningCLI):
             return self.folder.decide(self.asked, overwrite)
         except UserError:
             with suppress(UserError):  # they may not have come
-                exchange(Decision("refused", ""), self.folder.path)
+                share_decision(Decision("refused", ""), self.folder.path, self.asked)
             raise
 
     def complete_loggers(self, config: Any) -> None:

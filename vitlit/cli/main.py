@@ -103,7 +103,7 @@ def dispatch(argv: list[str]) -> int:
         # OpenMP's threads spin while they wait, and where data workers share their cores a step takes ten times as
         # long. It is read when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        # A signal that comes meanwhile waits for what `run` makes of it.
+        # A signal that arrives during the imports waits until `interrupt.signals_handled`.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         return int(import_module("vitlit.cli.fit").run(command, arguments))
     if command in COMMANDS:
