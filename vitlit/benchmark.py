@@ -18,8 +18,7 @@ from vitlit.data.stream import TrainStream
 from vitlit.data.transforms import train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.codec import DECODER, PILLOW_SLOWER
-from vitlit.images.decode import decode_bytes
+from vitlit.images.decode import DECODER, PILLOW_SLOWER, decode_bytes
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 

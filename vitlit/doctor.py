@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 import vitlit
 from vitlit.data import workers
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.codec import DECODER, PILLOW_SLOWER, WHY_NOT
+from vitlit.images.decode import DECODER, PILLOW_SLOWER, WHY_NOT
 from vitlit.loggers import wandb_mode
 
 HELP = """\

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import forked
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,7 @@ from vitlit.data import Preprocess
 from vitlit.data.dataset import Images
 from vitlit.data.folder import scan_train
 from vitlit.errors import UserError
-from vitlit.images import codec
+from vitlit.images import decode as decoding
 from vitlit.images.decode import decode
 
 
@@ -85,14 +85,14 @@ def test_torchcodec_reads_the_usual_formats(
 ) -> None:
     photo.save(tmp_path / f"image.{extension}")
     expected = pillow(tmp_path / f"image.{extension}")
-    monkeypatch.delattr(Image, "open")
+    monkeypatch.delattr(ImageFile.ImageFile, "load")  # Pillow may read the header, but no pixel
     assert np.array_equal(pixels(decode(tmp_path / f"image.{extension}")), expected)
 
 
 def test_a_torchcodec_that_does_not_load_says_why(tmp_path: Path) -> None:
     def child() -> int:
         sys.modules["torchcodec.decoders"] = None  # type: ignore[assignment]
-        found = importlib.reload(codec)
+        found = importlib.reload(decoding)
         return int(bool(found.DECODERS) or found.DECODER != "Pillow" or "torchcodec.decoders" not in found.WHY_NOT)
 
     assert forked(child, tmp_path).code == 0
@@ -166,6 +166,16 @@ def test_a_cut_off_file_is_an_error_that_names_it_in_one_line(
         assert "\n" not in message
         assert "_core" not in message
         assert "BytesIO" not in message
+
+
+@pytest.mark.usefixtures("decoder")
+def test_an_animation_of_one_frame_is_an_image(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "film.webp"
+    photo.save(path, save_all=True, append_images=[ImageOps.invert(photo)])
+    data = path.read_bytes()
+    start = data.rindex(b"ANMF")
+    path.write_bytes(data[:4] + struct.pack("<I", start - 8) + data[8:start])
+    assert np.array_equal(pixels(decode(path)), pillow(path))
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])

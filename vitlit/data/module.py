@@ -24,7 +24,7 @@ from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, globa
 from vitlit.data.transforms import CropName, check_augment, train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
-from vitlit.images.codec import DECODER, PILLOW_SLOWER
+from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.objectives import Batch
 
