@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "wide": ({"norm__weight": torch.ones(193)}, "norm.weight is [193] in the file and [192] in the model"),
     "nan": ({"norm__weight": torch.full((192,), torch.nan)}, "holds NaN or infinity in norm.weight [192]"),
-    "grid": ({"pos_embed": torch.ones(1, 12, 192)}, "pos_embed [1, 12, 192] is of no square grid"),
+    "grid": ({"pos_embed": torch.ones(1, 12, 192)}, "pos_embed [1, 12, 192] is not a square grid"),
 }
 
 
@@ -209,7 +209,10 @@ def stranger_like(**options: Any) -> ViT:
 @pytest.mark.parametrize(
     ("about", "words"),
     [
-        ({"architecture": "vit_small_patch16_rope_ape_224"}, "vit_small_patch16_rope_ape_224, which is no plain ViT"),
+        (
+            {"architecture": "vit_small_patch16_rope_ape_224"},
+            "vit_small_patch16_rope_ape_224, which is not one of the plain ViTs",
+        ),
         ({"architecture": "vit_base_patch16_224", "model_args": {"block_fn": "x"}}, "model argument block_fn"),
         ({"architecture": "vit_base_patch16_224", "global_pool": "max"}, "global_pool max"),
     ],
@@ -243,7 +246,7 @@ def test_a_config_of_another_model_is_refused(vitlit: Command, tmp_path: Path) -
     about = json.loads(path.read_text())
     for changes, words in (
         ({"hidden_size": 384}, "width 192, but config.json beside it has hidden_size 384"),
-        ({"image_size": 320000}, "16 positions of patches, but config.json beside it has image_size 320000"),
+        ({"image_size": 320000}, "positions for 16 patches, but config.json beside it has image_size 320000"),
     ):
         path.write_text(json.dumps({**about, **changes}))
         refused(vitlit("weights", "convert", "model", "out", "--format", "hf"), words)

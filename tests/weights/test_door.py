@@ -217,7 +217,7 @@ def test_what_is_no_checkpoint_is_refused_in_a_line_that_names_it(tmp_path: Path
     torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")
     unreadable(tmp_path / "state.pt", "is a checkpoint of no format that vitlit knows; it holds weight")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    unreadable(tmp_path / "tensor.pt", "holds a Tensor in place of named tensors")
+    unreadable(tmp_path / "tensor.pt", "holds a Tensor instead of named tensors")
     torch.save(tiny(), tmp_path / "module.pt")
     unreadable(tmp_path / "module.pt", "is not a checkpoint")
 

@@ -306,8 +306,8 @@ def test_a_tensor_of_more_numbers_than_the_file_holds_is_refused(change: str, tm
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"depth": 10**9}, "tells 1000000000 blocks, but holds 2"),
-        ({"depth": "2"}, "tells '2' blocks, but holds 2"),
+        ({"depth": 10**9}, "states a depth of 1000000000, but holds 2 blocks"),
+        ({"depth": "2"}, "states a depth of '2', but holds 2 blocks"),
         ({"mlp_dim": 10**30}, "of no ViT that this version builds"),
         ({"image_size": "large"}, "of no ViT that this version builds"),
         ({"image_size": 10**6}, "its images have 15,625,000,000 patches"),

@@ -154,7 +154,7 @@ def test_a_width_of_no_name_needs_a_vit_that_tells_its_heads(tmp_path: Path) -> 
     theirs, images = hf_model("ViT", "ViTModel", hidden_size=240, num_attention_heads=5), images_of(32)
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "config.json").unlink()
-    user_error("does not tell how many heads a ViT of width 240 has", vitlit.load, tmp_path / "theirs")
+    user_error("does not show how many heads a ViT of width 240 has", vitlit.load, tmp_path / "theirs")
     vit = ViT(**{**SMALL, "width": 240, "heads": 5, "mlp_dim": 768}).eval()
     vitlit.load_weights(vit, tmp_path / "theirs")
     assert_same(vit.features(images), hf_output(theirs, images))
@@ -315,7 +315,7 @@ def test_fixed_positions_take_the_table_of_a_transformers_mae(tmp_path: Path) ->
     images, table = images_of(32), theirs.embeddings.position_embeddings
     fixed = {**SMALL, "mlp_dim": 768, "position": "sincos2d_mae"}
     theirs.save_pretrained(tmp_path / "moved")
-    with pytest.raises(UserError, match="position is learned in the file and sincos2d_mae in it"):
+    with pytest.raises(UserError, match="position is learned in the file and sincos2d_mae in the model"):
         vitlit.load_weights(ViT(**fixed), tmp_path / "moved")
     for part in (table, theirs.embeddings.patch_embeddings.projection):
         part._is_hf_initialized = False
@@ -326,7 +326,7 @@ def test_fixed_positions_take_the_table_of_a_transformers_mae(tmp_path: Path) ->
     report = vitlit.load_weights(vit, tmp_path / "theirs")
     assert report.resampled == ["pos_embed"]
     assert_same(vit.features(images), hf_output(theirs, images))
-    with pytest.raises(UserError, match="position is learned in the file and sincos2d in it"):
+    with pytest.raises(UserError, match="position is learned in the file and sincos2d in the model"):
         vitlit.load_weights(ViT(**{**fixed, "position": "sincos2d"}), tmp_path / "theirs")
 
 

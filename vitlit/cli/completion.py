@@ -242,7 +242,7 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
         return
     free = FREE | NEW if new else FREE
     for name, value in weights.config.items():
-        if name == "heads" and name not in weights.told:
+        if name == "heads" and name not in weights.stated:
             continue
         if name == "layer_scale" and None not in (value, built[name]):
             continue

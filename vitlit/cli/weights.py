@@ -79,7 +79,7 @@ def describe(weights: Weights) -> dict[str, str]:
         "preset": f"{preset} ({shape_words}, patch {config['patch_size']})",
         "options": ", ".join(f"{name} {value}" for name, value in unusual(config).items()) or "all at their defaults",
         "resolution": size,
-        "tensors": f"{weights.count:,} in the file, {len(weights.unused)} of no use; {len(weights.state):,} in the ViT",
+        "tensors": f"{len(weights.state):,} in the ViT; {len(weights.unused):,} others in the file",
         "parameters": f"{parameters:,}",
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
         "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "not named",

@@ -1,4 +1,4 @@
-"""vitlit's own files: a run's checkpoints, and the same weights as safetensors."""
+"""vitlit's own files: the checkpoints of a run, and the same weights as safetensors."""
 
 import json
 import zlib
@@ -12,29 +12,22 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
-from vitlit.weights.files import Contents
+from vitlit.weights.files import Contents, load_torch
 from vitlit.weights.weights import Weights, tensors
 
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
-    """A vitlit checkpoint's content, tensors mapped from the file. Nothing in the file is executed.
-
-    Raises:
-        UserError: the file is missing, damaged, or none that vitlit wrote.
-    """
+    """The content of a vitlit checkpoint, its tensors mapped from the file; UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle raises anything; nothing of vitlit's is in the try
-        raise UserError(f"{path} is not a checkpoint, or a damaged one: torch.load refuses it") from error
+    checkpoint = load_torch(path)
     if not isinstance(checkpoint, dict) or "vitlit" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint that vitlit wrote")
+        raise UserError(f"{path} is not a checkpoint of vitlit")
     return checkpoint
 
 
 def read(contents: Contents) -> Weights | None:
-    if not {"vitlit", "crc32"} & contents.rest.keys():  # either: damage to one name must not make it another's file
+    if not {"vitlit", "crc32"} & contents.rest.keys():  # one may be damaged, and it is still not another's file
         return None
     path, about, state = contents.path, contents.rest.get("vitlit", ""), contents.tensors
     if contents.kind == "safetensors":
@@ -43,14 +36,16 @@ def read(contents: Contents) -> Weights | None:
         about = json.loads(about)
     else:
         state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
-        state.pop("mask_token", None)
-    unused = [name for name in contents.tensors if name == "vit.mask_token"]
-    config, preprocess = about["vit"], about["preprocess"]
-    return Weights(path, "vitlit", state, config, about["classes"], preprocess, unused, told=frozenset(config))
+    unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
+    config = about["vit"]
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if config["depth"] != blocks:  # a huge depth would take all memory
+        raise UserError(f"{path} states a depth of {config['depth']!r}, but holds {blocks} blocks")
+    return Weights(path, "vitlit", state, config, about["classes"], about["preprocess"], unused, frozenset(config))
 
 
 def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
-    """What a vitlit file says of its weights, as plain values."""
+    """What a vitlit file holds besides the tensors, as values that JSON can hold."""
     known = asdict(preprocess) if isinstance(preprocess, Preprocess) else {}
     return {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
 
@@ -62,10 +57,10 @@ def metadata(vit: ViT) -> dict[str, str]:
 
 
 def checksum(text: str, state: dict[str, Tensor]) -> int:
-    """CRC-32 of a text and of tensors, names, types and shapes included."""
+    """CRC-32 of a text and of tensors with their names, types and shapes."""
     crc = zlib.crc32(text.encode())
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name].cpu().contiguous()
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return crc

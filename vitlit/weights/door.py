@@ -1,7 +1,7 @@
-"""The one door for weights: any known file into a ViT."""
+"""Read weights of any known format into a ViT."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,22 +18,23 @@ from vitlit.weights.adapt import adapt, set_numerics
 from vitlit.weights.files import locate, open_file
 from vitlit.weights.weights import Weights, usual_heads
 
-MOST_PATCHES = 1 << 18  # of an image: sin-cos tables are in no file, so that its image_size alone could ask for any
+MOST_PATCHES = 1 << 18  # of an image: no file holds a sin-cos table, so its image_size could ask for any memory
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
+FILL = "and vitlit.load_weights(vit, path) fills it"
 
 
 class LoadReport(NamedTuple):
-    """What `load_weights` did, by tensor names.
+    """What `load_weights` did.
 
     Attributes:
-        matched: taken over as they are.
-        resampled: taken over at another resolution, for other channels, or with the class position folded.
-        new: in the ViT alone and skipped: left as they were.
-        skipped: in the file alone and skipped, or skipped in both.
-        unexpected: in the file and known to be no part of a ViT (mask token, decoder).
-        format: whose file it is.
-        settings: what was set on the ViT since the file was made with it, such as norm_eps.
-        origins: where what the tensors do not tell comes from, by setting.
+        matched: tensors loaded unchanged, by name.
+        resampled: tensors loaded after a change of resolution, channels or class position.
+        new: skipped tensors that only the ViT has; they stay as they were.
+        skipped: skipped tensors that the file has.
+        unexpected: tensors in the file that are not part of a ViT, such as a decoder.
+        format: the file's format.
+        settings: what was set on the ViT because the weights were made with it, such as norm_eps.
+        origins: where settings that the tensors do not show come from, by name.
     """
 
     matched: list[str]
@@ -49,91 +50,79 @@ class LoadReport(NamedTuple):
         counts = [f"{len(names)} {kind}" for kind, names in zip(self._fields[:5], self[:5], strict=True) if names]
         rest = [f"set {setting}" for setting in self.settings]
         rest += [f"{name}: {origin}" for name, origin in self.origins.items()]
-        whose = [] if self.format == "vitlit" else [self.format]
-        return "; ".join([*whose, ", ".join(counts), *rest])
+        format = [] if self.format == "vitlit" else [self.format]
+        return "; ".join([*format, ", ".join(counts), *rest])
 
 
 def read(source: str | Path) -> Weights:
-    """The weights of a run's or model's folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
+    """The weights in the folder of a run or a model, in a file of any known format, or in hf:OWNER/NAME[@REVISION].
 
     Raises:
         UserError: there is no such file, or it is damaged or of no known format.
     """
     path = hub.fetch(str(source)) if str(source).startswith("hf:") else locate(source)
-    contents = open_file(path)
+    contents, weights = open_file(path), None
     for reader in READERS:
         try:
             weights = reader(contents)
         except UserError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            whose = reader.__module__.rsplit(".", 1)[-1]
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{path} looks like a file of {whose}, but is not whole ({why})") from error
+            format, why = reader.__module__.rsplit(".", 1)[-1], " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{path} looks like a file of {format}, but is not whole ({why})") from error
         if weights is not None:
             break
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
-    used = [name for name in contents.tensors if name not in weights.unused]
-    hollow = next((n for n in used if contents.tensors[n].layout != torch.strided or contents.tensors[n].is_meta), None)
-    if hollow is not None:
-        raise UserError(f"{path} holds {hollow} without its numbers, or sparse; a ViT has dense tensors")
-    strange = next((name for name in used if not contents.tensors[name].is_floating_point()), None)
-    if strange is not None and weights.format != "vitlit":
-        what = str(contents.tensors[strange].dtype).removeprefix("torch.")
-        raise UserError(f"{path} holds {what} numbers in {strange}; a ViT has floating-point ones")
-    weights.count = len(contents.tensors)
+    for name, tensor in weights.state.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{path} holds {name} without its numbers, or sparse; a ViT has dense tensors")
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {kind} numbers in {name}; a ViT has floating-point ones")
     config = weights.config
-    blocks = len({name.split(".")[1] for name in weights.state if name.startswith("blocks.")})
-    if config.get("depth", blocks) != blocks:  # before so many are built
-        raise UserError(f"{path} tells {config['depth']!r} blocks, but holds {blocks}")
-    if "heads" not in config:
-        heads = usual_heads(config)
-        if heads is not None:
-            config["heads"], weights.origins["heads"] = heads, "the usual of its width"
-    if config.get("position", "learned") == "learned" and "image_size" not in weights.told:
-        weights.origins["image_size"] = "a square grid, since the file does not tell"
+    if "heads" not in config and (heads := usual_heads(config)) is not None:
+        config["heads"], weights.origins["heads"] = heads, "usual for its width"
+    if config.get("position", "learned") == "learned" and "image_size" not in weights.stated:
+        weights.origins["image_size"] = "a square grid; the file does not say"
     return weights
 
 
 def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str] = ()) -> LoadReport:
-    """Load weights into a ViT. Whatever is not allowed by `skip` must match.
+    """Load weights into a ViT. Every tensor must match, except those that `skip` names.
 
-    What may differ: the image size (2010.11929, section 3.2), the number of channels, and whether the class token has
-    a position. A ViT without a head takes none. What the weights were made with and no tensor shows (epsilon of the
-    norms, kind of GELU, convention of resampling) is set on the ViT.
+    The image size (2010.11929, section 3.2), the number of channels and the class token's position may differ. A ViT
+    without a head ignores the file's. Settings of the weights that no tensor shows (epsilon of the norms, kind of GELU,
+    resampling) are set on the ViT.
 
     Args:
-        vit: changed in place, unless an error is raised.
-        path: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION]; or what `read` gave.
-        skip: shell patterns of tensor names that are left alone, one or several, such as `head*`.
+        vit: changed in place, or unchanged if an error is raised.
+        path: the folder of a run, a file of any known format, hf:OWNER/NAME[@REVISION], or the result of `read`.
+        skip: shell patterns of tensor names to leave alone, one or several, such as `head*`.
 
     Raises:
-        UserError: the file cannot be read, or a tensor is missing, unexpected, of another shape or not finite; the
-            first is named with both shapes.
+        UserError: the file cannot be read, or a tensor is missing, unexpected, not finite or of another shape; the
+            message names the first such tensor.
     """
     weights = path if isinstance(path, Weights) else read(path)
     own = vit.state_dict()
-    globs = ["mask_token", *([skip] if isinstance(skip, str) else skip)]
-    if not vit.config.num_classes:
-        globs.append("head*")
+    globs = ["mask_token", *([skip] if isinstance(skip, str) else skip), *([] if vit.config.num_classes else ["head*"])]
     skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}
     state = dict(weights.state)
-    adapted = adapt(state, weights, vit, skipped)
+    adapt(state, weights, vit, skipped)
+    adapted = {name for name in state.keys() | weights.state if state.get(name) is not weights.state.get(name)}
     state = {name: tensor for name, tensor in state.items() if name not in skipped}
-    problems = differences(own, state, weights, vit, skipped)
+    wanted = {name: tensor for name, tensor in own.items() if name not in skipped}
+    problems = differences(vit, wanted, state, weights)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        head = all(
-            problem.removeprefix("the model has no ").startswith(("head.", "head_dist.")) for problem in problems
-        )
+        head = all(name.startswith(("head.", "head_dist.")) for name in problems)
         hint = "; skip=['head*'] leaves the head alone" if head else ""
-        raise UserError(f"{weights.path} does not fit the model: {problems[0]}{more}{hint}")
+        raise UserError(f"{weights.path} does not fit the model: {next(iter(problems.values()))}{more}{hint}")
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            what = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{weights.path} holds {what} in {name} {list(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{weights.path} holds NaN or infinity in {name} {list(tensor.shape)}")
 
     with torch.no_grad():
         for name, tensor in state.items():
@@ -141,7 +130,7 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     fill_positions(vit)
     return LoadReport(
         matched=[name for name in state if name not in adapted],
-        resampled=[name for name in adapted if name not in skipped],
+        resampled=sorted(adapted - skipped),
         new=sorted(skipped & own.keys() - weights.state.keys()),
         skipped=sorted(skipped & weights.state.keys()),
         unexpected=weights.unused,
@@ -151,25 +140,24 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     )
 
 
-def differences(
-    own: dict[str, Tensor], state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: set[str]
-) -> list[str]:
-    """What keeps a file's tensors from going into a ViT, in words."""
-    wanted = own.keys() - skipped
-    problems = [
-        f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model"
-        for name in own
-        if name in state and name in wanted and state[name].shape != own[name].shape
-    ]
-    problems += [
-        f"{name} {list(own[name].shape)} is missing from the file" for name in own if name in wanted - state.keys()
-    ]
-    problems += [f"the model has no {name} {list(tensor.shape)}" for name, tensor in state.items() if name not in own]
-    for name in ("heads", "pool"):
+def differences(vit: ViT, own: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: Weights) -> dict[str, str]:
+    """Why the tensors of a file do not fit those of a ViT, by the name of a tensor or an option."""
+    problems = {}
+    for name in {**own, **state}:
+        ours, theirs = (list(tensors[name].shape) if name in tensors else None for tensors in (own, state))
+        if theirs is None:
+            problems[name] = f"{name} {ours} is missing from the file"
+        elif ours is None:
+            problems[name] = f"the model has no {name} {theirs}"
+        elif ours != theirs:
+            problems[name] = f"{name} is {theirs} in the file and {ours} in the model"
+    if problems:
+        return problems
+    headed = "head.weight" in state or "head.out.weight" in state  # a new head takes any pool
+    for name in ("heads", "pool") if headed else ("heads",):
         theirs, ours = weights.config.get(name), getattr(vit.config, name)
-        matters = name == "heads" or "head.weight" in state or "head.out.weight" in state  # a new head takes any pool
-        if not problems and matters and name in weights.told and theirs != ours:
-            problems.append(f"{name} is {theirs} in the file and {ours} in the model")
+        if name in weights.stated and theirs != ours:
+            problems[name] = f"{name} is {theirs} in the file and {ours} in the model"
     return problems
 
 
@@ -183,66 +171,58 @@ def load(source: str | Path) -> ViT:
         names = [vit.classes[i] for i in probabilities.argmax(-1)]
 
     Raises:
-        UserError: there is no such run or file, it cannot be read, or it does not tell the whole architecture.
+        UserError: there is no such run or file, it cannot be read, or it does not show the whole architecture.
     """
     weights = read(source)
     vit = empty(weights)
     vit.to_empty(device="cpu")
     load_weights(vit, weights)
-    vit.classes = weights.classes
-    known = preprocess(weights)
-    vit.preprocess = Preprocess(**known) if known else None
+    vit.classes, vit.preprocess = weights.classes, preprocess(weights)
     return vit.eval()
 
 
 def empty(weights: Weights) -> ViT:
-    """The ViT for these weights on the meta device, since every value comes from the file.
-
-    Raises:
-        UserError: they are not the tensors of any ViT.
-    """
+    """The ViT for these weights on the meta device; UserError if they are not the tensors of any ViT."""
     config = network(weights)
     try:
         with torch.device("meta"):
             vit = ViT(**config)
-    except (TypeError, ValueError, RuntimeError) as error:  # over whatever a file may say in place of a number
+    except (TypeError, ValueError, RuntimeError) as error:  # a file may state anything instead of a number
         why = str(error).partition("\n")[0]
         raise UserError(f"{weights.path} is of no ViT that this version builds: {why}") from error
     if math.prod(vit.grid) > MOST_PATCHES:
-        raise UserError(f"{weights.path} is of no ViT: its images have {math.prod(vit.grid):,} patches")
-    problems = differences(vit.state_dict(), weights.state, weights, vit, set())
+        raise UserError(f"{weights.path} is not a ViT: its images have {math.prod(vit.grid):,} patches")
+    problems = differences(vit, vit.state_dict(), weights.state, weights)
     if problems:
-        raise UserError(f"{weights.path} is no whole ViT: {problems[0]}")
+        raise UserError(f"{weights.path} is not a whole ViT: {next(iter(problems.values()))}")
     return vit
 
 
 def network(weights: Weights, **changes: Any) -> dict[str, Any]:
-    """The arguments of a ViT for these weights, some of them changed; UserError where not all of them are known."""
-    config = {**weights.config, **changes}
+    """The options of a ViT for these weights, with changes; UserError if not all of them are known."""
+    config, patch = {**weights.config, **changes}, weights.config["patch_size"]
     if "heads" not in config:
         raise UserError(
-            f"{weights.path} does not tell how many heads a ViT of width {config['width']} has; build it, and "
-            "vitlit.load_weights(vit, path) fills it"
+            f"{weights.path} does not show how many heads a ViT of width {config['width']} has; build it, {FILL}"
         )
     if config.get("image_size") is None:
         if "pos_embed" in weights.state:
             shape = list(weights.state["pos_embed"].shape)
             raise UserError(
-                f"{weights.path}: pos_embed {shape} is of no square grid; build the ViT with its image_size, and "
-                "vitlit.load_weights(vit, path) fills it"
+                f"{weights.path}: pos_embed {shape} is not a square grid; build the ViT with its image_size, {FILL}"
             )
-        config["image_size"] = 224 // config["patch_size"] * config["patch_size"] or config["patch_size"]
+        config["image_size"] = 224 // patch * patch or patch
     return config
 
 
-def preprocess(weights: Weights) -> dict[str, Any]:
-    """The arguments of `Preprocess` for these weights at their own resolution, empty where nothing is known."""
-    channels, known = weights.config.get("in_channels", 3), dict(weights.preprocess)
-    for name in ("mean", "std"):
-        if channels == 1 and len(known.get(name, ())) > 1:
-            known[name] = [sum(known[name]) / len(known[name])]
+def preprocess(weights: Weights) -> Preprocess | None:
+    """The preprocessing at the weights' own resolution; None if it is unknown."""
+    channels, known = weights.config.get("in_channels", 3), {**weights.preprocess}
+    if channels == 1:
+        known |= {name: [sum(known[name]) / len(known[name])] for name in ("mean", "std") if known.get(name)}
     if len(known.get("mean", ())) != channels:
-        return {}
+        return None
     size = network(weights)["image_size"]
     known["image_size"] = known.get("image_size") or ([size, size] if isinstance(size, int) else size)
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+    return Preprocess(**options)

@@ -1,4 +1,4 @@
-"""Weight files as tensors by name, whoever wrote them. Nothing in a file is executed."""
+"""Weight files of any container as tensors by name. Nothing in a file is executed."""
 
 import argparse
 import json
@@ -17,11 +17,12 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.files import MOST_UNPACKED, check_archive, damaged
 
-# What may stand between a checkpoint's top and its state dict, the better choice first.
+# The state dict of a checkpoint may be under one of these keys, the first that is there.
 WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")
-# Plain values that training scripts leave in checkpoints, beside what torch allows.
+# Plain values that training scripts leave in checkpoints and that torch does not allow by itself; the last is
+# numpy's scalar.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
-RECORDS += [np.float64(0).__reduce__()[0]]  # numpy's scalar
+RECORDS += [np.float64(0).__reduce__()[0]]
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
@@ -30,10 +31,10 @@ class Contents(NamedTuple):
 
     Attributes:
         path: the file.
-        kind: its container.
-        tensors: by name, out of whatever wrapper they were in.
+        kind: its container: torch, safetensors or npz.
+        tensors: by name, taken out of their wrapper.
         wrapper: the wrapper's name, empty for none.
-        rest: what a torch file holds beside the tensors, or the metadata of a safetensors file.
+        rest: the other values of a torch file, or the metadata of a safetensors file.
     """
 
     path: Path
@@ -43,7 +44,7 @@ class Contents(NamedTuple):
     rest: dict[str, Any]
 
     def beside(self, name: str) -> dict[str, Any]:
-        """The JSON file of that name in the same folder, empty where there is none."""
+        """The content of a JSON file in the same folder, empty if there is none."""
         file = self.path.parent / name
         if not file.is_file():
             return {}
@@ -57,7 +58,7 @@ class Contents(NamedTuple):
 
 
 def locate(source: str | Path) -> Path:
-    """The weight file that is meant by a file, a run's folder (its best checkpoint, else its last) or a model's folder.
+    """The weight file that is `source`, or is in the folder of a run (its best checkpoint, else its last) or a model.
 
     Raises:
         UserError: there is none.
@@ -69,62 +70,54 @@ def locate(source: str | Path) -> Path:
     for name in (*names, "pytorch_model.bin"):
         if (source / name).is_file():
             return source / name
+    remedy = "name the folder of a run, or a checkpoint file"
     if source.is_dir():
-        raise UserError(
-            f"{source} holds no checkpoints/best.ckpt and no model.safetensors; name the folder of a run, or a "
-            "checkpoint file"
-        )
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir()
-    hub = f"; for a model of the hub write hf:{source}" if named and source.parts[0] != "runs" else ""
-    raise UserError(f"{source} does not exist; name the folder of a run, or a checkpoint file{hub}")
+        raise UserError(f"{source} holds no checkpoints/best.ckpt and no model.safetensors; {remedy}")
+    if re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir():
+        remedy += f"; for a model of the hub write hf:{source}"
+    raise UserError(f"{source} does not exist; {remedy}")
 
 
 def open_file(path: Path) -> Contents:
-    """Read a weight file; which container it is, its first bytes tell.
-
-    Raises:
-        UserError: it is missing, damaged, or none of the containers.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+    """Read a weight file, in whatever container its first bytes show; UserError if it is missing or damaged."""
     if path.name.endswith(".index.json"):
         return open_shards(path)
     with path.open("rb") as file:
         first = file.read(16)
     if first[:4] == b"PK\x03\x04":
-        names = check_archive(path)
-        if any(name.endswith(".npy") for name in names):
+        if any(name.endswith(".npy") for name in check_archive(path)):
             return open_npz(path)
     elif first[8:9] == b"{":
         return open_safetensors(path)
     return open_torch(path)
 
 
-def open_torch(path: Path) -> Contents:
-    """A file of torch.save, read with weights_only: no class in it is made but argparse.Namespace, a plain record."""
+def load_torch(path: Path) -> Any:
+    """Read a file of torch.save and execute nothing in it: of all classes, only tensors and `RECORDS` are built."""
     try:
         with torch.serialization.safe_globals(RECORDS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = "torch.load refuses it"
-        if wanted:
-            why = f"it wants to run {wanted[1]}, and nothing in a file is run; save its state dict alone"
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle raises anything
+        code, why = re.search(r"GLOBAL ([\w.]+)", str(error)), "torch.load refuses it"
+        if code and isinstance(error, pickle.UnpicklingError):
+            why = f"it wants to run {code[1]}, and nothing in a file is run; save its state dict alone"
         raise damaged(path, why) from error
-    except Exception as error:  # a damaged pickle raises anything; nothing of vitlit's is in the try
-        raise damaged(path, "torch.load refuses it") from error
+
+
+def open_torch(path: Path) -> Contents:
+    content = load_torch(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} in place of named tensors")
+        raise UserError(f"{path} holds a {type(content).__name__} instead of named tensors")
     rest, wrapper = {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}, ""
-    found = any(isinstance(value, Tensor) for value in content.values())
-    for name in WRAPPERS if found else (*WRAPPERS, *rest):
+    bare = len(rest) < len(content)
+    for name in WRAPPERS if bare else (*WRAPPERS, *rest):
         if isinstance(rest.get(name), dict):
             content, wrapper = rest[name], name
             break
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > MOST_UNPACKED * path.stat().st_size:  # a tensor may repeat one number, or hold none, in any shape
+    if claimed > MOST_UNPACKED * path.stat().st_size:  # a tensor may repeat one number in any shape, or hold none
         raise damaged(path, f"its tensors claim {claimed:,} bytes")
     return Contents(path, "torch", tensors, wrapper, rest)
 
@@ -139,24 +132,16 @@ def open_safetensors(path: Path) -> Contents:
 
 
 def open_shards(path: Path) -> Contents:
-    """A model.safetensors.index.json and the files beside it."""
+    """Read a model.safetensors.index.json and the files beside it."""
     contents = Contents(path, "safetensors", {}, "", {})
     shards = contents.beside(path.name).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{path} has no weight_map")
     for name in sorted({str(name) for name in shards.values()}):
-        if "/" in name or name.startswith("."):
-            raise UserError(f"{path} names a shard {name} outside its folder")
-        if not (path.parent / name).is_file():
-            raise UserError(f"{path} names a shard {name} that is missing")
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise UserError(f"{path} names a shard {name} that is missing from its folder")
         contents.tensors.update(open_safetensors(path.parent / name).tensors)
     return contents
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    if array.dtype == np.dtype("V2"):  # bfloat16, as JAX saves it
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
 def open_npz(path: Path) -> Contents:
@@ -166,3 +151,9 @@ def open_npz(path: Path) -> Contents:
     except Exception as error:  # a damaged header raises anything; pickled objects are a ValueError
         raise damaged(path, f"numpy refuses it ({error})") from error
     return Contents(path, "npz", tensors, "", {})
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    if array.dtype == np.dtype("V2"):  # bfloat16, as JAX saves it
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))

@@ -1,15 +1,15 @@
-"""Models on the Hugging Face hub, by `hf:OWNER/NAME[@REVISION]`: safetensors and JSON only."""
+"""Models on the Hugging Face hub, as `hf:OWNER/NAME[@REVISION]`: only safetensors and JSON."""
 
 from pathlib import Path
 
 from vitlit.errors import UserError
 
-PATTERNS = ["config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"]
-SHARDS = "model-*.safetensors"
+FILES = ("model.safetensors", "model.safetensors.index.json")
+PATTERNS = [*FILES, "model-*.safetensors", "config.json", "preprocessor_config.json"]
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model in huggingface_hub's cache, downloaded where it is not there.
+    """The weight file of a model in huggingface_hub's cache, downloaded if it is not there.
 
     Raises:
         UserError: there is no such model, the hub cannot be reached, or the model has no safetensors file.
@@ -19,25 +19,19 @@ def fetch(name: str) -> Path:
     repository, _, revision = name.removeprefix("hf:").partition("@")
     command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=[*PATTERNS, SHARDS])
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: accept its terms on huggingface.co and log in with `hf auth login`"
-        ) from error
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=PATTERNS))
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{name} does not exist, or is private: then log in with `hf auth login`") from error
+        remedy = "then accept its terms on huggingface.co, and log in with `hf auth login`"
+        raise UserError(f"{name} does not exist, or is private or gated: {remedy}") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name}: the model has no revision {revision}") from error
     except errors.HFValidationError as error:
         raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+    except OSError as error:
         raise UserError(
-            f"{name} is not in the cache and the hub cannot be reached; where there is a network, "
-            f"`{command}` fetches it"
+            f"{name} is not in the cache and the hub cannot be reached; `{command}` downloads it"
         ) from error
-    for weights in PATTERNS[2:]:
-        if (Path(folder) / weights).is_file():
-            return Path(folder) / weights
-    raise UserError(
-        f"{name} has no model.safetensors in the cache; only safetensors are taken from the hub: `{command}`"
-    )
+    for file in FILES:
+        if (folder / file).is_file():
+            return folder / file
+    raise UserError(f"{name} has no model.safetensors in the cache; vitlit takes only safetensors: `{command}`")

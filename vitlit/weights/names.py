@@ -1,4 +1,4 @@
-"""Foreign names to the ViT's and back, by a table; queries, keys and values to one tensor and back."""
+"""Tensor names of other formats to the ViT's and back; parts of a fused layer to one tensor and back."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,87 +9,76 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 
-# (theirs, ours): whole names or their beginnings up to a dot, {} for the number of a block.
+# (theirs, ours): whole names, or their beginnings up to a dot; {} is the number of a block.
 Table = Sequence[tuple[str, str]]
 
 
-def translate(state: Mapping[str, Tensor], table: Table) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename tensors by a table of (from, to).
+def translate(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """Rename tensors by a table of (from, to); names that are not in it stay."""
+    patterns = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(|\..+)"), new + "{}") for old, new in table]
 
-    Returns:
-        the tensors that the table knows, under their new names, and the names of the others.
-    """
-    patterns = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(\..+)?"), new) for old, new in table]
-    renamed, others = {}, []
-    for name, tensor in state.items():
-        for pattern, new in patterns:
-            if match := pattern.fullmatch(name):
-                *block, rest = match.groups()
-                renamed[new.format(*block) + (rest or "")] = tensor
-                break
-        else:
-            others.append(name)
-    return renamed, others
+    def renamed(name: str) -> str:
+        matches = ((pattern.fullmatch(name), new) for pattern, new in patterns)
+        return next((new.format(*match.groups()) for match, new in matches if match), name)
+
+    return {renamed(name): tensor for name, tensor in state.items()}
 
 
 def backwards(table: Table) -> Table:
-    """The table of the other direction; where several names lead to one of ours, the first counts."""
-    found: dict[str, str] = {}
-    for theirs, ours in table:
-        found.setdefault(ours, theirs)
-    return list(found.items())
+    """The table of the other direction; the first of several names for one of ours wins."""
+    return list({ours: theirs for theirs, ours in reversed(table)}.items())
 
 
-def fuse(
-    state: dict[str, Tensor], parts: Sequence[str], whole: str, path: Path, optional: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """Concatenate the parts of a layer, such as attn.q, attn.k and attn.v of every block to attn.qkv.
+def prefix_of(tensors: Mapping[str, Tensor], anchor: str) -> str | None:
+    """What precedes `anchor` in the first name that ends with it; None if no name does."""
+    return next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
 
-    Args:
-        state: tensors by name.
-        parts: of a layer, without the block.
-        whole: the layer.
-        path: their file.
-        optional: tensors of a part, such as attn.k.bias, that are zero where they are missing and the others are not.
 
-    Raises:
-        UserError: a part is missing, or the shapes do not go together.
+def strip(
+    tensors: Mapping[str, Tensor], prefix: str, path: Path, unused: str = ""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Take off what DDP, torch.compile or an enclosing model puts before the ViT's names.
+
+    Returns the tensors by their short names, and the full names of those with a short name that matches `unused`.
     """
-    first = re.compile(rf"((?:blocks\.\d+|attn_pool)\.)(?:{'|'.join(map(re.escape, parts))})\.(weight|bias)")
+    kept, left = {}, []
+    for name, tensor in tensors.items():
+        short = name.removeprefix(prefix)
+        if re.fullmatch(unused, short):
+            left.append(name)
+        elif name.startswith(prefix):
+            kept[short] = tensor
+        else:
+            raise UserError(f"{path} holds {name} {list(tensor.shape)} outside the ViT in {prefix.rstrip('./')}")
+    return kept, left
+
+
+def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str, path: Path) -> dict[str, Tensor]:
+    """Concatenate the parts of a layer, such as attn.q, attn.k and attn.v of every block into attn.qkv."""
+    pattern = re.compile(rf"(.+\.)(?:{'|'.join(map(re.escape, parts))})\.(weight|bias)")
     fused = {}
     for name, tensor in state.items():
-        match = first.fullmatch(name)
+        match = pattern.fullmatch(name)
         if not match:
             fused[name] = tensor
             continue
-        block, kind = match.groups()
-        target = f"{block}{whole}.{kind}"
-        if target in fused:
-            continue
-        pieces = []
-        for part in parts:
-            piece = state.get(f"{block}{part}.{kind}")
-            if piece is None and f"{part}.{kind}" not in optional:
-                raise UserError(f"{path} is no whole ViT: {block}{part}.{kind} is missing from the file")
-            pieces.append(torch.zeros_like(tensor) if piece is None else piece)
-        like = pieces[0].shape
-        for part, piece in zip(parts, pieces, strict=True):
-            if piece.shape != like:
-                raise UserError(
-                    f"{path}: {block}{part}.{kind} is {list(piece.shape)} in the file, and {parts[0]}'s {list(like)}"
-                )
-        fused[target] = torch.cat(pieces)
+        names = [f"{match[1]}{part}.{match[2]}" for part in parts]
+        for part in names:
+            if part not in state:
+                raise UserError(f"{path} is not a whole ViT: {part} is missing from the file")
+        if name == names[0]:  # stack, unlike cat, refuses parts of different sizes
+            fused[f"{match[1]}{whole}.{match[2]}"] = torch.stack([state[part] for part in names]).flatten(0, 1)
     return fused
 
 
 def split(state: Mapping[str, Tensor], whole: str, parts: Sequence[str]) -> dict[str, Tensor]:
     """The inverse of `fuse`."""
-    fused = re.compile(rf"((?:blocks\.\d+|attn_pool)\.){re.escape(whole)}\.(weight|bias)")
-    apart = {}
+    pattern = re.compile(rf"(.+\.){re.escape(whole)}\.(weight|bias)")
+    apart: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if match := fused.fullmatch(name):
-            for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
-                apart[f"{match[1]}{part}.{match[2]}"] = piece.contiguous()
+        if match := pattern.fullmatch(name):
+            pieces = zip(parts, tensor.chunk(len(parts)), strict=True)
+            apart |= {f"{match[1]}{part}.{match[2]}": piece for part, piece in pieces}
         else:
             apart[name] = tensor
     return apart

@@ -1,7 +1,5 @@
 """torchvision's `VisionTransformer`."""
 
-from pathlib import Path
-
 from torch import Tensor
 
 from vitlit.errors import UserError
@@ -34,29 +32,19 @@ def read(contents: Contents) -> Weights | None:
     tensors = {name.removeprefix("module."): tensor for name, tensor in contents.tensors.items()}
     if "conv_proj.weight" not in tensors or "class_token" not in tensors:
         return None
-    head = TANH if "heads.pre_logits.weight" in tensors else LINEAR
-    state, others = translate(tensors, [*TABLE, *head])
-    state |= {name: tensors[name] for name in others}
+    state = translate(tensors, [*TABLE, *(TANH if "heads.pre_logits.weight" in tensors else LINEAR)])
     config = {**architecture(state, contents.path, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
-    preprocess = {**IMAGENET, "interpolation": "bilinear", "crop_ratio": 0.875}
+    preprocess = {**IMAGENET, "interpolation": "bilinear"}
     origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
     return Weights(
-        contents.path, "torchvision", state, config, [], preprocess, origins=origins, told=frozenset({"class_position"})
+        contents.path, "torchvision", state, config, [], preprocess, [], frozenset({"class_position"}), origins
     )
 
 
-def write(vit: ViT, path: Path) -> dict[str, Tensor]:
-    """The tensors of a torchvision model of the same network.
-
-    Raises:
-        UserError: torchvision has no such network.
-    """
-    require(
-        vit, path, "torchvision's VisionTransformer", **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True, in_channels=3
-    )
+def write(vit: ViT) -> dict[str, Tensor]:
+    """The tensors of a torchvision model of the same network; UserError if torchvision has no such network."""
+    model = "torchvision's VisionTransformer"
+    require(vit, model, **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True, in_channels=3)
     if vit.grid[0] != vit.grid[1]:
-        raise UserError(f"{path} was not written: torchvision's VisionTransformer takes square images alone")
-    head = TANH if vit.config.hidden_dim else LINEAR
-    state, others = translate(tensors(vit), backwards([*TABLE, *head]))
-    assert not others, others
-    return state
+        raise UserError(f"{model} takes only square images")
+    return translate(tensors(vit), backwards([*TABLE, *(TANH if vit.config.hidden_dim else LINEAR)]))
