@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from os.path import join, splitext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
 from vitlit.data.index import Index
+from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError
@@ -35,27 +35,21 @@ RARE = 100  # times fewer images than the largest class
 
 @dataclass(frozen=True)
 class Layout:
-    """The content of a split's folder. All paths are relative to the root.
+    """A split.
 
     Attributes:
-        folder: its subfolders are the classes.
+        folder: relative to the root; its subfolders are the classes.
         classes: their names, sorted.
         index: their images; labels are positions in classes.
-        stray: images outside class folders.
-        ignored: other files in class folders.
     """
 
     folder: str
     classes: list[str]
     index: Index
-    stray: list[str]
-    ignored: list[str]
-
-    def class_folder(self, name: str) -> str:
-        return os.path.join(self.folder, name)
 
     def image(self, row: int) -> str:
-        return os.path.join(self.folder, self.index.files.names.text(int(self.index.rows[row])))
+        """The path of an image, relative to the root."""
+        return join(self.folder, self.index.files.names.text(int(self.index.rows[row])))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -98,15 +92,9 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
     """
     report = Report(root)
     try:
-        layouts = {split: _scan(root, folder) for split, folder in _find_splits(report, bool(holdout)).items()}
+        layouts = {split: _scan(report, folder) for split, folder in _find_splits(report, bool(holdout)).items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}); give a folder of images") from error
-    for layout in layouts.values():
-        report.add("outside_class", layout.stray)
-        report.add("empty_class", [layout.class_folder(name) for name, images in layout.counts.items() if not images])
-        endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in layout.ignored)
-        detail = ", ".join(f"{ending} {images:,}" for ending, images in endings.most_common(8))
-        report.add("ignored_file", layout.ignored, detail)
     if holdout and "train" in layouts:
         whole = layouts.pop("train")
         train, val = hold_out(whole.index, holdout, whole.classes)
@@ -143,15 +131,20 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
     return folders, [entry.name for entry in entries if not is_folder(entry)]
 
 
-def _scan(root: Path, folder: str) -> Layout:
-    """The content of a split's folder; OSError where it cannot be listed."""
-    classes, files = _list(root / folder)
-    trees = [walk(os.fsencode(root / folder), os.fsencode(name)) for name in classes]
+def _scan(report: Report, folder: str) -> Layout:
+    """The images of a split; files in the wrong place are reported. OSError where a folder cannot be listed."""
+    root = report.root / folder
+    classes, files = _list(root)
+    trees = [walk(os.fsencode(root), os.fsencode(name)) for name in classes]
+    report.add("outside_class", [join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)])
+    report.add(
+        "empty_class", [join(folder, name) for name, tree in zip(classes, trees, strict=True) if not tree.images]
+    )
+    ignored = [join(folder, os.fsdecode(other)) for tree in trees for other in tree.others]
+    endings = Counter(splitext(path)[1].lower() or "no ending" for path in ignored)
+    report.add("ignored_file", ignored, ", ".join(f"{ending} {files:,}" for ending, files in endings.most_common(8)))
     labels = np.repeat(np.arange(len(trees)), [len(tree.images) for tree in trees])
-    index = Index.of(root / folder, [image for tree in trees for image in tree.images], labels)
-    stray = [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
-    ignored = [os.path.join(folder, os.fsdecode(other)) for tree in trees for other in tree.others]
-    return Layout(folder, classes, index, stray, ignored)
+    return Layout(folder, classes, Index.of(root, [image for tree in trees for image in tree.images], labels))
 
 
 def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
@@ -159,13 +152,13 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
     counts = {split: layout.counts for split, layout in layouts.items()}
     for split, layout in layouts.items():
         if not len(layout.index):
-            report.add("empty_split", [split], layout.class_folder("CLASS/"))
+            report.add("empty_split", [split], join(layout.folder, "CLASS/"))
     train = counts.get("train", {})
     filled = {name: images for name, images in train.items() if images}
     for split, layout in layouts.items():
         if split != "train" and train:
-            report.add("unknown_class", [layout.class_folder(name) for name in layout.classes if name not in train])
-            missing = [layouts["train"].class_folder(name) for name in filled if not counts[split].get(name)]
+            report.add("unknown_class", [join(layout.folder, name) for name in layout.classes if name not in train])
+            missing = [join(layouts["train"].folder, name) for name in filled if not counts[split].get(name)]
             report.add("missing_class", missing, split)
     similar = defaultdict(list)
     for name in sorted(set().union(*counts.values())):
@@ -174,7 +167,7 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
     if filled and max(filled.values()) > RARE * min(filled.values()):
         rarest, largest = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
         detail = f"{filled[rarest]:,} images for {filled[largest]:,} of {largest}"
-        report.add("imbalance", [layouts["train"].class_folder(rarest)], detail)
+        report.add("imbalance", [join(layouts["train"].folder, rarest)], detail)
 
 
 def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> None:
@@ -183,35 +176,33 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> 
     copies: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # further ones, by the first
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
     for split, layout in layouts.items():
-        sides, formats, modes = array("l"), Counter[str](), Counter[str]()
+        sides = array("l")
         for row, seen in enumerate(_look_all(layout.index, workers, split)):
             if seen.kind or seen.side < SMALL:
                 found[seen.kind or "small"][layout.image(row)] = seen.reason
             if seen.digest:
                 sides.append(seen.side)
-                formats[seen.format] += 1
-                modes[seen.mode] += 1
                 place = first.setdefault(seen.digest, (split, row))
                 if place != (split, row):
                     copies[place].append((split, row))
-        report.splits[split] = describe(layout.counts, sides, formats, modes)
+        report.splits[split] = describe(layout.counts, sides)
     for kind, reasons in found.items():
         report.add(kind, list(reasons), reasons=reasons)
     _compare_copies(report, layouts, [[place, *others] for place, others in copies.items()])
 
 
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
-    """A Look at each image, in order, with a progress bar on a terminal."""
+    """A Look at each image, in order."""
     end_at_exit()
     rows: Any = range(len(index))  # as good as a Dataset
     collate = partial(_look_batch, index)
     loader = Loader(rows, batch_size=16, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals)
-    console = Console(stderr=True)
-    done = 0
+    done, show = 0, Progress()
     try:
-        for looks in track(loader, split, console=console, transient=True, disable=not console.is_terminal):
+        for looks in loader:
             done += len(looks)
             yield from looks
+            show(f"{split}: {done:,} of {len(index):,} images")
     except RuntimeError as error:  # look never fails, but its process may
         raise UserError(
             f"a process died while it read images from {index.path(min(done, len(index) - 1))} on ({error}): "

@@ -1,12 +1,10 @@
 """The parts of `vitlit data check`: a look at one image, the facts about a split, and the report of all findings."""
 
 import hashlib
-import io
 import json
 import os
 import warnings
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,8 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from vitlit.errors import UserError
-from vitlit.files import read_file
-from vitlit.images.decode import FORMATS, MOST_PIXELS, decode_bytes
+from vitlit.images.decode import MOST_PIXELS, decode
 
 Paths: TypeAlias = "list[str | list[str]]"  # files, or sets of files with the same pixels
 
@@ -60,8 +57,6 @@ class Look(NamedTuple):
     reason: str = ""  # why it is unreadable
     digest: bytes = b""  # of shape and pixels, if it can be decoded
     side: int = 0  # the shorter one, pixels
-    format: str = "unknown"  # by its content
-    mode: str = "unknown"  # Pillow's name for the stored channels
 
 
 def look(path: str) -> Look:
@@ -69,25 +64,18 @@ def look(path: str) -> Look:
     with warnings.catch_warnings(), _stderr() as complaints:
         warnings.simplefilter("ignore")  # Pillow's, about what is found here anyway
         try:
-            data = read_file(path)
-            image = decode_bytes(data, path).permute(1, 2, 0).contiguous()
+            image = decode(path).permute(1, 2, 0).contiguous()
         except Exception as error:  # a decoder's bug in one file must not end the check
             if isinstance(error.__cause__, Image.DecompressionBombError):
                 return Look("too_large")
             reason = str(error).removeprefix(f"cannot read the image {path}: ") or type(error).__name__
             return Look("unreadable", reason.split(";")[0].rstrip("."))  # without the remedy
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                # MPO is a camera's JPEG with a preview after the photograph.
-                stored = str(picture.format).replace("MPO", "JPEG"), picture.mode
-        except Exception:  # torchcodec decoded what Pillow cannot
-            stored = "unknown", "unknown"
         complaints.seek(0)
         said = complaints.read().lower()
     kind = "truncated" if b"premature end of" in said else "corrupt" if b"corrupt jpeg data" in said else ""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.numpy().data)
-    return Look(kind, "", digest.digest(), min(image.shape[:2]), *stored)
+    return Look(kind, "", digest.digest(), min(image.shape[:2]))
 
 
 @contextmanager
@@ -103,8 +91,8 @@ def _stderr() -> Iterator[IO[bytes]]:
             os.close(own)
 
 
-def describe(counts: dict[str, int], sides: "array[int]", formats: Counter[str], modes: Counter[str]) -> dict[str, Any]:
-    """The facts about a split as JSON values: images by class, shorter sides in pixels, images by format and mode."""
+def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
+    """The facts about a split as JSON values, from its images by class and their shorter sides in pixels."""
     facts: dict[str, Any] = {"images": sum(counts.values()), "classes": len(counts)}
     if counts:
         ends = {"smallest": min(counts, key=counts.__getitem__), "largest": max(counts, key=counts.__getitem__)}
@@ -112,7 +100,7 @@ def describe(counts: dict[str, int], sides: "array[int]", formats: Counter[str],
         facts["class_sizes"]["median"] = float(np.median(list(counts.values())))
     if sides:
         facts["shorter_side"] = {"min": min(sides), "median": float(np.median(sides)), "max": max(sides)}
-    return {**facts, "formats": dict(formats.most_common()), "modes": dict(modes.most_common())}
+    return facts
 
 
 @dataclass
@@ -212,6 +200,4 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         rows["a class has"] = f"{ends[0]} to {ends[1]}, median {sizes['median']:,.0f}"
     if sides := facts.get("shorter_side"):
         rows["shorter side"] = f"{sides['min']:,} to {sides['max']:,} pixels, median {sides['median']:,.0f}"
-    for name, counts in (("formats", facts["formats"]), ("channels", facts["modes"])):
-        rows[name] = ", ".join(f"{key}: {images:,}" for key, images in counts.items())
     return rows

@@ -3,13 +3,10 @@
 import csv
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vitlit.data.module import ImageFolderData
 from vitlit.errors import CommandParser, UserError
 from vitlit.run.config import read_config
-
-if TYPE_CHECKING:
-    from vitlit.data.module import ImageFolderData
 
 ABOUT = """\
 Print the images of an optimiser step as CSV: row of the global batch, index, path, label, and repeat, which tells the
@@ -37,7 +34,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def stored(file: Path) -> "ImageFolderData":
+def stored(file: Path) -> ImageFolderData:
     """The data of a run's config, with the options that decide the order of samples."""
     if not file.is_file():
         raise UserError(f"{file.parent} is not a run's folder: it has no config.yaml")
@@ -45,8 +42,6 @@ def stored(file: Path) -> "ImageFolderData":
     given = config.get("data")
     if not isinstance(given, dict):
         raise UserError(f"{file} is not a run's config: it has no data")
-    from vitlit.data.module import ImageFolderData  # slow to import
-
     if given.get("seed") is None:
         given["seed"] = config.get("seed_everything", 0)
     names = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
