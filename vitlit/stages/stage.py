@@ -131,9 +131,25 @@ class Stage(LightningModule):
         """Refuse data that does not fit the network or the objective."""
         data, objective, name = self.data, self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
-        found = len(getattr(data, "classes", []))
-        if found and objective.needs_labels and found != classes:
+        found = len(getattr(data, "classes", range(classes)))
+        if objective.needs_labels and not found:
+            raise UserError(
+                f"the data has no classes, which {name} needs; sort the images into class folders, or give a manifest"
+            )
+        if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
+        views = getattr(data, "num_views", objective.views)
+        if views > 1 == objective.views:
+            raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
+        if views < objective.views:
+            raise UserError(
+                f"{name} needs at least {objective.views} views of an image, but the data has {views}; give data.views"
+            )
+        for kind in getattr(data, "views", ()):
+            try:
+                self.vit.grid_of(*kind.pixels)
+            except UserError as error:
+                raise UserError(f"data.views: {error}") from error
         preprocess = getattr(data, "preprocess", None)
         wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
         if preprocess is not None and list(preprocess.image_size) != wanted:
