@@ -489,7 +489,7 @@ def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> Non
             call()
 
     refused("is not a folder; give --data.root", lambda: scan_train(tmp_path / "nowhere"))
-    paint(tmp_path / "flat" / "train" / "1.png")
+    (tmp_path / "flat" / "train").mkdir(parents=True)
     refused("train holds no class folders; images belong in", lambda: scan_train(tmp_path / "flat"))
     paint(tmp_path / "root" / "a" / "1.png")
     refused(r"has no folder train; .*--data\.holdout 10%", lambda: scan_train(tmp_path / "root"))

@@ -111,8 +111,8 @@ def complete(config: Namespace, weights: Weights | None, splits: Splits) -> list
     else:
         found, several = splits.labels()
         count = len(found)
-    complete_classes(model, "model", count)
-    complete_classes(objective, "model.objective", count)
+    complete_classes(model.objective, "model.objective", count)
+    complete_classes(config.model, "model", count)
     if "multi_label" in objective:
         if objective.multi_label and not several:
             raise UserError("model.objective.multi_label is true, but the data has one label an image; leave it out")
@@ -256,11 +256,15 @@ def pair(value: Any) -> Any:
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def complete_classes(arguments: Namespace, key: str, count: int) -> None:
-    """Fill in num_classes, where there is such an argument."""
-    if "num_classes" in arguments:
-        if arguments.num_classes not in (None, count):
-            raise UserError(
-                f"{key}.num_classes is {arguments.num_classes}, but the data has {count} classes; leave it out"
-            )
-        arguments.num_classes = count
+def complete_classes(part: Namespace, key: str, count: int) -> None:
+    """Fill in num_classes of a stage or an objective, where it has such an argument."""
+    given = part.init_args
+    if "num_classes" not in given:
+        return
+    if not count:
+        name = part.class_path.rsplit(".", 1)[-1]
+        remedy = "sort the images into class folders, or give data.manifest"
+        raise UserError(f"the data has no classes, which {name} needs; {remedy}")
+    if given.num_classes not in (None, count):
+        raise UserError(f"{key}.num_classes is {given.num_classes}, but the data has {count} classes; leave it out")
+    given.num_classes = count

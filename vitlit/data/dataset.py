@@ -33,6 +33,7 @@ class Images(Dataset[tuple[Any, ...]]):
             always the same for the same (seed, epoch, index, repeat); in prediction, a black image of the index -1.
             None for an error that names it.
         further: transforms that make further views of a training image, uint8 (height, width, 3) each.
+        photos: whether the images are to be predicted, so that no metric needs them all.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Images(Dataset[tuple[Any, ...]]):
         seed: int = 0,
         bad: BadImages | None = None,
         further: Sequence[Transform] = (),
+        photos: bool = False,
     ) -> None:
-        self.index, self.transform, self.seed, self.bad, self.further = index, transform, seed, bad, further
+        self.index, self.transform, self.seed, self.bad = index, transform, seed, bad
+        self.further, self.photos = further, photos
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,9 +72,8 @@ class Images(Dataset[tuple[Any, ...]]):
             raise
         except UserError as error:
             if self.bad is None:
-                photo = (self.index.labels[index] < 0).any()  # which no metric needs
                 needed = "evaluation takes every image: restore or remove it"
-                remedy = "--data.on_bad_image skip leaves it out" if photo else needed
+                remedy = "--data.on_bad_image skip leaves it out" if self.photos else needed
                 raise UserError(f"{error}; {remedy}") from error
             self.bad.note(self.index.path(index), str(error))
             return torch.zeros(3, 8, 8, dtype=torch.uint8), -1

@@ -272,9 +272,9 @@ class ImageFolderData(LightningDataModule):
         share = EvalShare(len(index), place.global_rank, place.world_size)
         most = -(-self.batch_size // place.world_size)
         batch = eval_batch(len(index), place.world_size, min(most, self.micro_batch or most, len(index)))
-        images = Images(
-            index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
-        )
+        photos = split == "predict"
+        bad = self._bad_images(index, "photos") if photos else None
+        images = Images(index, self.preprocess.crop, bad=bad, photos=photos)
         return self._loader(images, share, batch)
 
     def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:

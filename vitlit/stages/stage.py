@@ -133,9 +133,8 @@ class Stage(LightningModule):
         classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
         found = len(getattr(data, "classes", range(classes)))
         if objective.needs_labels and not found:
-            raise UserError(
-                f"the data has no classes, which {name} needs; sort the images into class folders, or give a manifest"
-            )
+            remedy = "sort the images into class folders, or give data.manifest"
+            raise UserError(f"the data has no classes, which {name} needs; {remedy}")
         if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
         views = getattr(data, "num_views", objective.views)
