@@ -46,9 +46,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
 from vitlit.data.module import ImageFolderData
-from vitlit.images.codec import DECODER
 from vitlit.images.crops import RandomResizedCrop
-from vitlit.images.decode import decode
+from vitlit.images.decode import DECODER, decode
 
 BATCH, TURN = 32, 3
 SIZE, SHORT, SCALE, RATIO = 224, 256, (0.08, 1.0), (3 / 4, 4 / 3)

@@ -92,9 +92,8 @@ def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, 
 def training_flop(vit: ViT) -> float:
     """FLOP of one image's forward and backward, two a multiply-add, attention as two products."""
     vit = vit.to("meta").train()
-    side = vit.config["image_size"]
     with FlopCounterMode(display=False) as counter:
-        vit(torch.empty(1, 3, side, side, device="meta")).sum().backward()
+        vit(torch.empty(1, 3, *vit.config.sides, device="meta")).sum().backward()
     return float(counter.get_total_flops())
 
 

@@ -10,20 +10,22 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import math
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from functools import cache, partial
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed import TCPStore
 
@@ -55,12 +57,55 @@ def randomized(module: Module, scale: float = 0.1) -> Module:
     return module.eval()
 
 
+def stranger(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
+    """A timm model, by default a small one for 32 pixels and 3 classes, whose every parameter has a value."""
+    import timm
+
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 3}
+    return randomized(timm.create_model(name, **{**small, **options}))
+
+
+def paint(*paths: Path) -> None:
+    """Write a small image at each path."""
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, 100, 200)).save(path)
+
+
 class Result(NamedTuple):
     """What a command left: its exit code and what it printed."""
 
     code: int
     out: str
     err: str
+
+
+def refused(result: Result, *words: object, code: int = 2) -> None:
+    """It is one line, with these words in it, and exit code 2."""
+    assert result.code == code, result.err
+    assert result.err.startswith("vitlit: error: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert str(word) in result.err
+
+
+def user_error(pattern: str, function: Callable[..., object], *arguments: Any) -> str:
+    """What a call says that ends in a UserError: one line, in which the pattern is found."""
+    from vitlit.errors import UserError
+
+    with pytest.raises(UserError, match=pattern) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def done(result: Result) -> str:
+    """It worked, and nothing was complained about; what it printed."""
+    assert result.code == 0, result.err
+    assert not result.err
+    return result.out
 
 
 def start(function: Callable[[], int], cwd: Path, name: str = "") -> int:
@@ -212,3 +257,79 @@ def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = command("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, cwd=folder)
     assert result.code == 0, result.err
     return folder
+
+
+@pytest.fixture
+def work(trained: Path, tmp_path: Path) -> Path:
+    """A folder of one's own in which runs/pretrain is complete."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of the run that SMALL makes."""
+    return tmp_path / "runs" / "pretrain"
+
+
+@pytest.fixture
+def finished(trained: Path, run: Path) -> Path:
+    """The folder of a run that is complete."""
+    shutil.copytree(trained / "runs", run.parent)
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Image.Image]:
+    """Two real photographs, 640 x 427."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def photo(photos: list[Image.Image]) -> Image.Image:
+    return photos[0].resize((161, 107))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Class folders of 20, 10, 5, 2 and 1 images in the root itself."""
+    root = tmp_path / "tree"
+    for name, count in (("a", 20), ("b", 10), ("c", 5), ("d", 2), ("e", 1)):
+        paint(*(root / name / f"{i:02d}.png" for i in range(count)))
+    return root
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start a web server of a folder, which ends with the test."""
+    from shard_files import Server
+
+    servers: list[Server] = []
+
+    def start(folder: Path, mode: str = "parts") -> Server:
+        servers.append(Server(folder, tmp_path / f"requests{len(servers)}.log", mode))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def packed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits of `few` in four shards, three of them of train."""
+    from shard_files import _of_folder
+
+    from vitlit.prepare.shard import write
+
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    write(_of_folder(few), out, 30_000)
+    return out
+
+
+@pytest.fixture
+def own(packed: Path, tmp_path: Path) -> Path:
+    """A copy of the shards to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "own"))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, SMALL, Result
+from conftest import REPOSITORY, SMALL, Result, stranger
 from safetensors.torch import save_file
-from test_convert import stranger
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"), reverse=True)  # pretrain, then finetune
@@ -38,7 +37,7 @@ def commands(sources: list[Path]) -> list[str]:
         else:
             found = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
         lines += [line.split("  # ")[0].strip() for line in found]
-    # tests/test_sources.py downloads, from a server of its own.
+    # tests/prepare/test_sources.py downloads, from a server of its own.
     return [line for line in dict.fromkeys(lines) if line.startswith("vitlit ") and "data cifar10" not in line]
 
 

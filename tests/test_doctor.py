@@ -145,7 +145,7 @@ BITES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "mode": (environment(WANDB_MODE="ofline"), ["WANDB_MODE=ofline: it is online, offline or disabled"]),
     "wandb": (environment(WANDB_BASE_URL="nowhere"), ["WANDB_BASE_URL is not as W&B wants it"]),
     "key": (environment(WANDB_MODE="online", WANDB_API_KEY="short"), ["WANDB_API_KEY invalid", "wandb login"]),
-    "spawn": (lambda: multiprocessing.set_start_method("spawn", True), ["begun by spawn", "--data.num_workers 0"]),
+    "spawn": (lambda: multiprocessing.set_start_method("spawn", True), ["started by spawn", "--data.num_workers 0"]),
     "memory": (strict_memory, ["vm.overcommit_memory is 2", "sysctl vm.overcommit_memory=0"]),
     "world": (environment(WORLD_SIZE="4"), ["WORLD_SIZE is 4", "torchrun nor SLURM"]),
     "slurm": (environment(SLURM_JOB_ID="7", SLURM_NTASKS="4"), ["has 4 tasks", "srun vitlit fit"]),

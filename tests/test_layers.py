@@ -25,6 +25,7 @@ ROW = {part: number for number, row in enumerate(ROWS) for part in row}
 BESIDE = {  # imports within a row
     ("files", "errors"),
     ("objectives", "weights"),
+    ("run", "data"),  # the signals that stop a run, which data workers ignore
     ("data", "objectives"),  # a loader makes the batches that an objective takes
 }
 LIGHT = ("model", "optim")  # load, by whatever path, torch and numpy alone

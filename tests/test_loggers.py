@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from wandb_file import read_wandb
 
-from vitlit import loggers
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Mistake, Wandb, confusion_rows
 from vitlit.loggers.wandb_mode import decide
@@ -277,7 +276,7 @@ def test_a_server_that_never_answers_leaves_the_run_offline(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setattr(loggers, "ONLINE_WITHIN", 1)
+        monkeypatch.setattr("vitlit.loggers.wandb.ONLINE_WITHIN", 1)
         run = Wandb(save_dir="x", id="abc")
         began = time.monotonic()
         run.log_metrics({"loss": 1.0}, 0)

@@ -178,7 +178,7 @@ def begins(name: str) -> Weights | None:
         before = built(Path(source).name)
         vit, preprocess = before.stage.vit, asdict(before.data.preprocess)
         del preprocess["image_size"]
-    return Weights(Path(source or "file"), "test", {}, dict(vit.config), [], preprocess)
+    return Weights(Path(source or "file"), "test", {}, vit.config.plain(), [], preprocess)
 
 
 @cache
@@ -290,8 +290,8 @@ def test_a_recipe_regularises_as_its_source_does(name: str) -> None:
     recipe, config = read(name), stage.vit.config
     (augment,) = recipe["data"].get("augment") or [{"class_path": None}]
     found: dict[str, Any] = {
-        "dropout": config["dropout"],
-        "path": config["drop_path"],
+        "dropout": config.dropout,
+        "path": config.drop_path,
         "smooth": stage.objective.label_smoothing,
         "mixup": data.mixing.mixup,
         "cutmix": data.mixing.cutmix,
@@ -309,7 +309,7 @@ def test_a_recipe_regularises_as_its_source_does(name: str) -> None:
     assert {key: found[key] for key in facts} == facts
     assert ("augment" in table(METHODS)[name]) == ("augment" in recipe["data"])
     assert data.mixing.switch == 0.5
-    assert config["attention_dropout"] == 0
+    assert config.attention_dropout == 0
 
 
 def test_the_schedule_of_better_plain_vits_is_theirs() -> None:

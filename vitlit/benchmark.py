@@ -13,14 +13,12 @@ from torch.utils.data import default_collate
 
 from vitlit.data.dataset import Images, channels_last
 from vitlit.data.folder import parse_share
-from vitlit.data.index import Index
 from vitlit.data.splits import Splits
 from vitlit.data.stream import TrainStream
 from vitlit.data.transforms import train_transform
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.codec import DECODER, PILLOW_SLOWER
-from vitlit.images.decode import decode_bytes
+from vitlit.images.decode import DECODER, PILLOW_SLOWER, decode_bytes
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
@@ -66,7 +64,9 @@ def report(given: Any) -> None:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds, size = time_stages(index, given.images, given.image_size, given.batch_size, device)
+    preprocess = Preprocess((given.image_size, given.image_size))
+    data = Images(index, train_transform(preprocess, "random_resized", (0.05, 1.0), 0.5))
+    seconds, size = time_stages(data, given.images, given.batch_size, preprocess, device)
     torch.set_num_threads(threads)
     whole = sum(seconds.values())
     one = 1 / (whole - seconds["transfer"])  # workers do all but the transfer
@@ -77,8 +77,8 @@ def report(given: Any) -> None:
         print(f"  {name:<12}{1000 * value:>6.2f}  {value / whole:>5.0%}{'  slowest' if name == slowest else ''}")
     print(f"  {'all':<12}{1000 * whole:>6.2f}  {1 / whole:,.0f} images/s")
 
-    workers = count(max(1, torch.cuda.device_count()))
-    speed = time_loader(index, given.image_size, given.batch_size, workers, device.type == "cuda")
+    workers = count(torch.cuda.device_count())
+    speed = time_loader(data, given.batch_size, workers, device.type == "cuda")
     print(f"\nloader       {speed:,.0f} images/s with {workers} worker{'s'[: workers > 1]}, all of a device's cores")
     if vit is None:
         return
@@ -89,47 +89,44 @@ def report(given: Any) -> None:
 
 
 def time_stages(
-    index: Index, images: int, image_size: int, batch_size: int, device: torch.device
+    data: Images, images: int, batch_size: int, preprocess: Preprocess, device: torch.device
 ) -> tuple[dict[str, float], float]:
     """Seconds an image by stage, on one core, and the files' mean size in bytes."""
-    to_device(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8), device)  # what a GPU does once
-    transform = train_transform(Preprocess((image_size, image_size)), "random_resized", (0.05, 1.0), 0.5)
+
+    def transfer(batch: Tensor) -> None:
+        preprocess.normalise(batch.to(device).permute(0, 3, 1, 2))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    transfer(torch.zeros(1, *preprocess.image_size, 3, dtype=torch.uint8))  # what a GPU does once
+    index = data.index
     drawn = np.random.default_rng(0).permutation(len(index))[:images].tolist()
     spent = dict.fromkeys(("read", "decode", "crop, resize", "transfer"), 0.0)
     total, batch = 0, []
     for image in drawn:
         times = [time.perf_counter()]
-        data = index.read(image)
+        content = index.read(image)
         times.append(time.perf_counter())
-        decoded = decode_bytes(data, index.path(image))
+        decoded = decode_bytes(content, index.path(image))
         times.append(time.perf_counter())
-        batch.append(channels_last(transform(decoded)))
+        batch.append(channels_last(data.transform(decoded)))
         times.append(time.perf_counter())
         if len(batch) == batch_size or image == drawn[-1]:
-            to_device(default_collate(batch), device)
+            transfer(default_collate(batch))
             batch = []
         times.append(time.perf_counter())
-        total += len(data)
+        total += len(content)
         for name, start, end in zip(spent, times, times[1:], strict=False):
             spent[name] += (end - start) / len(drawn)
     return spent, total / len(drawn)
 
 
-def to_device(images: Tensor, device: torch.device) -> None:
-    """Copy a batch and normalise it, and wait for that."""
-    images = images.to(device).permute(0, 3, 1, 2)
-    Preprocess((images.shape[2], images.shape[3])).normalise(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_loader(index: Index, image_size: int, batch_size: int, workers: int, pin: bool) -> float:
+def time_loader(data: Images, batch_size: int, workers: int, pin: bool) -> float:
     """Images per second that a training's loader gives, once its workers are under way."""
-    transform = train_transform(Preprocess((image_size, image_size)), "random_resized", (0.05, 1.0), 0.5)
-    steps = len(index) // batch_size
+    steps = len(data.index) // batch_size
     position = 0
-    stream = TrainStream(len(index), batch_size, 0, lambda: position)
-    batches = loader(Images(index, transform), stream, batch_size, workers, pin=pin)
+    stream = TrainStream(len(data.index), batch_size, 0, lambda: position)
+    batches = loader(data, stream, batch_size, workers, pin=pin)
 
     def endless() -> Iterator[Any]:
         nonlocal position
@@ -149,8 +146,10 @@ def time_loader(index: Index, image_size: int, batch_size: int, workers: int, pi
 def time_model(vit: ViT, batch_size: int, device: torch.device) -> float:
     """Images per second of forward and backward, in bf16 where a GPU has it, without a loader."""
     vit = vit.to(device).train()
-    side = vit.config["image_size"]
-    images, labels = torch.randn(batch_size, 3, side, side, device=device), torch.arange(batch_size, device=device)
+    images, labels = (
+        torch.randn(batch_size, 3, *vit.config.sides, device=device),
+        torch.arange(batch_size, device=device),
+    )
     seconds = []
     for _ in range(1 + STEPS):
         start = time.perf_counter()

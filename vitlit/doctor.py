@@ -4,7 +4,10 @@ import json
 import multiprocessing
 import os
 import platform
+import re
+import resource
 import shutil
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from packaging.requirements import Requirement
 import vitlit
 from vitlit.data import workers
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.codec import DECODER, PILLOW_SLOWER, WHY_NOT
+from vitlit.images.decode import DECODER, PILLOW_SLOWER, WHY_NOT
 from vitlit.loggers import wandb_mode
 
 HELP = """\
@@ -28,11 +31,11 @@ PACKAGES = ("torch", "torchvision", "torchcodec", "lightning", "torchmetrics", "
 SWITCHES = ("CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 LAUNCHERS = {"torchrun": "TORCHELASTIC_RUN_ID", "SLURM": "SLURM_JOB_ID", "Kubernetes": "KUBERNETES_SERVICE_HOST"}
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "CUDA_VISIBLE_DEVICES")
-SHARED, MEMORY_LIMIT = Path("/dev/shm"), Path("/sys/fs/cgroup/memory.max")
-OVERCOMMIT, NVIDIA = Path("/proc/sys/vm/overcommit_memory"), Path("/proc/driver/nvidia/version")
-HANDED_OVER = 2 * 256 * 224 * 224 * 3  # bytes of a data worker's two batches, with data.* as they are unless given
-FILES, FILES_OF_WORKER = 512, 16  # open at a time: W&B's, shards and pipes; and those of each data worker
-LITTLE = 5 * GIB  # of disk for runs
+SHARED, NVIDIA, CPU = Path("/dev/shm"), Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
+OVERCOMMIT, MEMORY_LIMIT = Path("/proc/sys/vm/overcommit_memory"), Path("/sys/fs/cgroup/memory.max")
+WORKER_BATCHES = 2 * 256 * 224 * 224 * 3  # bytes that a data worker holds in shared memory, two batches of the default
+FILES, WORKER_FILES = 512, 16  # open at a time: W&B's, shards and pipes; those of each data worker
+LITTLE_SPACE = 5 * GIB
 # 44 bytes a parameter: last.ckpt, previous.ckpt, best.ckpt, and the next of last and best while they are written.
 CHECKPOINTS = "a ViT-B/16's checkpoints need 3.5 GiB, a ViT-L/16's 12.5"
 
@@ -49,42 +52,26 @@ def run(arguments: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """All that is looked at, as plain values: sizes in bytes, None for what there is not."""
+    """The facts as plain values: sizes in bytes, None for what is missing."""
+    cores, threads = workers.cores(), torch.get_num_threads()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 for no limit
     versions: dict[str, Any] = {"python": platform.python_version(), "vitlit": vitlit.__version__}
     versions |= {name: version(name) for name in PACKAGES}
-    cudnn = torch.backends.cudnn
-    versions |= {"cuda": torch.version.cuda, "cudnn": cudnn.version() if cudnn.is_available() else None}
     return {
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": {**versions, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "unmet": unmet(),
-        "gpus": gpus(),
+        "gpus": [gpu(number) for number in range(torch.cuda.device_count())],
         "mps": torch.backends.mps.is_available(),
         "nvidia_driver": NVIDIA.is_file(),
-        "cpu": {
-            "model": cpu_model(),
-            "cores": workers.cores(),
-            "of": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory": memory(),
-        },
-        "determinism": {
-            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "cudnn_deterministic": cudnn.deterministic,
-            "cudnn_benchmark": cudnn.benchmark,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "cudnn_tf32": cudnn.allow_tf32,
-            **{name: os.environ.get(name) for name in SWITCHES},
-        },
+        "cpu": {"model": cpu(), "cores": cores, "of": os.cpu_count(), "threads": threads, "memory": memory()},
+        "determinism": {name: os.environ.get(name) for name in SWITCHES},
         "decoder": {"name": DECODER, "why": WHY_NOT},
         "wandb": tracking(),
-        "disk": {name: disk(Path(name)) for name in ("runs", "data")},
+        "disk": {name: disk(Path(name).absolute()) for name in ("runs", "data")},
         "shared_memory": shutil.disk_usage(SHARED).total if SHARED.is_dir() else None,
-        "open_files": open_files(),
-        "processes": {
-            "start_method": multiprocessing.get_context().get_start_method(),
-            "overcommit_memory": OVERCOMMIT.read_text().strip() if OVERCOMMIT.is_file() else None,
-        },
+        "open_files": {"soft": soft, "hard": hard},
+        "processes": {"start_method": multiprocessing.get_start_method(), "overcommit_memory": content(OVERCOMMIT)},
         "launcher": {
             "found": [name for name, variable in LAUNCHERS.items() if variable in os.environ],
             "environment": {name: os.environ[name] for name in LAUNCHED if name in os.environ},
@@ -93,7 +80,7 @@ def examine() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package."""
+    """The version of a package, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -101,226 +88,174 @@ def version(package: str) -> str | None:
 
 
 def unmet() -> list[dict[str, str | None]] | None:
-    """What vitlit needs of other packages and what it has instead; None where vitlit itself is not installed."""
+    """The requirements of vitlit that are not met, and what is installed; None where vitlit itself is not installed."""
     if version("vitlit") is None:
         return None
-    found: list[dict[str, str | None]] = []
-    for need in map(Requirement, metadata.requires("vitlit") or []):
-        has = version(need.name)
-        needed = need.marker is None or need.marker.evaluate({"extra": ""})
-        if needed and (has is None or not need.specifier.contains(has, prereleases=True)):
-            found.append({"needs": str(need), "has": has})
-    return found
+    needs = [Requirement(need) for need in metadata.requires("vitlit") or []]
+    found = [(need, version(need.name)) for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+    return [
+        {"needs": str(need), "has": has}
+        for need, has in found
+        if has is None or not need.specifier.contains(has, prereleases=True)
+    ]
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Name, memory, compute capability, and whether it computes in bf16 by itself, of each."""
-    found = []
-    for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        with torch.cuda.device(number):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        capability = f"{about.major}.{about.minor}"
-        found.append({"name": about.name, "memory": about.total_memory, "capability": capability, "bf16": bf16})
-    return found
+def gpu(number: int) -> dict[str, Any]:
+    """Name, memory and compute capability of a GPU, and whether its hardware computes in bf16."""
+    about = torch.cuda.get_device_properties(number)
+    with torch.cuda.device(number):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    capability = f"{about.major}.{about.minor}"
+    return {"name": about.name, "memory": about.total_memory, "capability": capability, "bf16": bf16}
 
 
-def cpu_model() -> str:
-    """As the system names it."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+def content(file: Path) -> str | None:
+    """What a file of the system says, None where there is no such file."""
+    return file.read_text().strip() if file.is_file() else None
 
 
-def memory() -> int | None:
-    """Bytes of the machine, or of its container where that has fewer; None on Windows."""
-    if not hasattr(os, "sysconf"):
-        return None
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.is_file() else "max"
-    return whole if limit == "max" else min(whole, int(limit))
+def cpu() -> str:
+    """The model of the CPU."""
+    named = re.search(r"^model name\s*: (.+)", content(CPU) or "", re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def memory() -> int:
+    """Bytes of the machine, or of its container where that has fewer."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = content(MEMORY_LIMIT) or "max"
+    return machine if limit == "max" else min(machine, int(limit))
 
 
 def tracking() -> dict[str, str]:
-    """The mode that W&B's logger would begin in, and why if it is not online."""
+    """The mode in which the W&B logger would start, and why it is not online."""
     try:
         mode, why = wandb_mode.decide()
     except UserError as error:
-        return {"mode": "refused", "why": str(error)}
+        mode, why = "refused", str(error)
     return {"mode": mode, "why": why}
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """What is free where a folder is, or would be."""
-    folder = folder.absolute()
+    """The free space where a folder is, or would be."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
     return {"folder": str(folder), "free": shutil.disk_usage(there).free, "writable": os.access(there, os.W_OK)}
 
 
-def open_files() -> dict[str, int] | None:
-    """How many files this process may have open, and how many it may ask for; -1 for any, None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return {"soft": soft, "hard": hard}
-
-
 def warnings(facts: dict[str, Any]) -> list[str]:
-    """What of that which `examine` found will bite, each with its remedy."""
-    parts = (of_versions, of_devices, of_cores, of_workers, of_disk, of_wandb, of_launcher)
-    return [warning for part in parts for warning in part(facts)]
+    """What will bite, each with its remedy."""
+    return [*of_versions(facts), *of_devices(facts), *of_workers(facts), *of_disk(facts), *of_environment(facts)]
 
 
-def of_versions(facts: dict[str, Any]) -> list[str]:
+def of_versions(facts: dict[str, Any]) -> Iterator[str]:
     if facts["unmet"] is None:
-        return ["vitlit is not installed, so that the versions it needs could not be compared: pip install -e ."]
-    found = [
-        f"vitlit needs {lack['needs']}, but {lack['has'] or 'none'} is installed: pip install '{lack['needs']}'"
-        for lack in facts["unmet"]
-    ]
+        yield "vitlit is not installed, so its requirements could not be checked: pip install -e ."
+    for lack in facts["unmet"] or []:
+        yield f"vitlit needs {lack['needs']}, but {lack['has'] or 'none'} is installed: pip install '{lack['needs']}'"
     if facts["decoder"]["name"] == "Pillow":
-        found.append(
-            f"torchcodec does not load ({facts['decoder']['why']}), so Pillow decodes, the same pixels in "
-            f"{PILLOW_SLOWER} times the time: pip install torchcodec, in the version that fits torch's"
+        yield (
+            f"torchcodec does not load ({facts['decoder']['why']}), so Pillow decodes, which takes {PILLOW_SLOWER} "
+            "times as long for the same pixels: pip install torchcodec, in the version that fits torch's"
         )
-    return found
 
 
-def of_devices(facts: dict[str, Any]) -> list[str]:
-    every, built = facts["gpus"], facts["versions"]["cuda"]
-    found = []
-    if not every and facts["nvidia_driver"]:
-        why = f"the driver may be too old for CUDA {built}" if built else "this torch is built without CUDA"
-        found.append(
+def of_devices(facts: dict[str, Any]) -> Iterator[str]:
+    gpus, cuda = facts["gpus"], facts["versions"]["cuda"]
+    if not gpus and facts["nvidia_driver"]:
+        why = f"the driver may be too old for CUDA {cuda}" if cuda else "this torch is built without CUDA"
+        yield (
             f"there is an NVIDIA driver, but torch finds no GPU: {why}, or CUDA_VISIBLE_DEVICES hides it; "
-            "`nvidia-smi` tells the driver's CUDA, pytorch.org the torch for it"
+            "`nvidia-smi` shows the driver's CUDA, and pytorch.org the torch for it"
         )
-    elif not every and not facts["mps"]:
-        found.append("there is no GPU: the CPU trains small ViTs on small images (configs/pretrain.yaml), no recipe")
-    for number, gpu in enumerate(every):
-        if not gpu["bf16"]:
-            found.append(
-                f"cuda:{number} ({gpu['name']}) does not compute in bf16: trainer.precision auto is 16-mixed on it; "
-                "where that comes to nan, give --trainer.precision 32-true"
-            )
-    if len({(gpu["name"], gpu["memory"]) for gpu in every}) > 1:
-        found.append("the GPUs differ, and all would wait for the slowest: choose equal ones by CUDA_VISIBLE_DEVICES")
-    return found
+    elif not gpus and not facts["mps"]:
+        yield "there is no GPU: the CPU trains small ViTs on small images (configs/pretrain.yaml), no recipe"
+    for name in (f"cuda:{number} ({gpu['name']})" for number, gpu in enumerate(gpus) if not gpu["bf16"]):
+        yield f"{name} does not compute in bf16, only in fp16: if the loss becomes nan, --trainer.precision 32-true"
+    if len({(gpu["name"], gpu["memory"]) for gpu in gpus}) > 1:
+        yield "the GPUs differ, and all would wait for the slowest: choose equal ones by CUDA_VISIBLE_DEVICES"
 
 
-def of_cores(facts: dict[str, Any]) -> list[str]:
-    found = []
-    cores, threads = facts["cpu"]["cores"], facts["cpu"]["threads"]
+def of_workers(facts: dict[str, Any]) -> Iterator[str]:
+    cores, threads, processes = facts["cpu"]["cores"], facts["cpu"]["threads"], facts["processes"]
     if threads > cores:
-        found.append(
-            f"torch computes with {threads} threads on {cores} core{'s'[: cores > 1]}, which data workers use besides: "
-            f"export OMP_NUM_THREADS={cores}"
-        )
+        yield f"torch has {threads} threads on {cores} core(s), which workers need, too: export OMP_NUM_THREADS={cores}"
     if (facts["determinism"]["OMP_WAIT_POLICY"] or "").lower() == "active":
-        found.append("OMP_WAIT_POLICY=active lets threads spin on the cores that data workers need: unset it")
-    return found
-
-
-def of_workers(facts: dict[str, Any]) -> list[str]:
-    found = []
-    cores, shared, files = facts["cpu"]["cores"], facts["shared_memory"], facts["open_files"]
-    many = f"{cores} data worker{'s'[: cores > 1]}"
-    if shared is not None and shared < cores * HANDED_OVER:
-        found.append(
-            f"{SHARED} has {shared / 2**20:,.0f} MiB, but {many} with 2 batches each of 256 images of 224 pixels hand "
-            f"over {cores * HANDED_OVER / 2**20:,.0f} MiB in it, and die of a bus error where it is full: docker run "
+        yield "OMP_WAIT_POLICY=active lets threads spin on the cores that data workers need: unset it"
+    shared, needed = facts["shared_memory"], cores * WORKER_BATCHES
+    if shared is not None and shared < needed:
+        yield (
+            f"{SHARED} has {shared / 2**20:,.0f} MiB; with a data worker on each core, batches of 256 images of 224 "
+            f"pixels fill {needed / 2**20:,.0f} MiB, and a worker dies of a bus error when it is full: docker run "
             "--shm-size 8g, in Kubernetes an emptyDir of medium Memory mounted there, or --data.num_workers 0"
         )
-    wanted = FILES + FILES_OF_WORKER * cores
-    if files is not None and 0 <= files["soft"] < wanted:
-        found.append(
-            f"{files['soft']} files may be open, but training with {many} may need {wanted}: ulimit -n {wanted}, or "
-            f"docker run --ulimit nofile={wanted}"
+    soft, wanted = facts["open_files"]["soft"], FILES + WORKER_FILES * cores
+    if 0 <= soft < wanted:
+        yield f"{soft} files may be open, training may need {wanted}: ulimit -n, or docker run --ulimit nofile={wanted}"
+    if processes["start_method"] != "fork":
+        yield (
+            f"data workers are started by {processes['start_method']}, not by fork, and each takes seconds to import "
+            "torch: for a small data set --data.num_workers 0 is faster"
         )
-    start = facts["processes"]["start_method"]
-    if start != "fork":
-        found.append(
-            f"data workers are not forked but begun by {start}, and each takes seconds to import torch: for a small "
-            "set --data.num_workers 0 is faster"
+    if processes["overcommit_memory"] == "2":
+        yield (
+            "vm.overcommit_memory is 2, so that a large process cannot fork data workers ('Cannot allocate memory'): "
+            "sysctl vm.overcommit_memory=0, or --data.num_workers 0"
         )
-    if facts["processes"]["overcommit_memory"] == "2":
-        found.append(
-            "vm.overcommit_memory is 2, and to fork data workers from a large process fails with 'Cannot allocate "
-            "memory': sysctl vm.overcommit_memory=0, or --data.num_workers 0"
-        )
-    return found
 
 
-def of_disk(facts: dict[str, Any]) -> list[str]:
+def of_disk(facts: dict[str, Any]) -> Iterator[str]:
     runs, data = facts["disk"]["runs"], facts["disk"]["data"]
-    found = []
     if not runs["writable"]:
-        found.append(f"{runs['folder']} cannot be written: give --run.root")
-    if runs["free"] < LITTLE:
-        found.append(
-            f"{runs['free'] / GIB:.1f} GiB are free for {runs['folder']}, and {CHECKPOINTS}: make room, or give "
-            "another --run.root"
-        )
-    if data["free"] < LITTLE:
-        found.append(
-            f"{data['free'] / GIB:.1f} GiB are free for {data['folder']}: before a set is written there, make room, or "
-            "give another --data.root"
-        )
-    return found
+        yield f"{runs['folder']} cannot be written: give --run.root"
+    if runs["free"] < LITTLE_SPACE:
+        yield f"{size(runs['free'])} are free for {runs['folder']}, and {CHECKPOINTS}: make room, or give --run.root"
+    if data["free"] < LITTLE_SPACE:
+        yield f"{size(data['free'])} are free for {data['folder']}: make room for a data set, or give --data.root"
 
 
-def of_wandb(facts: dict[str, Any]) -> list[str]:
+def of_environment(facts: dict[str, Any]) -> Iterator[str]:
     mode, why = facts["wandb"]["mode"], facts["wandb"]["why"]
     if mode == "refused":
-        return [f"{why}: until it is unset or right, a run with W&B's logger is refused"]
-    if why not in ("", wandb_mode.NO_KEY):
-        return [f"W&B stays offline ({why}): `wandb login` stores another key"]
-    return []
-
-
-def of_launcher(facts: dict[str, Any]) -> list[str]:
+        yield f"{why}: a run with the W&B logger is refused until it is unset or right"
+    elif why not in ("", wandb_mode.NO_KEY):
+        yield f"W&B stays offline ({why}): `wandb login` stores another key"
     found, given = facts["launcher"]["found"], facts["launcher"]["environment"]
     tasks, processes = given.get("SLURM_NTASKS", "1"), given.get("WORLD_SIZE", "1")
     if "SLURM" in found and tasks != "1" and "SLURM_STEP_ID" not in given:
-        return [f"the SLURM job has {tasks} tasks, but this one was not started by srun: srun vitlit fit ..."]
-    if not {"torchrun", "SLURM"} & set(found) and processes != "1":
-        return [f"WORLD_SIZE is {processes}, but there is neither torchrun nor SLURM: start with one, or unset it"]
-    return []
+        yield f"the SLURM job has {tasks} tasks, but this one was not started by srun: srun vitlit fit ..."
+    elif not {"torchrun", "SLURM"} & set(found) and processes != "1":
+        yield f"WORLD_SIZE is {processes}, but there is neither torchrun nor SLURM: start with one, or unset it"
 
 
 def report(facts: dict[str, Any]) -> str:
-    """The facts and warnings as a person reads them."""
-
-    def listed(values: dict[str, Any]) -> str:
-        return "  ".join(f"{name} {'-' if value is None else value}" for name, value in values.items())
-
-    def size(value: int | None) -> str:
-        return "-" if value is None else f"{value / GIB:,.1f} GiB"
-
-    cpu, files, decoder, tracked = facts["cpu"], facts["open_files"], facts["decoder"], facts["wandb"]
-    login = "; `wandb login` or WANDB_API_KEY" if tracked["why"] == wandb_mode.NO_KEY else ""
-    rows = {
-        "platform": facts["platform"],
-        "versions": listed(facts["versions"]),
-        **{
-            f"cuda:{number}": listed({**gpu, "memory": size(gpu["memory"])}) for number, gpu in enumerate(facts["gpus"])
-        },
-        **({"mps": "Apple's GPU"} if facts["mps"] else {}),
-        "cpu": f"{cpu['model']}  cores {cpu['cores']} of {cpu['of']}  threads {cpu['threads']}  memory "
-        + size(cpu["memory"]),
+    """The facts and warnings as text."""
+    cpu, decoder, wandb, launcher = facts["cpu"], facts["decoder"], facts["wandb"], facts["launcher"]
+    cores = f"cores {cpu['cores']} of {cpu['of']}  threads {cpu['threads']}"
+    login = "; `wandb login` or WANDB_API_KEY" if wandb["why"] == wandb_mode.NO_KEY else ""
+    rows = {"platform": facts["platform"], "versions": listed(facts["versions"])}
+    rows |= {
+        f"cuda:{number}": listed({**gpu, "memory": size(gpu["memory"])}) for number, gpu in enumerate(facts["gpus"])
+    }
+    rows |= {"mps": "Apple's GPU"} if facts["mps"] else {}
+    rows |= {
+        "cpu": f"{cpu['model']}  {cores}  memory {size(cpu['memory'])}",
         "determinism": listed(facts["determinism"]),
         "decoder": decoder["name"] + (f" ({decoder['why']})" if decoder["why"] else ""),
-        "W&B": tracked["mode"] + (f" ({tracked['why']}{login})" if tracked["why"] else ""),
+        "W&B": wandb["mode"] + (f" ({wandb['why']}{login})" if wandb["why"] else ""),
         **{name: f"{size(place['free'])} free for {place['folder']}" for name, place in facts["disk"].items()},
-        "shared memory": size(facts["shared_memory"]),
-        "open files": f"{files['soft']}, up to {files['hard']}" if files else "-",
+        "shared memory": "-" if facts["shared_memory"] is None else size(facts["shared_memory"]),
+        "open files": listed(facts["open_files"]),
         "processes": listed(facts["processes"]),
-        "launcher": "  ".join([*facts["launcher"]["found"], listed(facts["launcher"]["environment"])]).strip()
-        or "none",
+        "launcher": "  ".join(launcher["found"] or ["none"]) + "  " + listed(launcher["environment"]),
     }
-    bites = [f"  {warning}" for warning in facts["warnings"]]
-    head = "\nwhat will bite" if bites else "\nnothing of this will bite"
-    return "\n".join([*(f"{name:<15}{value}" for name, value in rows.items()), head, *bites])
+    head = "\nwhat will bite" if facts["warnings"] else "\nnothing of this will bite"
+    lines = [f"{name:<15}{value}".rstrip() for name, value in rows.items()]
+    return "\n".join([*lines, head, *(f"  {warning}" for warning in facts["warnings"])])
+
+
+def listed(values: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {'-' if value is None else value}" for name, value in values.items())
+
+
+def size(value: int) -> str:
+    return f"{value / GIB:,.1f} GiB"

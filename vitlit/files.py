@@ -9,15 +9,36 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vitlit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_BYTES = 1 << 30  # of an image file: the largest image is half of it in 8-bit RGB without compression
 # How many times a file's size its content may be. Packed weights shrink to a half, a bomb to a thousandth.
 MOST_UNPACKED = 20
+
+
+@contextmanager
+def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` after the block, once its content is on the disk.
+
+    A process that is killed leaves the file of before, and so does a block that fails.
+
+    Args:
+        path: of the file.
+        partial: where it is written, in the same folder; a hidden name unless given.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -52,22 +73,23 @@ def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
 
 def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
     """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
-    partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as opened:
-            np.savez(opened, **arrays)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    import numpy as np
+
+    # Of a folder that several processes scan at once, each writes a file of its own.
+    name = f".{file.name}.{socket.gethostname()}.{os.getpid()}.partial"
+    with whole_file(file, file.with_name(name)) as partial, partial.open("wb") as opened:
+        np.savez(opened, **arrays)
 
 
-def load_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
+def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
     """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is damaged, or nothing that `save_arrays` wrote.
     """
+    import numpy as np
+
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

@@ -58,7 +58,7 @@ class EMA(WeightAveraging):
         assert isinstance(pl_module.dtype, torch.dtype)
         self._average_model.to(pl_module.device, pl_module.dtype)
         copy: Any = self._average_model.module
-        set_numerics(copy.vit, pl_module.vit.config)
+        set_numerics(copy.vit, pl_module.vit.config.plain())
         steps = trainer.estimated_stepping_batches
         if 5 / (1 - self.decay) > steps:
             # A tenth of the training, rounded; one of less than 50 steps has no time for an average.

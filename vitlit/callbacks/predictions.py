@@ -4,6 +4,7 @@ import csv
 import os
 from errno import EISDIR
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vitlit.data.index import Index
 from vitlit.errors import UserError
+from vitlit.files import whole_file
 
 
 class Predictions(Callback):
@@ -31,20 +33,16 @@ class Predictions(Callback):
             raise UserError(f"cannot write {out}: {os.strerror(EISDIR)}; give another --out")
         self.out, self.index, self.classes = out, index, classes
         self.written = 0
-        self._partial = out.with_name(out.name + ".partial")
         self._rows: list[Tensor] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-                self._partial.touch()
+                with TemporaryFile(dir=self.out.parent):  # now, not when all is predicted
+                    pass
             except OSError as error:
                 raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero:
-            self._partial.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,
@@ -68,13 +66,15 @@ class Predictions(Callback):
         self.written = len(rows)
         head = ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
-        with self._partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with (
+            whole_file(self.out) as partial,
+            partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
             table = csv.writer(file)
             table.writerow(head)
             for index, *pairs in rows.tolist():
                 cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
                 table.writerow([self.index.path(int(index)), *cells])
-        os.replace(self._partial, self.out)
 
 
 def gather(trainer: Trainer, rows: list[Tensor]) -> list[Tensor]:

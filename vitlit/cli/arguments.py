@@ -1,4 +1,4 @@
-"""The arguments of fit, validate, test and predict: their order, their errors, and what they may name."""
+"""The arguments of fit, validate, test and predict: their order and their error messages."""
 
 import re
 from difflib import get_close_matches
@@ -20,6 +20,7 @@ from vitlit.run.config import read_config
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
+PRESET = "--model.vit.preset"
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 
 # What opens the help of a command, before all keys.
@@ -35,15 +36,15 @@ HELP = {
 
 
 class CommandLine:
-    """Arguments in the order that makes flags win over config files, and what they say beside the keys.
+    """The arguments of a command, sorted so that flags win over config files.
 
     Attributes:
-        arguments: for the parser, configs first.
-        config: the first config's path, which names the run.
-        content: of that config.
-        photos: what `predict` is given.
+        arguments: what the parser gets, configs first.
+        config: the path of the first config, which names the run.
+        content: the content of the first config.
+        photos: the images and folders that `predict` is given.
         exact: whether the folder of a run was given.
-        launched: whether training has begun, from where on ranks may differ.
+        launched: whether training has begun; from then on ranks may fail in different ways.
     """
 
     def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str], exact: bool) -> None:
@@ -54,14 +55,18 @@ class CommandLine:
         self.content = contents[0] if contents else {}
         self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
         self.exact, self.launched = exact, False
+        names = [flag.partition("=")[0] for flag in flags]
+        if PRESET in names and "--model.vit" not in names:  # the class replaces the config's, and its sizes
+            first = next(i for i, name in enumerate(names) if name.startswith("--model.vit."))
+            flags = [*flags[:first], "--model.vit", "vitlit.ViT.from_preset", *flags[first:]]
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
     @classmethod
     def read(cls, command: str, arguments: list[str]) -> "CommandLine":
-        """Sort arguments into configs, flags and what is neither.
+        """Sort arguments into configs, flags and the rest.
 
         Raises:
-            UserError: a config does not exist, or a folder that should be a run's is none.
+            UserError: a config does not exist, or the folder of a run holds no config.
         """
         configs: list[str] = []
         flags: list[str] = []
@@ -96,7 +101,7 @@ class CommandLine:
         return cls(command, configs, flags, others, exact)
 
 
-# What is a group of keys, or a class and its keys, in every config.
+# What must be a group of keys, or a class and its keys, in every config.
 GROUPS = (
     *("run", "trainer", "data", "data.erasing", "data.mixing"),
     *(f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")),
@@ -104,21 +109,19 @@ GROUPS = (
 
 
 def check_groups(config: Namespace) -> None:
-    """Raise UserError where a group is something else, which jsonargparse lets pass: a number, null, a function."""
+    """Raise UserError where a group is a number, null or a function, which jsonargparse accepts."""
     for key in GROUPS:
-        if not isinstance(config.get(key), Namespace):
-            raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {_shown(config.get(key))}")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(getattr(value, "__name__", value))
+        value = config.get(key)
+        if not isinstance(value, Namespace):
+            given = "null" if value is None else getattr(value, "__name__", value)
+            raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {given}")
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     """Make an object that a config names.
 
     Raises:
-        UserError: a class of a library refuses its arguments; an error in a class of vitlit's or the user's is a bug.
+        UserError: a library's class refuses its arguments. An error in a class of vitlit or of the user is a bug.
     """
     try:
         return kind(*args, **kwargs)
@@ -128,116 +131,100 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"{kind.__name__}: {error}") from error
 
 
-# What jsonargparse says, and what a user reads: applied one after the other to the whole message, on one line.
-NOISE = (
-    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path"),
-    *("Subclass types expect", "a class path (str)", "a dict with class_path", "a dict without", "a dict with param"),
-)
-LONGEST = 400  # characters of a message, which may quote a whole config
-WORDING = (
-    (r"Type .* expects a function or a callable class: ", ""),
-    (r"\.* Got value: Namespace\(.*", ""),
-    (r"\.* Got value:$", ", not ''"),
-    (r"\.* Got value: ", ", not "),
-    (r", not None$", ", not null"),
-    (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
-    (r"typing\.Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " or ")),
-    (r"(has no attribute '\w+').*", r"\1"),
-    (r"Expected an? ", "expected "),
-    (r"Problem with given class_path '[^']*': ", ""),
-    (r"(?:Option|Sub\w+ '\w+' does not accept option) '([^']+)'(?: is not accepted)?", r"no key \1"),
-    (r"Group '([\w.]+)' does not accept option '([^']+)'", r"no key \1.\2"),
-    (r"unrecognized arguments: -*([\w.]+).*", r"no key \1"),
-    (r"Import path does not correspond", "it does not correspond"),
-    (r"(?:Import path |Expected ')?([\w.]+)'? (?:does not correspond to|to be) a subclass of", r"\1 is no subclass of"),
-    (r"Subclasses are disabled for (\w+), thus '([^']*)'.*", r"expected the keys of \1, not \2"),
-    (r"Dict must include a class_path and optionally init_args, but got", "expected class_path and init_args, not"),
-    (r"expected import path or a subclass spec, but got .*, not", "expected class, not"),
-    (r"Unable to load config '([^']*)'.*", r"expected its keys, not \1"),
-    (r"Not a valid subclass of (\w+)", r"expected \1"),
-    (r"(expected (?:Sequence|tuple), not )([^\[{].*)", r"\1\2; write [\2]"),
-    (r'Parser key "([\w.]+)":(?: ([\w.]+):(?= ))?', lambda found: ".".join(filter(None, found.groups())) + ":"),
-)
-
-
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, and that takes no abbreviation of a key."""
+    """A parser whose errors are one line, and that does not accept abbreviated keys."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """Also of null, which jsonargparse lets pass as any type."""
+        """Check null too, which jsonargparse accepts for any type."""
         super().validate(namespace, *args, **kwargs)
+        # skip_unset=False would do the same, but for required keys: "expected str, not null" says less than "needs".
         for action in self._actions:
             if action.default is not None and namespace.get(action.dest, action.default) is None:
                 self._check_value_key(action, None, action.dest, namespace)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        denied = re.search(r"Importing '([^']+)' is not allowed", message)
-        if denied:
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             check_class_paths({"class_path": denied[1]})
-        required = re.search(r"arguments are required: (\w+)\.(\S+\w)(.*\.model)?", message)
-        if required:
+        if required := re.search(r"arguments are required: (\w+)\.(\S+\w)(.*\.model)?", message):
             command, key, model = required.groups()
             if key != "model" and not model:
                 raise UserError(f"{command} needs --{key}") from ex
             run = "" if command == "fit" else " or the folder of a run"
             raise UserError(f"{command} needs --config CONFIG{run}; `vitlit config` lists the shipped ones") from ex
-        text = plain(message)
-        parser = getattr(ex, "subcommand_parser", self)
-        raise UserError(text + parser.suggestion(text)) from ex
+        if unknown := UNKNOWN_KEY.match(message):
+            key = ".".join(filter(None, unknown.groups()))
+            raise UserError(f"no key {key}{getattr(ex, 'subcommand_parser', self).nearest(key)}") from ex
+        raise UserError(plain(message)) from ex
 
-    def suggestion(self, text: str) -> str:
-        """The nearest name to the one that a message calls unknown, within the object that it names."""
-        pattern = r"(?:^([\w.]+): )?no (key|class|attribute) '?([\w.]+?)(?:\.(?:class_path|init_args).*)?'?$"
-        found = re.search(pattern, text)
-        if not found:
-            return ""
-        owner, kind, wrong = found.groups()
-        names = self.keys(owner or "", wrong) if kind == "key" else self.classes()
-        if "preset" in names and wrong in Size._fields:
+    def nearest(self, wrong: str) -> str:
+        """Words that suggest the nearest key: of the same group, or any where no group has that name."""
+        keys = list(self.get_defaults().keys())
+        if wrong == "preset":
+            return "; write class_path: vitlit.ViT.from_preset beside it, or --model.vit.preset on the command line"
+        if "preset" in keys and wrong in Size._fields:
             return ", which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT and all its keys"
-        near = get_close_matches(wrong, names, 1, 0.7) or get_close_matches(wrong.rpartition(".")[2], names, 1, 0.7)
-        return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong else ""
+        group, _, name = wrong.rpartition(".")
+        beside = [key for key in keys if key.rpartition(".")[0] == group] if group else keys
+        return suggestion(name, {key.rpartition(".")[2]: key for key in beside or keys})
 
-    def keys(self, owner: str, wrong: str) -> dict[str, str]:
-        """The keys beside a wrong one by their last parts; without an owner or a group, all, by their whole names too.
 
-        Of an owner that is a class, whose keys its own parser has, there are none.
-        """
-        keys = [action.dest for action in self._actions if action.dest and action.dest != "help"]
-        group = ".".join(filter(None, (owner, wrong.rpartition(".")[0])))
-        beside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
-        if owner or (group and beside):
-            return beside
-        return {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
+def suggestion(wrong: str, names: dict[str, str]) -> str:
+    """Words that suggest the nearest of these names, or none."""
+    near = get_close_matches(wrong, names, 1, 0.7)
+    return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong else ""
 
-    @staticmethod
-    def classes() -> dict[str, str]:
-        """The classes that a config usually names."""
-        names = [name for module in (optim, callbacks, averaging, augment) for name in dir(module)]
-        names += [c.__name__ for base in (Stage, Objective) for c in base.__subclasses__()]
-        return {name: name for name in names if name[0].isupper()}
+
+def classes() -> dict[str, str]:
+    """The classes that a config usually names."""
+    names = [name for module in (optim, callbacks, averaging, augment) for name in dir(module)]
+    names += [c.__name__ for base in (Stage, Objective) for c in base.__subclasses__()]
+    return {name: name for name in names if name[0].isupper()}
+
+
+LONGEST = 400  # characters of a message, which may quote a whole config
+NOISE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value type", "Expected a NoneType", "Expected a path"),
+    *("Subclass types expect", "a class path (str)", "a dict with"),
+)
+# The forms in which jsonargparse names an unknown key, after the words that may precede it.
+UNKNOWN_KEY = re.compile(
+    r"unrecognized arguments: -*([^\s=]+)|(?:Group '([^']+)' |Sub\w+ '.*' )?(?:does not accept o|O)ption '([^']+)'"
+)
+WORDING = (
+    (r"Parser key \"[\w.]+\":|Type .* callable class: |Problem with given class_path .*:\n|\.+ Got value: .*", ""),
+    (r"<class '(?:[\w.]+\.)?(\w+)'>|typing\.Literal\[(.*?)\]", r"\1\2"),
+    (r"Unable to load config .(.*).", r"Expected a its keys: \1"),
+    (r"Not a valid subclass of", "Expected a"),
+    (r"dot import path string", "class"),
+)
 
 
 def plain(message: str) -> str:
-    """A message of jsonargparse's on one line, without what only its authors understand."""
-    given = re.search(r"Given value: (.+)", message)
-    lines = [line.strip(" -") for line in message.splitlines()]
-    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith(NOISE)))
-    telling = [line for line in lines if not line.startswith("Not a valid subclass of")]  # what a list is, for one
-    lines = telling if len(telling) > 1 else lines[:2]
-    choices = [line.removeprefix("Expected a ") for line in lines if line.startswith("Expected a ")]
-    unknown = [choice.rsplit(" ", 1)[-1] for choice in choices if choice.startswith("dot import path string")]
-    if given or unknown:
-        lines = [line for line in lines if not line.startswith("Expected a ")]
-        if unknown and not (given and given[1] == unknown[0] and len(choices) > 1):
-            lines.append(f"no class {unknown[0]}")
-        elif given and choices:
-            choices = ["class" if choice.startswith("dot import path string") else choice for choice in choices]
-            lines.append(f"expected {' or '.join(choices)}, not {given[1]}")
-    text = " ".join(" ".join(lines).split())
+    """A message of jsonargparse on one line: the key, what is wrong, what was given, and the nearest class."""
+    key = re.match(r"Parser key \"([\w.]+)\":", message)
+    values = r"\n *Given value: " if "\n  Given value: " in message else r"\.+ Got value: "
+    body, *given = re.split(values, message, maxsplit=1)
     for pattern, words in WORDING:
-        text = re.sub(pattern, words, text)
+        body = re.sub(pattern, words, body)
+    said, choices = [], []
+    for line in (line.strip(" -") for line in body.splitlines()):
+        if expected := re.fullmatch(r"Expected an? (?!path|NoneType)([^:]+)(?:: (.+))?", line):
+            choices.append(expected[1].replace("', '", "' or '"))
+            given = given or list(filter(None, [expected[2]]))
+        elif line and not line.startswith(NOISE):
+            said.append(line)
+    text = (said or [f"expected {' or '.join(dict.fromkeys(choices)) or 'null'}"])[0]
+    value = str(given[0]) if given else ""
+    if given and not said and not value.startswith(("Namespace(", "NestedArg(")):
+        text += f", not {'null' if value == 'None' else value or repr(value)}"
+        if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
+            text += f"; write [{value}]"
+    if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
+        text += suggestion(unknown[1], classes())
+    if key:
+        text = key[1] + ("." if re.match(r"[\w.]+: ", text) else ": ") + text
+    text = " ".join(text.split())
     return text if len(text) < LONGEST else f"{text[:LONGEST]} ..."

@@ -1,6 +1,6 @@
 """What a config leaves out since it follows from the data or the weights: filled in, and contradictions refused."""
 
-from inspect import signature
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
-from vitlit.model import Size, ViT
+from vitlit.model import Size, ViT, ViTConfig
 from vitlit.run.folder import flatten
 from vitlit.stages.finetune import TRAINING
 from vitlit.weights import Weights, network, read
@@ -149,12 +149,14 @@ def doubts(config: Namespace, source: dict[str, Any]) -> list[str]:
     return found
 
 
-# What of the data does nothing where these are all 0.
+# The other settings of a group do nothing while these are all 0.
 SWITCHES = {"mixing": (Mixing, ("mixup", "cutmix")), "erasing": (Erasing, ("prob",))}
 
 
 def check_idle(data: Namespace, source: dict[str, Any]) -> None:
-    """Refuse settings of what is off, unless the file, before flags, had it on: then a flag switched it off.
+    """Refuse settings of what is off, unless the config file has it on: then a flag switched it off.
+
+    `--data.mixing.prob 0.5` alone mixes nothing, though `--data.erasing.prob 0.5` erases.
 
     Raises:
         UserError: a setting other than the default would do nothing.
@@ -203,7 +205,7 @@ def complete_preprocess(data: Namespace, weights: Weights | None, channels: int,
 
 # What a config leaves at its default comes from the weights, but for what the data says.
 SIZE = ("image_size", "num_classes", "hidden_dim")
-DEFAULTS = {name: parameter.default for name, parameter in signature(ViT).parameters.items()}
+DEFAULTS = {field.name: field.default for field in fields(ViTConfig)}
 # What a config may give otherwise than the weights had it, and what a new run may besides.
 FREE = {"num_classes", "hidden_dim", *TRAINING}
 NEW = {"image_size", "in_channels", "class_position", "pool", "norm"}
@@ -235,7 +237,7 @@ def complete_vit(model: Namespace, image_size: Any, weights: Weights | None, new
             vit[name] = value
     build = ViT.from_preset if preset else ViT
     with torch.device("meta"):
-        built = build(**vit.as_dict()).config
+        built = build(**vit.as_dict()).config.plain()
     if weights is None:
         return
     free = FREE | NEW if new else FREE

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -29,10 +28,11 @@ from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
 from vitlit.prepare import sources
-from vitlit.run.checkpoints import Best, Last, check_space
+from vitlit.run.checkpoints import Best, Last
+from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
-from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, heeded, requeue
-from vitlit.run.ranks import agree, exchange, inherited, rank
+from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
+from vitlit.run.ranks import inherited, rank, share_decision
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
@@ -75,10 +75,13 @@ def run(command: str, arguments: list[str]) -> int:
         import_path_denylist=["*"],
         # What jsonargparse calls the base class where a callback's keys come without a class.
         import_path_allowlist=[*trusted(), "lightning.Callback"],
+        docstring_parse_attribute_docstrings=True,  # the help of ViTConfig's options
     )
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
     line = CommandLine.read(command, arguments)
     try:
-        with heeded(command == "fit"):
+        with signals_handled(command == "fit"):
             CLI(line)
     except UserError:
         if rank() and not line.launched:
@@ -156,7 +159,7 @@ class CLI(LightningCLI):
 
     def plain(self, config: Any) -> dict[str, Any]:
         """The config as plain values, without what is no setting of the run."""
-        plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         for beside in ("config", "ckpt_path", "out"):
             plain.pop(beside, None)
         plain["run"].update(name=self.folder.name, overwrite=False)
@@ -177,7 +180,7 @@ class CLI(LightningCLI):
         self.asked = self.plain(config)
         decision = Decision("begin", "")
         if self.keeps:
-            decision = agree(self.decided(config.run.overwrite), self.folder.path, self.asked)
+            decision = share_decision(self.decided(config.run.overwrite), self.folder.path, self.asked)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -197,7 +200,7 @@ class CLI(LightningCLI):
             return self.folder.decide(self.asked, overwrite)
         except UserError:
             with suppress(UserError):  # they may not have come
-                exchange(Decision("refused", ""), self.folder.path)
+                share_decision(Decision("refused", ""), self.folder.path, self.asked)
             raise
 
     def complete_loggers(self, config: Any) -> None:
@@ -290,10 +293,7 @@ class CLI(LightningCLI):
         )
         if not self.keeps:
             return
-        trainer: Any = self.trainer
         if rank() == 0:
-            averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-            check_space(self.folder.path, self.model, averaged)
             self.folder.begin(self.asked, self.config.fit.run.overwrite)
         given = self.config_init.fit.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given else []

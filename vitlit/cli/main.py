@@ -50,16 +50,13 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run.
 
-    It is 141, SIGPIPE's, where nobody reads what is printed any more, as after `| head`.
+    It is 141, SIGPIPE's, where nobody reads stdout any more, as after `| head`.
     """
     try:
         try:
-            code = answer(sys.argv[1:] if argv is None else argv)
-        except SystemExit:  # argparse's
+            return answer(sys.argv[1:] if argv is None else argv)
+        finally:
             sys.stdout.flush()
-            raise
-        sys.stdout.flush()
-        return code
     except (BrokenPipeError, SystemExit) as stop:  # rich makes the one into the other
         if not (unread() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)):
             raise
@@ -68,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def unread() -> bool:
-    """Whether it is the reader of what is printed that has gone. A flush would not tell, where nothing is buffered."""
+    """Whether nobody reads stdout any more; a pipe of W&B or a data worker that breaks must not end in silence."""
     watch = select.poll()
-    watch.register(sys.stdout, 0)  # an error is told unasked
+    watch.register(sys.stdout, 0)  # POLLERR is always reported
     return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
@@ -106,7 +103,7 @@ def dispatch(argv: list[str]) -> int:
         # OpenMP's threads spin while they wait, and where data workers share their cores a step takes ten times as
         # long. It is read when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        # A signal that comes meanwhile waits for what `run` makes of it.
+        # A signal that arrives during the imports waits until `interrupt.signals_handled`.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         return int(import_module("vitlit.cli.fit").run(command, arguments))
     if command in COMMANDS:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from vitlit.errors import UserError
-from vitlit.model import SIZES, ViT
+from vitlit.model import SIZES, ViTConfig
 from vitlit.weights.door import empty, load, read
 from vitlit.weights.save import Format, save_weights
 from vitlit.weights.weights import Weights
@@ -66,7 +66,7 @@ def describe(weights: Weights) -> dict[str, str]:
     complete = "heads" in config and config.get("image_size") is not None
     if complete or "pos_embed" not in weights.state:
         vit = empty(weights)
-        config, size = vit.config, "{} x {} pixels, {} x {} patches".format(*sides(vit), *vit.grid)
+        config, size = vit.config.plain(), "{} x {} pixels, {} x {} patches".format(*vit.config.sides, *vit.grid)
     else:
         size = "not told"
     shape = (config["width"], config["depth"], config["mlp_dim"])
@@ -88,16 +88,11 @@ def describe(weights: Weights) -> dict[str, str]:
     return rows | {f"  {name}": f"from {origin}" for name, origin in origins.items()}
 
 
-def sides(vit: ViT) -> tuple[int, int]:
-    return vit.grid[0] * vit.patch_size, vit.grid[1] * vit.patch_size
-
-
 def unusual(config: dict[str, Any]) -> dict[str, Any]:
     """The options of a network that are not a ViT's defaults."""
-    with torch.device("meta"):
-        plain = ViT(patch_size=1, image_size=1, width=4, depth=1, heads=1, mlp_dim=1).config
+    defaults = ViTConfig().plain()
     size = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes")
-    return {name: value for name, value in config.items() if name not in size and value != plain[name]}
+    return {name: value for name, value in config.items() if name not in size and value != defaults[name]}
 
 
 def convert(source: str, out: Path, format: str) -> None:
@@ -114,15 +109,16 @@ def convert(source: str, out: Path, format: str) -> None:
         raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source)
     written = save_weights(vit, out, format)  # type: ignore[arg-type]
-    images = torch.randn(2, vit.config["in_channels"], *sides(vit), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))
     again = load(written)
     with torch.inference_mode():
         before, after = vit(images), again(images)
     difference = (before - after).abs().max().item()
-    what = "logits" if vit.config["num_classes"] else "features"
+    what = "logits" if vit.config.num_classes else "features"
     if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
         shutil.rmtree(out) if out.is_dir() else out.unlink()
-        lost = [f"{name} {value}" for name, value in vit.config.items() if again.config[name] != value]
+        kept = again.config.plain()
+        lost = [f"{name} {value}" for name, value in vit.config.plain().items() if kept[name] != value]
         why = f", since {format} does not keep {', '.join(lost)}" if lost else ""
         raise UserError(f"{what} read back from {out} differ by {difference:.1e}{why}; it was removed")
     print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")

@@ -28,14 +28,15 @@ class Names:
     ends: np.ndarray
 
     @classmethod
-    def pack(cls, names: list[bytes]) -> "Names":
-        """Of a list."""
-        ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), dtype=np.int64)
-        return cls(np.frombuffer(b"".join(names), np.uint8), ends)
+    def pack(cls, names: Iterable[str | bytes]) -> "Names":
+        """Of any strings; text is encoded as in paths."""
+        packed = [name.encode(errors="surrogateescape") if isinstance(name, str) else name for name in names]
+        ends = np.cumsum(np.fromiter(map(len, packed), np.int64, len(packed)), dtype=np.int64)
+        return cls(np.frombuffer(b"".join(packed), np.uint8), ends)
 
     @classmethod
     def check(cls, packed: np.ndarray, ends: np.ndarray) -> "Names":
-        """Of arrays from a file; ValueError where they are not those of names."""
+        """Of arrays from a file; ValueError where they hold no names."""
         typed = packed.dtype == np.uint8 and packed.ndim == ends.ndim == 1 and ends.dtype == np.int64
         if not typed or (np.diff(ends, prepend=0) < 0).any() or ends[-1:].sum() != len(packed):
             raise ValueError("its names are wrong")
@@ -49,16 +50,17 @@ class Names:
             raise IndexError(row)
         return self.packed[self.ends[row - 1] if row else 0 : self.ends[row]].tobytes()
 
+    def text(self, row: int) -> str:
+        """A name as text."""
+        return self[row].decode(errors="surrogateescape")
+
 
 class Files(Protocol):
     """Where the bytes of images are: files of a folder, or parts of shards."""
 
     @property
     def names(self) -> Names:
-        """Of all images, within their split."""
-
-    def name(self, row: int) -> bytes:
-        """Of an image within its split, by which it is drawn for the holdout."""
+        """Of all images, within their split. By its name an image is drawn for the holdout."""
 
     def path(self, row: int) -> str:
         """Of an image, for people."""
@@ -74,11 +76,8 @@ class FolderFiles:
     root: str
     names: Names
 
-    def name(self, row: int) -> bytes:
-        return self.names[row]
-
     def path(self, row: int) -> str:
-        return os.path.join(self.root, self.names[row].decode(errors="surrogateescape"))
+        return os.path.join(self.root, self.names.text(row))
 
     def read(self, row: int) -> bytes:
         return read_file(self.path(row))
@@ -105,9 +104,7 @@ class Index:
         cls, root: str | Path, names: Iterable[str | bytes], labels: np.ndarray, groups: np.ndarray | None = None
     ) -> "Index":
         """Of files at paths relative to root."""
-        packed = Names.pack(
-            [name.encode(errors="surrogateescape") if isinstance(name, str) else name for name in names]
-        )
+        packed = Names.pack(names)
         return cls(FolderFiles(os.fspath(root), packed), np.arange(len(packed)), labels, groups)
 
     def __len__(self) -> int:
@@ -115,7 +112,7 @@ class Index:
 
     def names(self) -> list[bytes]:
         """The images' names within their split."""
-        return [self.files.name(row) for row in self.rows.tolist()]
+        return [self.files.names[row] for row in self.rows.tolist()]
 
     def digest(self) -> str:
         """Of the images' names and labels, in order: two indices of one digest have the same."""

@@ -26,7 +26,7 @@ from vitlit.data.transforms import CropName, check_augment, check_scale, train_t
 from vitlit.data.views import Views
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
-from vitlit.images.codec import DECODER, PILLOW_SLOWER
+from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.objectives import Batch
 

@@ -48,11 +48,8 @@ class ShardFiles:
     parts: np.ndarray
     names: Names
 
-    def name(self, row: int) -> bytes:
-        return self.names[row]
-
     def path(self, row: int) -> str:
-        return f"{self.shards[self.parts[row, 0]]}/{self.names[row].decode(errors='surrogateescape')}"
+        return f"{self.shards[self.parts[row, 0]]}/{self.names.text(row)}"
 
     def read(self, row: int) -> bytes:
         shard, start, size, check = self.parts[row].tolist()
@@ -102,29 +99,26 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
     Raises:
         UserError: it still fails, or cannot but fail.
     """
-    got: bytes | Exception = b""
+    what = f"cannot read bytes {start}-{end} of {join(root, name)}"
+    failure: Exception | None = None
     for pause in (0.0, *PAUSES):
-        if pause:  # even none takes 60 us
+        if pause:  # sleep(0) takes 60 us
             time.sleep(pause)
         try:
-            got = _read_once(root, name, start, end)
+            data = _read_once(root, name, start, end)
+            if len(data) == end - start:
+                return data
+            failure = None
         except UserError:
             raise
         except Exception as error:  # every filesystem has its own
-            if NO_PARTS in str(error):  # it would do so again
-                raise StorageUserError(
-                    f"cannot read bytes {start}-{end} of {join(root, name)}: {why(error)}"
-                ) from error
-            got = error
-        else:
-            if len(got) == end - start:
-                return got
-    cause = got if isinstance(got, Exception) else None
+            failure = error
+            if NO_PARTS in str(error):  # it would fail again
+                raise StorageUserError(f"{what}: {why(error)}") from error
+    reason = why(failure) if failure else f"the file is cut short: {_ends(root, name, end)}"
     raise StorageUserError(
-        f"cannot read bytes {start}-{end} of {join(root, name)}, tried {1 + len(PAUSES)} times "
-        f"({why(cause) if cause else 'the file is cut short: ' + _ends(root, name, end)}); "
-        "once they can be read, the same command continues the run"
-    ) from cause
+        f"{what}, tried {1 + len(PAUSES)} times ({reason}); once they can be read, the same command continues the run"
+    ) from failure
 
 
 def _read_once(root: str, name: str, start: int, end: int) -> bytes:
@@ -217,8 +211,7 @@ def read_shards(root: str) -> Manifest:
 def save_index(file: Path, kept: Kept) -> None:
     """Write index.npz, whole or not at all."""
     arrays: dict[str, Any] = {"sizes": kept.sizes, "key": np.frombuffer(kept.key, np.uint8)}
-    lists = {"classes": kept.found.classes, "shards": kept.shards}
-    packed = {name: Names.pack([text.encode(errors="surrogateescape") for text in lists[name]]) for name in lists}
+    packed = {"classes": Names.pack(kept.found.classes), "shards": Names.pack(kept.shards)}
     for split, index in kept.found.splits.items():
         assert isinstance(index.files, ShardFiles)
         packed[f"{split}_names"] = index.files.names
@@ -251,12 +244,16 @@ def load_index(data: bytes, root: str, place: str) -> Kept:
 
 
 def _parse(known: dict[str, np.ndarray], root: str) -> Kept:
-    classes, shards, sizes = _texts(known, "classes"), tuple(_texts(known, "shards")), known["sizes"]
+    def names_of(what: str) -> Names:
+        return Names.check(known[what], known[f"{what}_ends"])
+
+    classes, shards = ([names.text(row) for row in range(len(names))] for names in map(names_of, ("classes", "shards")))
+    sizes = known["sizes"]
     sound = [sizes.dtype == np.int64, sizes.shape == (len(shards),), (sizes >= 0).all()]
     sound += [not name.startswith("/") and ".." not in name.split("/") for name in shards]
     splits = {}
     for split in [split for split in SPLITS if f"{split}_parts" in known]:
-        parts, labels, names = known[f"{split}_parts"], known[f"{split}_labels"], _names(known, f"{split}_names")
+        parts, labels, names = known[f"{split}_parts"], known[f"{split}_labels"], names_of(f"{split}_names")
         groups = known.get(f"{split}_groups")
         shard, start, size, _ = parts.T
         sound += [len(parts) == len(names) == len(labels) > 0, parts.dtype == np.int64]
@@ -266,17 +263,8 @@ def _parse(known: dict[str, np.ndarray], root: str) -> Kept:
         else:
             sound += [labels.dtype == np.int64, labels.ndim == 1, (labels >= 0).all(), (labels < len(classes)).all()]
         sound += [groups is None or (groups.dtype == np.int64 and groups.shape == (len(parts),))]
-        splits[split] = Index(ShardFiles(root, shards, parts, names), np.arange(len(parts)), labels, groups)
+        splits[split] = Index(ShardFiles(root, tuple(shards), parts, names), np.arange(len(parts)), labels, groups)
     if not splits or not all(sound):
         raise ValueError("its arrays do not fit together")
     several = any(index.labels.ndim == 2 for index in splits.values())
-    return Kept(Manifest(classes, splits, several), shards, sizes, known["key"].tobytes())
-
-
-def _names(known: dict[str, np.ndarray], name: str) -> Names:
-    return Names.check(known[name], known[f"{name}_ends"])
-
-
-def _texts(known: dict[str, np.ndarray], name: str) -> list[str]:
-    names = _names(known, name)
-    return [names[row].decode(errors="surrogateescape") for row in range(len(names))]
+    return Kept(Manifest(classes, splits, several), tuple(shards), sizes, known["key"].tobytes())

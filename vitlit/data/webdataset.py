@@ -7,7 +7,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -56,7 +56,11 @@ def find(filesystem: Any, path: str, root: str, beside: Kept | None) -> Manifest
             kept = load()  # by a process that was waited for
             if kept is None:
                 kept = _search(filesystem, path, root, tars, classes)._replace(key=key)
-                _save(places, kept)
+                for file in places:  # at the first that can be written
+                    with suppress(OSError):
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        save_index(file, kept)
+                        break
     return kept.found
 
 
@@ -78,17 +82,6 @@ def _alone(lock: Path, root: str) -> AbstractContextManager[object]:
     except (ImportError, OSError):
         return nullcontext()
     return held
-
-
-def _save(places: tuple[Path, ...], kept: Kept) -> None:
-    """Keep an index at the first of the places that can be written."""
-    for file in places:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_index(file, kept)
-        except OSError:  # read-only
-            continue
-        return
 
 
 def _list(filesystem: Any, path: str, root: str) -> tuple[dict[str, str], list[str] | None, bytes]:
@@ -166,7 +159,7 @@ def _search(filesystem: Any, path: str, root: str, tars: dict[str, str], named: 
     classes, labels = _number(root, samples, named)
     splits = {}
     for split, own in samples.items():
-        names = Names.pack([sample.name.encode(errors="surrogateescape") for sample in own])
+        names = Names.pack(sample.name for sample in own)
         parts = np.array([sample.part for sample in own], np.int64)
         splits[split] = Index(ShardFiles(root, shards, parts, names), np.arange(len(own)), labels[split])
     total = ", ".join(f"{len(index):,} of {split}" for split, index in splits.items())

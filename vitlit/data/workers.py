@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # on which the main process alone acts
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # only the main process acts on them
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and of which period
 
 
@@ -35,7 +35,7 @@ class Loader(DataLoader[Any]):
         # garbage of this process, where it holds an event or a stream of a GPU, ends a worker that collects it.
         if not self.num_workers:
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         gc.freeze()
         try:
             return super().__iter__()
@@ -73,7 +73,7 @@ def loader(
 
 def leave_signals(worker: int) -> None:
     """Let the main process alone act on signals: one to the process group must not end its data workers."""
-    for stop in STOPS:
+    for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
 
 

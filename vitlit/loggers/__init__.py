@@ -1,6 +1,16 @@
-"""Where the numbers of a run go."""
+"""Where the numbers of a run go. Imported lazily: `vitlit doctor` needs the mode of W&B, but not Lightning."""
 
-from vitlit.loggers.metrics_csv import CSV
-from vitlit.loggers.wandb import Mistake, Wandb, confusion_rows
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitlit.loggers.metrics_csv import CSV
+    from vitlit.loggers.wandb import Mistake, Wandb, confusion_rows
 
 __all__ = ["CSV", "Mistake", "Wandb", "confusion_rows"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("vitlit.loggers." + ("metrics_csv" if name == "CSV" else "wandb")), name)
+    raise AttributeError(f"module 'vitlit.loggers' has no attribute {name!r}")

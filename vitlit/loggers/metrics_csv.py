@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit.errors import UserError
+from vitlit.files import whole_file
 
 Row = dict[str, str]
 
@@ -92,11 +92,10 @@ class CSV(Logger):
 
     def _write(self, columns: list[str], rows: list[Row]) -> None:
         lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]
-        draft = self.path.with_name("metrics.csv.tmp")
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(b"".join(lines))
-            os.replace(draft, self.path)
+            with whole_file(self.path) as partial:
+                partial.write_bytes(b"".join(lines))
         self._columns, self._last = columns, rows[-1] if rows else {}
         self._end = sum(map(len, lines))
         self._start = self._end - len(lines[-1])

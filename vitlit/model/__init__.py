@@ -1,6 +1,6 @@
 """What a ViT is. Torch only."""
 
-from vitlit.model.options import SIZES, Size, ViTOptions
-from vitlit.model.vit import ViT
+from vitlit.model.sizes import SIZES, Size
+from vitlit.model.vit import ViT, ViTConfig
 
-__all__ = ["SIZES", "Size", "ViT", "ViTOptions"]
+__all__ = ["SIZES", "Size", "ViT", "ViTConfig"]

@@ -1,6 +1,6 @@
-"""The encoder block and its parts. B is the batch, D the width."""
+"""What a ViT is built of: patch embedding, attention, MLP, encoder block. B is the batch, D the width."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,22 @@ from torch.nn import functional as F
 
 from vitlit.model.position import rotate
 
+if TYPE_CHECKING:
+    from vitlit.model.vit import ViTConfig
+
 Rotary = tuple[Tensor, Tensor]
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose kernel and stride are the patch size: images (B, C, H, W) -> N patches (B, N, D)."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -18,25 +32,16 @@ class Attention(nn.Module):
     With `qk_norm` queries and keys are normalised head by head (2302.05442, section 2); with `rotary` they are turned.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        qkv_bias: bool,
-        qk_norm: bool,
-        dropout: float,
-        attention_dropout: float,
-        norm_eps: float,
-    ) -> None:
+    def __init__(self, config: "ViTConfig") -> None:
         super().__init__()
-        self.heads = heads
-        self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(width // heads, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        width, head_width = config.width, config.width // config.heads
+        self.heads = config.heads
+        self.attention_dropout = config.attention_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.q_norm = nn.LayerNorm(head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         batch, tokens, width = x.shape
@@ -105,36 +110,15 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """A pre-norm encoder block (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_dim: int,
-        *,
-        qkv_bias: bool,
-        qk_norm: bool,
-        mlp: Activation,
-        layer_scale: float | None,
-        dropout: float,
-        attention_dropout: float,
-        drop_path: float,
-        norm_eps: float,
-    ) -> None:
+    def __init__(self, config: "ViTConfig", drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(
-            width,
-            heads,
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            norm_eps=norm_eps,
-        )
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, mlp_dim, mlp, dropout)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        width, scale = config.width, config.layer_scale
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = MLP(width, config.mlp_dim, config.mlp, config.dropout)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:

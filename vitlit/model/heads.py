@@ -1,12 +1,16 @@
 """What follows the encoder: the attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.model.block import MLP, Activation
+from vitlit.model.block import MLP
+
+if TYPE_CHECKING:
+    from vitlit.model.vit import ViTConfig
 
 
 class AttentionPool(nn.Module):
@@ -15,15 +19,16 @@ class AttentionPool(nn.Module):
     (B, tokens, D) -> (B, D). Its MLP is never gated: where the blocks have swiglu, it has gelu.
     """
 
-    def __init__(self, width: int, heads: int, mlp_dim: int, mlp: Activation, norm_eps: float) -> None:
+    def __init__(self, config: "ViTConfig") -> None:
         super().__init__()
-        self.heads = heads
+        width = config.width
+        self.heads = config.heads
         self.latent = nn.Parameter(torch.empty(1, 1, width))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, mlp_dim, "gelu" if mlp == "swiglu" else mlp, dropout=0.0)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = MLP(width, config.mlp_dim, "gelu" if config.mlp == "swiglu" else config.mlp, dropout=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape

@@ -37,7 +37,13 @@ def init_weights(vit: "ViT") -> None:
         nn.init.xavier_uniform_(vit.attn_pool.latent[0])  # (1, D): torch would take D of three axes for a kernel
         for layer, parts in ((vit.attn_pool.q, 1), (vit.attn_pool.kv, 2), (vit.attn_pool.proj, 1)):
             xavier(layer, parts)
-    for module in vit.modules():
+    init_layers(vit)
+
+
+@torch.no_grad()
+def init_layers(network: nn.Module) -> None:
+    """Initialise every attention, MLP, layer scale and LayerNorm of a network."""
+    for module in network.modules():
         if isinstance(module, Attention):
             xavier(module.qkv, 3)
             xavier(module.proj)
@@ -50,6 +56,7 @@ def init_weights(vit: "ViT") -> None:
             module.reset_parameters()
 
 
+@torch.no_grad()
 def xavier(layer: nn.Linear, parts: int = 1, bias_std: float = 0.0) -> None:
     """Xavier-uniform for each of the equal parts of a layer's outputs."""
     for matrix in layer.weight.chunk(parts):

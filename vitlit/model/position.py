@@ -74,7 +74,9 @@ def sincos2d(grid: tuple[int, int], width: int, convention: str) -> Tensor:
     return torch.cat([f(axis) for axis in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
 
 
-def rotary2d(grid: tuple[int, int], head_width: int, prefix: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary2d(
+    grid: tuple[int, int], head_width: int, prefix: int, like: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the axial rotary embedding of DINOv3 (2508.10104, section 3.2; its base is 100).
 
     A patch's centre is (y, x) in [-1, 1]; half of a head's channel pairs turn with y, half with x. Prefix tokens
@@ -85,15 +87,19 @@ def rotary2d(grid: tuple[int, int], head_width: int, prefix: int, like: Tensor) 
         head_width: channels of a head, divisible by 4.
         prefix: the number of tokens before the patches.
         like: a tensor whose device and dtype the result gets.
+        keep: indices of the only patches there are, (B, K), int64.
 
     Returns:
-        two tensors (prefix + grid height * grid width, head_width), for `rotate`.
+        two tensors (prefix + grid height * grid width, head_width), or (B, 1, prefix + K, head_width) with `keep`, for
+        `rotate`.
     """
     device = like.device
     frequencies = 100.0 ** -(torch.arange(head_width // 4, dtype=torch.float32, device=device) * (4 / head_width))
     sides = [2 * (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side - 1 for side in grid]
     centres = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).reshape(-1, 2)
     angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).repeat(1, 2)
+    if keep is not None:
+        angles = angles[keep][:, None]
     angles = F.pad(angles, (0, 0, prefix, 0))  # an angle of zero turns nothing
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

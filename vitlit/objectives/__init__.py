@@ -1,7 +1,8 @@
 """What a ViT is asked to learn, one idea a file. Torch only."""
 
 from vitlit.objectives.distillation import Distillation
+from vitlit.objectives.mae import MAE
 from vitlit.objectives.objective import Batch, Objective, Step
 from vitlit.objectives.supervised import Supervised
 
-__all__ = ["Batch", "Distillation", "Objective", "Step", "Supervised"]
+__all__ = ["MAE", "Batch", "Distillation", "Objective", "Step", "Supervised"]

@@ -66,7 +66,7 @@ class Distillation(Supervised):
         """
         super().prepare(data)
         (teacher, *_) = self._teacher
-        classes, own = teacher.config["num_classes"], list(getattr(data, "classes", []))
+        classes, own = teacher.config.num_classes, list(getattr(data, "classes", []))
         if not classes:
             raise UserError(f"the teacher {self.teacher} has no head; finetune it first")
         if classes != self.num_classes:

@@ -53,7 +53,7 @@ class Supervised(Objective):
         multi_label: bool = False,
     ) -> None:
         super().__init__(vit)
-        num_classes = vit.config["num_classes"] if num_classes is None else num_classes
+        num_classes = vit.config.num_classes if num_classes is None else num_classes
         if num_classes < 2:
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
         if not 0 <= label_smoothing < 1:
@@ -66,9 +66,9 @@ class Supervised(Objective):
             wrong = "loss softmax" if loss == "softmax" else "class_weights"
             remedy = "give --model.objective.loss sigmoid or bce" if loss == "softmax" else "leave it out"
             raise UserError(f"{wrong} needs one label an image, but the data has several; {remedy}")
-        if vit.config["num_classes"] != num_classes or head is not None:
+        if vit.config.num_classes != num_classes or head is not None:
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
-        if hidden_dim not in (None, vit.config["hidden_dim"]):
+        if hidden_dim not in (None, vit.config.hidden_dim):
             raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
         for made in (vit.head, vit.head_dist):
             if made is not None:

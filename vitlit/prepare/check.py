@@ -18,8 +18,8 @@ from vitlit.data.index import Index
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.header import MOST_PIXELS
-from vitlit.prepare.report import Copies, Facts, Look, Paths, Report, look
+from vitlit.images.decode import MOST_PIXELS
+from vitlit.prepare.report import Facts, Look, Paths, Report, look
 
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:
@@ -29,6 +29,7 @@ train that val or test lacks is a warning.
 """
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+Place = tuple[int, int]  # of an image: the number of its split, and its row there
 SMALL = 16  # pixels
 RARE = 100  # times fewer images than the largest class
 
@@ -125,7 +126,8 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
 def _find_splits(report: Report, holdout: bool) -> dict[str, Path]:
     """The folders of the splits. One in another spelling is a fault, and taken for what it means."""
     names, _ = _list(report.root)
-    meanings = {name: _meaning(name) for name in names}
+    split_of = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+    meanings = {name: split_of.get(name.strip().lower()) for name in names}
     if holdout and "train" not in names and not (names and all(meanings.values())):  # "valid" may be a class
         return {"train": report.root}
     folders = {}
@@ -139,11 +141,6 @@ def _find_splits(report: Report, holdout: bool) -> dict[str, Path]:
         elif split != "test":
             report.add("no_split", [split], split)
     return folders
-
-
-def _meaning(name: str) -> str | None:
-    """The split that a folder's name means."""
-    return next((split for split, spellings in SPLITS.items() if name.strip().lower() in spellings), None)
 
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
@@ -162,12 +159,9 @@ def _scan(folder: Path, labelled: bool) -> Layout:
     index = Index.of(
         folder, [image for tree in trees for image in tree.images], np.repeat(np.arange(len(trees)), counts)
     )
+    stray = [str(folder / file) for file in files if file.lower().endswith(EXTENSIONS)]
     ignored = [str(folder / os.fsdecode(other)) for tree in trees for other in tree.others]
-    return Layout(folder, classes, index, [str(folder / file) for file in files if _is_image(file)], ignored)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    return Layout(folder, classes, index, stray, ignored)
 
 
 def _judge_folder(report: Report, layout: Layout) -> None:
@@ -208,7 +202,8 @@ def _judge_classes(report: Report, layouts: dict[str, Layout]) -> None:
 
 def _judge_images(report: Report, layouts: dict[str, Layout], workers: int) -> None:
     """Look at all images, note facts about each split, and what is wrong with files and between them."""
-    copies = Copies()
+    first: dict[bytes, Place] = {}  # image of these pixels
+    copies: dict[Place, list[Place]] = {}  # by the first one, which is among them
     found: dict[str, Paths] = defaultdict(list)
     reasons: dict[str, str] = {}
     for number, (split, layout) in enumerate(layouts.items()):
@@ -221,13 +216,15 @@ def _judge_images(report: Report, layouts: dict[str, Layout], workers: int) -> N
                 reasons[path] = seen.reason.split(";")[0].rstrip(".")  # the rest is a remedy
             if seen.digest:
                 facts.add(seen, path)
-                copies.add(seen.digest, number, row)
+                place = first.setdefault(seen.digest, (number, row))
+                if place != (number, row):
+                    copies.setdefault(place, [place]).append((number, row))
         report.splits[split] = facts.plain(layout.counts)
     details = {"too_large": f"{MOST_PIXELS:,}", "small": str(SMALL)}
     report.add("unreadable", found["unreadable"], reasons=reasons)
     for kind in ("truncated", "corrupt", "too_large", "small"):
         report.add(kind, found[kind], details.get(kind, ""))
-    _judge_copies(report, list(layouts.items()), copies)
+    _judge_copies(report, list(layouts.items()), [copies[place] for place in sorted(copies)])
 
 
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
@@ -248,14 +245,17 @@ def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
         ) from error
 
 
-def _judge_copies(report: Report, layouts: list[tuple[str, Layout]], copies: Copies) -> None:
-    """Note images with the same pixels, by decoded pixels: between splits, and within one."""
+def _judge_copies(report: Report, layouts: list[tuple[str, Layout]], copies: list[list[Place]]) -> None:
+    """Note sets of images with the same pixels: between splits, and within one."""
     found: dict[str, Paths] = defaultdict(list)
 
     def at(split: int, row: int) -> str:
         return os.path.relpath(layouts[split][1].index.path(row), report.root)
 
-    for group in copies.groups():
+    for places in copies:
+        group: dict[int, list[int]] = defaultdict(list)  # rows by split
+        for split, row in places:
+            group[split].append(row)
         for split, rows in group.items():
             labels = {int(layouts[split][1].index.labels[row]) for row in rows}
             if len(rows) > 1:

@@ -23,7 +23,6 @@ from rich.markup import escape
 from vitlit.errors import UserError
 from vitlit.files import read_file
 from vitlit.images.decode import FORMATS, decode_bytes
-from vitlit.images.header import HugeImage
 
 Paths: TypeAlias = "list[str | list[str]]"  # files; or lists of files that have the same pixels
 
@@ -78,7 +77,7 @@ def look(path: str) -> Look:
             data = read_file(path)
             image = decode_bytes(data, path).permute(1, 2, 0).contiguous()
         except Exception as error:  # a decoder's bug in one file must not end the check
-            if isinstance(error.__cause__, HugeImage):
+            if isinstance(error.__cause__, Image.DecompressionBombError):
                 return Look("too_large")
             reason = str(error).removeprefix(f"cannot read the image {path}: ") or type(error).__name__
             return Look("unreadable", reason)
@@ -157,30 +156,6 @@ class Facts:
             }
         facts |= {"formats": dict(self.formats.most_common()), "modes": dict(self.modes.most_common())}
         return facts | {"turned": self.turned, "misnamed": self.misnamed}
-
-
-class Copies:
-    """The digests of all images, and of which split and row they are."""
-
-    def __init__(self) -> None:
-        self.digests, self.splits, self.rows = bytearray(), array("B"), array("q")
-
-    def add(self, digest: bytes, split: int, row: int) -> None:
-        self.digests += digest
-        self.splits.append(split)
-        self.rows.append(row)
-
-    def groups(self) -> list[dict[int, list[int]]]:
-        """The rows by split of each set of images with the same pixels."""
-        if not self.rows:
-            return []
-        digests = np.frombuffer(bytes(self.digests), np.uint64).reshape(-1, 2)
-        _, group, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
-        group = group.reshape(-1)
-        found: dict[int, dict[int, list[int]]] = {}
-        for place in np.flatnonzero(counts[group] > 1).tolist():
-            found.setdefault(int(group[place]), {}).setdefault(self.splits[place], []).append(self.rows[place])
-        return list(found.values())
 
 
 @dataclass

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from vitlit.errors import UserError
+from vitlit.files import whole_file
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -30,18 +31,14 @@ class Files(TorchCheckpointIO):
             UserError: it cannot be written, as where the disk is full; what was there before is whole.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.name == LAST and path.exists():
-                link(path, path.with_name(PREVIOUS))
-            os.replace(partial, path)
+            with whole_file(path) as partial:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                if path.name == LAST and path.exists():
+                    link(path, path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-            partial.unlink(missing_ok=True)
             reason = cause(error)
             if reason is None:
                 raise
@@ -63,41 +60,12 @@ def cause(error: BaseException) -> str | None:
 
 def link(path: Path, other: Path) -> None:
     """Give a file a second name in the place of what had it; a copy where the file system has no links."""
-    partial = other.with_name(f".{other.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(path, partial)
-    except OSError:
-        shutil.copyfile(path, partial)
-    os.replace(partial, other)
-
-
-def check_space(folder: Path, module: LightningModule, averaged: bool) -> None:
-    """Refuse a disk that would be full before training ends.
-
-    Args:
-        folder: of the run, which may have checkpoints already.
-        module: that is trained.
-        averaged: whether an average of the weights is kept, too.
-
-    Raises:
-        UserError: there is less room than last, previous and best checkpoint need while a new one is written.
-    """
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    whole = weights * (2 if averaged else 1) + 2 * trained  # with Adam's two moments
-    needed = 3 * whole + 2 * weights
-    there = (folder / "checkpoints" / name for name in (LAST, PREVIOUS, BEST))
-    needed -= sum(path.stat().st_size for path in there if path.is_file())
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"the disk of {folder} has {free / 1e6:,.0f} MB left, and the run's checkpoints need "
-            f"{needed / 1e6:,.0f} MB; make room, or give another --run.root"
-        )
+    with whole_file(other) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
 
 
 class Best(ModelCheckpoint):

@@ -10,6 +10,25 @@ from vitlit.errors import UserError
 MOST_VALUES = 100_000  # in a config: those shipped have a hundred
 MERGE = "tag:yaml.org,2002:merge"
 
+# The public paths of classes that configs and checkpoints of earlier versions name otherwise.
+RENAMED = {
+    "vitlit.averaging.EMA": "vitlit.callbacks.EMA",
+    "vitlit.objectives.distillation.Distillation": "vitlit.objectives.Distillation",
+    "vitlit.objectives.supervised.Supervised": "vitlit.objectives.Supervised",
+    "vitlit.optim.lamb.LAMB": "vitlit.optim.LAMB",
+    "vitlit.stages.finetune.Finetune": "vitlit.stages.Finetune",
+    "vitlit.stages.pretrain.Pretrain": "vitlit.stages.Pretrain",
+}
+
+
+def with_public_paths(value: Any) -> Any:
+    """Plain values whose class paths of earlier versions are today's."""
+    if isinstance(value, dict):
+        return {key: with_public_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_public_paths(item) for item in value]
+    return RENAMED.get(value, value) if isinstance(value, str) else value
+
 
 class Loader(yaml.SafeLoader):
     """Reads plain values alone, no key twice, and no more keys than a config may have."""
@@ -45,7 +64,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if _count(content, {}) > MOST_VALUES:
         raise UserError(f"config {path} has more than {MOST_VALUES:,} values, with those that aliases repeat")
     check_form(f"config {path}", content)
-    return content
+    renamed: dict[str, Any] = with_public_paths(content)
+    return renamed
 
 
 def _count(value: Any, known: dict[int, int]) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive
+from vitlit.files import check_archive, whole_file
 from vitlit.run.config import read_config
 from vitlit.run.lock import Lock
 
@@ -216,9 +216,8 @@ class RunFolder:
             raise UserError(f"{self.marker} is damaged; remove it, and the same command continues the run") from error
 
     def _write(self, path: Path, text: str) -> None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text(text)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a run is stopped in good order: by a signal, or by its time limit."""
+"""Stopping a run cleanly: on a signal, or at its time limit."""
 
 import math
 import os
@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
+from vitlit.data.workers import STOP_SIGNALS
 from vitlit.run.checkpoints import Last
 
-TIME_LIMIT = signal.SIGALRM  # the number that stands for run.time_limit among those of signals
-SAVE = 1  # and what asks for a checkpoint alone
-EARLY = (signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C ends what is no training by itself
-AGAIN = 75  # the exit code of a run that wants to be continued: sysexits.h's EX_TEMPFAIL
+TIME_LIMIT = signal.SIGALRM  # stands for run.time_limit among the signal numbers
+SAVE = 1  # a number below all of these, which asks for a checkpoint and no more
+OUTSIDE = (signal.SIGTERM, signal.SIGUSR1)  # handled outside of training too, where Python handles Ctrl-C
+AGAIN = 75  # the exit code of a run that is to be continued: EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(Exception):
-    """A signal or the time limit ended the run, in training after a checkpoint was saved.
+    """A signal or the time limit ended the run. In training, a checkpoint was saved before.
 
     Attributes:
-        code: the exit code of the process: 75 where the run wants to be continued, else 128 + the signal.
+        code: the exit code of the process: 75 if the run is to be continued, else 128 + the signal.
         agreed: whether all ranks stop, as they do in training.
     """
 
@@ -38,10 +38,13 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def heeded(training: bool) -> Iterator[None]:
-    """Let a signal before or after training, also one that has waited for this, end the process as one in it would."""
-    before = {number: signal.signal(number, _end) for number in EARLY if training}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
+def signals_handled(training: bool) -> Iterator[None]:
+    """Let a signal before or after training end the process as one in training would.
+
+    The signals were blocked as the command began (`vitlit.cli`); one that has arrived since acts now.
+    """
+    before = {number: signal.signal(number, _end) for number in OUTSIDE if training}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTSIDE)
     try:
         yield
     finally:
@@ -54,31 +57,32 @@ def _end(number: int, frame: Any) -> None:
 
 
 class Interrupt(Callback):
-    """On SIGTERM, SIGINT, SIGUSR1 or the time limit finish the step, save last.ckpt and end training on every rank.
+    """On SIGTERM, SIGINT, SIGUSR1 or at the time limit, finish the step, save last.ckpt and end training on every rank.
 
-    A step that ends an epoch is finished once the epoch is validated. The ranks tell each other at the beginning of a
-    step and act on it at that of the next, so that no GPU has to be waited for. It replaces Lightning's handling, which
-    saves nothing, exits 0, and hangs where one rank alone is signalled. A second SIGINT stops at once.
+    A step that ends an epoch is finished once the epoch is validated. The ranks exchange what they want at the start of
+    a step and act on it at the start of the next, so that nothing waits for the GPU. A second SIGINT stops at once.
+
+    This replaces Lightning's handling, which saves nothing, exits 0, and hangs if only one rank is signalled.
 
     Args:
-        last: what saves.
-        until: time.monotonic() at which training is to stop; None for no limit.
-        save_minutes: how long after a checkpoint the next is saved in the midst of an epoch.
+        last: the callback that saves.
+        until: time.monotonic() at which training stops; None for no limit.
+        save_minutes: minutes after a checkpoint until the next one within an epoch.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, last: Last, until: float | None = None, save_minutes: float = math.inf) -> None:
         self.last, self.until, self.save_seconds = last, until, 60 * save_minutes
         self.received = 0
         self._before: dict[int, Any] = {}
-        self._told: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._wanted_before: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Handlers set in a later hook would not do: between Lightning's registration and the next hook lies a barrier,
+        # where Lightning's handler of SIGTERM hangs if not every rank is signalled.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        # At every step, and a GPU would have to be waited for.
+        # It would wait for the GPU at every step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        for number in self.SIGNALS:
+        for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -104,7 +108,7 @@ class Interrupt(Callback):
             raise Interrupted(wanted, trainer.global_step)
 
     def _wanted(self) -> int:
-        """What this rank asks for: the number of a signal, TIME_LIMIT, SAVE or 0."""
+        """What this rank wants: the number of a signal, TIME_LIMIT, SAVE or 0."""
         if self.received:
             return self.received
         now = time.monotonic()
@@ -113,19 +117,21 @@ class Interrupt(Callback):
         return SAVE if now - self.last.saved_at >= self.save_seconds else 0
 
     def _agreed(self, trainer: Trainer, wanted: int) -> int:
-        """The highest that any rank wanted, one step late where there are several."""
+        """The highest number that any rank wanted; with several ranks, at the step before."""
         if trainer.world_size == 1:
             return wanted
-        before = self._told
+        before = self._wanted_before
         device = trainer.strategy.root_device
         flag = torch.tensor([wanted], dtype=torch.int32).to(device, non_blocking=True)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         host, event = flag, None
-        if device.type == "cuda":  # copied now, it is there by the next step; copied then, it would end the queue
+        if (
+            device.type == "cuda"
+        ):  # copied now, it has arrived by the next step; copied then, it would drain the GPU's queue
             host = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(flag, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._told = host, event
+        self._wanted_before = host, event
         if before is None:
             return 0
         if before[1] is not None:
@@ -146,8 +152,8 @@ class Interrupt(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
         agreed = isinstance(exception, Interrupted) and exception.agreed
-        if isinstance(launcher, _SubprocessScriptLauncher) and not agreed:
-            launcher.kill(signal.SIGKILL)  # they would wait for this process for ever
+        if launcher is not None and not agreed:
+            launcher.kill(signal.SIGKILL)  # the other ranks would wait for this process for ever
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
@@ -156,7 +162,7 @@ class Interrupt(Callback):
 
 
 def requeue() -> None:
-    """Put this process's SLURM job back into the queue, unless a person waits in it; nothing where there is none."""
+    """Requeue this process's SLURM job, if it is one and not an interactive one."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return

@@ -1,26 +1,32 @@
 """The lock of a run: one process at a time, on one machine or on several that share a disk."""
 
 import atexit
+import fcntl
 import json
 import os
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from vitlit.errors import UserError
 
-BEAT, STALE = 20, 120  # seconds between heartbeats, and without one until the holder is taken for dead
+BEAT, STALE = 20, 120  # seconds between heartbeats, and without one until the holder counts as dead
+RELEASED, JUST_BEGUN = "released\n", "it has just begun"
 
 
 class Lock:
-    """A file that says who is at work, and that its holder touches every 20 seconds.
+    """Numbered files PATH.1, PATH.2 and so on; the one who made the highest holds the lock, and keeps touching it.
 
-    On one machine the operating system tells whether the holder is alive (flock). Elsewhere it is taken for dead two
-    minutes after its last heartbeat, or where it belongs to the same job, which a cluster has started again.
+    To take the lock is to create the next number, which a file system grants to one process alone, NFS included. The
+    highest file is never deleted, so no number is granted twice, and of two processes that see the same dead holder
+    one alone replaces it.
+
+    On one machine the operating system tells whether the holder is alive (flock). On another the holder counts as dead
+    two minutes after its last heartbeat, or at once if it belongs to the same job, which the cluster has restarted.
 
     Args:
-        path: of the file; it stays there, empty when nobody holds it.
+        path: the name of the files without their number.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,81 +34,90 @@ class Lock:
         self._released = threading.Event()
 
     def take(self, what: str) -> None:
-        """Hold it until `release` or the end of the process.
+        """Hold the lock until `release` or the end of the process.
 
         Args:
-            what: it is that is locked, for the message.
+            what: what is locked, for the message.
 
         Raises:
             UserError: another process holds it.
             OSError: the file cannot be written.
         """
-        self._file = self.path.open("a+")
-        alone = self._lock()
-        self._file.seek(0)
-        holder = self._file.read()
-        ours = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        if not alone or self._alive(holder, ours):
-            raise UserError(
-                f"another process is at work on {what} ({who(holder)}); wait for it, or give another --run.name"
-            )
-        self._file.truncate(0)
-        self._file.write(json.dumps(ours) + "\n")
-        self._file.flush()
-        if hasattr(os, "register_at_fork"):  # data workers would hold it beyond the kill of this process
-            os.register_at_fork(after_in_child=self._leave)
+        newest = max(self._numbers(), default=0)
+        holder = self._holder(self._file(newest)) if newest else None
+        if holder or not self._create(self._file(newest + 1)):
+            about = holder or JUST_BEGUN
+            raise UserError(f"another process is at work on {what} ({about}); wait for it, or give another --run.name")
+        for number in self._numbers():
+            if number <= newest:
+                self._file(number).unlink(missing_ok=True)
+        os.register_at_fork(after_in_child=self._held.close)  # or data workers would hold it after this process dies
         atexit.register(self.release)
-        threading.Thread(target=self._beat, daemon=True, name="run-lock").start()
-
-    def _lock(self) -> bool:
-        """Whether no other process of this machine holds the file, as far as the operating system can tell."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return True
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a network file system without locks: the heartbeat must do
-            return True
-        return True
-
-    def _alive(self, holder: str, ours: dict[str, Any]) -> bool:
-        """Whether who wrote the file is at work on another machine."""
-        try:
-            theirs = json.loads(holder)
-        except ValueError:  # empty, or cut off by the kill of who wrote it
-            return False
-        if theirs["host"] == ours["host"] or (ours["job"] is not None and theirs["job"] == ours["job"]):
-            return False
-        probe = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        probe.touch()  # the clock of the disk's machine, not of this one
-        now = probe.stat().st_mtime
-        probe.unlink()
-        return now - self.path.stat().st_mtime < STALE
-
-    def _beat(self) -> None:
-        while not self._released.wait(BEAT):
-            os.utime(self.path)
-
-    def _leave(self) -> None:
-        self._released.set()
-        self._file.close()
+        threading.Thread(target=self._beat, args=(self._file(newest + 1),), daemon=True, name="run-lock").start()
 
     def release(self) -> None:
-        """Let others have it at once."""
-        if not self._released.is_set():
+        """Let others have the lock at once."""
+        if not self._held.closed:
             self._released.set()
-            self._file.truncate(0)
-            self._file.close()
+            self._held.seek(0)
+            self._held.truncate()
+            self._held.write(RELEASED)
+            self._held.close()
 
+    def _file(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
 
-def who(holder: str) -> str:
-    """The holder, in words."""
-    try:
-        about = json.loads(holder)
-    except ValueError:  # it has not written yet
-        return "it has just begun"
-    job = f", job {about['job']}" if about["job"] else ""
-    return f"process {about['pid']} on {about['host']}{job}"
+    def _numbers(self) -> list[int]:
+        names = (path.name.removeprefix(f"{self.path.name}.") for path in self.path.parent.iterdir())
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _holder(self, file: Path) -> str | None:
+        """The process that holds a lock file, in words; None if none does."""
+        with file.open("r+") as held:
+            content = held.read()
+            if content == RELEASED:
+                return None
+            about = json.loads(content) if content.endswith("\n") else {}  # it is about to write it, or was killed
+            ended = about.get("host") == socket.gethostname()
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alive = False
+            except BlockingIOError:
+                alive = True
+            except OSError:  # a network file system without locks, where the heartbeat decides
+                alive, ended = False, False
+        restarted = about.get("job") is not None and about["job"] == os.environ.get("SLURM_JOB_ID")
+        if not alive and (ended or restarted or self._age(file) > STALE):
+            return None
+        job = f", job {about['job']}" if about.get("job") else ""
+        return f"process {about['pid']} on {about['host']}{job}" if about else JUST_BEGUN
+
+    def _age(self, file: Path) -> float:
+        """Seconds since the last heartbeat, by the clock of the disk's machine rather than of this one."""
+        probe = self.path.with_name(f"{self.path.name}.{socket.gethostname()}-{os.getpid()}")
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now - file.stat().st_mtime
+
+    def _create(self, file: Path) -> bool:
+        """Create a lock file; False if another process was faster."""
+        try:
+            self._held = file.open("x")
+        except FileExistsError:
+            return False
+        with suppress(OSError):
+            fcntl.flock(self._held, fcntl.LOCK_EX)  # it waits for a process that looks into the file
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        self._held.write(json.dumps(about) + "\n")
+        self._held.flush()
+        if file != self._file(max(self._numbers())):  # what this process saw of the folder was out of date
+            self._held.close()
+            file.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _beat(self, file: Path) -> None:
+        while not self._released.wait(BEAT):
+            with suppress(OSError):  # a network file system may be back at the next beat
+                os.utime(file)

@@ -113,9 +113,9 @@ class Finetune(Stage):
                 self.check_head(weights)
             else:
                 fresh.append("head*")
-            if weights.config.get("norm", "tokens") != self.vit.config["norm"]:
+            if weights.config.get("norm", "tokens") != self.vit.config.norm:
                 fresh += ["norm.*", "fc_norm.*"]
-            if weights.config.get("pool", "cls") != self.vit.config["pool"]:
+            if weights.config.get("pool", "cls") != self.vit.config.pool:
                 fresh += ["attn_pool.*"]
             report = load_weights(self.vit, weights, skip=fresh)
             fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
@@ -141,12 +141,12 @@ class Finetune(Stage):
         known = list(getattr(self.data, "classes", []))
         count, hidden = weights.config.get("num_classes"), weights.config.get("hidden_dim")
         others = bool(weights.classes and known) and weights.classes != known
-        if count != self.vit.config["num_classes"] or hidden or others:
+        if count != self.vit.config.num_classes or hidden or others:
             has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
             if others and (name := first_difference(weights.classes, known)):
                 has += f", {name}"
             raise UserError(
-                f"model.keep_head needs one linear layer for the data's {self.vit.config['num_classes']} classes, in "
+                f"model.keep_head needs one linear layer for the data's {self.vit.config.num_classes} classes, in "
                 f"their order, but {weights.path} has {has}; leave it out"
             )
 

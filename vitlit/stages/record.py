@@ -3,7 +3,8 @@
 import functools
 import inspect
 import os
-from dataclasses import asdict, is_dataclass
+import sys
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 from vitlit.errors import UserError
@@ -34,8 +35,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
     if type(value) is ViT:
-        headless = {**value.config, "num_classes": 0, "hidden_dim": None}
-        return {"class_path": "vitlit.model.ViT", "init_args": headless}
+        headless = replace(value.config, num_classes=0)
+        return {"class_path": "vitlit.model.ViT", "init_args": headless.plain()}
     if inspect.isabstract(value):
         raise UserError(f"{path_of(value)} is a base class; name one that is derived from it")
     if inspect.isclass(value):
@@ -71,4 +72,10 @@ def check_class_paths(value: Any) -> None:
 
 
 def path_of(cls: type) -> str:
+    """The public path of a class: that of the outermost package that offers it, such as vitlit.stages.Finetune."""
+    parts = cls.__module__.split(".")
+    for length in range(2, len(parts)):
+        package = ".".join(parts[:length])
+        if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
+            return f"{package}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"

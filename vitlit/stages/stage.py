@@ -18,6 +18,7 @@ from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.run.config import with_public_paths
 from vitlit.seeds import seed_step
 from vitlit.stages.fsdp import shard
 from vitlit.stages.metrics import metrics, update
@@ -77,7 +78,7 @@ class Stage(LightningModule):
 
     def new_metrics(self) -> nn.ModuleDict:
         """What an evaluation measures, by name."""
-        classes = self.vit.config["num_classes"] if self.objective.needs_labels else 0
+        classes = self.vit.config.num_classes if self.objective.needs_labels else 0
         return metrics(classes, getattr(self.objective, "multi_label", False))
 
     @property
@@ -130,7 +131,7 @@ class Stage(LightningModule):
     def _check_data(self) -> None:
         """Refuse data that does not fit the network or the objective."""
         data, objective, name = self.data, self.objective, type(self.objective).__name__
-        classes, made_for = self.vit.config["num_classes"], self.vit.config["image_size"]
+        classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", range(classes)))
         if objective.needs_labels and not found:
             remedy = "sort the images into class folders, or give data.manifest"
@@ -150,8 +151,7 @@ class Stage(LightningModule):
             except UserError as error:
                 raise UserError(f"data.views: {error}") from error
         preprocess = getattr(data, "preprocess", None)
-        wanted = [made_for, made_for] if isinstance(made_for, int) else list(made_for)
-        if preprocess is not None and list(preprocess.image_size) != wanted:
+        if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
         mixing = getattr(data, "mixing", None)
         if mixing is not None and mixing.on and not isinstance(objective, Supervised):
@@ -259,7 +259,7 @@ class Stage(LightningModule):
         before = progress["total"]["processed"] // checkpoint["global_step"]
         was = (checkpoint.get("devices", self.trainer.world_size), before)
         now = (self.trainer.world_size, self.trainer.accumulate_grad_batches)
-        if fitting and was != now and any(self.vit.config[name] for name in DROPOUTS):
+        if fitting and was != now and any(getattr(self.vit.config, name) for name in DROPOUTS):
             rank_zero_only(print)(
                 f"vitlit: warning: {now[0]} devices x {now[1]} micro-batches go on where {was[0]} x {was[1]} were: the "
                 "samples are the same, but dropout depends on how they are divided",
@@ -277,7 +277,7 @@ class Stage(LightningModule):
         Raises:
             UserError: the file cannot be read, holds another stage, or names a class outside the trusted packages.
         """
-        record = open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
+        record = with_public_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
         check_class_paths(record)
         # Lightning would ask for the arguments of `cls`, whatever the record says.
         made_by = str(record.get("_class_path"))
@@ -285,7 +285,7 @@ class Stage(LightningModule):
         if not issubclass(kind, cls):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
         found: Any = super(Stage, kind)
-        return found.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+        return found.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:

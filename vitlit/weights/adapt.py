@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collect
         UserError: the positions are of a kind that does not go over.
     """
     done = {}
-    stem, channels = state.get(STEM), vit.config["in_channels"]
+    stem, channels = state.get(STEM), vit.config.in_channels
     if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:
         state[STEM] = other_channels(stem, channels)
         done[STEM] = f"{stem.shape[1]} to {channels} channels"
@@ -113,10 +114,11 @@ def set_numerics(vit: ViT, config: dict[str, Any]) -> list[str]:
     """Set what weights were made with and no tensor shows: epsilon, GELU, resampling. Returns what changed."""
     changed = []
     for name in ("norm_eps", "mlp", "resampling"):
-        value, own = config.get(name, vit.config[name]), vit.config[name]
+        own: Any = getattr(vit.config, name)
+        value: Any = config.get(name, own)
         if value == own:
             continue
-        vit.config[name] = value
+        vit.config = replace(vit.config, **{name: value})
         changed.append(f"{name} {value} (was {own})")
         for module in vit.modules():
             if name == "norm_eps" and isinstance(module, nn.LayerNorm):

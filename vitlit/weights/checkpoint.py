@@ -13,7 +13,7 @@ from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
-from vitlit.weights.weights import Weights
+from vitlit.weights.weights import Weights, tensors
 
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
@@ -43,20 +43,22 @@ def read(contents: Contents) -> Weights | None:
         about = json.loads(about)
     else:
         state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
-    config = about["vit"]
-    return Weights(path, "vitlit", state, config, about["classes"], about["preprocess"], told=frozenset(config))
+        state.pop("mask_token", None)
+    unused = [name for name in contents.tensors if name == "vit.mask_token"]
+    config, preprocess = about["vit"], about["preprocess"]
+    return Weights(path, "vitlit", state, config, about["classes"], preprocess, unused, told=frozenset(config))
 
 
 def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
     """What a vitlit file says of its weights, as plain values."""
     known = asdict(preprocess) if isinstance(preprocess, Preprocess) else {}
-    return {"vit": dict(vit.config), "classes": list(classes), "preprocess": known}
+    return {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
 
 
 def metadata(vit: ViT) -> dict[str, str]:
     """The metadata of a safetensors file, with a checksum over it and the tensors."""
     text = json.dumps(about(vit, vit.classes, vit.preprocess))
-    return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, vit.state_dict()))}
+    return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, tensors(vit)))}
 
 
 def checksum(text: str, state: dict[str, Tensor]) -> int:

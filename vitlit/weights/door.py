@@ -115,8 +115,8 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     """
     weights = path if isinstance(path, Weights) else read(path)
     own = vit.state_dict()
-    globs = [skip] if isinstance(skip, str) else [*skip]
-    if not vit.config["num_classes"]:
+    globs = ["mask_token", *([skip] if isinstance(skip, str) else skip)]
+    if not vit.config.num_classes:
         globs.append("head*")
     skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}
     state = dict(weights.state)
@@ -166,7 +166,7 @@ def differences(
     ]
     problems += [f"the model has no {name} {list(tensor.shape)}" for name, tensor in state.items() if name not in own]
     for name in ("heads", "pool"):
-        theirs, ours = weights.config.get(name), vit.config[name]
+        theirs, ours = weights.config.get(name), getattr(vit.config, name)
         matters = name == "heads" or "head.weight" in state or "head.out.weight" in state  # a new head takes any pool
         if not problems and matters and name in weights.told and theirs != ours:
             problems.append(f"{name} is {theirs} in the file and {ours} in the model")

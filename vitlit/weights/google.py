@@ -10,7 +10,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
 from vitlit.weights.names import Table, fuse, split, translate
-from vitlit.weights.weights import HALF, Weights, architecture, require
+from vitlit.weights.weights import HALF, Weights, architecture, require, tensors
 
 QKV, KV = ("attn.q", "attn.k", "attn.v"), ("k", "v")
 PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
@@ -133,17 +133,17 @@ def write(vit: ViT, path: Path) -> dict[str, np.ndarray]:
     wanted = {"layer_scale": None, "qk_norm": False, "registers": 0, "distilled": False, "final_norm": True}
     require(vit, path, "Google's ViT", **wanted, norm="tokens", qkv_bias=True, norm_eps=1e-6)
     require(vit, path, "Google's ViT", position=("learned", "sincos2d"))
-    if config["mlp"] != "gelu_tanh":
+    if config.mlp != "gelu_tanh":
         raise UserError(
-            f"{path} was not written: Google's ViT computes gelu_tanh, and this one has mlp {config['mlp']}; its "
+            f"{path} was not written: Google's ViT computes gelu_tanh, and this one has mlp {config.mlp}; its "
             "readers would get other numbers. Train with --model.vit.mlp gelu_tanh, or write another format"
         )
-    require(vit, path, "Google's ViT", class_token=config["pool"] == "cls")
-    if vit.grid[0] != vit.grid[1] and config["position"] == "learned":
+    require(vit, path, "Google's ViT", class_token=config.pool == "cls")
+    if vit.grid[0] != vit.grid[1] and config.position == "learned":
         raise UserError(f"{path} was not written: Google's ViT takes square images alone")
-    big_vision = config["pool"] != "cls" or config["position"] != "learned" or not config["class_position"]
-    state = split(split(vit.state_dict(), "attn.qkv", QKV), "kv", KV)
-    names = [(ours, theirs) for theirs, ours in table(big_vision, bool(config["hidden_dim"]))]
+    big_vision = config.pool != "cls" or config.position != "learned" or not config.class_position
+    state = split(split(tensors(vit), "attn.qkv", QKV), "kv", KV)
+    names = [(ours, theirs) for theirs, ours in table(big_vision, bool(config.hidden_dim))]
     renamed, others = translate(state, names)
     assert not others, others
     arrays = {}
@@ -151,7 +151,7 @@ def write(vit: ViT, path: Path) -> dict[str, np.ndarray]:
         array = tensor.detach().float().cpu()
         kind = "scale" if "Norm_" in name or "encoder_norm" in name else "kernel"
         name = re.sub("weight$", kind, name).replace(".", "/")
-        arrays[("params/" if big_vision else "") + name] = returned(name, array, config["heads"]).contiguous().numpy()
+        arrays[("params/" if big_vision else "") + name] = returned(name, array, config.heads).contiguous().numpy()
     return arrays
 
 

@@ -13,7 +13,7 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
 from vitlit.weights.names import Table, backwards, fuse, split, translate
-from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require
+from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
@@ -227,39 +227,39 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     config = vit.config
     common = {"pool": "cls", "qk_norm": False, "final_norm": True, "norm": "tokens", "hidden_dim": None}
-    head = bool(config["num_classes"])
+    head = bool(config.num_classes)
     whose = "transformers' {}".format
     about: dict[str, Any] = {
-        "hidden_size": config["width"],
-        "num_hidden_layers": config["depth"],
-        "num_attention_heads": config["heads"],
-        "intermediate_size": config["mlp_dim"],
-        "image_size": config["image_size"],
-        "patch_size": config["patch_size"],
-        "num_channels": config["in_channels"],
-        "layer_norm_eps": config["norm_eps"],
-        "qkv_bias": config["qkv_bias"],
-        "hidden_act": "gelu_pytorch_tanh" if config["mlp"] == "gelu_tanh" else "gelu",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_dim,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "layer_norm_eps": config.norm_eps,
+        "qkv_bias": config.qkv_bias,
+        "hidden_act": "gelu_pytorch_tanh" if config.mlp == "gelu_tanh" else "gelu",
         "torch_dtype": "float32",
     }
-    state = split(vit.state_dict(), "attn.qkv", QKV)
-    if config["position"] == "rope":
+    state = split(tensors(vit), "attn.qkv", QKV)
+    if config.position == "rope":
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         require(vit, path, whose(name), **common, num_classes=0, distilled=False, class_token=True)
         state, more = dinov3(vit, state, path)
-    elif config["layer_scale"] is not None or config["registers"] or config["mlp"] == "swiglu":
-        kind = "dinov2_with_registers" if config["registers"] else "dinov2"
-        name = "Dinov2WithRegistersModel" if config["registers"] else "Dinov2Model"
+    elif config.layer_scale is not None or config.registers or config.mlp == "swiglu":
+        kind = "dinov2_with_registers" if config.registers else "dinov2"
+        name = "Dinov2WithRegistersModel" if config.registers else "Dinov2Model"
         require(vit, path, whose(name), **common, num_classes=0, distilled=False, position="learned")
         state, more = dinov2(vit, state, path)
     else:
-        kind = "deit" if config["distilled"] else "vit"
+        kind = "deit" if config.distilled else "vit"
         name = {"deit": "DeiTForImageClassificationWithTeacher", "vit": "ViTForImageClassification"}[kind]
         name = name if head else f"{'DeiT' if kind == 'deit' else 'ViT'}Model"
-        require(vit, path, whose(name), **{**PLAIN, "distilled": config["distilled"]}, hidden_dim=None)
+        require(vit, path, whose(name), **{**PLAIN, "distilled": config.distilled}, hidden_dim=None)
         more = {}
     table = dict(backwards(TABLES[kind]))
-    if config["mlp"] == "swiglu" and kind.startswith("dinov2"):
+    if config.mlp == "swiglu" and kind.startswith("dinov2"):
         table |= dict(backwards(GATED_DINOV2))
     if kind == "deit":
         table["head"] = "cls_classifier"
@@ -268,7 +268,7 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = translated | {name: state[name] for name in others}
     if head:
         state = {n if "classifier" in n else f"{kind}.{n}": tensor for n, tensor in state.items()}
-        labels = vit.classes or [f"LABEL_{i}" for i in range(config["num_classes"])]
+        labels = vit.classes or [f"LABEL_{i}" for i in range(config.num_classes)]
         more |= {
             "id2label": {str(i): n for i, n in enumerate(labels)},
             "label2id": {n: i for i, n in enumerate(labels)},
@@ -278,41 +278,41 @@ def write(vit: ViT, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def dinov2(vit: ViT, state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """DINOv2 has positions for the class token, and its layer scales and mask token always."""
-    width, mlp_dim = vit.width, vit.config["mlp_dim"]
-    ratio = 4 if vit.config["mlp"] == "swiglu" else mlp_dim // width
-    hidden = (width * ratio * 2 // 3 + 7) // 8 * 8 if vit.config["mlp"] == "swiglu" else width * ratio
+    width, mlp_dim = vit.width, vit.config.mlp_dim
+    ratio = 4 if vit.config.mlp == "swiglu" else mlp_dim // width
+    hidden = (width * ratio * 2 // 3 + 7) // 8 * 8 if vit.config.mlp == "swiglu" else width * ratio
     if hidden != mlp_dim:
         raise UserError(f"{path} was not written: transformers' DINOv2 has no mlp_dim {mlp_dim} at width {width}")
     if not vit.positioned:
         state["pos_embed"] = torch.cat([state["pos_embed"].new_zeros(1, 1, width), state["pos_embed"]], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, width)  # which transformers has always
-    if vit.config["layer_scale"] is None:
+    if vit.config.layer_scale is None:
         ones = torch.ones(width)
-        state |= {f"blocks.{i}.ls{j}.gamma": ones.clone() for i in range(vit.config["depth"]) for j in (1, 2)}
-    more = {"mlp_ratio": ratio, "use_swiglu_ffn": vit.config["mlp"] == "swiglu", "use_mask_token": True}
-    if vit.config["registers"]:
-        more["num_register_tokens"] = vit.config["registers"]
+        state |= {f"blocks.{i}.ls{j}.gamma": ones.clone() for i in range(vit.config.depth) for j in (1, 2)}
+    more = {"mlp_ratio": ratio, "use_swiglu_ffn": vit.config.mlp == "swiglu", "use_mask_token": True}
+    if vit.config.registers:
+        more["num_register_tokens"] = vit.config.registers
     return state, more
 
 
 def dinov3(vit: ViT, state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """DINOv3 has no bias of the keys, and the halves of a gated MLP apart."""
-    if vit.config["layer_scale"] is None:
+    if vit.config.layer_scale is None:
         raise UserError(f"{path} was not written: transformers' DINOv3ViTModel has no layer_scale None")
     keys = [name for name in state if name.endswith("attn.k.bias")]
     if any(state[name].any() for name in keys):
         raise UserError(f"{path} was not written: transformers' DINOv3ViTModel as published has no bias of the keys")
     state = {name: tensor for name, tensor in state.items() if name not in keys}
-    gated = vit.config["mlp"] == "swiglu"
+    gated = vit.config.mlp == "swiglu"
     if gated:
         state = split(state, "mlp.fc1", GATED)
     else:
         state = {name.replace(".mlp.fc1.", ".mlp.up."): tensor for name, tensor in state.items()}
-    bias = vit.config["qkv_bias"]
+    bias = vit.config.qkv_bias
     state["embeddings.mask_token"] = torch.zeros(1, 1, vit.width)
     state.setdefault("reg_token", torch.zeros(1, 0, vit.width))
-    more = {"query_bias": bias, "key_bias": False, "value_bias": bias, "use_gated_mlp": gated}
-    more |= {"num_register_tokens": vit.config["registers"], "rope_theta": 100.0}
+    more: dict[str, Any] = {"query_bias": bias, "key_bias": False, "value_bias": bias, "use_gated_mlp": gated}
+    more |= {"num_register_tokens": vit.config.registers, "rope_theta": 100.0}
     return state, more | ({"hidden_act": "silu"} if gated else {})
 
 

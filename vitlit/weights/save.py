@@ -1,7 +1,7 @@
 """A ViT into a file of any main format."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitlit.errors import UserError
+from vitlit.files import whole_file
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import checkpoint, google, hf, timm, torchvision
 from vitlit.weights.files import CONFIG, PREPROCESSOR
+from vitlit.weights.weights import tensors
 
 Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]
 ENDINGS = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}  # the others' are .safetensors, .pth and .pt
@@ -45,17 +47,19 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
         raise UserError(f"{path} ends in none of {' '.join(endings)}, which the format {format} has")
     if format == "google":
         arrays = google.write(vit, path)
-        replace(path, lambda part: google.save(arrays, part))
+        with writing(path) as partial:
+            google.save(arrays, partial)
     elif format == "timm":
         write_tensors(timm.write(vit, path), path)
     elif format == "torchvision":
         write_tensors(torchvision.write(vit, path), path)
     elif path.suffix == ".safetensors":
-        write_tensors(vit.state_dict(), path, checkpoint.metadata(vit))
+        write_tensors(tensors(vit), path, checkpoint.metadata(vit))
     else:
-        state = {f"vit.{name}": tensor for name, tensor in detached(vit.state_dict()).items()}
+        state = {f"vit.{name}": tensor for name, tensor in detached(tensors(vit)).items()}
         content = {"vitlit": checkpoint.about(vit, vit.classes, vit.preprocess), "state_dict": state}
-        replace(path, lambda part: torch.save(content, part))
+        with writing(path) as partial:
+            torch.save(content, partial)
     return path
 
 
@@ -64,10 +68,12 @@ def save_folder(vit: ViT, path: Path) -> Path:
     state, about = hf.write(vit, path)
     file = path if path.suffix == ".safetensors" else path / "model.safetensors"
     write_tensors(state, file)
-    replace(file.parent / CONFIG, lambda part: hf.save_json(part, about))
+    with writing(file.parent / CONFIG) as partial:
+        hf.save_json(partial, about)
     if isinstance(vit.preprocess, Preprocess):
         known = hf.processor(vit.preprocess)
-        replace(file.parent / PREPROCESSOR, lambda part: hf.save_json(part, known))
+        with writing(file.parent / PREPROCESSOR) as partial:
+            hf.save_json(partial, known)
     return file
 
 
@@ -78,21 +84,19 @@ def detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     state = detached(state)
-    if path.suffix == ".safetensors":
-        replace(path, lambda part: save_file(state, part, metadata or {"format": "pt"}))
-    else:
-        replace(path, lambda part: torch.save(state, part))
+    with writing(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file(state, partial, metadata or {"format": "pt"})
+        else:
+            torch.save(state, partial)
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write a file, and its folder, whole or not at all; UserError where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
+        with whole_file(path) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
-    finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)

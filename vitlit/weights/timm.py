@@ -9,7 +9,7 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, Contents
-from vitlit.weights.weights import HALF, IMAGENET, STEM, Weights, architecture, require, square
+from vitlit.weights.weights import HALF, IMAGENET, STEM, Weights, architecture, require, square, tensors
 
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
@@ -126,12 +126,12 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
         UserError: timm has no such network.
     """
     require(vit, path, "timm's vit", hidden_dim=None, position=("learned", "sincos2d", "sincos2d_mae"))
-    state = dict(vit.state_dict())
+    state = tensors(vit)
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
-        special = 0 if vit.config["registers"] else vit.prefix  # timm's table covers all of the prefix or nothing
+        special = 0 if vit.config.registers else vit.prefix  # timm's table covers all of the prefix or nothing
         state["pos_embed"] = torch.cat([vit.pos_embed.new_zeros(1, special, vit.width), vit.pos_embed], dim=1)
-    if vit.config["registers"] and vit.positioned:  # likewise
+    if vit.config.registers and vit.positioned:  # likewise
         table = state["pos_embed"]
         state["pos_embed"] = table[:, vit.positioned :]
         for i, name in enumerate(name for name in ("cls_token", "dist_token") if name in state):

@@ -8,7 +8,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
 from vitlit.weights.names import Table, backwards, translate
-from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require
+from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require, tensors
 
 LAYER, BLOCK = "encoder.layers.encoder_layer_{}.", "blocks.{}."
 TABLE: Table = [
@@ -56,7 +56,7 @@ def write(vit: ViT, path: Path) -> dict[str, Tensor]:
     )
     if vit.grid[0] != vit.grid[1]:
         raise UserError(f"{path} was not written: torchvision's VisionTransformer takes square images alone")
-    head = TANH if vit.config["hidden_dim"] else LINEAR
-    state, others = translate(vit.state_dict(), backwards([*TABLE, *head]))
+    head = TANH if vit.config.hidden_dim else LINEAR
+    state, others = translate(tensors(vit), backwards([*TABLE, *head]))
     assert not others, others
     return state

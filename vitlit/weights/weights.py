@@ -153,6 +153,11 @@ def square(count: int) -> int | None:
     return side if side and side * side == count else None
 
 
+def tensors(vit: ViT) -> dict[str, Tensor]:
+    """What a file holds of a ViT: its state dict without the mask token, which only pretraining needs."""
+    return {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
+
+
 def require(vit: ViT, path: Path, whose: str, **wanted: Any) -> None:
     """Raise UserError where the ViT has an option that another library's network cannot have.
 
@@ -163,6 +168,6 @@ def require(vit: ViT, path: Path, whose: str, **wanted: Any) -> None:
         **wanted: the value that an option must have, by name; a tuple holds several.
     """
     for name, value in wanted.items():
-        own = vit.config[name]
+        own = getattr(vit.config, name)
         if own not in (value if isinstance(value, tuple) else (value,)):
             raise UserError(f"{path} was not written: {whose} has no {name} {own}")

@@ -1,0 +1,226 @@
+"""Decoding against Pillow: every format, mode and orientation, and what is no image."""
+
+import importlib
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import forked
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vitlit.data import Preprocess
+from vitlit.data.dataset import Images
+from vitlit.data.folder import scan_train
+from vitlit.errors import UserError
+from vitlit.images import decode as decoding
+from vitlit.images.decode import decode
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def pillow(path: Path) -> np.ndarray:
+    """What Pillow makes of a file: (H, W, 3), uint8."""
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "1": lambda image: image.convert("1"),
+    "L": lambda image: image.convert("L"),
+    "LA": lambda image: with_alpha(image.convert("L")),
+    "P": lambda image: image.convert("P"),
+    "RGB": lambda image: image,
+    "RGBA": with_alpha,
+    "CMYK": lambda image: image.convert("CMYK"),
+}
+FORMATS = {
+    "jpg": ("L", "RGB", "CMYK"),
+    "png": ("1", "L", "LA", "P", "RGB", "RGBA"),
+    "webp": ("L", "RGB", "RGBA"),
+    "gif": ("1", "L", "P", "RGB", "RGBA"),
+    "bmp": ("1", "L", "P", "RGB", "RGBA"),
+    "tiff": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"),
+    "ppm": ("L", "RGB"),
+}
+
+
+@pytest.fixture(params=["torchcodec", "Pillow"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two paths: with torchcodec, and without it."""
+    if request.param == "Pillow":
+        monkeypatch.setattr("vitlit.images.decode.DECODERS", {})
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize(("extension", "mode"), [(e, mode) for e, modes in FORMATS.items() for mode in modes])
+def test_every_format_and_mode_reads_as_pillow_reads_it(
+    photo: Image.Image, tmp_path: Path, extension: str, mode: str
+) -> None:
+    path = tmp_path / f"image.{extension}"
+    MODES[mode](photo).save(path)
+    image = decode(path)
+    assert image.dtype == torch.uint8
+    assert np.array_equal(pixels(image), pillow(path))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_torchcodec_reads_the_usual_formats(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str
+) -> None:
+    photo.save(tmp_path / f"image.{extension}")
+    expected = pillow(tmp_path / f"image.{extension}")
+    monkeypatch.delattr(ImageFile.ImageFile, "load")  # Pillow may read the header, but no pixel
+    assert np.array_equal(pixels(decode(tmp_path / f"image.{extension}")), expected)
+
+
+def test_a_torchcodec_that_does_not_load_says_why(tmp_path: Path) -> None:
+    def child() -> int:
+        sys.modules["torchcodec.decoders"] = None  # type: ignore[assignment]
+        found = importlib.reload(decoding)
+        return int(bool(found.DECODERS) or found.DECODER != "Pillow" or "torchcodec.decoders" not in found.WHY_NOT)
+
+    assert forked(child, tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("progressive.jpg", {"progressive": True}),
+        ("full_chroma.jpg", {"quality": 95, "subsampling": 0}),
+        ("lossless.webp", {"lossless": True}),
+        ("transparent.png", {"transparency": (0, 0, 0)}),
+        ("compressed.tiff", {"compression": "tiff_lzw"}),
+        ("wrong_name.png", {"format": "JPEG"}),
+        ("wrong_name.jpg", {"format": "TIFF"}),
+    ],
+)
+def test_variants_of_the_formats_read_as_pillow_reads_them(
+    photo: Image.Image, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    photo.save(tmp_path / name, **options)
+    assert np.array_equal(pixels(decode(tmp_path / name)), pillow(tmp_path / name))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("extension", ["jpg", "tiff", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(photo: Image.Image, tmp_path: Path, orientation: int, extension: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{extension}"
+    photo.save(path, exif=exif)
+    image = decode(path)
+    assert image.shape[1:] == ((161, 107) if orientation > 4 else (107, 161))
+    assert np.array_equal(pixels(image), pillow(path))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("extension", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, extension: str) -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    path = tmp_path / f"deep.{extension}"
+    Image.fromarray(values).save(path)
+    expected = np.round(values / 257).astype(np.uint8)
+    assert np.array_equal(pixels(decode(path)), np.repeat(expected[..., None], 3, axis=-1))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("extension", ["gif", "webp", "png"])
+def test_the_first_frame_of_an_animation_counts(photo: Image.Image, tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"film.{extension}"
+    photo.save(path, save_all=True, append_images=[ImageOps.invert(photo)])
+    assert np.array_equal(pixels(decode(path)), pillow(path))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so, too
+@pytest.mark.parametrize("extension", list(FORMATS))
+def test_a_cut_off_file_is_an_error_that_names_it_in_one_line(
+    photo: Image.Image, tmp_path: Path, extension: str
+) -> None:
+    path = tmp_path / f"cut off.{extension}"
+    photo.save(path)
+    whole = path.read_bytes()
+    for length in (0, 20, len(whole) // 2, int(0.95 * len(whole))):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError) as caught:
+            decode(path)
+        message = str(caught.value)
+        assert message.startswith(f"cannot read the image {path}: ")
+        assert "\n" not in message
+        assert "_core" not in message
+        assert "BytesIO" not in message
+
+
+@pytest.mark.usefixtures("decoder")
+def test_an_animation_of_one_frame_is_an_image(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "film.webp"
+    photo.save(path, save_all=True, append_images=[ImageOps.invert(photo)])
+    data = path.read_bytes()
+    start = data.rindex(b"ANMF")
+    path.write_bytes(data[:4] + struct.pack("<I", start - 8) + data[8:start])
+    assert np.array_equal(pixels(decode(path)), pillow(path))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_whose_range_is_unknown_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.linspace(0, 255, 100, dtype=kind).reshape(10, 10)).save(tmp_path / "wide.tif")
+    with pytest.raises(UserError, match=r"wide.tif: numbers of 32 bits, .*; convert it to 8 or 16 bits"):
+        decode(tmp_path / "wide.tif")
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("extension", ["png", "tiff", "pgm"])
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path: Path, extension: str) -> None:
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / f"deep.{extension}")
+    assert np.array_equal(pixels(decode(tmp_path / f"deep.{extension}"))[..., 0], values // 257)
+
+
+def test_sixteen_bits_of_colour_are_scaled_to_eight(tmp_path: Path) -> None:
+    """Pillow, which cannot write them, cuts the lower byte off, so that the two decoders are a level apart."""
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "deep.png").write_bytes(png)
+    assert np.array_equal(pixels(decode(tmp_path / "deep.png")), np.round(values / 257).astype(np.uint8))
+    assert np.abs(pillow(tmp_path / "deep.png").astype(int) - values / 257).max() <= 1
+
+
+def test_what_is_no_image_is_an_error_that_names_it(tmp_path: Path) -> None:
+    page = tmp_path / "page.jpg"
+    page.write_text("<html>404</html>")
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    for path in (page, folder, tmp_path / "missing.jpg"):
+        with pytest.raises(UserError, match=str(path)):
+            decode(path)
+
+
+def test_an_unreadable_image_is_named_through_a_loaders_worker(few: Path, tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n junk")
+    _, index, _ = scan_train(tmp_path, 0.1)
+    loader = DataLoader(Images(index, Preprocess((8, 8)).crop), num_workers=1)
+    with pytest.raises(UserError, match="broken"):
+        next(iter(loader))

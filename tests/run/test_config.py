@@ -1,0 +1,60 @@
+"""Configs made to harm: plain YAML of limited size, in which nothing is run."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitlit.errors import UserError
+from vitlit.run.config import read_config
+
+
+def test_a_config_is_plain_yaml_and_nothing_in_it_is_run(vitlit: Callable[..., Any], tmp_path: Path) -> None:
+    for tag in ("python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system"):
+        (tmp_path / "evil.yaml").write_text(f"model: !!{tag} ['touch ran']\n")
+        result = vitlit("fit", "--config", "evil.yaml")
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert "config evil.yaml is not YAML" in result.err
+    (tmp_path / "runs" / "evil").mkdir(parents=True)
+    (tmp_path / "evil.yaml").rename(tmp_path / "runs" / "evil" / "config.yaml")
+    for command in (["predict", "runs/evil", "."], ["validate", "runs/evil"]):
+        result = vitlit(*command)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert not (tmp_path / "ran").exists()
+
+
+LAUGHS = "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijklmnop"))
+MERGES = "".join(f"{b}: &{b} {{<<: [{', '.join(9 * [f'*{a}'])}]}}\n" for a, b in pairwise("abcdefghijklmnop"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"a: &a [x]\n{LAUGHS}", "has more than 100,000 values"),
+        (f"a: &a {{x: 1, y: 2}}\n{MERGES}", "more than 100,000 keys"),
+        ("model: &a [*a]", "has more than 100,000 values"),
+        ("run: {name: 2026-13-01}", "is not YAML: month must be in 1..12"),
+        ("run: {name: !!bool x}", "is not YAML"),
+        ("run: !!map x", "is not YAML: line 1"),
+        ("run: {1: x}", "the key 1 is no text"),
+        ("a: {class_path: EMA, init_args: }", "init_args of EMA holds no keys"),
+        ("run: {name: a}\nrun: {name: b}", "is not YAML: line 2: the key run is there twice"),
+    ],
+)
+def test_a_config_without_end_or_sense_is_refused_in_a_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        read_config(tmp_path / "evil.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_may_say_what_yaml_and_others_classes_allow(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}\n"
+        "e: {class_path: mylab.Steps, init_args: {rates: {3: 0.1}}}\n"
+    )
+    content = read_config(tmp_path / "a.yaml")
+    assert (content["b"]["c"], content["d"]) == ({"x": 2}, {"x": 2})
+    assert content["e"]["init_args"] == {"rates": {3: 0.1}}

@@ -1,0 +1,138 @@
+"""Masked autoencoding (2111.06377): most patches are hidden, and their pixels are predicted from the rest.
+
+B is the batch, N the number of patches, K the number that the encoder sees, P the patch size, C the channels.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vitlit.errors import UserError
+from vitlit.model import ViT, ViTConfig
+from vitlit.model.block import Block
+from vitlit.model.init import init_layers, xavier
+from vitlit.model.position import sincos2d
+from vitlit.objectives.objective import Batch, Objective, Step
+
+
+class MAE(Objective):
+    """Mean squared error of the pixels of hidden patches (2111.06377, section 3).
+
+    The ViT encodes the visible patches only. A smaller transformer, the decoder, sees them in their places among mask
+    tokens, and predicts pixels. The paper's encoder has `position: sincos2d_mae`. Validation hides the same patches of
+    an image every time. Parameter names are those of facebookresearch/mae.
+
+    Args:
+        vit: the ViT that learns; a head is removed.
+        mask_ratio: share of the patches that is hidden.
+        decoder_width: size of the decoder's tokens.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder; must divide its width.
+        normalize_pixels: whether each patch's pixels are normalised by their own mean and variance before they are
+            compared.
+
+    Raises:
+        UserError: an option is out of range, or the ViT has parts that MAE does not train.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        mask_ratio: float = 0.75,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        normalize_pixels: bool = True,
+    ) -> None:
+        super().__init__(vit)
+        patches = math.prod(vit.grid)
+        if not 0 < mask_ratio < 1 or not 0 < int(patches * (1 - mask_ratio)) < patches:
+            raise UserError(f"mask_ratio {mask_ratio} must hide some of {patches} patches and leave others visible")
+        if vit.config.pool == "map" or vit.config.norm == "pooled":
+            raise UserError("MAE does not train model.vit.pool map or norm pooled; set them when you finetune")
+        vit.set_head("finetune", 0)
+        self.kept, self.normalize_pixels = int(patches * (1 - mask_ratio)), normalize_pixels
+        try:
+            config = ViTConfig(
+                width=decoder_width,
+                depth=decoder_depth,
+                heads=decoder_heads,
+                mlp_dim=4 * decoder_width,
+                position="sincos2d_mae",
+                norm_eps=vit.config.norm_eps,
+            )
+        except UserError as error:
+            raise UserError(f"MAE's decoder: {error}") from error
+        self.decoder_embed = nn.Linear(vit.width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.decoder_pos_embed: Tensor
+        self.register_buffer("decoder_pos_embed", sincos2d(vit.grid, decoder_width, "sincos2d_mae"), persistent=False)
+        self.decoder_blocks = nn.ModuleList(Block(config) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=config.norm_eps)
+        self.decoder_pred = nn.Linear(decoder_width, vit.patch_size**2 * vit.config.in_channels)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        init_layers(self.decoder_blocks)
+        for layer in (self.decoder_embed, self.decoder_pred):
+            xavier(layer)
+
+    def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
+        images = batch.views[0]
+        noise = None if self.training else image_noise(batch.indices, math.prod(vit.grid))
+        loss, *_ = self.reconstruct(vit, images, noise)
+        return Step(loss)
+
+    def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide patches, predict them, and compare.
+
+        Args:
+            vit: the encoder.
+            images: (B, C, H, W) of the ViT's own size.
+            noise: (B, N); the K patches with the lowest values are visible. By default drawn from torch's generator.
+
+        Returns:
+            the loss, a scalar; the predicted pixels of all patches, (B, N, P * P * C); which were hidden, (B, N), bool.
+        """
+        target = patchify(at_least_float32(images), vit.patch_size)
+        if self.normalize_pixels:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        if noise is None:
+            noise = torch.rand(target.shape[:2], device=images.device)
+        keep = noise.argsort(dim=1)[:, : self.kept]
+        hidden = torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
+        predicted = self.decode(vit.encode(vit.embed(images, keep=keep), vit.grid, keep), keep)
+        error = (at_least_float32(predicted) - target).square().mean(dim=-1)
+        return (error * hidden).sum() / hidden.sum(), predicted, hidden
+
+    def decode(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """Pixels of all patches, (B, N, P * P * C), from the ViT's tokens (B, S + K, D) and their indices (B, K)."""
+        tokens = self.decoder_embed(tokens)
+        prefix, visible = tokens.split([tokens.shape[1] - self.kept, self.kept], dim=1)
+        patches = self.mask_token.to(tokens.dtype).expand(len(tokens), self.decoder_pos_embed.shape[1], -1)
+        patches = patches.scatter(1, keep[..., None].expand_as(visible), visible) + self.decoder_pos_embed
+        tokens = torch.cat([prefix, patches], dim=1)  # the class token has no position
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens[:, prefix.shape[1] :]))
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """The pixels of each patch by row, column and channel: (B, C, H, W) -> (B, N, P * P * C)."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    pixels = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """A loss of 16 bits would be too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def image_noise(indices: Tensor, patches: int) -> Tensor:
+    """Noise (B, N) that depends on nothing but the images' indices (B,): a hash to 32 bits, the same on any device."""
+    noise = indices[:, None] * patches + torch.arange(patches, device=indices.device)
+    for _ in range(2):
+        noise = ((noise >> 16 ^ noise) * 0x45D9F3B) & 0xFFFFFFFF
+    return noise >> 16 ^ noise
