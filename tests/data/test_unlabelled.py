@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result
+from conftest import REPOSITORY, SMALL, Result
 from lightning.pytorch import Trainer
 
 from vitlit.data import ImageFolderData, cache
@@ -142,6 +142,30 @@ def test_fit_refuses_it_before_anything_is_written(
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "the data has no classes, which Supervised needs; sort the images into class folders" in result.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_mae_learns_from_it_and_is_finetuned_on_labels(loose: Path, few: Path, vitlit: Callable[..., Result]) -> None:
+    given = [*SMALL, "--data.root", loose, "--model.objective", "MAE", "--model.objective.decoder_width", 32]
+    result = vitlit("fit", *given, "--model.objective.decoder_depth", 1, "--model.objective.decoder_heads", 2)
+    assert result.code == 0, result.err
+    assert "40 training and 11 validation images, 0 classes" in result.out
+    assert "best val/loss" in result.out
+    tune = ["--data.image_size", 16, "--data.batch_size", 8, "--data.num_workers", 0, "--trainer.max_steps", 2]
+    tune += [
+        "--config",
+        REPOSITORY / "configs" / "finetune.yaml",
+        "--model.schedule.warmup",
+        1,
+        "--trainer.logger",
+        "false",
+        "--model.init_from",
+        "runs/pretrain",
+    ]
+    result = vitlit("fit", *tune, "--data.root", few)
+    assert result.code == 0, result.err
+    result = vitlit("fit", *tune, "--data.root", loose, "--run.name", "other")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "the data has no classes, which Supervised needs" in result.err
 
 
 def test_shards_of_it_are_refused(loose: Path, vitlit: Callable[..., Result]) -> None:
