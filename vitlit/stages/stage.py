@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from vitlit.data.splits import NO_CLASSES
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
@@ -64,6 +65,7 @@ class Stage(LightningModule):
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
+        self._checked = 0  # the id of the data that was compared with the network
         self._rate = self._progress = 0.0
         self._total = 1
 
@@ -123,19 +125,25 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._check_data()
-            if isinstance(self.objective, Distillation):
-                self.objective.set_teacher(load(self.objective.teacher))
-            self.objective.prepare(self.data)
+            self.check_data(self.data)
 
-    def _check_data(self) -> None:
-        """Refuse data that does not fit the network or the objective."""
-        data, objective, name = self.data, self.objective, type(self.objective).__name__
+    def check_data(self, data: Any) -> None:
+        """Compare training data with the network and the objective, and prepare the objective; once for the same data.
+
+        Args:
+            data: a data module, or None if training is given loaders.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        if self._checked == id(data):
+            return
+        self._checked = id(data)
+        objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", range(classes)))
         if objective.needs_labels and not found:
-            remedy = "sort the images into class folders, or give data.manifest"
-            raise UserError(f"the data has no classes, which {name} needs; {remedy}")
+            raise UserError(NO_CLASSES.format(name))
         if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
         views = getattr(data, "num_views", objective.views)
@@ -160,6 +168,9 @@ class Stage(LightningModule):
         if isinstance(objective, Supervised) and several != objective.multi_label:
             how = "several labels" if several else "one label"
             raise UserError(f"the data has {how} an image; give the objective multi_label={several}")
+        if isinstance(objective, Distillation):
+            objective.set_teacher(load(objective.teacher))
+        objective.prepare(data)
 
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
