@@ -140,9 +140,23 @@ class Stage(LightningModule):
         self._checked = id(data)
         objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
-        found = len(getattr(data, "classes", []))
-        if found and objective.needs_labels and found != classes:
+        found = len(getattr(data, "classes", range(classes)))
+        if objective.needs_labels and not found:
+            raise no_classes(name)
+        if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
+        views = getattr(data, "num_views", objective.views)
+        if views > 1 == objective.views:
+            raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
+        if views < objective.views:
+            raise UserError(
+                f"{name} needs at least {objective.views} views of an image, but the data has {views}; give data.views"
+            )
+        for kind in getattr(data, "views", ()):
+            try:
+                self.vit.grid_of(*kind.pixels)
+            except UserError as error:
+                raise UserError(f"data.views: {error}") from error
         preprocess = getattr(data, "preprocess", None)
         if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
@@ -282,6 +296,12 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
         found: Any = super(Stage, kind)
         return found.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+
+
+def no_classes(name: str) -> UserError:
+    """The error of an objective or a stage that needs classes, on data without."""
+    remedy = "sort the images into class folders, or give data.manifest"
+    return UserError(f"the data has no classes, which {name} needs; {remedy}")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
