@@ -137,7 +137,6 @@ class Stage(LightningModule):
         """
         if self._checked == id(data):
             return
-        self._checked = id(data)
         objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", range(classes)))
@@ -170,6 +169,7 @@ class Stage(LightningModule):
         if isinstance(objective, Distillation):
             objective.set_teacher(load(objective.teacher))
         objective.prepare(data)
+        self._checked = id(data)
 
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
