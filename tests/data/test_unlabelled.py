@@ -150,6 +150,7 @@ def test_mae_learns_from_it_and_is_finetuned_on_labels(loose: Path, few: Path, v
     assert result.code == 0, result.err
     assert "40 training and 11 validation images, 0 classes" in result.out
     assert "best val/loss" in result.out
+    assert "--data.root LABELLED_FOLDER" in result.out
     tune = ["--data.image_size", 16, "--data.batch_size", 8, "--data.num_workers", 0, "--trainer.max_steps", 2]
     tune += [
         "--config",
