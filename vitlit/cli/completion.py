@@ -9,11 +9,12 @@ from jsonargparse import Namespace
 
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
-from vitlit.data.splits import NO_CLASSES, Splits
+from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT, ViTConfig
 from vitlit.run.folder import flatten
 from vitlit.stages.finetune import TRAINING
+from vitlit.stages.stage import no_classes
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -110,8 +111,9 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
     else:
         classes, several = splits.labels()
     objective = model.objective.init_args
-    if not classes and "num_classes" in objective:
-        raise UserError(NO_CLASSES.format(model.objective.class_path.rsplit(".", 1)[-1]))
+    for part in (model.objective, config.model):
+        if "num_classes" in part.init_args and not classes:
+            raise no_classes(part.class_path.rsplit(".", 1)[-1])
     if "num_classes" in model and model.num_classes is None:
         model.num_classes = len(classes)
     if "num_classes" in objective and objective.num_classes is None:

@@ -12,8 +12,6 @@ from vitlit.data.manifest import Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
 from vitlit.errors import UserError
 
-NO_CLASSES = "the data has no classes, which {} needs; sort the images into class folders, or give data.manifest"
-
 
 class Splits:
     """The images of each split, found when they are first asked for, and once.

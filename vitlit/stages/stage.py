@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitlit.data.splits import NO_CLASSES
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, without_adaptation
@@ -138,12 +137,11 @@ class Stage(LightningModule):
         """
         if self._checked == id(data):
             return
-        self._checked = id(data)
         objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", range(classes)))
         if objective.needs_labels and not found:
-            raise UserError(NO_CLASSES.format(name))
+            raise no_classes(name)
         if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
         views = getattr(data, "num_views", objective.views)
@@ -171,6 +169,7 @@ class Stage(LightningModule):
         if isinstance(objective, Distillation):
             objective.set_teacher(load(objective.teacher))
         objective.prepare(data)
+        self._checked = id(data)
 
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
@@ -297,6 +296,12 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
         found: Any = super(Stage, kind)
         return found.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+
+
+def no_classes(name: str) -> UserError:
+    """The error of an objective or a stage that needs classes, on data without."""
+    remedy = "sort the images into class folders, or give data.manifest"
+    return UserError(f"the data has no classes, which {name} needs; {remedy}")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
