@@ -367,7 +367,7 @@ def test_every_kind_is_planted(photos: Path, tmp_path: Path) -> None:
     assert found == {*FAULTS, *WARNINGS}
 
 
-def test_a_rare_class_is_told(tmp_path: Path) -> None:
+def test_a_rare_class_is_a_warning(tmp_path: Path) -> None:
     for split, name, images in (("train", "many", 101), ("train", "one", 1), ("val", "many", 1), ("val", "one", 1)):
         (tmp_path / split / name).mkdir(parents=True)
         for i in range(images):
@@ -476,7 +476,7 @@ def test_a_mistake_in_the_command_is_one_line(clean: Path, arguments: list[str],
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["somewhere", "-h"]])
-def test_help_tells_the_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(arguments)
     assert ended.value.code == 0

@@ -39,7 +39,7 @@ class Layout:
 
     Attributes:
         folder: relative to the root; its subfolders are the classes.
-        classes: their names, sorted.
+        classes: their names, sorted; [""] for images without labels.
         index: their images; labels are positions in classes.
     """
 
@@ -83,7 +83,8 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
     """Decode every image of a folder and compare its splits.
 
     Args:
-        root: holds train/CLASS/*, val/CLASS/* and maybe test/CLASS/*, or CLASS/* where a share is held out.
+        root: holds train/CLASS/*, val/CLASS/* and maybe test/CLASS/*, or CLASS/* where a share is held out. Images
+            without labels are in no class folders.
         holdout: the share of the training images to cut off for validation; a val folder is then ignored.
         workers: processes that decode.
 
@@ -92,7 +93,9 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
     """
     report = Report(root)
     try:
-        layouts = {split: _scan(report, folder) for split, folder in _find_splits(report, bool(holdout)).items()}
+        folders = _find_splits(report, bool(holdout))
+        labelled = any(_list(root / folder)[0] for folder in folders.values())
+        layouts = {split: _scan(report, folder, labelled) for split, folder in folders.items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}); give a folder of images") from error
     if holdout and "train" in layouts:
@@ -131,15 +134,14 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
     return folders, [entry.name for entry in entries if not is_folder(entry)]
 
 
-def _scan(report: Report, folder: str) -> Layout:
+def _scan(report: Report, folder: str, labelled: bool) -> Layout:
     """The images of a split; files in the wrong place are reported. OSError where a folder cannot be listed."""
     root = report.root / folder
-    classes, files = _list(root)
+    classes, files = _list(root) if labelled else ([""], [])
     trees = [walk(os.fsencode(root), os.fsencode(name)) for name in classes]
     report.add("outside_class", [join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)])
-    report.add(
-        "empty_class", [join(folder, name) for name, tree in zip(classes, trees, strict=True) if not tree.images]
-    )
+    empty = [name for name, tree in zip(classes, trees, strict=True) if name and not tree.images]
+    report.add("empty_class", [join(folder, name) for name in empty])
     ignored = [join(folder, os.fsdecode(other)) for tree in trees for other in tree.others]
     endings = Counter(splitext(path)[1].lower() or "no ending" for path in ignored)
     report.add("ignored_file", ignored, ", ".join(f"{ending} {files:,}" for ending, files in endings.most_common(8)))
@@ -153,7 +155,7 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
     for split, layout in layouts.items():
         if not len(layout.index):
             report.add("empty_split", [split], join(layout.folder, "CLASS/"))
-    train = counts.get("train", {})
+    train = {name: images for name, images in counts.get("train", {}).items() if name}
     filled = {name: images for name, images in train.items() if images}
     for split, layout in layouts.items():
         if split != "train" and train:

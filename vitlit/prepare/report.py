@@ -93,7 +93,9 @@ def _stderr() -> Iterator[IO[bytes]]:
 
 def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
     """The facts about a split as JSON values, from its images by class and their shorter sides in pixels."""
-    facts: dict[str, Any] = {"images": sum(counts.values()), "classes": len(counts)}
+    images = sum(counts.values())
+    counts = {name: number for name, number in counts.items() if name}  # "" is no label
+    facts: dict[str, Any] = {"images": images, "classes": len(counts)}
     if counts:
         ends = {"smallest": min(counts, key=counts.__getitem__), "largest": max(counts, key=counts.__getitem__)}
         facts["class_sizes"] = {end: {"class": name, "images": counts[name]} for end, name in ends.items()}
@@ -194,7 +196,9 @@ def _line(path: str | list[str], reasons: dict[str, str]) -> str:
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts about a split in words by name."""
-    rows = {"images": f"{facts['images']:,} in {facts['classes']:,} classes"}
+    unlabelled = facts["images"] and not facts["classes"]
+    kinds = "without labels" if unlabelled else f"in {facts['classes']:,} classes"
+    rows = {"images": f"{facts['images']:,} {kinds}"}
     if sizes := facts.get("class_sizes"):
         ends = [f"{sizes[end]['images']:,} ({sizes[end]['class']})" for end in ("smallest", "largest")]
         rows["a class has"] = f"{ends[0]} to {ends[1]}, median {sizes['median']:,.0f}"
