@@ -143,7 +143,7 @@ BITES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "threads": (lambda: torch.set_num_threads(99), ["99 threads on", "OMP_NUM_THREADS="]),
     "spinning": (environment(OMP_WAIT_POLICY="ACTIVE"), ["OMP_WAIT_POLICY=active", "unset"]),
     "mode": (environment(WANDB_MODE="ofline"), ["WANDB_MODE=ofline: it is online, offline or disabled"]),
-    "wandb": (environment(WANDB_BASE_URL="nowhere"), ["WANDB_BASE_URL is not as W&B wants it"]),
+    "wandb": (environment(WANDB_BASE_URL="nowhere"), ["WANDB_BASE_URL is invalid"]),
     "key": (environment(WANDB_MODE="online", WANDB_API_KEY="short"), ["WANDB_API_KEY invalid", "wandb login"]),
     "spawn": (lambda: multiprocessing.set_start_method("spawn", True), ["started by spawn", "--data.num_workers 0"]),
     "memory": (strict_memory, ["vm.overcommit_memory is 2", "sysctl vm.overcommit_memory=0"]),

@@ -142,7 +142,7 @@ def test_an_average_begins_with_the_weights_of_a_run_without_one(
     fit(few, Watch(5, tmp_path / "a.ckpt"))
     watch = Watch()
     stage, _ = fit(few, EMA(DECAY), watch, ckpt_path=tmp_path / "a.ckpt", before=tmp_path)
-    assert "the checkpoint has no average of weights (EMA); it begins with its weights\n" in capsys.readouterr().out
+    assert "the checkpoint has no EMA of weights; it begins with the weights\n" in capsys.readouterr().out
     assert not [warning for warning in recwarn if "WeightAveraging" in str(warning.message)]
     for name, expected in averaged(watch.steps).items():
         torch.testing.assert_close(stage.get_parameter(name).detach(), expected)

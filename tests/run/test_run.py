@@ -167,7 +167,7 @@ def test_a_time_limit_is_hours_minutes_and_seconds(limit: int | str, expected: i
 
 @pytest.mark.parametrize("limit", ["soon", "1:30", "-5", "0", "", "1:2:3:4:5", "1h"])
 def test_a_time_limit_that_is_none_is_refused(limit: str) -> None:
-    with pytest.raises(UserError, match="is no time; give HH:MM:SS"):
+    with pytest.raises(UserError, match="is not a time; give HH:MM:SS"):
         seconds(limit)
 
 
