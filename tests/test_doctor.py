@@ -142,7 +142,7 @@ BITES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "read-only": (read_only, ["/runs cannot be written: give --run.root"]),
     "threads": (lambda: torch.set_num_threads(99), ["99 threads on", "OMP_NUM_THREADS="]),
     "spinning": (environment(OMP_WAIT_POLICY="ACTIVE"), ["OMP_WAIT_POLICY=active", "unset"]),
-    "mode": (environment(WANDB_MODE="ofline"), ["WANDB_MODE=ofline: it is online, offline or disabled"]),
+    "mode": (environment(WANDB_MODE="ofline"), ["WANDB_MODE=ofline is not a mode; use online, offline or disabled"]),
     "wandb": (environment(WANDB_BASE_URL="nowhere"), ["WANDB_BASE_URL is invalid"]),
     "key": (environment(WANDB_MODE="online", WANDB_API_KEY="short"), ["WANDB_API_KEY invalid", "wandb login"]),
     "spawn": (lambda: multiprocessing.set_start_method("spawn", True), ["started by spawn", "--data.num_workers 0"]),

@@ -1,8 +1,6 @@
 """Predictions as a CSV file."""
 
 import csv
-import os
-from errno import EISDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -26,6 +24,8 @@ class Predictions(Callback):
     """
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
+        if out.is_dir():
+            raise UserError(f"cannot write {out}: it is a folder; give another --out")
         self.out, self.index, self.classes = out, index, classes
         self.written = 0
         self._rows: list[Tensor] = []
@@ -36,8 +36,6 @@ class Predictions(Callback):
         try:  # now, not when all is predicted
             self.out.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.out.parent).close()
-            if self.out.is_dir():
-                raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         except OSError as error:
             raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 

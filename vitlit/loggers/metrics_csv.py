@@ -24,20 +24,14 @@ class CSV(Logger):
     one, except for the speed.
     """
 
+    name = version = ""
+
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self._columns: list[str] = []
         self._last: Row = {}
         self._start = self._end = 0  # the last row's bytes in the file
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @property
     def save_dir(self) -> str:
