@@ -90,7 +90,7 @@ class RunFolder:
             name += trial
         if name in ("", ".", "..") or {"/", "\0"} & set(name) or len(os.fsencode(name)) > MAX_NAME_BYTES:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
-        self.name = name
+        self.name, self.options = name, options
         self.path = Path(options.root) / name
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
@@ -100,7 +100,7 @@ class RunFolder:
         self.lock = Lock(self.path.parent / f".{name}.lock")
         self._wandb_id = self.path / "wandb" / "run-id"
 
-    def decide(self, config: dict[str, Any], overwrite: bool) -> Decision:
+    def decide(self, config: dict[str, Any]) -> Decision:
         """Compare a config with what is in the folder.
 
         Raises:
@@ -110,9 +110,9 @@ class RunFolder:
             return Decision("begin")
         if not self.config.is_file():
             raise UserError(
-                f"{self.path} has no config.yaml, so it is not a run; restore it, or give another --run.name"
+                f"{self.path} has no config.yaml, so it is not a run; restore it or give another --run.name"
             )
-        if overwrite:
+        if self.options.overwrite:
             return Decision("begin")
         if not self.checkpoints():
             if (self.path / "metrics.csv").is_file():
@@ -157,7 +157,7 @@ class RunFolder:
             return path
         raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
 
-    def begin(self, config: dict[str, Any], overwrite: bool) -> None:
+    def begin(self, config: dict[str, Any]) -> None:
         """Lock the folder, delete it if the run is overwritten, and write the config into it.
 
         Raises:
@@ -166,7 +166,7 @@ class RunFolder:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.take(f"the run {self.path}")
-            if overwrite and self.path.exists():
+            if self.options.overwrite and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self.marker.unlink(missing_ok=True)
