@@ -102,7 +102,7 @@ def test_checkpoints_are_kept_for_good(vitlit: Command, few: Path, finished: Pat
 
 
 def test_a_disk_that_gets_full_leaves_the_checkpoint_before(vitlit: Command, few: Path, finished: Path) -> None:
-    """A file may not grow beyond some size, which a write reports as a full disk is."""
+    """A limit on the size of files makes a write fail as a full disk does."""
 
     def before() -> None:
         original = Last.save

@@ -19,7 +19,7 @@ from vitlit.run.ranks import share_decision
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher of this machine, and what a test sets is taken back."""
+    """No launcher in the environment, and every change is undone."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
     for name in ("VITLIT_DECISION", "WORLD_SIZE"):
@@ -28,7 +28,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def agreed(decision: Decision, run: Path) -> list[Decision]:
-    """What a rank that waits, and rank 0 that decides, take the decision to be."""
+    """The decisions that a waiting rank receives and that rank 0 keeps."""
     heard: list[Decision] = []
     other = threading.Thread(target=lambda: heard.append(share_decision(None, run, {})), daemon=True)
     other.start()
@@ -58,7 +58,7 @@ def test_under_torchrun_all_ranks_receive_the_decision_of_each_start(
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     first, second = Decision("begin", ""), Decision("continue", "last.ckpt")
     assert agreed(first, tmp_path) == [first, first]
-    # The store outlives a restart, of which agents on other machines may have counted none. A rank had asked and died.
+    # The store outlives a restart, which agents may count differently. A rank asked and died.
     store.add(f"vitlit/{tmp_path}/asked", 1)
     store.set("default_pg/0/rank_0", "the address of a process that died")
     assert agreed(second, tmp_path) == [second, second]
