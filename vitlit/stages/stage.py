@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.model.lora import merge, without_adaptation
+from vitlit.model.lora import merge, zero_adapters
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
@@ -228,7 +228,7 @@ class Stage(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         set_numerics(self.vit, checkpoint["vitlit"]["vit"])
         adapters = checkpoint.get("adapters") or {
-            f"vit.{name}": tensor for name, tensor in without_adaptation(self.vit).items()
+            f"vit.{name}": tensor for name, tensor in zero_adapters(self.vit).items()
         }
         checkpoint["state_dict"] |= adapters
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
