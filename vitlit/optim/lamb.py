@@ -14,16 +14,16 @@ from vitlit.errors import UserError
 class LAMB(Optimizer):
     """AdamW's direction, scaled for each tensor by |parameter| / |direction| (1904.00962, algorithm 2).
 
-    As NVIDIA's FusedLAMB, which DeiT III was trained with: gradients are clipped by their global norm first, and
+    Like NVIDIA's FusedLAMB, with which DeiT III was trained: gradients are first clipped by their global norm, and
     tensors without weight decay are not scaled.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
-        betas: of the averages of the gradient and its square.
+        betas: decay rates of the running averages of the gradient and its square.
         eps: added to the denominator.
-        weight_decay: added to the direction, times the parameter, before it is scaled.
-        max_grad_norm: what the gradients' global norm is clipped to; None for no clipping.
+        weight_decay: times the parameter, added to the direction before scaling.
+        max_grad_norm: the largest global norm of the gradients; None for no clipping.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LAMB(Optimizer):
         return loss
 
     def _clip(self) -> Tensor | None:
-        """What gradients are divided by, a scalar of at least 1."""
+        """The divisor of the gradients, a scalar of at least 1; None without clipping."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.max_grad_norm is None or not gradients:
             return None
