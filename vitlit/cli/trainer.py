@@ -1,9 +1,11 @@
 """Lightning's Trainer with automatic precision, checkpoints that are written whole, and strategies that work."""
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
@@ -24,7 +26,17 @@ from vitlit.errors import UserError
 from vitlit.run.checkpoints import Files
 from vitlit.stages import Stage
 from vitlit.stages.fsdp import FSDP2
+from vitlit.weights.checkpoint import open_checkpoint
 
+# Settings of the Trainer that a config must leave at their defaults, and why.
+OURS = {
+    "accumulate_grad_batches": (1, "it follows from data.batch_size and data.micro_batch"),
+    "barebones": (False, "best.ckpt and last.ckpt are always kept"),
+    "default_root_dir": (None, "the run's folder is run.root and run.name"),
+    "enable_checkpointing": (None, "best.ckpt and last.ckpt are always kept"),
+    "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
+    "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
+}
 FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
 POSITIVE = ("check_val_every_n_epoch", "val_check_interval")  # Lightning would divide by 0
 
@@ -108,3 +120,59 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
         # Else it may be a metric that theirs logs.
         if makers <= {"vitlit", "lightning"} or get_close_matches(monitor, known, 1, 0.7):
             raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")
+
+
+def check_trainer(config: Namespace) -> None:
+    """Refuse settings of the Trainer that follow from others, and a training without an end.
+
+    Raises:
+        UserError: there is one.
+    """
+    for key, (default, why) in OURS.items():
+        if config[key] != default:
+            raise UserError(f"trainer.{key} is not for a config: {why}")
+    ends = (config.max_epochs, config.max_steps)
+    if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
+        raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
+    if 0 in ends:
+        raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
+
+
+def monitor(stage: Stage, given: str | None) -> str:
+    """The metric that tells the best checkpoint: `run.monitor`, or accuracy, or the loss.
+
+    Raises:
+        UserError: the stage does not log the one that is given.
+    """
+    measured = stage.measured
+    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in measured)
+    if name not in measured:
+        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
+    return name
+
+
+def length(trainer: LightningTrainer, steps_per_epoch: int) -> int:
+    """The optimiser steps of a training; `check_trainer` has seen that it ends."""
+    limits = (trainer.max_steps, (trainer.max_epochs or -1) * steps_per_epoch)
+    return min(limit for limit in limits if limit > 0)
+
+
+def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int) -> None:
+    """Refuse a training that is too short for its schedule.
+
+    Raises:
+        UserError: it is.
+    """
+    stage.schedule.over(length(trainer, steps_per_epoch), steps_per_epoch)
+
+
+def check_start(checkpoint: Path, trainer: LightningTrainer, steps_per_epoch: int) -> None:
+    """Refuse to continue from a checkpoint of another run that is at the end of this training, or beyond it.
+
+    Raises:
+        UserError: it is.
+    """
+    step, end = open_checkpoint(checkpoint)["global_step"], length(trainer, steps_per_epoch)
+    if step >= end:
+        ends = f"{checkpoint} is at step {step}, and this training ends at step {end}"
+        raise UserError(f"{ends}; give more --trainer.max_epochs or --trainer.max_steps")
