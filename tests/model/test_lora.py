@@ -1,4 +1,4 @@
-"""Low-rank adaptation: what it trains, and that what is saved is the plain network."""
+"""Low-rank adaptation: what it trains, and that the merged network is saved."""
 
 from functools import partial
 from typing import Any
@@ -71,7 +71,7 @@ def test_adapters_belong_to_their_blocks() -> None:
     assert "blocks.1.attn.qkv.lora_a" in vit.layers()["blocks.1"]
 
 
-def test_a_merged_network_has_adapters_that_change_nothing() -> None:
+def test_zero_adapters_leave_the_merged_network_unchanged() -> None:
     _, vit = adapted(LoRA())
     randomized(vit)
     images = torch.randn(2, 3, 16, 16)

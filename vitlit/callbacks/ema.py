@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from vitlit.errors import UserError
 from vitlit.objectives import Batch
 from vitlit.stages import Stage
-from vitlit.stages.fsdp import whole
+from vitlit.stages.fsdp import gather_full
 from vitlit.stages.metrics import update
 from vitlit.weights.adapt import set_numerics
 
@@ -109,4 +109,4 @@ class EMA(WeightAveraging):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["state_dict"] = whole(checkpoint["state_dict"], keep=trainer.is_global_zero)
+        checkpoint["state_dict"] = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)

@@ -45,24 +45,17 @@ class LAMB(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        clip = self._clip()
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        clip = None
+        if self.max_grad_norm is not None and gradients:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            clip = (norm / self.max_grad_norm).clamp(min=1.0)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(group, parameters, clip)
         return loss
-
-    def _clip(self) -> Tensor | None:
-        """The divisor of the gradients, a scalar of at least 1; None without clipping."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.max_grad_norm is None or not gradients:
-            return None
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return (norm / self.max_grad_norm).clamp(min=1.0)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], clip: Tensor | None) -> None:
         beta1, beta2 = group["betas"]
