@@ -1,4 +1,4 @@
-"""`vitlit fit|validate|test|predict`: the Lightning CLI, told what a run is."""
+"""`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, starting_weights
 from vitlit.cli.loggers import fill_loggers, run_loggers
 from vitlit.cli.summary import print_summary
-from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_start, check_trainer, monitor
+from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
 from vitlit.data import ImageFolderData, augment
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -41,14 +41,14 @@ QUIET = (
     r".*does not have many workers.*",
     r".*smaller than the logging interval.*",
     r".*exists and is not empty.*",
-    r".*could not find the monitored key.*",  # it is known, so nothing was validated, and the summary says so
-    r".*The dirpath has changed.*",  # a moved run
-    r".*callbacks used to create the checkpoint.*",  # evaluation has none
-    r".*WeightAveraging callback with a model that overrides.*",  # it does so for fsdp2 alone
+    r".*could not find the monitored key.*",  # the metric is known, so nothing was validated; the summary says so
+    r".*The dirpath has changed.*",  # the run was moved
+    r".*callbacks used to create the checkpoint.*",  # evaluation has no callbacks
+    r".*WeightAveraging callback with a model that overrides.*",  # only fsdp2 needs the override
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 
-NAMED = (averaging, augment)  # a config may name what they hold
+NAMED = (averaging, augment)  # imported so that a config can name their classes
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -59,7 +59,7 @@ def run(command: str, arguments: list[str]) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     set_parsing_settings(
         import_path_denylist=["*"],
-        # What jsonargparse calls the base class where a callback's keys come without a class.
+        # The name that jsonargparse gives to the base class if a callback's keys come without a class.
         import_path_allowlist=[*trusted(), "lightning.Callback"],
         docstring_parse_attribute_docstrings=True,  # the help of ViTConfig's options
     )
@@ -71,11 +71,11 @@ def run(command: str, arguments: list[str]) -> int:
             CLI(line)
     except UserError:
         if rank() and not line.launched:
-            return 2  # rank 0 has the same to say
+            return 2  # rank 0 prints the same
         raise
     except Interrupted as stop:
         if inherited():
-            return 0  # or Lightning would kill rank 0 for it, before its loggers are closed
+            return 0  # or Lightning would kill rank 0 before its loggers are closed
         same = "the same command without --run.overwrite" if "--run.overwrite" in arguments else "the same command"
         rank_zero_only(print)(f"{stop}; {same} continues the run", flush=True)
         if stop.code == AGAIN and rank() == 0:
@@ -85,12 +85,12 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 class Begin(Callback):
-    """Say what is trained on what, and write the run's folder: when all is judged, just before training.
+    """Print what is trained, and write the run's folder. By now everything has been checked.
 
     Args:
-        line: that is told when ranks may differ.
-        folder: of the run; None where nothing is kept.
-        config: as it is recorded.
+        line: the command line, whose `launched` is set.
+        folder: the run's folder, or None if nothing is kept.
+        config: the config that the folder records.
     """
 
     def __init__(self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any]) -> None:
@@ -118,11 +118,11 @@ class CLI(LightningCLI):
     """The Lightning CLI over the two stages and image folders.
 
     Attributes:
-        line: what was typed.
-        folder: of the run.
-        splits: of its data, which the data module takes over, so that nothing is searched twice.
-        weights: that it begins with, None for none.
-        callbacks: of the command, beside those of the config.
+        line: the command line.
+        folder: the run's folder.
+        splits: the splits of its data, which the data module takes over, so that nothing is scanned twice.
+        weights: the weights that it starts from, None for none.
+        callbacks: the callbacks that the command adds to the config's.
     """
 
     def __init__(self, line: CommandLine) -> None:
@@ -153,12 +153,12 @@ class CLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let a checkpoint's settings silently win over the config; `fill_config` compares them."""
+        """Do nothing: Lightning lets a checkpoint's settings win over the config; `fill_config` compares them."""
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that runs: the parsers of the others would take their time."""
-        ours = {"weights_only", "return_predictions"}  # always true, and always false
-        return {self.line.command: LightningCLI.subcommands()[self.line.command] | ours}
+        """Only the subcommand that runs: to build the parsers of the others takes time."""
+        fixed = {"weights_only", "return_predictions"}  # always true and always false
+        return {self.line.command: LightningCLI.subcommands()[self.line.command] | fixed}
 
     @property
     def keeps(self) -> bool:
@@ -195,10 +195,10 @@ class CLI(LightningCLI):
         fill_loggers(config, self.folder)
 
     def plain(self) -> dict[str, Any]:
-        """The config as plain values, without what is no setting of the run."""
+        """The config as plain values, without what is not a setting of the run."""
         plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
-        for beside in ("config", "ckpt_path", "out"):
-            plain.pop(beside, None)
+        for key in ("config", "ckpt_path", "out"):
+            plain.pop(key, None)
         plain["run"].update(name=self.folder.name, overwrite=False)
         return dict(plain)
 
@@ -222,13 +222,13 @@ class CLI(LightningCLI):
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
     def decided(self, recorded: dict[str, Any]) -> Decision | None:
-        """What rank 0 decides; where it refuses, the others are told to end, too."""
+        """Rank 0's decision, None on other ranks. If it refuses, the others end too."""
         if rank():
             return None
         try:
             return self.folder.decide(recorded)
         except UserError:
-            with suppress(UserError):  # they may not have come
+            with suppress(UserError):  # the others may not have started
                 share_decision(Decision("refused", ""), self.folder.path, recorded)
             raise
 
@@ -254,29 +254,29 @@ class CLI(LightningCLI):
         )
 
     def saving(self) -> list[Any]:
-        """The callbacks that save checkpoints, and that stop a run after one."""
+        """The callbacks that save checkpoints, and that stop a run after saving one."""
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
         return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
 
     def predictions(self) -> callbacks.Predictions:
-        """The callback that writes predictions, and beside them the list of photos that could not be read."""
+        """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
         out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
         writer = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
         self.datamodule.bad_photos = bad = out.with_name(f"{out.stem}-bad.csv")
-        if rank() == 0 and bad.is_file():  # of a prediction before
+        if rank() == 0 and bad.is_file():  # left by an earlier prediction
             bad.unlink()
         return writer
 
     def after_instantiate_classes(self) -> None:
-        # Before other processes are started: one that fails ends this one, perhaps before it has said why.
+        # Before other processes start: a process that fails may end this one before it has printed why.
         self.datamodule.check(self.subcommand, self.trainer.world_size)
         if self.keeps:
             check_monitors(self.trainer, self.model)
-            check_length(self.trainer, self.model, self.datamodule.steps_per_epoch)
-            if (path := self.config.fit.ckpt_path) and Path(path).parent != self.folder.last.parent:
-                check_start(Path(path), self.trainer, self.datamodule.steps_per_epoch)
+            start = Path(self.config.fit.ckpt_path or self.folder.last)
+            another = start if start.parent != self.folder.last.parent else None
+            check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
 
     def _set_seed(self) -> None:

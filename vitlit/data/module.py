@@ -144,6 +144,7 @@ class ImageFolderData(LightningDataModule):
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.bad_photos: Path | None = None  # the list of those that prediction skips; in the trainer's root by default
         self._entered = 0  # the step that a continued run begins with
+        self._checked: set[tuple[str, int]] = set()  # (stage, devices) that `check` has passed
         self._ended = False  # the trainer is still attached, but has ended
 
     def split(self, name: str) -> Index:
@@ -207,7 +208,17 @@ class ImageFolderData(LightningDataModule):
         return global_batch(self._stream(lambda: step))
 
     def check(self, stage: str, world_size: int) -> None:
-        """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
+        """Refuse data that does not fit a stage; once for the same stage.
+
+        Args:
+            stage: fit, validate, test or predict.
+            world_size: the number of devices.
+
+        Raises:
+            UserError: the data is too small, does not divide, or has no such split.
+        """
+        if (stage, world_size) in self._checked:
+            return
         if stage == "fit":
             self.plan(world_size)
             for size in dict.fromkeys([self.preprocess.image_size, *(kind.pixels for kind in self.views)]):
@@ -220,6 +231,7 @@ class ImageFolderData(LightningDataModule):
                 f"the {name} split has {len(self.split(name))} images, fewer than the {world_size} devices; "
                 "give --trainer.devices 1"
             )
+        self._checked.add((stage, world_size))
 
     def setup(self, stage: str) -> None:
         self._ended = False

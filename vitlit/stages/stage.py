@@ -136,7 +136,6 @@ class Stage(LightningModule):
         """
         if self._checked == id(data):
             return
-        self._checked = id(data)
         objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
         found = len(getattr(data, "classes", range(classes)))
@@ -169,6 +168,7 @@ class Stage(LightningModule):
         if isinstance(objective, Distillation):
             objective.set_teacher(load(objective.teacher))
         objective.prepare(data)
+        self._checked = id(data)
 
     def on_train_start(self) -> None:
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
