@@ -201,8 +201,11 @@ class ViT(nn.Module):
         Raises:
             UserError: the preset is not of that form or the size is unknown.
         """
-        size, patch = parse_preset(preset)
-        return ViT(image_size=image_size, patch_size=patch, **size._asdict(), **options)
+        # Written out, so that jsonargparse sees which fields are left for **options.
+        (width, depth, mlp_dim, heads), patch = parse_preset(preset)
+        return ViT(
+            image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         logits, distilled = self.heads(self.features(images))
