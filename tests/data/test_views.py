@@ -203,6 +203,7 @@ def test_a_config_describes_views(few: Path, vitlit: Callable[..., Result], tmp_
     result = vitlit(*arguments)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "Supervised learns from one view of an image, but the data has 9; leave data.views out" in result.err
+    assert not (tmp_path / "runs").exists()
     result = vitlit(*arguments, "--data.views", "[{count: 0, size: 16}]")
     assert result.code == 2
     assert "data.views: count 0 is less than 1" in result.err

@@ -42,10 +42,11 @@ def _best(trainer: Trainer, folder: RunFolder) -> dict[str, str]:
 
 
 def _finetune(folder: RunFolder, splits: Splits) -> list[str]:
-    """The command that finetunes what was pretrained, on the same data."""
+    """The command that finetunes what was pretrained, on the same data if it has labels."""
     command = ["vitlit", "fit", "--config", "finetune", "--model.init_from", str(folder.path)]
     if splits.root != DIGITS:
-        command += ["--data.root", splits.root, "--run.name", f"{folder.name}-finetuned"]
+        root = splits.root if splits.classes else "LABELLED_FOLDER"
+        command += ["--data.root", root, "--run.name", f"{folder.name}-finetuned"]
     if splits.manifest:
         command += ["--data.manifest", splits.manifest]
     if splits.holdout:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,13 +132,7 @@ class ImageFolderData(LightningDataModule):
         augment = tuple(augment or ())
         self.augment = train_transform(self.preprocess, crop, crop_scale, flip, augment)
         self.views = tuple(views or ())
-        self._further = [
-            train_transform(
-                replace(self.preprocess, image_size=kind.pixels), "random_resized", kind.scale, flip, augment
-            )
-            for kind in self.views
-            for _ in range(kind.count)
-        ]
+        self._further = [crop for kind in self.views for crop in kind.transforms(self.preprocess, flip, augment)]
         self.on_bad_image = on_bad_image
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.bad_photos: Path | None = None  # the list of those that prediction skips; in the trainer's root by default

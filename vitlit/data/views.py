@@ -1,9 +1,11 @@
 """Further views of a training image, for objectives that compare several."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from vitlit.data.transforms import check_scale
+from vitlit.data.transforms import Transform, check_scale, train_transform
 from vitlit.errors import UserError
+from vitlit.images.preprocess import Preprocess
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,8 @@ class Views:
     def pixels(self) -> tuple[int, int]:
         """(height, width)."""
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+    def transforms(self, preprocess: Preprocess, flip: float, augment: Sequence[Transform]) -> list[Transform]:
+        """What makes each of the views: uint8 (3, H, W) -> uint8 (3, height, width)."""
+        preprocess = replace(preprocess, image_size=self.pixels)
+        return [train_transform(preprocess, "random_resized", self.scale, flip, augment)] * self.count
