@@ -33,7 +33,7 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:

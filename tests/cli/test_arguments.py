@@ -281,7 +281,6 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
         ("--run.name", "a\0b", "run.name 'a"),
         ("--model.objective.hidden_dim", "-1", "hidden_dim -1"),
         ("--model.objective.head_std", "-1", "head_std -1.0"),
-        ("--model.optimizer", "SparseAdam", "SparseAdam is for sparse gradients"),
         ("--model.optimizer.capturable", "true", "model.optimizer.capturable"),
         ("--model.groups.lr", "{'*': 1e300}", "beyond float32"),
         ("--trainer.limit_train_batches", "0", "nothing to train with trainer.limit_train_batches 0"),

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitlit.errors import UserError
 from vitlit.objectives import Batch
-from vitlit.stages.fsdp import whole
+from vitlit.stages.fsdp import gather_full
 from vitlit.stages.metrics import update
 from vitlit.weights.adapt import set_numerics
 
@@ -95,4 +95,4 @@ class EMA(WeightAveraging):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["state_dict"] = whole(checkpoint["state_dict"], keep=trainer.is_global_zero)
+        checkpoint["state_dict"] = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)
