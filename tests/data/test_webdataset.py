@@ -15,14 +15,15 @@ import pytest
 from conftest import SMALL
 from shard_files import Server, levels, png, tar
 
-from vitlit.data import shards
-from vitlit.data.shards import INDEX, read_shards
+from vitlit.data import storage
+from vitlit.data.shard_index import INDEX
+from vitlit.data.shards import read_shards
 from vitlit.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shards, "PAUSES", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(storage, "PAUSES", (0.01, 0.02, 0.03))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
