@@ -27,12 +27,9 @@ def kept_at(folder: Path) -> Path:
 
 
 def load(folder: Path, classes: list[str], endings: tuple[bytes, ...]) -> tuple[Names, np.ndarray] | None:
-    """The names of a folder's images and the number in each class; None if no scan is kept, or the folder has changed.
+    """The kept names of a split's images and the number in each class; None if there are none or the folder changed.
 
-    Args:
-        folder: of the split.
-        classes: the names of its class folders now.
-        endings: of the file names that count as images.
+    `classes` are the class folders of now, `endings` those of image files.
     """
     try:
         scan = load_arrays(kept_at(folder))
@@ -51,12 +48,10 @@ def save(
     folders: list[bytes],
     scanned: float,
 ) -> None:
-    """Keep a scan if it is large and the folder is writable.
+    """Keep a scan for `load` if it is large and the folder is writable.
 
     Args:
-        folder: of the split.
-        classes: the names of its class folders.
-        endings: of the file names that count as images.
+        folder, classes, endings: as in `load`.
         found: the images' names and the number in each class.
         folders: all that were searched, relative to `folder`, which comes first.
         scanned: when the scan began, seconds since the epoch.

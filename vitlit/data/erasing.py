@@ -25,8 +25,7 @@ class Erasing:
         prob: the probability that an image is erased.
         area: range of the box's area as a share of the image's.
         aspect: height / width of the box is drawn between this and its inverse.
-        fill: noise is N(0, 1) by pixel and channel, timm's "pixel"; mean is 0, the mean of normalised images, timm's
-            "const".
+        fill: noise is N(0, 1) by pixel and channel (timm's "pixel"), mean is 0 (timm's "const").
 
     Raises:
         UserError: a value is out of its range.
@@ -51,16 +50,8 @@ def boxes(
 ) -> list[Box | None]:
     """The box erased in each of these rows of a step's global batch; None for nothing.
 
-    The first of 10 drawn boxes that is smaller than the image counts; without one, nothing is erased. A row's draws
-    depend on no other row.
-
-    Args:
-        erasing: the distribution.
-        seed: of the run.
-        step: of the optimiser.
-        rows: numbers in the global batch.
-        height: of the images, pixels.
-        width: of the images, pixels.
+    The first of 10 drawn boxes that is smaller than the image, height x width pixels, counts; without one, nothing is
+    erased. A row's draws depend on no other row.
     """
     numbers = np.arange(4 * ATTEMPTS + 1)
     bits = mix(ERASING, seed, step, np.asarray(rows, np.int64)[:, None], numbers)

@@ -46,10 +46,6 @@ def read_manifest(file: Path, root: Path) -> Manifest:
     every image may have several, or none (an empty label). Images of one group, such as one patient's, must be in one
     split, and a holdout takes all or none; an image without a group is its own. Other columns are ignored.
 
-    Args:
-        file: the CSV file.
-        root: the folder of the images.
-
     Raises:
         UserError: the file or a line of it is wrong; the message names both.
     """

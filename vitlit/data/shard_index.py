@@ -77,16 +77,7 @@ def save_index(file: Path, index: ShardIndex) -> None:
 
 
 def load_index(data: bytes, root: str, place: str) -> ShardIndex:
-    """Read what `save_index` wrote.
-
-    Args:
-        data: the file's content.
-        root: the folder of the shards.
-        place: of the file, for the error.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Read the content of an index.npz for the shards in a folder; UserError if the file at `place` is damaged."""
     try:
         arrays = load_arrays(io.BytesIO(data))
         classes, shards = (

@@ -9,8 +9,6 @@ import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from vitlit.data.manifest import Manifest
 from vitlit.data.shard_index import INDEX, ShardIndex, load_index, save_index
 from vitlit.data.storage import Folder, connect, join, reason
@@ -32,10 +30,7 @@ def is_shards(root: str) -> bool:
 
 
 def read_shards(root: str) -> Manifest:
-    """The classes and splits of shards; a set made elsewhere may lack the split train.
-
-    Args:
-        root: the folder of the tars, a path or a URL.
+    """The classes and splits of the shards at a path or URL; a set made elsewhere may lack the split train.
 
     Raises:
         UserError: they cannot be read, or do not belong together, or an image has no label; the message names the file.
@@ -79,7 +74,7 @@ def _index_made_here(folder: Folder, served: ShardIndex | None) -> ShardIndex:
 
     index = served if served and fresh(served) else kept()
     if index is None:
-        with _one_process(cached.with_suffix(".lock"), root):
+        with _one_process(cached.with_suffix(".lock")):
             index = kept()  # by the process that had the lock
             if index is None:
                 index = search(folder, tars, classes)._replace(key=key)
@@ -91,7 +86,7 @@ def _index_made_here(folder: Folder, served: ShardIndex | None) -> ShardIndex:
     return index
 
 
-def _one_process(lock: Path, root: str) -> AbstractContextManager[object]:
+def _one_process(lock: Path) -> AbstractContextManager[object]:
     """Lets one process of this machine in: one rank of a launch searches, the others wait.
 
     If a file cannot be locked, as on Windows or without a writable cache, each searches for itself.
@@ -101,11 +96,7 @@ def _one_process(lock: Path, root: str) -> AbstractContextManager[object]:
 
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = lock.open("w")
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            rank_zero_only(print)(f"{root}: waiting for another process, which is indexing it", flush=True)
-            fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(held, fcntl.LOCK_EX)
     except (ImportError, OSError):
         return nullcontext()
     return held

@@ -78,12 +78,7 @@ class _Sample(NamedTuple):
 
 
 def search(folder: Folder, tars: dict[str, str], classes: list[str] | None) -> ShardIndex:
-    """Find the images in tars by their headers, and print how many there are.
-
-    Args:
-        folder: of the tars.
-        tars: their names and splits.
-        classes: by their numbers, if a file names them.
+    """Find the images in the tars that `list_tars` listed, and print how many there are.
 
     Raises:
         UserError: a tar cannot be read, or an image has no known label.

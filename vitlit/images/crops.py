@@ -54,12 +54,11 @@ class BoxCrop(ABC):
 class InceptionCrop(BoxCrop):
     """The crop of big_vision and of Google's ViTs.
 
-    It draws as TensorFlow's `tf.image.sample_distorted_bounding_box` (GenerateRandomCrop in
-    tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc), called by `inception_crop` and
-    `decode_jpeg_and_inception_crop` in big_vision/pp/ops_image.py without boxes or objects to cover. Unlike in
-    torchvision's RandomResizedCrop the aspect is uniform, not its logarithm; the height is uniform within area and
-    aspect, not the area; and a box never touches the last row or column unless it has all of them. big_vision's
-    ImageNet configs resize without antialiasing.
+    It draws as `inception_crop` in big_vision/pp/ops_image.py: TensorFlow's sample_distorted_bounding_box (see
+    GenerateRandomCrop in tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc) with no object to cover.
+    Unlike in torchvision's crop the aspect is uniform, not its logarithm; the height, not the area, is uniform; and a
+    box never touches the last row or column unless it has all of them. big_vision's ImageNet configs resize without
+    antialiasing.
 
     Args:
         ratio: range of the box's width / height. TensorFlow and big_vision write 1.33, not 4/3.
@@ -68,32 +67,27 @@ class InceptionCrop(BoxCrop):
     ratio: tuple[float, float] = (0.75, 1.33)
 
     def draw(self, rows: int, columns: int) -> Box:
-        boxes = (self._attempt(rows, columns) for _ in range(100))
-        return next(filter(None, boxes), (0, 0, rows, columns))
-
-    def _attempt(self, rows: int, columns: int) -> Box | None:
-        aspect = self.ratio[0] + torch.rand(()).item() * (self.ratio[1] - self.ratio[0])
         least, most = (share * rows * columns for share in self.scale)
-
-        # round() is half to even, as C's lrintf is.
-        tallest = round((most / aspect) ** 0.5)
-        if round(tallest * aspect) > columns:
-            tallest = int((columns + 0.5 - 1e-7) / aspect)
-            tallest -= round(tallest * aspect) > columns
-        tallest = min(tallest, rows)
-        shortest = min(round((least / aspect) ** 0.5), tallest)
-        height = shortest + _below(tallest - shortest + 1)
-
-        # Rounding may have left the range of areas by one row.
-        if height * round(height * aspect) < least:
-            height += 1
-        if height * round(height * aspect) > most:
-            height -= 1
-        width = round(height * aspect)
-        if not (least <= height * width <= most and 0 < height <= rows and 0 < width <= columns):
-            return None
-        # No + 1, as in the source: the last position is never drawn.
-        return _below(max(1, rows - height)), _below(max(1, columns - width)), height, width
+        for _ in range(100):
+            aspect = self.ratio[0] + torch.rand(()).item() * (self.ratio[1] - self.ratio[0])
+            # round() is half to even, as C's lrintf is.
+            tallest = round((most / aspect) ** 0.5)
+            if round(tallest * aspect) > columns:
+                tallest = int((columns + 0.5 - 1e-7) / aspect)
+                tallest -= round(tallest * aspect) > columns
+            tallest = min(tallest, rows)
+            shortest = min(round((least / aspect) ** 0.5), tallest)
+            height = shortest + _below(tallest - shortest + 1)
+            # Rounding may have left the range of areas by one row.
+            if height * round(height * aspect) < least:
+                height += 1
+            if height * round(height * aspect) > most:
+                height -= 1
+            width = round(height * aspect)
+            if least <= height * width <= most and 0 < height <= rows and 0 < width <= columns:
+                # No + 1, as in the source: the last position is never drawn.
+                return _below(max(1, rows - height)), _below(max(1, columns - width)), height, width
+        return 0, 0, rows, columns
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,6 @@ def autocontrast(image: Tensor) -> Tensor:
     return torch.cat([look_up(table, channel[None]) for table, channel in zip(tables, image, strict=True)])
 
 
-def posterize(image: Tensor, bits: int) -> Tensor:
-    """Keep the highest bits; 0 bits keep one, since TensorFlow shifts a byte by 7 at most."""
-    shift = min(max(8 - bits, 0), 7)
-    return image >> shift << shift
-
-
 def solarize(image: Tensor, threshold: int) -> Tensor:
     """Invert values from the threshold on, which wraps around at 256."""
     return look_up(torch.where(threshold % 256 > _VALUES, _VALUES, 255 - _VALUES), image)
@@ -185,7 +179,8 @@ OPS: dict[str, Callable[[Tensor, Draw], Tensor]] = {
     "Equalize": lambda image, draw: F.equalize(image),
     "Invert": lambda image, draw: 255 - image,
     "Rotate": lambda image, draw: rotate(image, draw.sign * 30 * draw.level),
-    "Posterize": lambda image, draw: posterize(image, int(4 * draw.level)),
+    # TensorFlow shifts a byte by 7 at most, so that one bit is left.
+    "Posterize": lambda image, draw: F.posterize(image, min(max(int(4 * draw.level), 1), 8)),
     "Solarize": lambda image, draw: solarize(image, int(256 * draw.level)),
     "Color": lambda image, draw: blend(grey(image), image.contiguous(), draw.factor),
     "Contrast": lambda image, draw: contrast(image, draw.factor),

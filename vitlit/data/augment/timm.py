@@ -86,8 +86,6 @@ class TimmRandAugment(v2.Transform):
         for name, (value, least, most) in limits.items():
             if not least <= value <= most:
                 raise UserError(f"{name} {value} must be in [{least}, {most}]")
-        if not all(0 <= value <= 255 for value in fill):
-            raise UserError(f"fill {fill} must be 3 numbers in [0, 255]")
         self.magnitude, self.ops, self.std, self.increasing, self.prob = magnitude, ops, std, increasing, prob
         self.interpolation, self.fill = interpolation, fill
 
