@@ -180,7 +180,7 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = (batch_idx // trainer.accumulate_grad_batches) + trainer.current_epoch * 2
         self.losses.setdefault(step, []).append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
-        rows = zip(batch[2].tolist(), batch[0].double(), batch[1].double(), strict=True)
+        rows = zip(batch[2].tolist(), batch.views[0].double(), batch.labels.double(), strict=True)
         self.inputs.setdefault(step, []).extend((i, image.clone(), share.clone()) for i, image, share in rows)
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:

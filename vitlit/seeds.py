@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 # What a number is drawn for. Streams of different purposes never share numbers; a new purpose goes to the end.
-ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE = range(7)
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW = range(8)
 LARGEST = 2**64 - 1
 
 
@@ -34,13 +34,14 @@ def mix_one(*values: int) -> int:
 
 
 @contextmanager
-def seeded_sample(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the augmentation of one sample, and leave it as it was before.
+def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0) -> Iterator[None]:
+    """Seed torch's CPU generator for the augmentation of one view of a sample, and restore its state afterwards.
 
-    Without data workers it is the model's generator, too.
+    Without data workers it is also the model's generator.
     """
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed(mix_one(SAMPLE, seed, epoch, index, repeat))
+    drawn_for = (VIEW, seed, epoch, index, repeat, view) if view else (SAMPLE, seed, epoch, index, repeat)
+    torch.default_generator.manual_seed(mix_one(*drawn_for))
     try:
         yield
     finally:

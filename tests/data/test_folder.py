@@ -82,7 +82,7 @@ def test_links_in_a_circle_neither_hang_nor_count_an_image_twice(tmp_path: Path)
 
 def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> None:
     user_error("is not a folder; give --data.root", scan_train, tmp_path / "nowhere")
-    paint(tmp_path / "flat" / "train" / "1.png")
+    (tmp_path / "flat" / "train").mkdir(parents=True)
     user_error("train holds no class folders; images belong in", scan_train, tmp_path / "flat")
     paint(tmp_path / "root" / "a" / "1.png")
     user_error(r"has no folder train; .*--data\.holdout 10%", scan_train, tmp_path / "root")

@@ -19,11 +19,11 @@ from vitlit.run.lock import Lock
 
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     first, second = (RunFolder(RunOptions(name="x", root=str(tmp_path)), None) for _ in range(2))
-    first.begin({"run": {}}, overwrite=False)
+    first.begin({"run": {}})
     with pytest.raises(
         UserError, match=rf"another process is at work on the run .*x \(.*{os.getpid()}.*; give|another"
     ):
-        second.begin({"run": {}}, overwrite=True)
+        second.begin({"run": {}})
     assert (tmp_path / "x" / "config.yaml").exists()
 
 

@@ -215,7 +215,7 @@ def folder(tmp_path: Path, **options: Any) -> RunFolder:
 
 def begun(tmp_path: Path, config: dict[str, Any], finished: bool = False) -> RunFolder:
     made = folder(tmp_path)
-    made.begin(config, overwrite=False)
+    made.begin(config)
     made.last.parent.mkdir()
     torch.save({}, made.last)
     if finished:
@@ -242,18 +242,18 @@ def test_runs_of_a_sweep_do_not_share_a_folder(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_empty_or_missing_folder_is_begun(tmp_path: Path) -> None:
-    assert folder(tmp_path).decide({}, overwrite=False) == Decision("begin", "")
+    assert folder(tmp_path).decide({}) == Decision("begin", "")
     (tmp_path / "mine").mkdir()
-    assert folder(tmp_path).decide({}, overwrite=False) == Decision("begin", "")
+    assert folder(tmp_path).decide({}) == Decision("begin", "")
 
 
 def test_a_run_is_continued_until_it_is_finished(tmp_path: Path) -> None:
     config = {"model": {"depth": 2, "vit": None}}
     made = begun(tmp_path, config)
-    assert made.decide({"model": {"depth": 2}}, overwrite=False) == Decision("continue", str(made.last))
+    assert made.decide({"model": {"depth": 2}}) == Decision("continue", str(made.last))
     made.finish(6)
-    assert made.decide(config, overwrite=False) == Decision("finished", "")
-    assert made.decide(config, overwrite=True) == Decision("begin", "")
+    assert made.decide(config) == Decision("finished", "")
+    assert folder(tmp_path, overwrite=True).decide(config) == Decision("begin", "")
 
 
 @pytest.mark.parametrize(
@@ -277,27 +277,27 @@ def test_only_settings_of_how_a_run_is_computed_may_differ(tmp_path: Path, key: 
     for part in reversed(key.split(".")):
         config = {part: config}
     if free:
-        assert made.decide(config, overwrite=False).action == "continue"
+        assert made.decide(config).action == "continue"
     else:
         with pytest.raises(UserError, match=f"{key} None -> {value}"):
-            made.decide(config, overwrite=False)
+            made.decide(config)
 
 
 def test_many_differences_are_counted_after_the_first_eight(tmp_path: Path) -> None:
     made = begun(tmp_path, {})
     with pytest.raises(UserError, match="and 3 more"):
-        made.decide({f"key{i}": i + 1 for i in range(11)}, overwrite=False)
+        made.decide({f"key{i}": i + 1 for i in range(11)})
 
 
 def test_only_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
     config, more = {"trainer": {"max_epochs": 2}}, {"trainer": {"max_epochs": 3}}
     made = begun(tmp_path, config)
     with pytest.raises(UserError, match="max_epochs 2 -> 3"):
-        made.decide(more, overwrite=False)
+        made.decide(more)
     made.finish(6)
-    assert made.decide(more, overwrite=False).action == "continue"
+    assert made.decide(more).action == "continue"
     with pytest.raises(UserError, match="lr None -> 1"):
-        made.decide({**more, "lr": 1}, overwrite=False)
+        made.decide({**more, "lr": 1})
 
 
 def test_overwriting_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_overwriting_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
     made = begun(tmp_path, {})
     made.lock.release()
     with pytest.raises(UserError, match="symbolic link"):
-        made.begin({}, overwrite=True)
+        folder(tmp_path, overwrite=True).begin({})
     assert made.last.exists()
 
 

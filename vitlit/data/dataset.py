@@ -1,6 +1,6 @@
 """Images of an index as samples."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,19 @@ from torch.utils.data import Dataset
 from vitlit.data.bad_images import BadImages
 from vitlit.data.index import Index, StorageUserError
 from vitlit.data.stream import Sample
+from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
 from vitlit.images.decode import decode_bytes
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
 class Images(Dataset[tuple[Any, ...]]):
-    """Images of an index, transformed: (uint8 (H, W, 3), label, index), and in training the position in the stream.
+    """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
     The channels come last, as decoders and resizing leave them, so that a batch is stacked by plain copies.
 
     An item is an index, or a Sample in training, which seeds the transform's draws. A label is an int, or float
-    (classes,) of zeros and ones where an image may have several.
+    (classes,) of zeros and ones where an image may have several. The position is that in the training stream.
 
     Args:
         index: of the images.
@@ -31,12 +32,21 @@ class Images(Dataset[tuple[Any, ...]]):
         bad: the list of images that cannot be read. In training, another of the same class comes in place of one,
             always the same for the same (seed, epoch, index, repeat); in prediction, a black image of the index -1.
             None for an error that names it.
+        further: transforms that make further views of a training image, uint8 (height, width, 3) each.
+        photos: whether the images are to be predicted, so that no metric needs them all.
     """
 
     def __init__(
-        self, index: Index, transform: Callable[[Tensor], Tensor], seed: int = 0, bad: BadImages | None = None
+        self,
+        index: Index,
+        transform: Transform,
+        seed: int = 0,
+        bad: BadImages | None = None,
+        further: Sequence[Transform] = (),
+        photos: bool = False,
     ) -> None:
         self.index, self.transform, self.seed, self.bad = index, transform, seed, bad
+        self.further, self.photos = further, photos
 
     def __len__(self) -> int:
         return len(self.index)
@@ -46,9 +56,11 @@ class Images(Dataset[tuple[Any, ...]]):
             image, index = self._eval_image(item)
             return channels_last(self.transform(image)), self._label(item), index
         image, index = self._sample(item)
-        with seeded_sample(self.seed, item.epoch, item.index, item.repeat):
-            image = self.transform(image)
-        return channels_last(image), self._label(index), index, item.position
+        views = []
+        for view, transform in enumerate((self.transform, *self.further)):
+            with seeded_sample(self.seed, item.epoch, item.index, item.repeat, view):
+                views.append(channels_last(transform(image)))
+        return views[0], self._label(index), index, item.position, *views[1:]
 
     def _decode(self, index: int) -> Tensor:
         return decode_bytes(self.index.read(index), self.index.path(index))
@@ -60,9 +72,8 @@ class Images(Dataset[tuple[Any, ...]]):
             raise
         except UserError as error:
             if self.bad is None:
-                photo = (self.index.labels[index] < 0).any()  # which no metric needs
                 needed = "evaluation takes every image: restore or remove it"
-                remedy = "--data.on_bad_image skip leaves it out" if photo else needed
+                remedy = "--data.on_bad_image skip leaves it out" if self.photos else needed
                 raise UserError(f"{error}; {remedy}") from error
             self.bad.note(self.index.path(index), str(error))
             return torch.zeros(3, 8, 8, dtype=torch.uint8), -1

@@ -77,17 +77,21 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
 
 
 def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
-    """The images in class folders, class by class, and how many each has."""
+    """The images in class folders, class by class, and how many each has. The folder itself is the class ""."""
     scanned = time.time()
     images, folders, counts = [], [b""], []
     for name in classes:
         tree = walk(os.fsencode(folder), os.fsencode(name))
         images += tree.images
-        folders += tree.folders
+        folders += [below for below in tree.folders if below]
         counts.append(len(tree.images))
     found = Names.pack(images), np.array(counts, np.int64)
     cache.save(folder, classes, _ENDINGS, found, folders, scanned)
     return found
+
+
+def _is_image(entry: os.DirEntry[Any]) -> bool:
+    return entry.name[0] != "." and entry.name.lower().endswith(EXTENSIONS) and not is_folder(entry)
 
 
 def scan_photos(photos: list[Path]) -> Index:
@@ -111,10 +115,10 @@ def scan_photos(photos: list[Path]) -> Index:
 
 
 def train_folder(root: Path, holdout: float) -> Path:
-    """The folder whose subfolders are the classes: ROOT/train, or ROOT itself where a holdout is cut from it.
+    """The folder of the class folders, or of images without labels: ROOT/train, or ROOT where a holdout is cut from it.
 
     Raises:
-        UserError: there is no such folder, or it holds no class folder.
+        UserError: there is no such folder, or it holds neither class folders nor images.
     """
     if not root.is_dir():
         raise UserError(f"data.root {root} is not a folder; give --data.root a folder of class folders of images")
@@ -123,27 +127,27 @@ def train_folder(root: Path, holdout: float) -> Path:
         if not holdout:
             raise UserError(
                 f"{root} has no folder train; lay it out as train/CLASS/* and val/CLASS/*, "
-                "or give --data.holdout 10% where the class folders lie in the root itself"
+                "or give --data.holdout 10% where class folders or images lie in the root itself"
             )
         folder = root
-    if not _folders(folder):
+    if not _folders(folder) and not any(_is_image(entry) for entry in os.scandir(folder)):
         raise UserError(f"{folder} holds no class folders; images belong in {folder}/CLASS/")
     return folder
 
 
 def find_classes(root: Path, holdout: float = 0.0) -> list[str]:
-    """Class names in the order of their numbers: the sorted names of the training split's folders."""
+    """Class names in the order of their numbers: the sorted names of the training split's folders, if it has any."""
     return _folders(train_folder(root, holdout))
 
 
 def scan_split(folder: Path, classes: list[str]) -> Index:
-    """The images of one split, numbered by the classes given.
+    """The images of one split, numbered by the classes given; without classes, those of the folder itself, all -1.
 
     Raises:
         UserError: the split has a class that is not among these, or no image at all.
     """
-    found = _folders(folder)
-    strange = sorted(set(found) - set(classes))
+    found = _folders(folder) or ([] if classes else [""])
+    strange = sorted(set(found) - {"", *classes})
     if strange:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
     names, counts = cache.load(folder, found, _ENDINGS) or _scan(folder, found)
@@ -153,13 +157,13 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
                 f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
             )
         raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
-    number = {name: label for label, name in enumerate(classes)}
+    number = {"": -1} | {name: label for label, name in enumerate(classes)}
     labels = np.repeat(np.array([number[name] for name in found], np.int64), counts)
     return Index(FolderFiles(str(folder), names), np.arange(len(names)), labels)
 
 
 def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
-    """The classes, the training images, and the held-out ones where a share is held out.
+    """The classes (none without class folders), the training images, and the held-out ones where a share is held out.
 
     The held-out part is stratified and the same for every seed, so that a run never trains on what another, which
     started from its weights, is judged by.
@@ -179,22 +183,22 @@ def scan_classes(folder: Path) -> tuple[list[str], Index]:
     """
     classes = _folders(folder)
     index = scan_split(folder, classes)
-    counts = np.bincount(index.labels, minlength=len(classes))
-    if not counts.all():
-        raise UserError(f"class folder {folder / classes[int(counts.argmin())]} holds no image; fill or remove it")
+    empty = np.setdiff1d(np.arange(len(classes)), index.labels)
+    if len(empty):
+        raise UserError(f"class folder {folder / classes[empty[0]]} holds no image; fill or remove it")
     return classes, index
 
 
 def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
     """Cut a share off for validation: (the rest, the share).
 
-    Of every class so much is held out, one image at least, but never all. Images with several classes are
+    Of every class so much is held out, one image at least, but never all. Images with several classes, or none, are
     held out regardless of them. What is drawn depends on the paths alone, or on the groups', which stay whole.
 
     Raises:
         UserError: the groups are so large that none can be held out.
     """
-    labels = index.labels if index.labels.ndim == 1 else np.zeros(len(index), np.int64)
+    labels = index.labels if classes and index.labels.ndim == 1 else np.zeros(len(index), np.int64)
     counts = np.bincount(labels, minlength=len(classes))
     wanted = np.minimum(counts - 1, np.maximum(1, np.round(counts * share)))
     if index.groups is not None:

@@ -1,11 +1,10 @@
 """Image folders and shards as a LightningDataModule."""
 
-import warnings
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,7 +20,9 @@ from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, global_batch, paired_rows, split_batch
-from vitlit.data.transforms import CropName, check_augment, train_transform
+from vitlit.data.trainer import Alone, Ready, set_accumulation
+from vitlit.data.transforms import CropName, check_augment, check_scale, train_transform
+from vitlit.data.views import Views
 from vitlit.data.workers import count, loader
 from vitlit.errors import UserError
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
@@ -32,8 +33,12 @@ from vitlit.objectives import Batch
 class ImageFolderData(LightningDataModule):
     """Images in class folders, ROOT/{train,val[,test]}/CLASS/* or ROOT/CLASS/* with a holdout, or in shards.
 
+    Images in no class folder, ROOT/{train,val}/* or ROOT/* with a holdout, are data without labels.
+
     A batch is a `vitlit.objectives.Batch`, normalised on the device. Its labels are float (B, classes) shares where
-    images have several classes or training mixes them.
+    images have several classes or training mixes them, and -1 where there are none. Without a Trainer the loaders are
+    those of one device, and their batches come ready, float32 on the CPU; each iteration over that of training is the
+    next epoch.
 
     Args:
         root: the folder, or the URL of shards.
@@ -50,8 +55,10 @@ class ImageFolderData(LightningDataModule):
         flip: the probability of a horizontal flip in training.
         augment: further transforms of training images by class_path, of vitlit.data.augment or
             torchvision.transforms.v2.
-        erasing: of a part of training images, after normalisation.
-        mixing: mixup and cutmix of training images.
+        views: further views of each training image, for objectives that compare several: a list of count, size and
+            scale. The first view is the one that image_size, crop and crop_scale describe.
+        erasing: of a part of training images, after normalisation; of the first view alone.
+        mixing: mixup and cutmix of training images; not with further views.
         repeats: how often an epoch has each image, augmented anew and in the same batch; it has so many fewer images.
         balanced: draw every class equally often; else every image once.
         on_bad_image: what an image that cannot be read does: error stops; skip trains on another of its class, leaves a
@@ -82,6 +89,7 @@ class ImageFolderData(LightningDataModule):
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
         augment: Sequence[v2.Transform] | None = None,
+        views: Sequence[Views] | None = None,
         erasing: Erasing = Erasing(),
         mixing: Mixing = Mixing(),
         repeats: int = 1,
@@ -104,12 +112,15 @@ class ImageFolderData(LightningDataModule):
                 raise UserError(f"data.{name} {value} is less than {lowest}")
             if value is not None and value >= 2**63:
                 raise UserError(f"data.{name} {value} is more than 64 bits hold")
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
+        check_scale("data.crop_scale", crop_scale)
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip {flip} is not a probability")
         if crop_ratio is not None and not 0.1 <= crop_ratio <= 1:  # images are resized to image_size / crop_ratio
             raise UserError(f"data.crop_ratio {crop_ratio} is not a share of 0.1 to 1")
+        if views and mixing.on:
+            raise UserError(
+                "data.mixing works on one view of an image, but data.views adds more; leave one of them out"
+            )
         self.splits = Splits(root, parse_share(holdout), manifest)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.batch_size, self.micro_batch = batch_size, micro_batch
@@ -118,11 +129,16 @@ class ImageFolderData(LightningDataModule):
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
         self.preprocess = Preprocess(size, **{name: value for name, value in given.items() if value is not None})
-        self.augment = train_transform(self.preprocess, crop, crop_scale, flip, augment or ())
+        augment = tuple(augment or ())
+        self.augment = train_transform(self.preprocess, crop, crop_scale, flip, augment)
+        self.views = tuple(views or ())
+        self._further = [crop for kind in self.views for crop in kind.transforms(self.preprocess, flip, augment)]
         self.on_bad_image = on_bad_image
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.bad_photos: Path | None = None  # the list of those that prediction skips; in the trainer's root by default
         self._entered = 0  # the step that a continued run begins with
+        self._checked: set[tuple[str, int]] = set()  # (stage, devices) that `check` has passed
+        self._ended = False  # the trainer is still attached, but has ended
 
     def split(self, name: str) -> Index:
         """The images of train, val, test or predict.
@@ -147,6 +163,11 @@ class ImageFolderData(LightningDataModule):
         """Training images of each class."""
         return self.splits.class_counts
 
+    @property
+    def num_views(self) -> int:
+        """Views of a training image."""
+        return 1 + len(self._further)
+
     def plan(self, world_size: int) -> tuple[int, int]:
         """(images of a device's micro-batch, micro-batches accumulated) for training on so many devices.
 
@@ -164,8 +185,9 @@ class ImageFolderData(LightningDataModule):
                 f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even "
                 "--data.micro_batch or --data.batch_size"
             )
-        if self.multi_label and self.balanced:
-            raise UserError("data.balanced needs one label an image, but the data has several; leave it out")
+        if self.balanced and (self.multi_label or not self.classes):
+            has = "several" if self.multi_label else "none"
+            raise UserError(f"data.balanced needs one label an image, but the data has {has}; leave it out")
         paired_rows(self.batch_size, self.repeats)
         return micro, accumulate
 
@@ -179,10 +201,21 @@ class ImageFolderData(LightningDataModule):
         return global_batch(self._stream(lambda: step))
 
     def check(self, stage: str, world_size: int) -> None:
-        """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
+        """Refuse data that does not fit a stage; once for the same stage.
+
+        Args:
+            stage: fit, validate, test or predict.
+            world_size: the number of devices.
+
+        Raises:
+            UserError: the data is too small, does not divide, or has no such split.
+        """
+        if (stage, world_size) in self._checked:
+            return
         if stage == "fit":
             self.plan(world_size)
-            check_augment(self.augment.augment, self.preprocess.image_size)
+            for size in dict.fromkeys([self.preprocess.image_size, *(kind.pixels for kind in self.views)]):
+                check_augment(self.augment.augment, size)
         name = {"fit": "val", "validate": "val"}.get(stage, stage)
         if not len(self.split(name)):
             raise UserError(f"the {name} split has no image; hold out more, or none (--data.holdout)")
@@ -191,102 +224,90 @@ class ImageFolderData(LightningDataModule):
                 f"the {name} split has {len(self.split(name))} images, fewer than the {world_size} devices; "
                 "give --trainer.devices 1"
             )
+        self._checked.add((stage, world_size))
 
     def setup(self, stage: str) -> None:
-        assert self.trainer is not None
-        self.check(TrainerFn(stage).value, self.trainer.world_size)  # Lightning's stage prints as TrainerFn.TESTING
+        self._ended = False
+        self.check(TrainerFn(stage).value, self._place.world_size)  # Lightning's stage prints as TrainerFn.TESTING
         if DECODER == "Pillow":
             rank_zero_only(print)(
                 f"torchcodec is missing, so Pillow decodes: the same pixels in {PILLOW_SLOWER} times the time"
             )
-        if stage == "fit":
+        if stage == "fit" and self.trainer is not None:
             self._entered = 0
-            if self.trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning would put its own sampler in
-                raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
-            _, accumulate = self.plan(self.trainer.world_size)
-            if self.trainer.accumulate_grad_batches not in (1, accumulate):
-                raise UserError(
-                    "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
-                )
-            self.trainer.accumulate_grad_batches = accumulate
-            limit, whole = self.trainer.limit_train_batches, accumulate * self.steps_per_epoch
-            batches = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
-            if batches < 1:
-                raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
-            interval = self.trainer.val_check_interval
-            if isinstance(interval, int) and self.trainer.check_val_every_n_epoch and interval > batches:
-                raise UserError(
-                    f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; give less, "
-                    "or trainer.check_val_every_n_epoch"
-                )
-            if batches % accumulate:
-                raise UserError(f"trainer.limit_train_batches must be a multiple of the {accumulate} of a step")
-            # Lightning cannot know that the loader starts where the run is.
-            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+            set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        trainer = self.trainer
-        assert trainer is not None
-        micro, _ = self.plan(trainer.world_size)
-        index = self.split("train")
-        # Lightning makes the first iterator, and workers begin, before it restores the global step.
-        stream = self._stream(lambda: max(trainer.global_step, self._entered), trainer.global_rank, trainer.world_size)
-        return self._loader(Images(index, self.augment, self.seed, self._bad_images(index)), stream, micro)
+    def teardown(self, stage: str) -> None:
+        self._ended = True
+
+    @property
+    def _place(self) -> Any:
+        """The trainer while it runs, which says where this process stands; else one of the same attributes."""
+        return Alone if self.trainer is None or self._ended else self.trainer
+
+    def train_dataloader(self) -> DataLoader[Any] | Ready:
+        place, index = self._place, self.split("train")
+        micro, _ = self.plan(place.world_size)
+        epochs = itertools.count(0, self.steps_per_epoch)
+
+        def position() -> int:
+            # Lightning makes the first iterator, and workers begin, before it restores the global step.
+            return next(epochs) if place is Alone else max(place.global_step, self._entered)
+
+        stream = self._stream(position, place.global_rank, place.world_size)
+        images = Images(index, self.augment, self.seed, self._bad_images(index), self._further)
+        return self._loader(images, stream, micro)
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
         index = self.split("train")
         labels = index.labels if self.balanced else None
         return TrainStream(len(index), self.batch_size, self.seed, position, rank, world_size, self.repeats, labels)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | Ready:
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Any] | Ready:
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | Ready:
         return self._eval_loader("predict")
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
-        assert self.trainer is not None
-        index = self.split(split)
-        share = EvalShare(len(index), self.trainer.global_rank, self.trainer.world_size)
-        most = -(-self.batch_size // self.trainer.world_size)
-        batch = eval_batch(len(index), self.trainer.world_size, min(most, self.micro_batch or most, len(index)))
-        images = Images(
-            index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
-        )
+    def _eval_loader(self, split: str) -> DataLoader[Any] | Ready:
+        place, index = self._place, self.split(split)
+        share = EvalShare(len(index), place.global_rank, place.world_size)
+        most = -(-self.batch_size // place.world_size)
+        batch = eval_batch(len(index), place.world_size, min(most, self.micro_batch or most, len(index)))
+        photos = split == "predict"
+        bad = self._bad_images(index, "photos") if photos else None
+        images = Images(index, self.preprocess.crop, bad=bad, photos=photos)
         return self._loader(images, share, batch)
 
     def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:
-        assert self.trainer is not None
         if self.on_bad_image == "error":
             return None
         file = self.bad_photos if kind == "photos" else None
-        return BadImages(file or Path(self.trainer.default_root_dir) / f"bad_{kind}.csv", len(index))
+        return BadImages(file or Path(self._place.default_root_dir) / f"bad_{kind}.csv", len(index))
 
-    def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> DataLoader[Any]:
-        assert self.trainer is not None
-        workers = self.num_workers
-        if workers is None:
-            workers = count(self.trainer.num_devices)
-        gpu = self.trainer.strategy.root_device.type == "cuda"
-        pin = gpu if self.pin_memory is None else self.pin_memory
-        return loader(dataset, sampler, batch_size, workers, self.prefetch, pin)
+    def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> DataLoader[Any] | Ready:
+        place = self._place
+        workers = count(place.num_devices) if self.num_workers is None else self.num_workers
+        pin = place.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        batches = loader(dataset, sampler, batch_size, workers, self.prefetch, pin)
+        return Ready(batches, self) if place is Alone else batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Of training, the first sample's position is kept on the host: to read it on the device would wait.
-        return [*batch[:3], *(int(positions[0]) for positions in batch[3:])]
+        images, labels, indices, *training = batch
+        if training:  # the first sample's position is kept on the host: to read it on the device would wait
+            training[0] = int(training[0][0])
+        return [images, labels, indices, *training]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        images, labels, indices, *position = batch
-        assert self.trainer is not None
-        dtype = self.trainer.lightning_module.dtype
-        assert isinstance(dtype, torch.dtype)
-        images = self.preprocess.normalise(images.permute(0, 3, 1, 2), dtype)
-        if position:
-            images, labels = self._regularise(images, labels, position[0])
-        return Batch([images], labels, indices)
+        images, labels, indices, *training = batch
+        dtype = self._place.lightning_module.dtype
+        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[1:])]
+        if training:
+            views[0], labels = self._regularise(views[0], labels, training[0])
+        return Batch(views, labels, indices)
 
     def _regularise(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Erase and mix training images, from a position of the stream on, by what is drawn for their step and rows."""

@@ -17,12 +17,12 @@ class Splits:
     """The images of each split, found when they are first asked for, and once.
 
     Args:
-        root: a folder of class folders or of shards, or the URL of shards.
+        root: a folder of class folders, of images without labels or of shards, or the URL of shards.
         holdout: the share of the training images that is cut off for validation.
         manifest: a CSV file of labels in place of class folders.
 
     Attributes:
-        classes: names in the order of their numbers; those of the weights where they are set first.
+        classes: names in the order of their numbers; none without labels; those of the weights if set first.
         multi_label: whether an image may have several classes.
         photos: files and folders to predict.
     """
@@ -89,7 +89,8 @@ class Splits:
             if self.holdout and "train" in found:  # shards to be evaluated may be without
                 found["train"], held = hold_out(found["train"], self.holdout, classes)
         if self.classes and self.classes != classes:
-            raise UserError(f"{self.root} has the classes {brief(classes)}, the weights {brief(self.classes)}")
+            has = f"the classes {brief(classes)}" if classes else "no classes"
+            raise UserError(f"{self.root} has {has}, the weights {brief(self.classes)}")
         if held is not None:
             found["val"] = held
             if beside:
@@ -122,4 +123,6 @@ class Splits:
     def class_counts(self) -> list[int]:
         """Training images of each class."""
         labels = self["train"].labels
-        return (labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(self.classes))).tolist()
+        if labels.ndim == 2:
+            return labels.sum(0).tolist()
+        return np.bincount(labels[labels >= 0], minlength=len(self.classes)).tolist()

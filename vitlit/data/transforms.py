@@ -63,6 +63,12 @@ class TrainTransform:
         return image
 
 
+def check_scale(name: str, scale: tuple[float, float]) -> None:
+    """Raise UserError unless a crop's area can be drawn between these two shares of an image."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(f"{name} {list(scale)} is no range of shares between 0 and 1")
+
+
 def check_augment(augment: Sequence[Transform], image_size: tuple[int, int]) -> None:
     """Try transforms on a grey image; UserError where one fails, or uint8 (3, height, width) does not come out."""
     image = torch.full((3, *image_size), 128, dtype=torch.uint8)

@@ -40,7 +40,7 @@ class Layout:
 
     Attributes:
         folder: whose subfolders are the classes.
-        classes: their names, sorted.
+        classes: their names, sorted; [""] of images without labels, which are in the folder itself.
         index: the images in them; labels are positions in classes.
         stray: paths of images outside of class folders.
         ignored: paths of other files in class folders.
@@ -97,7 +97,8 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
     """Look at every image of a folder.
 
     Args:
-        root: it holds train/CLASS/*, val/CLASS/* and maybe test/CLASS/*, or CLASS/* where a share is held out.
+        root: it holds train/CLASS/*, val/CLASS/* and maybe test/CLASS/*, or CLASS/* where a share is held out; or no
+            class folders at all, if images have no labels.
         holdout: the share of the training images that is cut off for validation; then a val folder is left alone.
         workers: processes that decode.
 
@@ -106,7 +107,9 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
     """
     report = Report(root)
     try:
-        layouts = {split: _scan(folder) for split, folder in _find_splits(report, bool(holdout)).items()}
+        folders = _find_splits(report, bool(holdout))
+        labelled = any(_list(folder)[0] for folder in folders.values())
+        layouts = {split: _scan(folder, labelled) for split, folder in folders.items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}); give a folder of images") from error
     for layout in layouts.values():
@@ -147,9 +150,10 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
     return folders, [entry.name for entry in entries if not is_folder(entry)]
 
 
-def _scan(folder: Path) -> Layout:
+def _scan(folder: Path, labelled: bool) -> Layout:
     """What is in a split's folder; OSError where that cannot be listed."""
-    classes, files = _list(folder)
+    names, files = _list(folder)
+    classes, files = (names, files) if labelled else ([""], [])
     trees = [walk(os.fsencode(folder), os.fsencode(name)) for name in classes]
     counts = np.array([len(tree.images) for tree in trees], np.int64)
     index = Index.of(
@@ -163,7 +167,7 @@ def _scan(folder: Path) -> Layout:
 def _judge_folder(report: Report, layout: Layout) -> None:
     """Note files and folders that are in the wrong place."""
     report.add("outside_class", [os.path.relpath(path, report.root) for path in layout.stray])
-    empty = [name for name, images in layout.counts.items() if not images]
+    empty = [name for name, images in layout.counts.items() if name and not images]
     report.add("empty_class", [os.path.relpath(layout.folder / name, report.root) for name in empty])
     endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in layout.ignored)
     detail = ", ".join(f"{ending} {images:,}" for ending, images in endings.most_common(8))
@@ -180,7 +184,7 @@ def _judge_classes(report: Report, layouts: dict[str, Layout]) -> None:
     for split in layouts:
         if not any(counts[split].values()):
             report.add("empty_split", [split], os.path.join(at(split), "CLASS") + "/")
-    train = counts.get("train", {})
+    train = {name: images for name, images in counts.get("train", {}).items() if name}
     for split in [split for split in layouts if split != "train" and train]:
         report.add("unknown_class", [at(split, name) for name in counts[split] if name not in train])
         missing = [name for name, images in train.items() if images and not counts[split].get(name)]

@@ -136,8 +136,10 @@ class Facts:
             self.misnamed.append(path)
 
     def plain(self, counts: dict[str, int]) -> dict[str, Any]:
-        """All as plain values, with how many images each class has."""
-        facts: dict[str, Any] = {"images": sum(counts.values()), "classes": len(counts)}
+        """All as plain values, with how many images each class has; "" is none."""
+        facts: dict[str, Any] = {"images": sum(counts.values())}
+        counts = {name: images for name, images in counts.items() if name}
+        facts["classes"] = len(counts)
         if counts:
             ends = {"smallest": min(counts, key=counts.__getitem__), "largest": max(counts, key=counts.__getitem__)}
             facts["class_sizes"] = {end: {"class": name, "images": counts[name]} for end, name in ends.items()}
@@ -246,7 +248,9 @@ def _text(text: str) -> str:
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """The facts about a split in words by name."""
-    rows = {"images": f"{facts['images']:,} in {facts['classes']:,} classes"}
+    unlabelled = facts["images"] and not facts["classes"]
+    kinds = "without labels" if unlabelled else f"in {facts['classes']:,} classes"
+    rows = {"images": f"{facts['images']:,} {kinds}"}
     if sizes := facts.get("class_sizes"):
         ends = [f"{sizes[end]['images']:,} ({sizes[end]['class']})" for end in ("smallest", "largest")]
         rows["a class has"] = f"{ends[0]} to {ends[1]}, median {sizes['median']:,.0f}"

@@ -63,6 +63,8 @@ def _splits(root: Path, manifest: Path | None) -> Manifest:
         return read_manifest(manifest, root)
     folder = train_folder(root, holdout=1.0)  # which may be the root itself: what is held out of it, a run says
     classes, train = scan_classes(folder)
+    if not classes:
+        raise UserError(f"{folder} holds no class folders, but shards are of images with labels; train on the folder")
     splits = {"train": train}
     for split in SPLITS[1:] if folder != root else ():
         if (root / split).is_dir():

@@ -35,7 +35,8 @@ def run(arguments: list[str]) -> int:
     table.writerow(["row", "index", "path", "label", "repeat"])
     for row, sample in enumerate(data.samples(given.step)):
         labels = index.labels[sample.index]
-        names = [data.classes[int(label)] for label in ([labels] if labels.ndim == 0 else labels.nonzero()[0])]
+        numbers = labels.nonzero()[0] if labels.ndim else [labels] if labels >= 0 else []
+        names = [data.classes[int(number)] for number in numbers]
         table.writerow([row, sample.index, index.path(sample.index), "|".join(names), sample.repeat])
     return 0
 

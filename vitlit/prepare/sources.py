@@ -24,6 +24,7 @@ HOSTS = {
     "pets": "www.robots.ox.ac.uk",
 }
 NAMES = ("digits", *HOSTS)
+DIGITS = "data/digits"  # the root that `vitlit fit` makes where it is missing
 
 
 def write(name: str, out: Path) -> None:

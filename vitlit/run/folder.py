@@ -107,7 +107,7 @@ class RunFolder:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
         if "\0" in options.root:
             raise UserError(f"run.root {options.root!r} is not the path of a folder")
-        self.name = name
+        self.name, self.options = name, options
         self.path = Path(options.root) / name
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
@@ -117,7 +117,7 @@ class RunFolder:
         self.lock = Lock(self.path.parent / f".{name}.lock")
         self._wandb_id = self.path / "wandb" / "run-id"
 
-    def decide(self, config: dict[str, Any], overwrite: bool) -> Decision:
+    def decide(self, config: dict[str, Any]) -> Decision:
         """Compare a config with what is in the folder.
 
         Raises:
@@ -127,7 +127,7 @@ class RunFolder:
             return Decision("begin", "")
         if not self.config.is_file():
             raise UserError(f"{self.path} has no config.yaml, so is no run; put it back, or give another --run.name")
-        if overwrite:
+        if self.options.overwrite:
             return Decision("begin", "")
         if not self.checkpoints():
             if (self.path / "metrics.csv").is_file():
@@ -176,7 +176,7 @@ class RunFolder:
             return path
         raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
 
-    def begin(self, config: dict[str, Any], overwrite: bool) -> None:
+    def begin(self, config: dict[str, Any]) -> None:
         """Take the folder for this process, empty it where it is overwritten, and write the config into it.
 
         Raises:
@@ -185,7 +185,7 @@ class RunFolder:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.take(f"the run {self.path}")
-            if overwrite and self.path.exists():
+            if self.options.overwrite and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self.marker.unlink(missing_ok=True)

@@ -50,6 +50,9 @@ class Finetune(Stage):
         schedule: of the learning rate, by optimiser step.
         groups: how learning rate and weight decay differ between parameters, layer-wise decay among it.
 
+    Attributes:
+        weights: those of init_from, where they have been read already.
+
     Raises:
         UserError: neither vit nor init_from is given, or both vit and image_size are; more than one of freeze,
             last_blocks and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks; at the start of
@@ -93,6 +96,7 @@ class Finetune(Stage):
         arguments = {"objective": objective, "num_classes": num_classes, **ways}
         super().__init__(vit, objective, optimizer, schedule, groups, arguments)
         self.init_from, self.keep_head = init_from, keep_head
+        self.weights: Weights | None = None
         if lora is not None:
             add_lora(self.vit, lora)
         elif last_blocks is not None:
@@ -107,7 +111,7 @@ class Finetune(Stage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            weights = read(self.init_from)
+            weights = self.weights or read(self.init_from)
             fresh = ["*.lora_*"]
             if self.keep_head:
                 self.check_head(weights)
@@ -124,7 +128,7 @@ class Finetune(Stage):
             self.hparams["vit"] = describe(self.vit)  # with what the weights set on it
             report = report._replace(new=[name for name in report.new if ".lora_" not in name])
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
-            self.init_from = None  # a second fit goes on
+            self.init_from = self.weights = None  # a second fit goes on
 
     def configure_optimizers(self) -> Any:
         made = super().configure_optimizers()

@@ -64,6 +64,7 @@ class Stage(LightningModule):
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
         self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
+        self._checked = 0  # the id of the data that was compared with the network
         self._rate = self._progress = 0.0
         self._total = 1
 
@@ -123,18 +124,38 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._check_data()
-            if isinstance(self.objective, Distillation):
-                self.objective.set_teacher(load(self.objective.teacher))
-            self.objective.prepare(self.data)
+            self.check_data(self.data)
 
-    def _check_data(self) -> None:
-        """Refuse data that does not fit the network or the objective."""
-        data, objective, name = self.data, self.objective, type(self.objective).__name__
+    def check_data(self, data: Any) -> None:
+        """Compare training data with the network and the objective, and prepare the objective; once for the same data.
+
+        Args:
+            data: a data module, or None if training is given loaders.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        if self._checked == id(data):
+            return
+        objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
-        found = len(getattr(data, "classes", []))
-        if found and objective.needs_labels and found != classes:
+        found = len(getattr(data, "classes", range(classes)))
+        if objective.needs_labels and not found:
+            raise no_classes(name)
+        if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
+        views = getattr(data, "num_views", objective.views)
+        if views > 1 == objective.views:
+            raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
+        if views < objective.views:
+            raise UserError(
+                f"{name} needs at least {objective.views} views of an image, but the data has {views}; give data.views"
+            )
+        for kind in getattr(data, "views", ()):
+            try:
+                self.vit.grid_of(*kind.pixels)
+            except UserError as error:
+                raise UserError(f"data.views: {error}") from error
         preprocess = getattr(data, "preprocess", None)
         if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
@@ -145,6 +166,10 @@ class Stage(LightningModule):
         if isinstance(objective, Supervised) and several != objective.multi_label:
             how = "several labels" if several else "one label"
             raise UserError(f"the data has {how} an image; give the objective multi_label={several}")
+        if isinstance(objective, Distillation):
+            objective.set_teacher(load(objective.teacher))
+        objective.prepare(data)
+        self._checked = id(data)
 
     def on_train_start(self) -> None:
         self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
@@ -271,6 +296,12 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
         found: Any = super(Stage, kind)
         return found.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+
+
+def no_classes(name: str) -> UserError:
+    """The error of an objective or a stage that needs classes, on data without."""
+    remedy = "sort the images into class folders, or give data.manifest"
+    return UserError(f"the data has no classes, which {name} needs; {remedy}")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
