@@ -148,7 +148,7 @@ def test_mae_learns_from_it_and_is_finetuned_on_labels(loose: Path, few: Path, v
     given = [*SMALL, "--data.root", loose, "--model.objective", "MAE", "--model.objective.decoder_width", 32]
     result = vitlit("fit", *given, "--model.objective.decoder_depth", 1, "--model.objective.decoder_heads", 2)
     assert result.code == 0, result.err
-    assert "40 training and 11 validation images, 0 classes" in result.out
+    assert "40 training and 11 validation images, no labels" in result.out
     assert "best val/loss" in result.out
     assert "--data.root LABELLED_FOLDER" in result.out
     tune = ["--data.image_size", 16, "--data.batch_size", 8, "--data.num_workers", 0, "--trainer.max_steps", 2]
