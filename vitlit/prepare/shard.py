@@ -18,7 +18,8 @@ from vitlit.data.folder import scan_classes, scan_split, train_folder
 from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest, read_manifest
 from vitlit.data.progress import Progress
-from vitlit.data.shards import BLOCK, CLASSES, INDEX, Kept, ShardFiles, save_index
+from vitlit.data.shard_index import BLOCK, INDEX, ShardFiles, ShardIndex, save_index
+from vitlit.data.webdataset import CLASSES
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
 from vitlit.files import whole_folder
@@ -97,10 +98,10 @@ def write(found: Manifest, out: Path, shard_size: int, shrink: tuple[int, int] |
         with whole_folder(out) as partial:
             for split, index in found.splits.items():
                 parts = _write_split(partial, split, index, shard_size, shrink, shards)
-                files = ShardFiles(str(out), tuple(shards), parts, Names.pack(index.names()))
+                files = ShardFiles(str(out), Names.pack(index.names()), tuple(shards), parts)
                 splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
             sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
-            save_index(partial / INDEX, Kept(found._replace(splits=splits), tuple(shards), sizes))
+            save_index(partial / INDEX, ShardIndex(found._replace(splits=splits), tuple(shards), sizes))
             (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): name another folder") from error
