@@ -238,7 +238,7 @@ def test_fewer_validation_images_than_devices_are_refused(few: Path, tmp_path: P
             (root / split / label).mkdir(parents=True)
             for image in sorted((few / split / label).iterdir())[: 5 if split == "train" else 1]:
                 (root / split / label / image.name).symlink_to(image)
-    message = "the val split has 1 images, fewer than the 2 devices"
+    message = "the val split needs an image for each device, but has 1 for 2"
     with pytest.raises(UserError, match=message):
         ImageFolderData(str(root), batch_size=8).check("fit", 2)
     with pytest.raises(ProcessRaisedException, match=f"UserError: {message}"):

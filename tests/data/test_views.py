@@ -138,8 +138,8 @@ def test_an_image_is_decoded_once(few: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (lambda: Views(0, 16), r"data\.views: count 0 is less than 1"),
         (lambda: Views(1, (0, 16)), r"data\.views: size \(0, 16\) is less than 1 pixel"),
-        (lambda: Views(1, 16, (0.5, 0.4)), r"data\.views: scale \[0\.5, 0\.4\] is no range of shares"),
-        (lambda: folder_data(Path(), mixing=Mixing(0.8)), r"data\.mixing .*data\.views .*leave one of them out"),
+        (lambda: Views(1, 16, (0.5, 0.4)), r"data\.views: scale \[0\.5, 0\.4\] is not a range of shares"),
+        (lambda: folder_data(Path(), mixing=Mixing(0.8)), r"data\.mixing .*data\.views .*leave one out"),
     ],
 )
 def test_views_that_cannot_be_are_refused(wrong: Callable[[], object], words: str) -> None:

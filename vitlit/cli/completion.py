@@ -109,7 +109,8 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
         made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
         classes, several = weights.classes, made_with.get("init_args", {}).get("multi_label", False)
     else:
-        classes, several = splits.labels()
+        splits.scan()
+        classes, several = splits.classes, splits.multi_label
     objective = model.objective.init_args
     for part in (model.objective, config.model):
         if "num_classes" in part.init_args and not classes:

@@ -1,4 +1,4 @@
-"""The Trainer that loads the data: what is set on it, and what stands in for it where there is none."""
+"""Loading with and without a Trainer: the settings it needs, and a stand-in for it."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from vitlit.errors import UserError
 from vitlit.objectives import Batch
 
 
-class Alone:
-    """One process on the CPU, with those attributes of a Trainer that loaders need."""
+class NoTrainer:
+    """The attributes of a Trainer that loaders need, for one process on the CPU."""
 
     global_rank, world_size, num_devices = 0, 1, 1
     default_root_dir = "."
@@ -22,13 +22,8 @@ class Alone:
     lightning_module = SimpleNamespace(dtype=torch.float32)
 
 
-class Ready:
-    """A loader that yields each batch as a Trainer would pass it to the model.
-
-    Args:
-        batches: as they are collated.
-        data: whose hooks finish them.
-    """
+class BatchLoader:
+    """A loader that yields each batch as a Trainer would pass it to the model: after the hooks of `data`."""
 
     def __init__(self, batches: DataLoader[Any], data: LightningDataModule) -> None:
         self.batches, self.data = batches, data
@@ -42,34 +37,29 @@ class Ready:
 
 
 def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
-    """Set how many batches the Trainer accumulates for an optimiser step.
-
-    Args:
-        trainer: before it trains.
-        micro_batches: of a step.
-        steps: of an epoch.
+    """Set how many micro-batches the Trainer accumulates in each of an epoch's steps.
 
     Raises:
         UserError: a setting of the Trainer contradicts them.
     """
-    if trainer.overfit_batches:  # Lightning would put its own sampler in
+    if trainer.overfit_batches:  # Lightning would replace the sampler
         raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
     if trainer.accumulate_grad_batches not in (1, micro_batches):
         raise UserError(
             "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
         )
     trainer.accumulate_grad_batches = micro_batches
-    limit, whole = trainer.limit_train_batches, micro_batches * steps
-    batches = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
+    limit, batches = trainer.limit_train_batches, micro_batches * steps
+    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
     if batches < 1:
         raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
     interval = trainer.val_check_interval
     if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
         raise UserError(
             f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; give less, "
-            "or trainer.check_val_every_n_epoch"
+            "or trainer.check_val_every_n_epoch null"
         )
     if batches % micro_batches:
-        raise UserError(f"trainer.limit_train_batches must be a multiple of the {micro_batches} of a step")
-    # Lightning cannot know that the loader starts where the run is.
+        raise UserError(f"trainer.limit_train_batches must be a multiple of a step's {micro_batches} micro-batches")
+    # Lightning does not know that the loader starts at the run's position.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

@@ -15,10 +15,10 @@ class Views:
     Args:
         count: how many.
         size: pixels, an int or (height, width).
-        scale: the area of the crop as a share of the image's, drawn between these two.
+        scale: the range of the crop's area, as a share of the image's.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of range.
     """
 
     count: int
@@ -38,6 +38,6 @@ class Views:
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
     def transforms(self, preprocess: Preprocess, flip: float, augment: Sequence[Transform]) -> list[Transform]:
-        """What makes each of the views: uint8 (3, H, W) -> uint8 (3, height, width)."""
+        """A transform for each view: uint8 (3, H, W) -> uint8 (3, height, width)."""
         preprocess = replace(preprocess, image_size=self.pixels)
         return [train_transform(preprocess, "random_resized", self.scale, flip, augment)] * self.count
