@@ -1,13 +1,13 @@
 #!/bin/bash
 # A run on two nodes of eight GPUs under SLURM: sbatch slurm.sh
 #
-# Set the nodes and GPUs (--nodes, and --gpus-per-node = --ntasks-per-node), the partition and --time. Below them, set where
-# vitlit is installed, the images, and the runs, which every node must see. Nothing else changes from job to job.
+# Set the nodes and GPUs (--nodes, and --gpus-per-node = --ntasks-per-node), the partition and --time. Below them, set
+# where vitlit is installed, the images, and the runs, which every node must see. Nothing else changes from job to job.
 #
 # Five minutes before --time runs out, SLURM sends SIGUSR1 to srun's tasks. vitlit finishes the step, saves last.ckpt,
 # requeues the job (scontrol requeue) and exits with 75. The job continues from there, as often as needed. A failed node
-# also requeues the job (--requeue). On a preemption's SIGTERM vitlit saves too and exits with 143; SLURM itself requeues
-# the jobs that it preempts.
+# also requeues the job (--requeue). On a preemption's SIGTERM vitlit saves too and exits with 143; SLURM itself
+# requeues the jobs that it preempts.
 
 #SBATCH --job-name=vitlit
 #SBATCH --nodes=2

@@ -4,10 +4,10 @@
 # Set the number of nodes, the GPUs per node, the host at which the nodes meet (one of them, whose port the others can
 # reach), where vitlit is installed, the images, and the runs, which every node must see.
 #
-# If a process dies, torchrun ends the others and restarts all of them from last.ckpt, up to MAX_RESTARTS times. If a node
-# dies, torchrun waits for it: start the script on it again, or on a replacement. If the node was HEAD, or no node joins
-# within ten minutes, torchrun ends everywhere; the same script then continues the run.
-# torchrun treats every exit code but 0 as a failure, also that of --run.time_limit: with a time limit, set MAX_RESTARTS=0.
+# If a process dies, torchrun ends the others and restarts all of them from last.ckpt, up to MAX_RESTARTS times. If a
+# node dies, torchrun waits for it: start the script on it again, or on a replacement. If the node was HEAD, or no node
+# joins within ten minutes, torchrun ends everywhere; the same script then continues the run.
+# torchrun treats every exit code but 0 as a failure, also that of --run.time_limit: with one, set MAX_RESTARTS=0.
 
 set -euo pipefail
 
