@@ -15,7 +15,7 @@ from conftest import REPOSITORY, SMALL, Result
 from lightning.pytorch import Trainer
 
 from vitlit.data import ImageFolderData, cache
-from vitlit.data.folder import find_classes, scan_split, scan_train
+from vitlit.data.folder import find_classes, scan_classes, scan_split, scan_train
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step, Supervised
@@ -106,19 +106,19 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
         scan_split(tmp_path / "train", [])
 
 
-@pytest.mark.parametrize("below", ["train", ""])
-def test_a_kept_scan_knows_a_new_image(loose: Path, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["train", "photos"])  # whose scan is kept beside it, and in it
+def test_a_kept_scan_knows_a_new_image(loose: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "WORTH", 1)
     monkeypatch.setattr(cache, "TICK", -3600.0)
-    root, holdout = (loose, 0.0) if below else (loose / "train", 0.2)
-    _, before, _ = scan_train(root, holdout)
-    assert cache.kept_at(loose / "train" if below else root).is_file()
+    folder = (loose / "train").rename(loose / name)
+    classes, before = scan_classes(folder)
+    assert (classes, len(before)) == ([], 40)
+    assert cache.kept_at(folder).is_file()
     with monkeypatch.context() as patch:
         patch.setattr("vitlit.data.folder._scan", lambda *_: pytest.fail("scanned again"))
-        assert scan_train(root, holdout)[1].names() == before.names()
-    (loose / "train" / "new.png").symlink_to(loose / "val" / os.listdir(loose / "val")[0])
-    _, after, held = scan_train(root, holdout)
-    assert len(after) + len(held or ()) == 41
+        assert scan_classes(folder)[1].names() == before.names()
+    (folder / "new.png").symlink_to(loose / "val" / os.listdir(loose / "val")[0])
+    assert len(scan_classes(folder)[1]) == 41
 
 
 def test_an_objective_without_labels_learns_from_it(loose: Path) -> None:
@@ -148,7 +148,7 @@ def test_mae_learns_from_it_and_is_finetuned_on_labels(loose: Path, few: Path, v
     given = [*SMALL, "--data.root", loose, "--model.objective", "MAE", "--model.objective.decoder_width", 32]
     result = vitlit("fit", *given, "--model.objective.decoder_depth", 1, "--model.objective.decoder_heads", 2)
     assert result.code == 0, result.err
-    assert "40 training and 11 validation images, 0 classes" in result.out
+    assert "40 training and 11 validation images, no labels" in result.out
     assert "best val/loss" in result.out
     assert "--data.root LABELLED_FOLDER" in result.out
     tune = ["--data.image_size", 16, "--data.batch_size", 8, "--data.num_workers", 0, "--trainer.max_steps", 2]

@@ -92,7 +92,7 @@ def test_evaluation_asks_the_student_alone(teacher: tuple[ViT, str]) -> None:
 def test_a_teacher_of_other_classes_is_refused(teacher: tuple[ViT, str]) -> None:
     objective = Distillation(ViT(**TINY), teacher[1], num_classes=CLASSES)
     objective.set_teacher(teacher[0])
-    with pytest.raises(UserError, match=r"other class names than the data.*: 'e' in the place of 'x'$"):
+    with pytest.raises(UserError, match=r"other class names than the data.*: 'e' instead of 'x'$"):
         objective.prepare(data("abcdx"))
     objective = Distillation(ViT(**TINY), teacher[1], num_classes=4)
     objective.set_teacher(teacher[0])

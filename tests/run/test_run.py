@@ -24,7 +24,7 @@ SPEED = ("train/images_per_second", "train/data_wait")
 
 
 def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: bool = False) -> Callable[[], None]:
-    """Make a child send itself signals in the midst of a step, or of the validation after so many steps."""
+    """Make a child send itself signals within a step, or within the validation after that many steps."""
 
     def before() -> None:
         original = getattr(Stage, hook)
@@ -42,7 +42,7 @@ def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: boo
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """What metrics.csv holds, but for the speed."""
+    """The rows of metrics.csv without the speed."""
     with (run / "metrics.csv").open(newline="") as file:
         return [{name: cell for name, cell in row.items() if name not in SPEED} for row in csv.DictReader(file)]
 
@@ -57,7 +57,7 @@ def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two trees of tensors and plain values differ in a bit."""
+    """Where two trees of tensors and values differ in any bit."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
@@ -167,7 +167,7 @@ def test_a_time_limit_is_hours_minutes_and_seconds(limit: int | str, expected: i
 
 @pytest.mark.parametrize("limit", ["soon", "1:30", "-5", "0", "", "1:2:3:4:5", "1h"])
 def test_a_time_limit_that_is_none_is_refused(limit: str) -> None:
-    with pytest.raises(UserError, match="is no time; give HH:MM:SS"):
+    with pytest.raises(UserError, match="is not a time; give HH:MM:SS"):
         seconds(limit)
 
 

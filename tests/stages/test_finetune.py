@@ -240,8 +240,8 @@ def moved_by_training(weights: str, root: Path) -> set[str]:
         ({"num_classes": 0}, [], "no head"),
         ({"num_classes": 3}, [], "a head for 3 classes"),
         ({"num_classes": 4, "hidden_dim": 8}, [], "a head with a hidden layer"),
-        ({"num_classes": 4}, list("3210"), "a head for 4 classes, '3' in the place of '0'"),
-        ({"num_classes": 4}, list("01x3"), "a head for 4 classes, 'x' in the place of '2'"),
+        ({"num_classes": 4}, list("3210"), "a head for 4 classes, '3' instead of '0'"),
+        ({"num_classes": 4}, list("01x3"), "a head for 4 classes, 'x' instead of '2'"),
     ],
 )
 def test_a_head_of_something_else_is_not_kept(

@@ -101,10 +101,11 @@ class Begin(Callback):
         data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
+        labels = f"{len(data.classes)} classes" if data.classes else "no labels"
         print(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{len(data.classes)} classes; {data.steps_per_epoch:,} steps an epoch",
+            f"{labels}; {data.steps_per_epoch:,} steps an epoch",
             flush=True,
         )
         if self.folder is not None:
