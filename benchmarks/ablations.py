@@ -1,9 +1,9 @@
-"""Each regulariser of vitlit by itself, on 2,000 images of MNIST: what it does to the 10,000 test digits.
+"""Each regulariser of vitlit on its own: trained on 2,000 images of MNIST, tested on the 10,000 test digits.
 
     python benchmarks/ablations.py --mnist FOLDER --work WORK --out benchmarks/results/ablations_mnist.json --at-once 2
 
-FOLDER is MNIST as an image folder, FOLDER/{train,val}/DIGIT/*.png. The same 2,000 images, 200 a class, train every row;
-the last three rows have 300 to 12 a class instead, and are measured by the mean of the classes' accuracies.
+FOLDER is MNIST as an image folder, FOLDER/{train,val}/DIGIT/*.png. Every row trains on the same 2,000 images, 200 per
+class. The last three rows train on 300 to 12 images per class instead; their metric is the classes' mean accuracy.
 """
 
 import csv
@@ -30,7 +30,7 @@ def augment(*steps: str) -> list[str]:
 
 
 def flags(**values: object) -> list[str]:
-    """Flags of dotted keys, a double underscore for a dot."""
+    """Flags from keyword arguments; a double underscore stands for a dot."""
     return [part for key, value in values.items() for part in (f"--{key.replace('__', '.')}", str(value))]
 
 
@@ -61,7 +61,7 @@ UNEVEN = {
 
 
 def manifest(root: Path, out: Path, counts: list[int]) -> Path:
-    """A manifest of so many training images of each digit, the first by name, and of all test images."""
+    """Write a manifest of the first `counts[digit]` training images of each digit, by name, and of all test images."""
     with out.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", "label", "split"])
@@ -87,7 +87,7 @@ def main() -> None:
     runs = [Run(name, seed, [*base, str(uneven), *more]) for name, more in UNEVEN.items() for seed in given.seeds]
     more = fit_all(runs, given.work, given.at_once)
     rows = summary(made, "val/top1") + summary(more, "val/top1_macro")
-    for row in rows:  # the machine's paths are nobody's business
+    for row in rows:  # the result holds no paths of this machine
         row["flags"] = row["flags"][len(base) + 1 :]
     write(given.out, (__doc__ or "").splitlines()[0], rows, base=BASE.split())
 

@@ -1,10 +1,9 @@
-"""A training on MNIST that is killed at random, again and again, beside one that is not: the same bits in the end.
+"""A training on MNIST that is killed at random times and one that is not: both end with the same bits.
 
     python benchmarks/chaos.py --mnist FOLDER --work WORK --out RESULT.json [--kills 30]
 
-Everything that draws numbers is on: dropout, stochastic depth, augmentation, mixup, cutmix, erasing; EMA averages the
-weights. Each kill is a SIGKILL to the command and its data workers, some seconds after its start; the same command is
-then given again.
+Everything random is on: dropout, stochastic depth, augmentation, mixup, cutmix, erasing. EMA averages the weights. Each
+kill sends SIGKILL to the command and its data workers, a few seconds after the start. Then the same command runs again.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from typing import Any
 
 from runs import write
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a child forked from a process with OpenMP threads would hang
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a child forked from a process with OpenMP threads hangs
 
 FLAGS = """
 fit --config pretrain --data.image_size 28 --data.batch_size 100 --data.num_workers 1 --model.vit.patch_size 7
@@ -29,11 +28,11 @@ fit --config pretrain --data.image_size 28 --data.batch_size 100 --data.num_work
 --trainer.max_epochs 4 --run.save_minutes 0.05 --trainer.logger false --trainer.accelerator cpu --run.name mnist
 """
 EMA = "[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.99}}]"
-LONGEST = 15.0  # seconds to a kill, of which the start takes a few
+LONGEST = 15.0  # seconds until a kill, including the few of the start
 
 
 def begin(line: list[str], folder: Path) -> int:
-    """The command in a forked process group: its imports are made."""
+    """Start the command in a forked process group, where its imports are already done."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -52,7 +51,7 @@ def begin(line: list[str], folder: Path) -> int:
 
 
 def complete(line: list[str], folder: Path, kills: int, draw: random.Random) -> list[int]:
-    """Give the command until its run is complete, and kill it so often: the steps that were logged at each kill."""
+    """Repeat the command until its run is complete, killing it `kills` times. Returns the logged steps at each kill."""
     folder.mkdir(parents=True)
     line = [*line, "--run.root", str(folder)]
     hit: list[int] = []
@@ -75,7 +74,7 @@ def complete(line: list[str], folder: Path, kills: int, draw: random.Random) -> 
 
 
 def left(folder: Path) -> dict[str, str]:
-    """Digests of what the run came to: weights, average, optimizer and metrics, but for the speed."""
+    """Digests of the results of the run: weights, average, optimizer, and metrics without the speed."""
     import torch
 
     content = torch.load(folder / "mnist" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -101,13 +100,13 @@ def digest(value: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mnist", type=Path, required=True, help="as an image folder")
+    parser.add_argument("--mnist", type=Path, required=True, help="MNIST as an image folder")
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for the two runs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="for the times of the kills")
     given = parser.parse_args()
-    import vitlit.fit  # noqa: F401
+    import vitlit.cli.fit  # noqa: F401
 
     line = [*FLAGS.split(), "--trainer.callbacks", EMA, "--data.root", str(given.mnist)]
     killed = complete(line, given.work / "killed", given.kills, random.Random(given.seed))

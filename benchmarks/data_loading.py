@@ -1,17 +1,17 @@
-"""Data loaders side by side: images a second on one core, and how far vitlit's pixels are from Pillow's.
+"""Data loaders compared: images per second on one core, and how far vitlit's pixels are from Pillow's.
 
     python benchmarks/data_loading.py --photos FOLDER --out benchmarks/results/data_loading.json --rounds 20
 
 FOLDER is an image folder of JPEGs with ImageNet's sizes and qualities, FOLDER/{train,val}/CLASS/*; some 600 are enough.
-All of them serve training and evaluation both, from a copy in a temporary folder. The process keeps to one core and one
-thread, loads without worker processes, and finds the files in the page cache. In a round every loader goes through one
-epoch of whole batches, a few at a time, in turns of random order: what disturbs one disturbs all. Time is the process's
-processor time. Read the ratios, which are of one round each: seconds change with what else the machine does.
+All of them are used for both training and evaluation, from a copy in a temporary folder. The process runs on one core
+with one thread, loads without worker processes, and reads from the page cache. In a round every loader goes through one
+epoch of whole batches. The loaders take turns of a few batches in random order, so a disturbance affects all of them.
+Time is the process's CPU time. Read the ratios, each from one round: seconds vary with the load of the machine.
 
-Training is RandomResizedCrop(224, scale (0.08, 1)), bilinear, and a flip; evaluation Resize(256), CenterCrop(224).
-vitlit's loaders are those that ImageFolderData makes for a trainer; torchvision's is its reference pipeline on PIL;
-timm's is the workers' part of create_loader, whose normalisation is the device's, as vitlit's is. Peers beside them are
-measured where they can be imported: webdataset (a tar), datasets (Arrow), litdata (chunks), nvidia-dali (on the CPU).
+Training is RandomResizedCrop(224, scale (0.08, 1)), bilinear, and a flip; evaluation is Resize(256), CenterCrop(224).
+vitlit's loaders are those of ImageFolderData with a Trainer. torchvision's is its reference pipeline on PIL. timm's is
+the workers' part of create_loader; like vitlit, timm normalises on the device. Other loaders are measured if they can
+be imported: webdataset (a tar), datasets (Arrow), litdata (chunks), nvidia-dali (on the CPU).
 """
 
 import argparse
@@ -53,11 +53,11 @@ BATCH, TURN = 32, 3
 SIZE, SHORT, SCALE, RATIO = 224, 256, (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 REFERENCES = ("torchvision", "timm")
-Epoch = Callable[[], Iterator[Any]]  # begins an epoch of batches
+Epoch = Callable[[], Iterator[Any]]  # starts an epoch of batches
 
 
 class Loader(NamedTuple):
-    """A contestant: its module, and what makes its epochs of (photos, whether to train)."""
+    """A loader to measure: its module, and a function of (photos, whether to train) that makes its epochs."""
 
     name: str
     module: str
@@ -65,7 +65,7 @@ class Loader(NamedTuple):
 
 
 def pil_transform(train: bool) -> v1.Compose:
-    """torchvision's reference, which ends in float32."""
+    """torchvision's reference pipeline; its output is float32."""
     crop = [v1.RandomResizedCrop(SIZE, SCALE), v1.RandomHorizontalFlip()]
     crop = crop if train else [v1.Resize(SHORT), v1.CenterCrop(SIZE)]
     return v1.Compose([*crop, v1.ToTensor(), v1.Normalize(MEAN, STD)])
@@ -102,7 +102,7 @@ def timm_loader(root: Path, train: bool) -> Epoch:
     data = create_dataset("", root=str(root), split="train")
     given: dict[str, Any] = {"scale": SCALE, "color_jitter": None, "interpolation": "bilinear"}
     given |= {"crop_pct": SIZE / SHORT, "num_workers": 0, "persistent_workers": False, "device": torch.device("cpu")}
-    # What the prefetcher draws from: its own part is the device's.
+    # The loader inside the prefetcher; the prefetcher itself works on the device.
     loader = create_loader(data, SIZE, BATCH, is_training=train, use_prefetcher=True, **given).loader
     return lambda: iter(loader)
 
@@ -167,7 +167,7 @@ def dali_loader(root: Path, train: bool) -> Epoch:
         images = fn.decoders.image_random_crop(files, random_area=SCALE, random_aspect_ratio=RATIO)
         return fn.flip(fn.resize(images, size=(SIZE, SIZE)), horizontal=fn.random.coin_flip()), labels
 
-    # Ahead of time it would work in the turns of others.
+    # If it worked ahead, it would work during the turns of others.
     now = {"exec_dynamic": False, "exec_async": False, "exec_pipelined": False}
     pipe = dali.pipeline_def(photos, batch_size=BATCH, num_threads=1, device_id=None, **now)()
     pipe.build()
@@ -191,7 +191,7 @@ LOADERS = (
 
 
 def importable(loaders: tuple[Loader, ...]) -> tuple[list[Loader], dict[str, str], dict[str, str]]:
-    """(those that can be imported, why others cannot be, versions)."""
+    """(loaders that can be imported, errors of the others, versions)."""
     found, missing, versions = [], {}, {name: version(name) for name in ("torch", "torchcodec", "pillow")}
     for loader in loaders:
         try:
@@ -203,7 +203,7 @@ def importable(loaders: tuple[Loader, ...]) -> tuple[list[Loader], dict[str, str
 
 
 def output(epoch: Epoch, batches: int) -> str:
-    """What a loader's images are, after one epoch to warm up."""
+    """The dtype and layout of a loader's images. It runs one epoch as a warm-up."""
     batch = deque(itertools.islice(epoch(), batches), maxlen=1)[0]
     images = batch if isinstance(batch, Tensor) else batch[0]
     layout = {(BATCH, 3, SIZE, SIZE): "NCHW", (BATCH, SIZE, SIZE, 3): "NHWC"}[tuple(images.shape)]
@@ -211,7 +211,7 @@ def output(epoch: Epoch, batches: int) -> str:
 
 
 def one_round(epochs: dict[str, Epoch], batches: int) -> dict[str, float]:
-    """Seconds of the processor that each loader takes for so many batches."""
+    """CPU seconds that each loader takes for `batches` batches."""
     iterators = {name: epoch() for name, epoch in epochs.items()}
     spent = dict.fromkeys(epochs, 0.0)
     for done in range(0, batches, TURN):
@@ -224,7 +224,7 @@ def one_round(epochs: dict[str, Epoch], batches: int) -> dict[str, float]:
 
 
 def summary(name: str, rounds: list[dict[str, float]], images: int) -> dict[str, Any]:
-    """Median speed of a loader, and by how much it beats the references: [quartile, median, quartile] of the rounds."""
+    """Median speed of a loader, and its speed over the references': [quartile, median, quartile] of the rounds."""
     micros = statistics.median(spent[name] for spent in rounds) / images * 1e6
     row: dict[str, Any] = {"us_per_image": round(micros), "images_per_s": round(1e6 / micros)}
     for reference in REFERENCES:
@@ -234,7 +234,7 @@ def summary(name: str, rounds: list[dict[str, float]], images: int) -> dict[str,
 
 
 def measure(phase: str, loaders: list[Loader], root: Path, batches: int, rounds: int) -> list[dict[str, Any]]:
-    """A row a loader."""
+    """One row per loader."""
     epochs = {loader.name: loader.make(root, phase == "train") for loader in loaders}
     outputs = {name: output(epoch, batches) for name, epoch in epochs.items()}
     spent = [one_round(epochs, batches) for _ in range(rounds)]
@@ -246,7 +246,7 @@ def measure(phase: str, loaders: list[Loader], root: Path, batches: int, rounds:
 
 
 def pillow(path: str) -> Image.Image:
-    """An image as Pillow has it: upright, RGB, the higher of 16 bits' bytes."""
+    """An image as Pillow decodes it: upright, RGB, the high byte of 16 bits."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -254,7 +254,7 @@ def pillow(path: str) -> Image.Image:
 
 
 def pixels(data: ImageFolderData) -> dict[str, int]:
-    """The largest differences from Pillow, of 255, over all images: of evaluation, and of training at the same box."""
+    """The largest differences from Pillow over all images, of 255: in evaluation, and in training with the same box."""
     crop = RandomResizedCrop((SIZE, SIZE), SCALE, InterpolationMode.BILINEAR)
     center = v1.Compose([v1.Resize(SHORT), v1.CenterCrop(SIZE)])
     most, side, index = {"train": 0, "eval": 0}, [SIZE, SIZE], data.split("train")

@@ -1,9 +1,9 @@
-"""Ways to finetune the genuine DINOv2 ViT-S/14 on emoji: Google's drawings train, Twitter's are the test.
+"""Ways to finetune the real DINOv2 ViT-S/14 on emoji: train on Google's drawings, test on Twitter's.
 
     python benchmarks/finetuning.py --emoji FOLDER --weights FILE --work WORK --out RESULT.json
 
-Class-balanced accuracy at 70 pixels after 3 epochs of recipes/finetune_folder, on a CPU. Each way has the learning
-rate that its row says; none was searched for. Its cost is the processor time of training on 1,000 images.
+Class-balanced accuracy at 70 pixels after 3 epochs of recipes/finetune_folder, on a CPU. Each row gives its learning
+rate; no search was done. The cost is the CPU time of training on 1,000 images.
 """
 
 import sys
@@ -22,12 +22,12 @@ ROWS = {
     "linear probe": "--model.freeze true --model.optimizer.init_args.lr 1e-2",
 }
 SEED = 0
-STEPS = (4, 16)  # the second training's cost less the first's is of steps alone
+STEPS = (4, 16)  # the difference of two trainings' costs is that of the steps alone
 BATCH = 64
 
 
 def costs(where: list[str], work: Path) -> dict[str, float]:
-    """Processor seconds that each way takes to train on 1,000 images."""
+    """CPU seconds that each way takes to train on 1,000 images."""
     short = [
         "--trainer.limit_val_batches",
         "0",

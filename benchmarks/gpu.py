@@ -1,10 +1,10 @@
-"""Training on one GPU: two recipes as `vitlit fit` runs them, loader and all, and S/16 by itself beside timm's.
+"""Training on one GPU: two recipes with `vitlit fit`, loader included, and S/16 without a loader against timm's.
 
     python benchmarks/gpu.py --work WORK --out benchmarks/results/gpu.json
 
-The images are made here: smooth noise under pixel noise, 256 x 256 as JPEG for the ImageNet recipe and 32 x 32 as PNG
-for CIFAR's. They mean nothing; only speed and memory are measured. MFU is the FLOP of forward and backward, two a
-multiply-add, over what the card's data sheet promises for dense bf16.
+The script makes the images: smooth noise plus pixel noise, 256 x 256 JPEGs for the ImageNet recipe and 32 x 32 PNGs for
+CIFAR's. Only speed and memory are measured. MFU is the FLOP of forward and backward, two per multiply-add, divided by
+the dense bf16 peak of the card's data sheet.
 """
 
 import argparse
@@ -32,12 +32,12 @@ RECIPES = {
     "vit_s16_imagenet1k_90ep": {"size": 256, "classes": 1000, "each": 60, "suffix": "jpg"},
     "small_cifar10": {"size": 32, "classes": 10, "each": 5000, "suffix": "png"},
 }
-STEPS = 1000  # of a recipe
-BATCH, ROUNDS, REPEATS = 256, 15, 5  # of the ViT alone
+STEPS = 1000  # for a recipe
+BATCH, ROUNDS, REPEATS = 256, 15, 5  # for the ViT without a loader
 
 
 def draw(size: int, suffix: str, paths: list[Path]) -> None:
-    """Write images that compress about as photographs do."""
+    """Write images that compress about as well as photographs."""
     generator = np.random.default_rng(int(paths[0].parent.name))
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def draw(size: int, suffix: str, paths: list[Path]) -> None:
 
 
 def folder(out: Path, size: int, classes: int, each: int, suffix: str) -> Path:
-    """An image folder of that many classes, with a twentieth as many images for validation."""
+    """Write an image folder with `each` training images per class, and a twentieth as many for validation."""
     names = [f"{label:04}" for label in range(classes)]
     counts = {"train": each, "val": max(1, each // 20)}
     jobs = [[out / split / name / f"{i}.{suffix}" for i in range(n)] for split, n in counts.items() for name in names]
@@ -58,13 +58,13 @@ def folder(out: Path, size: int, classes: int, each: int, suffix: str) -> Path:
 
 
 def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, Any]:
-    """Train a recipe for so many steps, or so long, and report what metrics.csv says of it, and the memory it took."""
+    """Train a recipe for `steps` steps or until `limit`. Returns the numbers of metrics.csv and the peak memory."""
     from vitlit.cli.main import main
 
     torch.cuda.reset_peak_memory_stats()
     flags = ["--data.root", root, "--trainer.max_steps", steps, "--trainer.logger", "false", "--run.root", work]
     flags += ["--run.time_limit", limit]
-    flags += ["--model.schedule.warmup", "10%"]  # the recipe's own is longer than this training
+    flags += ["--model.schedule.warmup", "10%"]  # the recipe's warm-up is longer than this training
     run = work / f"{name}-{time.time_ns()}"
     start = time.perf_counter()
     code = main(["fit", "--config", f"recipes/{name}", *map(str, flags), "--run.name", run.name])
@@ -72,7 +72,7 @@ def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, 
     if code not in (0, 75):
         raise RuntimeError(f"{name} ended with {code}")
     rows = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["train/images_per_second"]]
-    rows = rows[1:]  # the first begins with the workers' start
+    rows = rows[1:]  # the first row includes the start of the workers
     speed = statistics.median(float(row["train/images_per_second"]) for row in rows)
     waits = [float(row["train/data_wait"]) for row in rows]
     flop = training_flop(vitlit.load(run))
@@ -90,7 +90,7 @@ def fit(name: str, root: Path, work: Path, steps: int, limit: str) -> dict[str, 
 
 
 def training_flop(vit: ViT) -> float:
-    """FLOP of one image's forward and backward, two a multiply-add, attention as two products."""
+    """FLOP of one image's forward and backward, two per multiply-add; attention counts as two products."""
     vit = vit.to("meta").train()
     with FlopCounterMode(display=False) as counter:
         vit(torch.empty(1, 3, *vit.config.sides, device="meta")).sum().backward()
@@ -98,7 +98,7 @@ def training_flop(vit: ViT) -> float:
 
 
 def peak() -> float:
-    """FLOP a second of dense bf16 matrix products by the card's data sheet."""
+    """FLOP per second of dense bf16 matrix products, from the card's data sheet."""
     from lightning.fabric.utilities.throughput import get_available_flops
 
     flops = get_available_flops(torch.device("cuda"), torch.bfloat16)
@@ -107,7 +107,7 @@ def peak() -> float:
 
 
 def alone() -> list[dict[str, Any]]:
-    """Forward and backward of S/16 in bf16 on images that are there, vitlit's and timm's in turn."""
+    """Forward and backward of S/16 in bf16 on images in GPU memory, vitlit's and timm's in turn."""
     import timm
 
     def ours() -> torch.nn.Module:
@@ -162,11 +162,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for images and runs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--share", type=float, default=1.0, help="of the images and the steps, to try it")
-    parser.add_argument("--limit", default="0:30:00", help="the longest that a recipe may take, H:MM:SS")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the images and steps, for a trial")
+    parser.add_argument("--limit", default="0:30:00", help="time limit of a recipe, H:MM:SS")
     given = parser.parse_args()
     made = {}
-    for name, about in RECIPES.items():  # before there is a GPU that processes could not be forked beside
+    for name, about in RECIPES.items():  # before CUDA starts, because processes cannot be forked after that
         each = max(2, round(about["each"] * given.share))
         made[name] = folder(given.work / f"images-{name}", about["size"], about["classes"], each, about["suffix"])
         size = statistics.mean(path.stat().st_size for path in (made[name] / "train" / "0000").iterdir())

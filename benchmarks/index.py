@@ -1,8 +1,8 @@
-"""An ImageNet's worth of empty files: how long they take to find, and what a worker's memory grows by to read them.
+"""As many empty files as ImageNet has: how long a scan takes, and how much a worker's memory grows by reading.
 
     python benchmarks/index.py --out benchmarks/results/index.json
 
-It makes 1,281,000 empty files in 1,000 folders in a temporary folder, and removes them again.
+It writes 1,281,000 empty files in 1,000 folders to a temporary folder, and removes them at the end.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def seconds(function: Any, *given: Any) -> float:
 
 
 def private_memory() -> int:
-    """Bytes of this process that no other shares."""
+    """Bytes of this process that are shared with no other."""
     rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith(("Private_Clean", "Private_Dirty")))
 
 
 def grown(index: Index, queue: Any) -> None:
-    """How much a forked worker's private memory grows by while it reads."""
+    """Put the growth of a forked worker's private memory while it reads, in bytes, into the queue."""
     before = private_memory()
     draw = np.random.default_rng(0)
     for _ in range(READS):

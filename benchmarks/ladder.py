@@ -1,8 +1,8 @@
-"""Two rungs on real data: 256 digits learned by heart, and 1,438 digits from scratch, tested on the 359 others.
+"""Two rungs on real data: overfit 256 digits, and train on 1,438 digits from scratch, tested on the other 359.
 
     python benchmarks/ladder.py --work WORK --out benchmarks/results/digits.json --at-once 2
 
-Digits are scikit-learn's, 8 x 8 pixels. The next rung, MNIST, is recipes/small_mnist.
+The digits are scikit-learn's, 8 x 8 pixels. The next rung, MNIST, is recipes/small_mnist.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from vitlit.prepare import sources
 
 HEART = "--config pretrain --data.crop center --data.image_size 16 --data.batch_size 64 --model.schedule.warmup 10%"
 HEART += " --model.optimizer.init_args.weight_decay 0 --trainer.max_epochs 60 --trainer.check_val_every_n_epoch 60"
-# Of 8 x 8 pixels, 1,438 images do not teach where a token lies: a fixed position is worth a point.
+# 1,438 images of 8 x 8 pixels are too few to learn positions: fixed ones gain a point.
 DIGITS = "--config pretrain --model.vit.position sincos2d --model.vit.pool gap --model.objective.label_smoothing 0.1"
 DIGITS += (
     " --model.optimizer.init_args.weight_decay 0.05 --data.crop center --data.batch_size 64 --trainer.max_epochs 40"
@@ -27,7 +27,7 @@ AFFINE = (
 
 
 def few(digits: Path, out: Path, count: int) -> Path:
-    """A folder of the first training images, dealt evenly over the classes, which are its validation images, too."""
+    """Write a folder of the first `count` training images, evenly over the classes, for training and validation."""
     images = zip(*(sorted(folder.iterdir()) for folder in sorted((digits / "train").iterdir())), strict=False)
     for image in [image for turn in images for image in turn][:count]:
         for split in ("train", "val"):

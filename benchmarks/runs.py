@@ -1,4 +1,4 @@
-"""What the accuracy benchmarks share: real `vitlit fit` commands in forked children, and a result that says where."""
+"""Shared by the benchmarks: `vitlit fit` commands in forked children, and results with date, machine and versions."""
 
 import argparse
 import csv
@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "timm")
 
 
 class Run(NamedTuple):
-    """One training: what it is called in the table, its seed, and the flags of `vitlit fit`."""
+    """One training: its name in the table, its seed, and the flags of `vitlit fit`."""
 
     name: str
     seed: int
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What it came to: the metrics of its last validation, the best of each, and its processor time in seconds."""
+    """The result of a run: the metrics of its last validation, the best value of each, and its CPU time in seconds."""
 
     run: Run
     last: dict[str, float]
@@ -42,16 +42,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for the runs and their logs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--at-once", type=int, default=1, help="how many trainings run beside each other, a core each")
+    parser.add_argument("--at-once", type=int, default=1, help="how many trainings run at once, on one core each")
     return parser
 
 
 def fit_all(runs: Iterable[Run], work: Path, at_once: int) -> list[Made]:
-    """Run them, several at once on one thread each or one at a time on all cores, and stop where one fails."""
+    """Run them, several at once on one thread each or one at a time on all cores. Stop at the first that fails."""
     work.mkdir(parents=True, exist_ok=True)
     made = []
-    # A fork an import: a process of its own would spend its first seconds on importing Lightning.
-    import vitlit.fit  # noqa: F401
+    # Imported before the forks: each process would otherwise spend its first seconds importing Lightning.
+    import vitlit.cli.fit  # noqa: F401
 
     with get_context("fork").Pool(at_once, maxtasksperchild=1) as pool:
         jobs = [(run, work, at_once > 1) for run in runs]
@@ -74,7 +74,7 @@ def _fit(job: tuple[Run, Path, bool]) -> Made:
     os.dup2(log, 1)
     os.dup2(log, 2)
     flags = ["--run.root", str(work), "--run.name", name, "--seed_everything", str(run.seed)]
-    start = time.process_time()  # other work beside it changes little of that
+    start = time.process_time()  # which other work on the machine changes little
     code = main(["fit", *run.flags, *flags, "--trainer.logger", "false", "--data.num_workers", "0"])
     seconds = time.process_time() - start
     sys.stdout.flush()
@@ -97,7 +97,7 @@ def measured(path: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def summary(made: list[Made], metric: str) -> list[dict[str, Any]]:
-    """A row a name, in order: values by seed in percent, their mean and standard deviation."""
+    """One row per name, in order: the values by seed in percent, their mean and standard deviation."""
     rows = []
     for name in dict.fromkeys(done.run.name for done in made):
         own = [done for done in made if done.run.name == name]

@@ -1,4 +1,4 @@
-"""What `vitlit benchmark data` measures and advises."""
+"""`vitlit benchmark data`: its measurements and advice."""
 
 import re
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_shards_and_holdouts_are_measured_alike(vitlit: Callable[..., Any], phot
     ("arguments", "words"),
     [
         (["data"], "ROOT"),
-        (["model"], "usage: vitlit benchmark data ROOT"),
+        (["model"], "invalid choice: 'model' (choose from"),
         (["data", "nowhere"], "nowhere is not a folder"),
         (["data", "{photos}", "--batch_size", "64"], "24 training images; give a smaller --batch_size"),
         (["data", "{photos}", "--batch_size", "0"], "must be at least 1"),
@@ -70,13 +70,13 @@ def test_mistakes_are_one_line(vitlit: Callable[..., Any], photos: Path, argumen
     assert words in result.err
 
 
-def test_as_many_workers_as_the_model_needs_are_advised() -> None:
-    assert "--data.num_workers 2 suffice" in advice(needed=900, one=600, speed=4000, workers=8, slowest="decode")
-    assert "--data.num_workers 1 suffice" in advice(needed=3, one=600, speed=600, workers=1, slowest="decode")
-    assert "--data.num_workers 8 suffice" in advice(needed=3900, one=500, speed=4000, workers=8, slowest="read")
+def test_advice_gives_the_workers_that_the_model_needs() -> None:
+    assert "--data.num_workers 2 suffice" in advice(needed=900, one=600, loaded=4000, workers=8, slowest="decode")
+    assert "--data.num_workers 1 suffice" in advice(needed=3, one=600, loaded=600, workers=1, slowest="decode")
+    assert "--data.num_workers 8 suffice" in advice(needed=3900, one=500, loaded=4000, workers=8, slowest="read")
 
 
 @pytest.mark.parametrize("slowest", ["read", "decode", "crop, resize", "transfer"])
-def test_a_model_that_would_wait_is_told_for_what(slowest: str) -> None:
-    told = advice(needed=4000, one=600, speed=1000, workers=2, slowest=slowest)
-    assert f"would wait 75% of its time, most of it for {slowest}: " in told
+def test_advice_names_what_the_model_would_wait_for(slowest: str) -> None:
+    text = advice(needed=4000, one=600, loaded=1000, workers=2, slowest=slowest)
+    assert f"would wait 75% of its time, most of it for {slowest}: " in text

@@ -180,7 +180,7 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = (batch_idx // trainer.accumulate_grad_batches) + trainer.current_epoch * 2
         self.losses.setdefault(step, []).append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
-        rows = zip(batch[2].tolist(), batch[0].double(), batch[1].double(), strict=True)
+        rows = zip(batch[2].tolist(), batch.views[0].double(), batch.labels.double(), strict=True)
         self.inputs.setdefault(step, []).extend((i, image.clone(), share.clone()) for i, image, share in rows)
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -238,7 +238,7 @@ def test_fewer_validation_images_than_devices_are_refused(few: Path, tmp_path: P
             (root / split / label).mkdir(parents=True)
             for image in sorted((few / split / label).iterdir())[: 5 if split == "train" else 1]:
                 (root / split / label / image.name).symlink_to(image)
-    message = "the val split has 1 images, fewer than the 2 devices"
+    message = "the val split needs an image for each device, but has 1 for 2"
     with pytest.raises(UserError, match=message):
         ImageFolderData(str(root), batch_size=8).check("fit", 2)
     with pytest.raises(ProcessRaisedException, match=f"UserError: {message}"):

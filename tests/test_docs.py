@@ -131,6 +131,7 @@ def test_the_python_of_a_page_runs(
 ) -> None:
     save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
     (tmp_path / "photo.png").write_bytes(next((few / "val" / "0").iterdir()).read_bytes())
+    (tmp_path / "FOLDER").symlink_to(few)
     monkeypatch.chdir(tmp_path)
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(block, {})

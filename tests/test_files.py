@@ -7,7 +7,7 @@ import pytest
 from vitlit.files import whole_file
 
 
-def test_a_file_takes_its_place_when_all_of_it_is_written(tmp_path: Path) -> None:
+def test_a_file_is_replaced_once_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("before")
     with whole_file(path) as partial:
@@ -17,7 +17,7 @@ def test_a_file_takes_its_place_when_all_of_it_is_written(tmp_path: Path) -> Non
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_write_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("before")
 

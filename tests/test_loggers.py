@@ -22,7 +22,7 @@ KEY = "a" * 40
 
 
 class Terminal:
-    """A standard input that a person sits at, and that nothing may read."""
+    """An interactive standard input that nothing may read."""
 
     def isatty(self) -> bool:
         return True
@@ -33,7 +33,7 @@ class Terminal:
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no settings and no run of this machine or of another test."""
+    """No key, settings or run of this machine or of another test."""
     for name in ("API_KEY", "MODE", "PROJECT", "RUN_ID", "DIR", "DATA_DIR", "ERROR_REPORTING", "CONFIG_DIR"):
         monkeypatch.setenv(f"WANDB_{name}", "")  # so that what a test sets is taken back
         monkeypatch.delenv(f"WANDB_{name}")

@@ -74,13 +74,6 @@ NAMES = [
         "call wandb.init and pass the run as experiment=",
     ),
     Name(
-        "loggers/wandb.py",
-        "_attach_id",
-        "lightning.pytorch.loggers:WandbLogger",
-        "a logger that was sent to another process joins the run that is there",
-        "call wandb.init and pass the run as experiment=",
-    ),
-    Name(
         "optim/lamb.py",
         "_foreach_add_ _foreach_addcmul_ _foreach_div _foreach_div_ _foreach_lerp_ _foreach_mul_ _foreach_norm "
         "_foreach_sqrt",

@@ -189,7 +189,7 @@ def built(name: str) -> Built:
     config = parser().parse_object({key: recipe[key] for key in ("seed_everything", "model", "data")})
     config.ckpt_path = None
     splits: Any = SimpleNamespace(labels=lambda: ([str(i) for i in range(classes)], False))
-    vitlit.cli.completion.complete(config, begins(name), splits)
+    vitlit.cli.completion.fill_config(config, begins(name), splits)
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))
     return Built(made.model, made.data, config.model.init_args.as_dict(), images)

@@ -1,8 +1,11 @@
-"""`vitlit benchmark data ROOT`: what this folder, on this machine, can feed a model with."""
+"""`vitlit benchmark data ROOT`: how fast this machine loads a folder, and whether a model has to wait for it."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import chain, repeat
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -23,157 +26,139 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
 HELP = """\
-Time how training images are read, decoded, cropped and copied to the device, which of it is slowest, how many a loader
-gives with all of this machine's cores, and how many a ViT would take. Files that the system has read lately come
-from memory: the first epoch of a larger set reads at the pace of its disk.
+Time how training images are read, decoded, cropped and copied to the device, how many a loader gives with all of this
+machine's cores, and how many a ViT takes. Files that were read lately come from memory: the first epoch of a larger
+set is as slow as its disk.
 """
-LOADED = 5.0  # seconds that the loader is watched for
-STEPS = 3  # of the model
+SECONDS = 5.0  # the loader is timed for
+STEPS = 3  # the model is timed for
 
 
 def run(arguments: list[str]) -> int:
     """`vitlit benchmark data ROOT [options]`; returns the exit code."""
-    if arguments[:1] != ["data"]:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print("vitlit benchmark data ROOT\n\n" + HELP + "\n`vitlit benchmark data --help` lists its options.")
-            return 0
-        raise UserError("usage: vitlit benchmark data ROOT; vitlit benchmark --help says more")
-    parser = CommandParser("vitlit benchmark data", HELP)
+    parser = CommandParser("vitlit benchmark", HELP)
+    parser.add_argument("what", metavar="data", choices=["data"], help="the word data")
     parser.add_argument("root", metavar="ROOT", help="as --data.root: a folder, or shards")
-    parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; 224 unless given")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="of a device; 64 unless given")
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="to time the stages on; 512 unless given")
-    parser.add_argument("--model", default="B/16", metavar="PRESET", help="the ViT; B/16 unless given, none for none")
+    parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; default 224")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="per device; default 64")
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="timed on one core; default 512")
+    parser.add_argument("--model", default="B/16", metavar="PRESET", help="of the ViT, or none; default B/16")
     parser.add_argument("--holdout", default="0", metavar="SHARE", help="as --data.holdout, such as 10%%")
     parser.add_argument("--manifest", metavar="FILE", help="as --data.manifest")
-    given = parser.parse_args(arguments[1:])
+    given = parser.parse_args(arguments or ["--help"])
     if min(given.image_size, given.batch_size, given.images) < 1:
-        raise UserError("vitlit benchmark data: --image_size, --batch_size and --images must be at least 1")
+        parser.error("--image_size, --batch_size and --images must be at least 1")
     report(given)
     return 0
 
 
 def report(given: Any) -> None:
-    """Time the stages, the loader and the model, and print what follows from them."""
+    """Time the stages, the loader and the model, and print the results with advice."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Refused before anything is timed.
+    # First, so that mistakes are refused before anything is timed.
     vit = None if given.model == "none" else ViT.from_preset(given.model, image_size=given.image_size, num_classes=1000)
     index = Splits(given.root, parse_share(given.holdout), given.manifest)["train"]
     if len(index) < given.batch_size:
         raise UserError(f"{given.root} has {len(index)} training images; give a smaller --batch_size")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     preprocess = Preprocess((given.image_size, given.image_size))
     data = Images(index, train_transform(preprocess, "random_resized", (0.05, 1.0), 0.5))
     seconds, size = time_stages(data, given.images, given.batch_size, preprocess, device)
-    torch.set_num_threads(threads)
-    whole = sum(seconds.values())
-    one = 1 / (whole - seconds["transfer"])  # workers do all but the transfer
-    slowest = max(seconds, key=lambda name: seconds[name])
-    print(f"{given.root}: {len(index):,} training images of {size / 2**10:,.1f} KiB, {DECODER} decodes")
+    total, slowest = sum(seconds.values()), max(seconds, key=seconds.__getitem__)
+    print(f"{given.root}: {len(index):,} training images of {size / 2**10:,.1f} KiB, decoded by {DECODER}")
     print(f"\n{'one core':<12}  ms/image  share")
     for name, value in seconds.items():
-        print(f"  {name:<12}{1000 * value:>6.2f}  {value / whole:>5.0%}{'  slowest' if name == slowest else ''}")
-    print(f"  {'all':<12}{1000 * whole:>6.2f}  {1 / whole:,.0f} images/s")
+        print(f"  {name:<12}{1000 * value:>6.2f}  {value / total:>5.0%}{'  slowest' if name == slowest else ''}")
+    print(f"  {'all':<12}{1000 * total:>6.2f}  {1 / total:,.0f} images/s")
 
     workers = count(torch.cuda.device_count())
-    speed = time_loader(data, given.batch_size, workers, device.type == "cuda")
-    print(f"\nloader       {speed:,.0f} images/s with {workers} worker{'s'[: workers > 1]}, all of a device's cores")
-    if vit is None:
-        return
-    needed = time_model(vit, given.batch_size, device)
-    how = f"forward and backward on {device.type}, {given.batch_size} at a time"
-    print(f"ViT-{given.model:<8} {needed:,.0f} images/s go {how}")
-    print(advice(needed, one, speed, workers, slowest))
+    loaded = time_loader(data, given.batch_size, workers, device.type == "cuda")
+    print(f"\nloader       {loaded:,.0f} images/s, {workers} worker(s), all of a device's cores")
+    if vit is not None:
+        needed = time_model(vit, given.batch_size, device)
+        print(f"ViT-{given.model:<8} {needed:,.0f} images/s, forward and backward on {device.type}")
+        print(advice(needed, 1 / (total - seconds["transfer"]), loaded, workers, slowest))
 
 
 def time_stages(
     data: Images, images: int, batch_size: int, preprocess: Preprocess, device: torch.device
 ) -> tuple[dict[str, float], float]:
-    """Seconds an image by stage, on one core, and the files' mean size in bytes."""
+    """Seconds an image by stage, on one core, and the mean size of a file in bytes."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[stage] += (time.perf_counter() - start) / len(drawn)
 
     def transfer(batch: Tensor) -> None:
         preprocess.normalise(batch.to(device).permute(0, 3, 1, 2))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    transfer(torch.zeros(1, *preprocess.image_size, 3, dtype=torch.uint8))  # what a GPU does once
+    threads, size, batch = torch.get_num_threads(), 0, []
+    torch.set_num_threads(1)
+    transfer(torch.zeros(1, *preprocess.image_size, 3, dtype=torch.uint8))  # a GPU's first call is slow
     index = data.index
     drawn = np.random.default_rng(0).permutation(len(index))[:images].tolist()
-    spent = dict.fromkeys(("read", "decode", "crop, resize", "transfer"), 0.0)
-    total, batch = 0, []
-    for image in drawn:
-        times = [time.perf_counter()]
-        content = index.read(image)
-        times.append(time.perf_counter())
-        decoded = decode_bytes(content, index.path(image))
-        times.append(time.perf_counter())
-        batch.append(channels_last(data.transform(decoded)))
-        times.append(time.perf_counter())
-        if len(batch) == batch_size or image == drawn[-1]:
-            transfer(default_collate(batch))
+    for row in drawn:
+        with timed("read"):
+            content = index.read(row)
+        with timed("decode"):
+            decoded = decode_bytes(content, index.path(row))
+        with timed("crop, resize"):
+            batch.append(channels_last(data.transform(decoded)))
+        if len(batch) == batch_size or row == drawn[-1]:
+            with timed("transfer"):
+                transfer(default_collate(batch))
             batch = []
-        times.append(time.perf_counter())
-        total += len(content)
-        for name, start, end in zip(spent, times, times[1:], strict=False):
-            spent[name] += (end - start) / len(drawn)
-    return spent, total / len(drawn)
+        size += len(content)
+    torch.set_num_threads(threads)
+    return seconds, size / len(drawn)
 
 
 def time_loader(data: Images, batch_size: int, workers: int, pin: bool) -> float:
-    """Images per second that a training's loader gives, once its workers are under way."""
-    steps = len(data.index) // batch_size
-    position = 0
-    stream = TrainStream(len(data.index), batch_size, 0, lambda: position)
-    batches = loader(data, stream, batch_size, workers, pin=pin)
-
-    def endless() -> Iterator[Any]:
-        nonlocal position
-        while True:
-            yield from batches
-            position += steps
-
-    found = endless()
-    for _ in range(2 * workers + 1):  # what was prepared before the clock began
-        next(found)
+    """Images per second that a training loader gives once its workers are busy."""
+    stream = TrainStream(len(data.index), batch_size, 0, position=lambda: 0)
+    batches = chain.from_iterable(repeat(loader(data, stream, batch_size, workers, pin=pin)))
+    for _ in range(2 * workers + 1):  # prefetched before the clock starts
+        next(batches)
     start, images = time.perf_counter(), 0
-    while time.perf_counter() - start < LOADED:
-        images += len(next(found)[0])
+    while time.perf_counter() - start < SECONDS:
+        images += len(next(batches)[0])
     return images / (time.perf_counter() - start)
 
 
 def time_model(vit: ViT, batch_size: int, device: torch.device) -> float:
-    """Images per second of forward and backward, in bf16 where a GPU has it, without a loader."""
+    """Images per second of forward and backward without a loader, in bf16 on a GPU."""
     vit = vit.to(device).train()
-    images, labels = (
-        torch.randn(batch_size, 3, *vit.config.sides, device=device),
-        torch.arange(batch_size, device=device),
-    )
+    images = torch.randn(batch_size, 3, *vit.config.sides, device=device)
+    labels = torch.arange(batch_size, device=device) % 1000
     seconds = []
     for _ in range(1 + STEPS):
         start = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            loss = F.cross_entropy(vit(images), labels % 1000)
+            loss = F.cross_entropy(vit(images), labels)
         loss.backward()
         vit.zero_grad()
-        loss.item()
+        loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return batch_size / min(seconds[1:])
 
 
-def advice(needed: float, one: float, speed: float, workers: int, slowest: str) -> str:
-    """How many workers suffice, or what to do where none do.
+def advice(needed: float, one: float, loaded: float, workers: int, slowest: str) -> str:
+    """How many workers suffice, or the remedy where none do.
 
     Args:
         needed: images per second that the model takes.
-        one: images per second of one worker alone.
-        speed: of the loader with all workers.
-        workers: how many that are.
-        slowest: the stage that takes longest.
+        one: images per second of one worker.
+        loaded: images per second of all workers.
+        workers: their number.
+        slowest: the slowest stage of loading.
     """
-    if needed <= speed:
-        enough = min(workers, max(1, int(-(-needed * 1.2 // one))))  # a fifth more, for what was not timed
+    if needed <= loaded:
+        enough = min(workers, max(1, ceil(1.2 * needed / one)))  # a fifth more, for what was not timed
         return f"\nthe model is slower than the loader: --data.num_workers {enough} suffice"
     remedies = {
         "read": "copy the data to a faster disk, or pack it (`vitlit data shard`)",
@@ -183,4 +168,6 @@ def advice(needed: float, one: float, speed: float, workers: int, slowest: str) 
     }
     if slowest == "decode" and DECODER == "Pillow":
         remedies["decode"] = f"install torchcodec, which decodes {PILLOW_SLOWER} times as fast"
-    return f"\nthe model would wait {1 - speed / needed:.0%} of its time, most of it for {slowest}: {remedies[slowest]}"
+    return (
+        f"\nthe model would wait {1 - loaded / needed:.0%} of its time, most of it for {slowest}: {remedies[slowest]}"
+    )

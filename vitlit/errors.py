@@ -5,10 +5,10 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake of the user's: `vitlit` prints the message on one line and exits with code 2.
+    """A user's mistake: `vitlit` prints the message on one line and exits with code 2.
 
-    The message names the thing and the remedy. It is the only argument, since an exception that leaves a
-    data-loading worker is made again from its text.
+    The message names the thing and the remedy. It is the only argument, since an exception from a data-loading worker
+    is rebuilt from its text.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,11 +16,11 @@ class UserError(ValueError):
 
 
 class CommandParser(ArgumentParser):
-    """argparse's, whose errors are `UserError`.
+    """An argument parser that raises `UserError`.
 
     Args:
         command: such as "vitlit data shard".
-        about: what it does, printed as it is.
+        about: its description, printed unchanged.
     """
 
     def __init__(self, command: str, about: str) -> None:
@@ -31,8 +31,8 @@ class CommandParser(ArgumentParser):
 
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:
-    """The first class name of weights that differs from the data's, in words; empty where one list begins the other."""
+    """The first class name of weights that differs from the data's, in words; "" if one list begins the other."""
     for their, our in zip(theirs, ours, strict=False):
         if their != our:
-            return f"{their!r} in the place of {our!r}"
+            return f"{their!r} instead of {our!r}"
     return ""

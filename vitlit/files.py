@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with a check of their size and checksums."""
+"""Files: written whole or not at all, and read after a check of size and checksums."""
 
 import io
 import os
@@ -16,25 +16,24 @@ from vitlit.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_BYTES = 1 << 30  # of an image file: the largest image is half of it in 8-bit RGB without compression
-# How many times a file's size its content may be. Packed weights shrink to a half, a bomb to a thousandth.
-MOST_UNPACKED = 20
+MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
+MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
 
 
 @contextmanager
 def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` after the block, once its content is on the disk.
+    """A path to write to, renamed to `path` after the block, once its content is on the disk.
 
-    A process that is killed leaves the file of before, and so does a block that fails.
+    A block that fails leaves the old file, and so does a killed process.
 
     Args:
         path: of the file.
-        partial: where it is written, in the same folder; a hidden name unless given.
+        partial: the path to write to, in the same folder; by default a hidden name.
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
@@ -43,12 +42,11 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
-    """A folder to write into, `OUT.partial` beside `out`, which takes its name after the block.
+    """A folder to write into, `OUT.partial`, renamed to `out` after the block.
 
     Args:
-        out: the folder to make; where it exists it must be empty.
-        resume: leave what is in `OUT.partial`, there before the block or where the block fails, to the same command
-            given again; else it is removed.
+        out: the folder to make; it must be empty or absent.
+        resume: keep the content of `OUT.partial`, both from before the block and when the block fails.
 
     Raises:
         UserError: `out` is not empty or cannot be made.
@@ -72,21 +70,21 @@ def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
 
 
 def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
-    """Write an npz, whole or not at all, for all who may read the folder; OSError where that fails."""
+    """Write an npz; OSError where that fails."""
     import numpy as np
 
-    # Of a folder that several processes scan at once, each writes a file of its own.
+    # Each of several processes that scan one folder at once writes its own partial file.
     name = f".{file.name}.{socket.gethostname()}.{os.getpid()}.partial"
     with whole_file(file, file.with_name(name)) as partial, partial.open("wb") as opened:
         np.savez(opened, **arrays)
 
 
 def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
-    """Read what `save_arrays` wrote; nothing in it is executed, and it takes no more memory than the file has bytes.
+    """Read a file of `save_arrays`, without executing its content or unpacking more bytes than the file has.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or nothing that `save_arrays` wrote.
+        ValueError: it is damaged, or another file.
     """
     import numpy as np
 
@@ -95,12 +93,12 @@ def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
             members = archive.infolist()
             places = {member.header_offset for member in members}
             if any(member.compress_type for member in members) or len(places) < len(members):
-                raise ValueError("its members are compressed, or lie over each other")
+                raise ValueError("its members are compressed or overlap")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError):
         raise
-    except Exception as error:  # numpy and zipfile raise anything over what is not theirs
+    except Exception as error:  # numpy and zipfile raise anything on a damaged file
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -108,27 +106,27 @@ def read_file(path: str | Path) -> bytes:
     """The content of an image file.
 
     Raises:
-        UserError: it cannot be read, is no file but such as a pipe, or has more than `MOST_BYTES`.
+        UserError: it cannot be read, is not a regular file, or has more than `MOST_BYTES`.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):  # reading a pipe, or a link to /dev/zero, would not end
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe or /dev/zero would not end
                 raise UserError(f"cannot read the image {path}: it is no file")
-            refuse_large(path, about.st_size)
+            refuse_large(path, status.st_size)
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from error
 
 
 def refuse_large(path: str | Path, size: int) -> None:
-    """UserError for an image file of more bytes than `MOST_BYTES`."""
+    """Refuse an image file of more than `MOST_BYTES` with a UserError."""
     if size > MOST_BYTES:
         raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
 
 
 def check_archive(path: Path) -> list[str]:
-    """The members of a zip archive, every checksum of which is compared, unless it is a bomb."""
+    """The member names of a zip archive; UserError for a wrong checksum, a bomb or compressed tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -137,13 +135,13 @@ def check_archive(path: Path) -> list[str]:
             packed = next((m.filename for m in members if m.compress_type and not numpy), None)
             bomb = unpacked > MOST_UNPACKED * path.stat().st_size
             broken = None if bomb else archive.testzip()
-    except Exception as error:  # zlib.error, struct.error and what else a broken archive raises
+    except Exception as error:  # a broken archive raises anything
         raise damaged(path, f"not a whole archive ({type(error).__name__}: {error})") from error
     if bomb:
-        raise damaged(path, f"{unpacked:,} bytes packed as {path.stat().st_size:,}, which no weights are")
+        raise damaged(path, f"{unpacked:,} bytes packed into {path.stat().st_size:,}, unlike any weights")
     if broken is not None:
         raise damaged(path, f"the checksum of {broken} is wrong")
-    if packed is not None:  # torch would take the packed bytes for numbers
+    if packed is not None:  # torch would read the compressed bytes as numbers
         raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
     return [member.filename for member in members]
 

@@ -1,4 +1,4 @@
-"""Every random draw of a run by its purpose: a pure function of (purpose, seed, step or epoch, index, ...)."""
+"""Every random draw of a run, by purpose: a pure function of (purpose, seed, step or epoch, index, ...)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# What a number is drawn for. Streams of different purposes never share numbers; a new purpose goes to the end.
-ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE = range(7)
+# Purposes. Streams of different purposes never share numbers; a new one goes to the end.
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW = range(8)
 LARGEST = 2**64 - 1
 
 
@@ -23,7 +23,7 @@ def mix(*values: int | np.ndarray) -> np.ndarray:
 
 
 def mix_one(*values: int) -> int:
-    """What `mix` makes of single numbers, in an eighth of the time."""
+    """`mix` for single numbers, in an eighth of the time."""
     mixed = 0
     for value in values:
         mixed = ((mixed ^ (value & LARGEST)) + 0x9E3779B97F4A7C15) & LARGEST
@@ -34,19 +34,17 @@ def mix_one(*values: int) -> int:
 
 
 @contextmanager
-def seeded_sample(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the augmentation of one sample, and leave it as it was before.
+def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0) -> Iterator[None]:
+    """Seed torch's CPU generator to augment one view of a sample, and restore its state afterwards.
 
-    Without data workers it is the model's generator, too.
+    Without data workers the model uses the same generator.
     """
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(mix_one(SAMPLE, seed, epoch, index, repeat))
-    try:
+    values = (VIEW, seed, epoch, index, repeat, view) if view else (SAMPLE, seed, epoch, index, repeat)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix_one(*values))
         yield
-    finally:
-        torch.set_rng_state(before)
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed torch for dropout and other draws of the model in one micro-batch of one step on one device."""
+    """Seed torch for the model's draws, such as dropout, in one micro-batch of one step on one device."""
     torch.manual_seed(mix_one(STEP, seed, step, micro, rank))

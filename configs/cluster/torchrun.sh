@@ -1,13 +1,13 @@
 #!/bin/bash
-# A run on two or more nodes without a scheduler: start this very script on each of them, in any order.
+# A run on two or more nodes without a scheduler: start this script on each node, in any order.
 #
-# To set: the number of nodes and of GPUs in each, the host that the nodes meet at (one of them, whose port the others can
-# reach), where vitlit is installed, the images, and the runs, which every node has to see.
+# Set the number of nodes, the GPUs per node, the host at which the nodes meet (one of them, whose port the others can
+# reach), where vitlit is installed, the images, and the runs, which every node must see.
 #
-# If a process dies, torchrun ends the others and starts all of them again from last.ckpt, MAX_RESTARTS times. A node that
-# dies is waited for: start the script on it again, or on another in its place. If it was HEAD, or nobody comes within ten
-# minutes, torchrun ends everywhere; the same script then continues the run.
-# torchrun takes every exit for a failure but that with 0, also that of --run.time_limit: with it, set MAX_RESTARTS=0.
+# If a process dies, torchrun ends the others and restarts all of them from last.ckpt, up to MAX_RESTARTS times. If a
+# node dies, torchrun waits for it: start the script on it again, or on a replacement. If the node was HEAD, or no node
+# joins within ten minutes, torchrun ends everywhere; the same script then continues the run.
+# torchrun treats every exit code but 0 as a failure, also that of --run.time_limit: with one, set MAX_RESTARTS=0.
 
 set -euo pipefail
 
@@ -20,9 +20,9 @@ DATA=/data/imagenet
 RUNS=/shared/runs
 source "$HOME/vitlit/.venv/bin/activate"
 
-# Data workers are processes of their own: without this torchrun says that it sets OMP_NUM_THREADS.
+# Data workers are separate processes. Without this, torchrun prints that it sets OMP_NUM_THREADS.
 export OMP_NUM_THREADS=1
-# Else torchrun keeps the first attempt's store, in which a node that comes in another's place waits in vain.
+# Otherwise torchrun keeps the first attempt's store, and a replacement node waits but never joins.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" \

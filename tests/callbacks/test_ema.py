@@ -1,4 +1,4 @@
-"""The moving average of the weights: its numbers, what is validated and saved, and that a run continues with it."""
+"""The moving average of the weights: its numbers, its validation and checkpoints, and continued runs."""
 
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ DECAY = 0.8
 
 
 class Watch(Callback):
-    """Keeps the trained weights after every step; saves where it is told to, and stops."""
+    """Keeps the trained weights after every step; saves at step `stop` and ends there."""
 
     def __init__(self, stop: int | None = None, path: Path | None = None) -> None:
         self.stop, self.path = stop, path
@@ -142,7 +142,7 @@ def test_an_average_begins_with_the_weights_of_a_run_without_one(
     fit(few, Watch(5, tmp_path / "a.ckpt"))
     watch = Watch()
     stage, _ = fit(few, EMA(DECAY), watch, ckpt_path=tmp_path / "a.ckpt", before=tmp_path)
-    assert "the checkpoint has no average of weights (EMA); it begins with its weights\n" in capsys.readouterr().out
+    assert "the checkpoint has no EMA of weights; it begins with the weights\n" in capsys.readouterr().out
     assert not [warning for warning in recwarn if "WeightAveraging" in str(warning.message)]
     for name, expected in averaged(watch.steps).items():
         torch.testing.assert_close(stage.get_parameter(name).detach(), expected)
@@ -157,7 +157,7 @@ def test_coarse_weights_are_not_averaged(few: Path) -> None:
 
 
 def test_the_average_computes_as_the_weights_it_is_of(few: Path, tmp_path: Path) -> None:
-    """What no tensor shows, such as the norms' epsilon, comes with weights after the average's copy was made."""
+    """Options that no tensor shows, such as the epsilon of norms, come with weights after the average is copied."""
     size: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
     save_weights(ViT(**size, norm_eps=1e-3, mlp="gelu_tanh"), tmp_path / "weights.safetensors")
     stage = Finetune(

@@ -27,7 +27,7 @@ def test_throughput_counts_images_not_batches(few: Path) -> None:
 
 
 def test_the_wait_for_data_is_its_share_of_the_time(few: Path) -> None:
-    """A loader that sleeps for four fifths of the time, beside a step that sleeps for the rest."""
+    """A loader sleeps for four fifths of the time, a step for the rest."""
 
     class Slow(ImageFolderData):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

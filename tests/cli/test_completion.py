@@ -137,7 +137,7 @@ def test_a_finetuning_that_changes_the_network_is_evaluated_and_continued(
 
 @pytest.mark.parametrize(("name", "lr", "batch"), [("pretrain", 0.001, 32), ("recipes/deit3_s16", 0.004, 2048)])
 @pytest.mark.parametrize("answer", ["", "--model.optimizer.init_args.lr 2e-3", "--model.schedule.lr_per 32"])
-def test_a_learning_rate_for_another_batch_is_doubted(
+def test_a_learning_rate_for_another_batch_is_warned_of(
     name: str, lr: float, batch: int, answer: str, vitlit: Command, few: Path
 ) -> None:
     flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1000000"
@@ -147,17 +147,17 @@ def test_a_learning_rate_for_another_batch_is_doubted(
     assert (doubt in result.out) == (not answer)
 
 
-def test_adapters_under_layer_decay_are_doubted(vitlit: Command, few: Path, work: Path) -> None:
+def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, work: Path) -> None:
     command = (*FINETUNE.split(), few, "--model.init_from", "runs/pretrain", "--model.lora.rank", 2)
-    doubt = "layer_decay 0.5 leaves LoRA's adapters near the image almost still; give --model.groups.layer_decay 1"
+    doubt = "layer_decay 0.5 hardly trains LoRA's adapters near the image; give --model.groups.layer_decay 1"
     assert f"vitlit: warning: model.groups.{doubt}" in done(vitlit(*command, "--model.groups.layer_decay", 0.5))
     assert "layer_decay" not in done(vitlit(*command, "--run.name", "b"))
 
 
-def test_two_ways_of_balancing_are_doubted(vitlit: Command, few: Path) -> None:
+def test_two_ways_of_balancing_are_warned_of(vitlit: Command, few: Path) -> None:
     both = "--data.balanced true --model.objective.init_args.class_weights balanced"
     said = done(vitlit("fit", *SMALL, "--data.root", few, *both.split()))
-    assert "class_weights weigh them more besides; give one" in said
+    assert "class_weights also weigh them more; give one" in said
 
 
 @pytest.mark.parametrize(

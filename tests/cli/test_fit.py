@@ -96,7 +96,7 @@ def test_a_class_without_validation_images_is_said_in_one_line(vitlit: Command, 
     shutil.rmtree(data / "val" / "3")
     out = done(vitlit("fit", *SMALL, "--data.root", data))
     assert [line for line in out.splitlines() if "no image of" in line] == [
-        f"{data}/val has no image of 1 classes, '3' among them"
+        f"{data}/val has no image of 1 of the 4 classes, such as '3'"
     ]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from vitlit.data.bad_images import BadImages
 from vitlit.data.dataset import Images
 from vitlit.data.folder import scan_train
-from vitlit.data.index import Index, Names, StorageUserError
+from vitlit.data.index import FolderFiles, Index, Names, StorageUserError
 from vitlit.data.stream import Sample, TrainStream
 from vitlit.errors import UserError
 
@@ -108,19 +108,11 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(broken: Path, tmp_path
 def test_storage_that_fails_is_no_bad_image(tmp_path: Path) -> None:
     """A server that is away says nothing of the image, which must not be replaced."""
 
-    class Away:
-        names = Names.pack([b"a.png"])
-
-        def name(self, row: int) -> bytes:
-            return b"a.png"
-
-        def path(self, row: int) -> str:
-            return "s3://bucket/a.png"
-
+    class Away(FolderFiles):
         def read(self, row: int) -> bytes:
             raise StorageUserError("the server cannot be reached")
 
-    index = Index(Away(), np.arange(2), np.zeros(2, np.int64))
+    index = Index(Away("s3://bucket", Names.pack([b"a.png"])), np.arange(2), np.zeros(2, np.int64))
     images = Images(index, lambda image: image, 0, BadImages(tmp_path / "bad.csv", 2))
     for item in (0, Sample(0, 0, 0, 0)):
         with pytest.raises(StorageUserError, match=r"^the server cannot be reached$"):

@@ -139,7 +139,6 @@ def test_the_mean_is_zero_and_nothing_is_erased_unless_asked() -> None:
         ({"area": (0.1, 1.1)}, "must rise within"),
         ({"aspect": 0.0}, "aspect 0.0 must be"),
         ({"aspect": 3.0}, "aspect 3.0 must be"),
-        ({"fill": "pixel"}, "fill pixel is unknown; give noise or mean"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options: dict[str, object], pattern: str) -> None:

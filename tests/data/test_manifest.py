@@ -80,22 +80,22 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
         ("", " is empty; it needs a header with the columns path and label"),
         ("\n", " is empty; it needs a header"),
         ("path,label\n", " has a header but no rows"),
-        ("file,label\n1.png,a\n", " has no column 'path' but 'file', 'label'; the header must be path,label"),
+        ("file,label\n1.png,a\n", " has no column 'path', only 'file', 'label'; the header must be path,label"),
         ("x" * 10**6 + "\n", ", line 1: it is not CSV (field larger than field limit"),
-        (
-            "x," * 10**5 + "label\n",
-            " has no column 'path' but " + ", ".join(8 * ["'x'"]) + " and 99,993 more; the header",
-        ),
+        ("x," * 10**5 + "label\n", " has no column 'path', only " + ", ".join(8 * ["'x'"]) + "; the header"),
         (
             "path;label\n1.png;a\n",
-            " has no column 'path' but 'path;label'; the header must be path,label[,split][,group], with commas",
+            " has no column 'path', only 'path;label'; the header must be path,label[,split][,group], with commas",
         ),
-        ("path,lable\n1.png,a\n", " has no column 'label' but 'path', 'lable'"),
+        ("path,lable\n1.png,a\n", " has no column 'label', only 'path', 'lable'"),
         ("path,label,Split\n1.png,a,val\n", ": the column 'Split' must be 'split', once"),
         ("path, label\n1.png,a\n", ": the column ' label' must be 'label', once"),
         ("path,label,label\n1.png,a,b\n", ": the column 'label' must be 'label', once"),
-        ("path,label\n1.png,a\na, b.png,a\n", ", line 3: it has not the header's 2 fields; what contains a comma"),
-        ("path,label\n1.png\n", ", line 2: it has not the header's 2 fields"),
+        (
+            "path,label\n1.png,a\na, b.png,a\n",
+            ", line 3: it does not have the header's 2 fields; quote a field that contains a comma",
+        ),
+        ("path,label\n1.png\n", ", line 2: it does not have the header's 2 fields"),
         ('path,label\n1.png,a\n"2.png,a\n', ", line 3: it is not CSV"),
         ("path,label\n1.png,a\n,a\n", ", line 3: the path is empty"),
         ("path,label\n1.png,a\n2.png, \n", ", line 3: the label of 2.png is empty"),
@@ -107,8 +107,14 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
         ("path,label,split\n1.png,a,train\n1.png,a,val\n", ", line 3: 1.png is in line 2, too"),
         ("path,label,split\n1.png,a,train\n2.png,b,val\n", ", line 3: val has the class 'b', which the training"),
         ("path,label,split\n1.png,a,train\n2.png,a|b,test\n", ", line 3: test has the class 'b', which"),
-        ("path,label\n1.png,a\nsub,a\n", ", line 3: there is no file {root}/sub; paths are relative to data.root"),
-        ("path,label\nno.png,a\n1.png,a\nnone.png,a\n", ", line 2: there is no file {root}/no.png (2 such rows); "),
+        (
+            "path,label\n1.png,a\nsub,a\n",
+            ", line 3: there is no file {root}/sub (1 of 2 rows have none); paths are relative",
+        ),
+        (
+            "path,label\nno.png,a\n1.png,a\nnone.png,a\n",
+            ", line 2: there is no file {root}/no.png (2 of 3 rows have none); ",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_line(root: Path, tmp_path: Path, text: str, message: str) -> None:

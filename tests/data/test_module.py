@@ -125,7 +125,7 @@ def test_a_val_folder_without_some_class_is_said_in_a_line(tmp_path: Path, capsy
     paint(*(tmp_path / "train" / name / "1.png" for name in "abcd"), tmp_path / "val" / "b" / "1.png")
     data = small_data(tmp_path)
     assert data.split("val").labels.tolist() == [1]
-    assert capsys.readouterr().out == f"{tmp_path / 'val'} has no image of 3 classes, 'a' among them\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'val'} has no image of 3 of the 4 classes, such as 'a'\n"
     data.split("val")
     assert capsys.readouterr().out == ""
 
@@ -133,7 +133,7 @@ def test_a_val_folder_without_some_class_is_said_in_a_line(tmp_path: Path, capsy
 def test_what_the_data_lacks_is_refused_before_training(few: Path, tree: Path) -> None:
     for data, pattern in (
         (small_data(few, batch_size=41), "batch_size 41 is more than the 40 training images"),
-        (small_data(few, batch_size=8, micro_batch=3), "batch_size 8 does not divide over 1 device x 3"),
+        (small_data(few, batch_size=8, micro_batch=3), "batch_size 8 does not divide over 1 x 3"),
         (small_data(tree), "has no folder train"),
     ):
         with pytest.raises(UserError, match=pattern):

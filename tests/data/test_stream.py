@@ -344,12 +344,6 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(
     assert abs(nearest - batch_size) == min(abs(size - batch_size) for size in fitting)
 
 
-@pytest.mark.parametrize(("batch_size", "micro_batch"), [(0, None), (-8, None), (8, 0), (8, -1)])
-def test_a_batch_of_nothing_is_refused(batch_size: int, micro_batch: int | None) -> None:
-    with pytest.raises(UserError, match="at least 1"):
-        split_batch(batch_size, micro_batch, 1)
-
-
 def test_draws_are_a_function_of_seed_epoch_index_and_repeat() -> None:
     def draw(seed: int, epoch: int, index: int, repeat: int) -> float:
         with seeded_sample(seed, epoch, index, repeat):

@@ -9,9 +9,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
-from vitlit.images.crops import Crop, InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
+from vitlit.images.crops import BoxCrop, InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
 
-CROPS: list[Crop] = [InceptionCrop((8, 6)), SimpleCrop((8, 6)), PadCrop((8, 6))]
+CROPS: list[BoxCrop | PadCrop] = [InceptionCrop((8, 6)), SimpleCrop((8, 6)), PadCrop((8, 6))]
 
 # Of 100,000 draws of tf.image.sample_distorted_bounding_box (tensorflow 2.21, area_range (0.05, 1), aspect_ratio_range
 # (0.75, 1.33), min_object_covered 0): by the image's (height, width), which share of boxes is at most so large.
@@ -47,17 +47,15 @@ def noise(*size: int) -> Tensor:
     return torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def params(crop: Crop | v2.Transform, size: tuple[int, int], count: int, *keys: str) -> np.ndarray:
-    """`count` draws for an image of a size: a row each, a column a key."""
+def boxes(crop: BoxCrop, size: tuple[int, int], count: int) -> np.ndarray:
+    """`count` draws for an image of a size: top, left, height and width of each, (4, count)."""
     torch.manual_seed(0)
-    image = torch.empty(3, *size, dtype=torch.uint8)
-    draws = (crop.make_params([image]) for _ in range(count))
-    return np.array([[draw[key] for key in keys] for draw in draws])
+    return np.array([crop.draw(*size) for _ in range(count)]).T
 
 
 @pytest.mark.parametrize("size", list(TENSORFLOW))
 def test_inception_boxes_are_distributed_as_tensorflows(size: tuple[int, int]) -> None:
-    top, left, height, width = params(InceptionCrop((8, 8)), size, 10_000, "top", "left", "height", "width").T
+    top, left, height, width = boxes(InceptionCrop((8, 8)), size, 10_000)
     drawn = {"top": top, "left": left, "height": height, "width": width}
     drawn |= {"area": height * width, "aspect": width / height}
     for name, shares in TENSORFLOW[size].items():
@@ -68,7 +66,7 @@ def test_inception_boxes_are_distributed_as_tensorflows(size: tuple[int, int]) -
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (7, 5), (60, 240)])
 def test_inception_boxes_lie_in_the_image_and_keep_to_the_area(size: tuple[int, int]) -> None:
     crop = InceptionCrop((8, 8), scale=(0.2, 0.7))
-    top, left, height, width = params(crop, size, 1_000, "top", "left", "height", "width").T
+    top, left, height, width = boxes(crop, size, 1_000)
     assert min(top.min(), left.min()) >= 0
     assert min(height.min(), width.min()) >= 1
     assert (top + height).max() <= size[0]
@@ -80,9 +78,10 @@ def test_inception_boxes_lie_in_the_image_and_keep_to_the_area(size: tuple[int, 
 def test_inception_aspects_are_not_torchvisions() -> None:
     size = (400, 400)
     scale, ratio = (0.05, 0.5), (0.5, 2.0)
-    height, width = params(InceptionCrop((8, 8), scale, ratio=ratio), size, 3_000, "height", "width").T
-    peers = v2.RandomResizedCrop(8, scale, ratio)
-    rows, columns = params(peers, size, 3_000, "height", "width").T
+    _, _, height, width = boxes(InceptionCrop((8, 8), scale, ratio=ratio), size, 3_000)
+    peers, image = v2.RandomResizedCrop(8, scale, ratio), torch.empty(3, *size)
+    draws = [peers.make_params([image]) for _ in range(3_000)]
+    rows, columns = (np.array([draw[side] for draw in draws]) for side in ("height", "width"))
     # Uniform in [0.5, 2] against uniform in the logarithm: a third and a half are below 1.
     assert np.mean(width < height) == pytest.approx(1 / 3, abs=0.03)
     assert np.mean(columns < rows) == pytest.approx(1 / 2, abs=0.03)
@@ -90,17 +89,16 @@ def test_inception_aspects_are_not_torchvisions() -> None:
 
 def test_inception_takes_the_whole_image_where_no_box_will_do() -> None:
     crop = InceptionCrop((8, 8), scale=(0.9, 1.0))  # no box of these aspects covers 90 % of a strip
-    assert crop.make_params([noise(10, 100)]) == {"top": 0, "left": 0, "height": 10, "width": 100}
+    assert crop.draw(10, 100) == (0, 0, 10, 100)
 
 
 def test_inception_resizes_the_box_it_drew() -> None:
     image = noise(30, 40)
-    box = {"top": 3, "left": 5, "height": 20, "width": 25}
     crop = InceptionCrop((8, 6), interpolation=InterpolationMode.BICUBIC)
     pillow = (
         Image.fromarray(image.permute(1, 2, 0).numpy()).crop((5, 3, 30, 23)).resize((6, 8), Image.Resampling.BICUBIC)
     )
-    off = crop.transform(image, box).int() - F.pil_to_tensor(pillow).int()
+    off = crop.cut(image, (3, 5, 20, 25)).int() - F.pil_to_tensor(pillow).int()
     assert off.abs().max() <= 1
 
 
@@ -112,7 +110,7 @@ def test_simple_crop_is_deits(size: tuple[int, int], resized: tuple[int, int]) -
     assert whole.shape == (*resized, 3)
     mirrored = np.pad(whole, ((4, 4), (4, 4), (0, 0)), mode="reflect")
     for top, left in ((0, 0), (3, 5), (8, 8)):
-        cropped = crop.transform(image, crop.make_params([image]) | {"top": top, "left": left})
+        cropped = crop.padded(image)[:, top : top + 8, left : left + 8]
         expected = torch.from_numpy(mirrored[top : top + 8, left : left + 8]).permute(2, 0, 1)
         assert (cropped.int() - expected.int()).abs().max() <= 1
 
@@ -129,12 +127,12 @@ def test_pad_crop_is_the_cifar_crop() -> None:
     pillow = ImageOps.expand(Image.fromarray(image.permute(1, 2, 0).numpy()), 4)
     for top, left in ((0, 0), (4, 4), (2, 7), (8, 8)):
         expected = F.pil_to_tensor(pillow.crop((left, top, left + 32, top + 32)))
-        assert torch.equal(crop.transform(image, {"top": top, "left": left}), expected)
+        assert torch.equal(crop.padded(image)[:, top : top + 32, left : left + 32], expected)
 
 
 def test_pad_crop_resizes_an_image_of_another_size() -> None:
     flat = torch.full((3, 50, 20), 9, dtype=torch.uint8)
-    assert torch.equal(PadCrop((32, 32)).transform(flat, {"top": 4, "left": 4}), flat.new_full((3, 32, 32), 9))
+    assert torch.equal(PadCrop((32, 32)).padded(flat)[:, 4:-4, 4:-4], flat.new_full((3, 32, 32), 9))
 
 
 @pytest.mark.parametrize(
@@ -145,17 +143,25 @@ def test_pad_crop_resizes_an_image_of_another_size() -> None:
         (SimpleCrop((4, 4), padding=1), (4, 10), (3, 9)),
     ],
 )
-def test_positions_are_as_likely(crop: Crop, size: tuple[int, int], positions: tuple[int, int]) -> None:
-    drawn = params(crop, size, 3_000, "top", "left")
+def test_positions_are_as_likely(crop: PadCrop, size: tuple[int, int], positions: tuple[int, int]) -> None:
+    image, (height, width) = noise(*size), crop.size
+    padded = crop.padded(image)
+    places = {
+        padded[:, top : top + height, left : left + width].numpy().tobytes(): (top, left)
+        for top in range(positions[0])
+        for left in range(positions[1])
+    }
+    assert len(places) == positions[0] * positions[1]
+    torch.manual_seed(0)
+    drawn = np.array([places[crop(image).numpy().tobytes()] for _ in range(3_000)])
     for axis, count in enumerate(positions):
         shares = np.bincount(drawn[:, axis], minlength=count) / len(drawn)
-        assert len(shares) == count
         assert np.abs(shares - 1 / count).max() < 0.04
 
 
 @pytest.mark.parametrize("crop", CROPS, ids=lambda crop: type(crop).__name__)
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (8, 6), (33, 47)])
-def test_crops_give_the_size_and_follow_the_seed(crop: Crop, size: tuple[int, int]) -> None:
+def test_crops_give_the_size_and_follow_the_seed(crop: BoxCrop | PadCrop, size: tuple[int, int]) -> None:
     image = noise(*size)
     results = []
     for seed in (1, 1):

@@ -268,7 +268,7 @@ def test_a_large_member_of_a_shard_is_not_read(few: Path, tmp_path: Path, monkey
     train = read_shards(str(tmp_path / "shards")).splits["train"]
     assert train.read(0)
     monkeypatch.setattr("vitlit.files.MOST_BYTES", len(train.read(0)) - 1)
-    monkeypatch.setattr("vitlit.data.shards.read_range", None)
+    monkeypatch.setattr("vitlit.data.shard_index.read_range", None)
     with pytest.raises(UserError, match=r"cannot read the image train-000000\.tar/.* bytes, more than"):
         train.read(0)
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation: what it trains, and that what is saved is the plain network."""
+"""Low-rank adaptation: what it trains, and that the merged network is saved."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.model.lora import LoRA, add_lora, merge, without_adaptation
+from vitlit.model.lora import LoRA, add_lora, merge, zero_adapters
 from vitlit.optim import build_optimizer
 
 TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
@@ -71,13 +71,13 @@ def test_adapters_belong_to_their_blocks() -> None:
     assert "blocks.1.attn.qkv.lora_a" in vit.layers()["blocks.1"]
 
 
-def test_a_merged_network_has_adapters_that_change_nothing() -> None:
+def test_zero_adapters_leave_the_merged_network_unchanged() -> None:
     _, vit = adapted(LoRA())
     randomized(vit)
     images = torch.randn(2, 3, 16, 16)
     logits = vit(images)
     state, _ = merge(vit.state_dict())
-    vit.load_state_dict(state | without_adaptation(vit))
+    vit.load_state_dict(state | zero_adapters(vit))
     assert (vit(images) - logits).abs().max() <= 1e-5
 
 

@@ -54,14 +54,14 @@ def as_teacher_sees(images: Tensor) -> Tensor:
 def test_hard_distillation_is_deits(teacher: tuple[ViT, str]) -> None:
     vit, objective = student(teacher[1], distilled=True)
     images, labels = batch()
-    own, follower = vit.heads(vit.features(images))
-    assert follower is not None
+    logits, distilled = vit.heads(vit.features(images))
+    assert distilled is not None
     answers = teacher[0](as_teacher_sees(images)).argmax(-1)
     assert len(answers.unique()) > 1
-    expected = 0.5 * F.cross_entropy(own, labels) + 0.5 * F.cross_entropy(follower, answers)  # equation 3
+    expected = 0.5 * F.cross_entropy(logits, labels) + 0.5 * F.cross_entropy(distilled, answers)  # equation 3
     step = step_of(objective, vit, images, labels)
     assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(step.logits, (own + follower) / 2)
+    torch.testing.assert_close(step.logits, (logits + distilled) / 2)
 
 
 def test_soft_distillation_is_hintons(teacher: tuple[ViT, str]) -> None:
@@ -82,7 +82,7 @@ def test_the_teacher_is_neither_trained_nor_stored(teacher: tuple[ViT, str]) -> 
     assert all(parameter.grad is not None for parameter in vit.parameters())
 
 
-def test_evaluation_asks_the_student_alone(teacher: tuple[ViT, str]) -> None:
+def test_evaluation_uses_only_the_student(teacher: tuple[ViT, str]) -> None:
     vit, objective = student(teacher[1], distilled=True)
     images, labels = batch()
     step = step_of(objective.eval(), vit.eval(), images, labels)
@@ -92,7 +92,7 @@ def test_evaluation_asks_the_student_alone(teacher: tuple[ViT, str]) -> None:
 def test_a_teacher_of_other_classes_is_refused(teacher: tuple[ViT, str]) -> None:
     objective = Distillation(ViT(**TINY), teacher[1], num_classes=CLASSES)
     objective.set_teacher(teacher[0])
-    with pytest.raises(UserError, match=r"other class names than the data.*: 'e' in the place of 'x'$"):
+    with pytest.raises(UserError, match=r"other class names than the data.*: 'e' instead of 'x'$"):
         objective.prepare(data("abcdx"))
     objective = Distillation(ViT(**TINY), teacher[1], num_classes=4)
     objective.set_teacher(teacher[0])
@@ -101,6 +101,6 @@ def test_a_teacher_of_other_classes_is_refused(teacher: tuple[ViT, str]) -> None
 
 
 @pytest.mark.parametrize("options", [{"kind": "medium"}, {"share": 1.5}, {"temperature": 0.0}])
-def test_distillation_refuses_what_is_out_of_range(options: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="distillation"):
         Distillation(ViT(**TINY), "nowhere", num_classes=CLASSES, **options)

@@ -123,7 +123,7 @@ def test_mixed_labels_weigh_by_their_shares() -> None:
     assert torch.equal(step_of(objective, vit, images, labels).loss, step_of(objective, vit, images, targets).loss)
 
 
-def test_the_head_starts_as_it_is_asked_to() -> None:
+def test_the_heads_initial_weights_and_bias() -> None:
     images, _ = batch()
     vit = ViT(**TINY)
     Supervised(vit, CLASSES, head_bias=-6.9)
@@ -136,7 +136,7 @@ def test_the_head_starts_as_it_is_asked_to() -> None:
     assert vit.head.bias.abs().max() == 0
 
 
-def test_a_head_that_is_there_stays_unless_another_kind_is_asked_for() -> None:
+def test_an_existing_head_stays_unless_another_kind_is_given() -> None:
     vit = ViT(**TINY)
     vit.set_head("finetune", CLASSES)
     Supervised(vit, CLASSES)

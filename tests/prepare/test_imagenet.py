@@ -1,11 +1,11 @@
-"""`vitlit data imagenet TARS OUT`. The archives are small, but genuine ones, laid out as ImageNet's are."""
+"""`vitlit data imagenet TARS OUT`, on small archives laid out as ImageNet's."""
 
 import io
 import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def devkit(truth: list[int], meta: bytes | None = None) -> bytes:
 
 
 class Tars(NamedTuple):
-    """The folder of archives and what must come out, by path."""
+    """A folder of archives, and the files that they must give, by path."""
 
     folder: Path
     expected: dict[str, bytes]
@@ -167,7 +167,7 @@ def test_missing_archive(tars: Tars, tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_interrupted_unpacking_goes_on(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_unpacking_is_resumed(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy, left = imagenet._copy, 6 + 3 + 2
 
     def interrupted(reader: io.BytesIO, file: Path) -> None:
@@ -215,7 +215,7 @@ def test_full_disk(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", [TRAIN, VAL, DEVKIT])
 @pytest.mark.parametrize("junk", [b"", b"<html>Log in</html>", b"\x1f\x8b\x08" + bytes(2000), b"junk" * 4000])
-def test_other_file_in_an_archives_place(tars: Tars, tmp_path: Path, name: str, junk: bytes) -> None:
+def test_another_file_under_an_archives_name(tars: Tars, tmp_path: Path, name: str, junk: bytes) -> None:
     tars.edit(name, lambda data: junk)
     message = not_unpacked(tars.folder, tmp_path / "out", f"{re.escape(name)} is cut short, damaged or another archive")
     assert imagenet.MD5[name] in message
@@ -243,7 +243,7 @@ def test_archive_cut_between_two_members(tars: Tars, tmp_path: Path, name: str, 
 
 
 def test_damaged_header(tars: Tars, tmp_path: Path) -> None:
-    """Python's tarfile would take it for the end of the class, and the images behind it would be missing."""
+    """Python's tarfile would take it for the end of the class and lose the images after it."""
     second = (tars.folder / TRAIN).read_bytes().index(b"n02119789_9.JPEG")
     tars.edit(TRAIN, lambda data: data[:second] + b"m" + data[second + 1 :])
     not_unpacked(
@@ -290,7 +290,7 @@ def test_nothing_escapes(tars: Tars, tmp_path: Path, place: str, name: str, kind
     assert all(path.is_relative_to(tmp_path / "out.partial") and plain not in path.name for path in made)
 
 
-def test_folders_in_an_archive_are_passed_over(tars: Tars, tmp_path: Path) -> None:
+def test_folders_in_an_archive_are_ignored(tars: Tars, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(tars.folder / VAL) as old, tarfile.open(fileobj=buffer, mode="w") as new:
         new.addfile(member("./val", tarfile.DIRTYPE))
@@ -304,7 +304,7 @@ def test_folders_in_an_archive_are_passed_over(tars: Tars, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("truth", [TRUTH[:-1], [*TRUTH, 1]])
-def test_truth_of_another_number_of_images(tars: Tars, tmp_path: Path, truth: list[int]) -> None:
+def test_number_of_val_images_differs_from_the_truths(tars: Tars, tmp_path: Path, truth: list[int]) -> None:
     tars.edit(DEVKIT, lambda data: devkit(truth))
     not_unpacked(
         tars.folder, tmp_path / "out", rf"img_val\.tar holds 6 images, but .*devkit.* classes of {len(truth)}, "
@@ -312,9 +312,9 @@ def test_truth_of_another_number_of_images(tars: Tars, tmp_path: Path, truth: li
 
 
 @pytest.mark.parametrize("number", ["00000000", "00000007"])
-def test_val_image_of_no_truth(tars: Tars, tmp_path: Path, number: str) -> None:
+def test_val_image_without_truth(tars: Tars, tmp_path: Path, number: str) -> None:
     with tarfile.open(tars.folder / VAL) as archive:
-        images = {info.name: imagenet._open(archive, info).read() for info in archive}
+        images = {info.name: cast(IO[bytes], archive.extractfile(info)).read() for info in archive}
     images[f"ILSVRC2012_val_{number}.JPEG"] = images.pop("ILSVRC2012_val_00000006.JPEG")
     tars.edit(VAL, lambda data: tar(images))
     not_unpacked(
@@ -322,7 +322,7 @@ def test_val_image_of_no_truth(tars: Tars, tmp_path: Path, number: str) -> None:
     )
 
 
-def test_train_and_val_of_other_classes(tars: Tars, tmp_path: Path) -> None:
+def test_train_and_val_of_different_classes(tars: Tars, tmp_path: Path) -> None:
     two = {f"{wnid}.tar": tar({f"{wnid}_1.JPEG": jpeg(1)}) for wnid in ("n02119789", "n03000684")}
     tars.edit(TRAIN, lambda data: tar(two))
     not_unpacked(
@@ -331,6 +331,10 @@ def test_train_and_val_of_other_classes(tars: Tars, tmp_path: Path) -> None:
     tars.edit(
         TRAIN, lambda data: tar(two | {"n01440764.tar": tar({"n01440764_1.JPEG": jpeg(1)}), "n00000001.tar": b""})
     )
+    not_unpacked(tars.folder, tmp_path / "out", r"img_val\.tar lacks the class n00000001, which .*img_train\.tar has")
+    tars.edit(DEVKIT, lambda data: devkit(TRUTH, meta_mat().replace(b"n01440764", b"../../../")))
+    not_unpacked(tars.folder, tmp_path / "out", r"img_train\.tar lacks the class \.\./\.\./\.\./, which .*val\.tar has")
+    tars.edit(DEVKIT, lambda data: devkit([]))
     not_unpacked(tars.folder, tmp_path / "out", r"img_val\.tar lacks the class n00000001, which .*img_train\.tar has")
     assert not (tmp_path / "out.partial").exists()
 
@@ -350,13 +354,9 @@ def test_class_without_images(tars: Tars, tmp_path: Path) -> None:
         devkit([*TRUTH[:-1], 4]),
         devkit([*TRUTH[:-1], ANIMAL[0]]),
         tar({"data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}, "w:gz"),
-        devkit(TRUTH, meta_mat().replace(b"n01440764", b"../../../")),
-        devkit([]),
     ],
 )
-def test_other_devkit(tars: Tars, tmp_path: Path, kit: bytes) -> None:
+def test_unreadable_devkit(tars: Tars, tmp_path: Path, kit: bytes) -> None:
     tars.edit(DEVKIT, lambda data: kit)
-    not_unpacked(
-        tars.folder, tmp_path / "out", r"devkit_t12\.tar\.gz (has|names) no .*: download it again from .*MD5 fa75"
-    )
+    not_unpacked(tars.folder, tmp_path / "out", r"devkit_t12\.tar\.gz has no .*: download it again from .*MD5 fa75")
     assert not (tmp_path / "out.partial").exists()

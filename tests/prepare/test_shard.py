@@ -10,17 +10,18 @@ import pytest
 from PIL import Image
 from shard_files import _of_folder, levels, png
 
-from vitlit.data import shards
+from vitlit.data import storage
 from vitlit.data.folder import hold_out, scan_train
 from vitlit.data.manifest import read_manifest
-from vitlit.data.shards import INDEX, read_shards
+from vitlit.data.shard_index import INDEX
+from vitlit.data.shards import read_shards
 from vitlit.errors import UserError
 from vitlit.prepare.shard import run, write
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shards, "PAUSES", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(storage, "PAUSES", (0.01, 0.02, 0.03))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

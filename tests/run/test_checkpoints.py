@@ -51,11 +51,16 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         original = getattr(os, name)
         left = [4]
 
+        partial = Path("runs/stopped/checkpoints/.last.ckpt.partial")
+
         def deadly(*arguments: Any) -> None:
-            left[0] -= moment == "write" or "last.ckpt" in str(arguments)
+            if moment == "write":
+                left[0] -= partial.exists() and os.path.samestat(os.fstat(arguments[0]), partial.stat())
+            else:
+                left[0] -= "last.ckpt" in str(arguments)
             if not left[0]:
                 if moment == "write":
-                    os.ftruncate(arguments[0], 1000)
+                    os.truncate(partial, 1000)
                 os.kill(os.getpid(), signal.SIGKILL)
             original(*arguments)
 
@@ -90,14 +95,14 @@ def test_checkpoints_are_kept_for_good(vitlit: Command, few: Path, finished: Pat
     (kept / "finished.json").unlink()
     for name in ("last", "previous", "step-3", "step-6"):
         (kept / "checkpoints" / f"{name}.ckpt").unlink(missing_ok=True)
-    assert "has no checkpoint to continue from, so that it begins again" in vitlit(*command).out
+    assert "has no checkpoint to continue from, so it begins again" in vitlit(*command).out
     branch = (*FIT, "--data.root", few, "--run.name", "branch", "--ckpt_path", kept / "checkpoints" / "step-3.ckpt")
     assert vitlit(*branch).code == 0
     assert differences(checkpoint(finished)["state_dict"], checkpoint(kept.parent / "branch")["state_dict"]) == []
 
 
 def test_a_disk_that_gets_full_leaves_the_checkpoint_before(vitlit: Command, few: Path, finished: Path) -> None:
-    """A file may not grow beyond some size, which a write reports as a full disk is."""
+    """A limit on the size of files makes a write fail as a full disk does."""
 
     def before() -> None:
         original = Last.save

@@ -1,4 +1,4 @@
-"""Configs made to harm: plain YAML of limited size, in which nothing is run."""
+"""Hostile configs: only plain YAML of limited size is read, and no code runs."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -32,25 +32,24 @@ MERGES = "".join(f"{b}: &{b} {{<<: [{', '.join(9 * [f'*{a}'])}]}}\n" for a, b in
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (f"a: &a [x]\n{LAUGHS}", "has more than 100,000 values"),
-        (f"a: &a {{x: 1, y: 2}}\n{MERGES}", "more than 100,000 keys"),
-        ("model: &a [*a]", "has more than 100,000 values"),
+        (f"a: &a [x]\n{LAUGHS}", "line [0-9]+: aliases make more than 100,000 values"),
+        (f"a: &a {{x: 1, y: 2}}\n{MERGES}", "aliases make more than 100,000 values"),
+        ("model: &a [*a]", "line [0-9]+: aliases make more than 100,000 values"),
         ("run: {name: 2026-13-01}", "is not YAML: month must be in 1..12"),
         ("run: {name: !!bool x}", "is not YAML"),
         ("run: !!map x", "is not YAML: line 1"),
-        ("run: {1: x}", "the key 1 is no text"),
         ("a: {class_path: EMA, init_args: }", "init_args of EMA holds no keys"),
         ("run: {name: a}\nrun: {name: b}", "is not YAML: line 2: the key run is there twice"),
     ],
 )
-def test_a_config_without_end_or_sense_is_refused_in_a_line(text: str, words: str, tmp_path: Path) -> None:
+def test_a_config_that_is_endless_or_malformed_is_refused_in_a_line(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(text)
     with pytest.raises(UserError, match=words) as caught:
         read_config(tmp_path / "evil.yaml")
     assert "\n" not in str(caught.value)
 
 
-def test_a_config_may_say_what_yaml_and_others_classes_allow(tmp_path: Path) -> None:
+def test_a_config_may_use_aliases_merges_and_keys_of_any_type(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}\n"
         "e: {class_path: mylab.Steps, init_args: {rates: {3: 0.1}}}\n"

@@ -1,4 +1,4 @@
-"""Configs that went wrong somewhere: one line and exit code 2, or a run that steps, and nothing is executed.
+"""Spoilt configs end in one line and exit code 2, or in a run that steps, and nothing in them is executed.
 
 Each case is one seed: a shipped config made small, spoilt in up to three places, and run in a forked child.
 """
@@ -50,13 +50,13 @@ OTHERS: tuple[Any, ...] = (
     *("", " ", "text", "0", "-1", "1e-3", "nan", "auto", "../up", "漢字", "a\nb", "1:30", "50%", "[1"),
     *(True, False, None, [], {}, [[]], [None], [1, 2], ["text"], [-1, 2.5], [1, 2, 3, 4], {"a": {"b": 1}}, {"": None}),
 )
-# What makes memory, processes or time of a large number, so that it is spared those.
+# Settings that turn a large number into memory, processes or time; they get none.
 COSTLY = {
     *("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes", "hidden_dim", "in_channels"),
     *("registers", "batch_size", "micro_batch", "repeats", "prefetch", "num_workers", "ops", "rank", "layers"),
     *("devices", "num_nodes", "num_sanity_val_steps", "min_epochs", "min_steps"),
 }
-EXECUTED = "executed"  # the file that a case leaves behind where something of it is executed
+EXECUTED = "executed"  # the file that a case leaves behind if it executes something
 CLASSES: tuple[Any, ...] = (
     *("os.system", "builtins.eval", "subprocess.Popen", "pathlib.Path.touch", "vitlit.run.folder.shutil.rmtree"),
     *("torch.nn.Linear", "torch.optim.AdamW", "torch.optim.Optimizer", "torch.optim.lr_scheduler.StepLR", "SGD"),
@@ -143,7 +143,7 @@ def spoil(draw: random.Random, config: dict[str, Any], raw: dict[str, str]) -> N
 
 
 def write(draw: random.Random, config: dict[str, Any]) -> str:
-    """A config spoilt in up to three places, as YAML; now and then with a line twice."""
+    """A config spoilt in up to three places, as YAML; now and then with a repeated line."""
     raw: dict[str, str] = {}
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         spoil(draw, config, raw)
@@ -158,7 +158,7 @@ def write(draw: random.Random, config: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="session")
 def bases(few: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What is spoilt: the two first configs and some recipes, made small, and one with every setting."""
+    """The configs to spoil: the two first ones and some recipes, made small, and one with every setting."""
     folder = tmp_path_factory.mktemp("bases")
     found = {name: shrunken(name) for name in RECIPES}
     for name, options in {"teacher": TINY, **{name: small_weights(name) for name in RECIPES}}.items():
@@ -186,7 +186,7 @@ def bases(few: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def bounded(folder: Path) -> Callable[[], None]:
-    """For a child: it ends in time, in bounds and soon after its first step, which leaves a file."""
+    """For a child: limit its time and memory, mark its first step with a file, and stop soon after it."""
 
     def before() -> None:
         signal.alarm(SECONDS)
@@ -232,7 +232,7 @@ def test_a_spoilt_config_is_refused_in_one_line_or_steps(
 
 
 def test_the_bases_step(bases: dict[str, dict[str, Any]], vitlit: Callable[..., Result], tmp_path: Path) -> None:
-    """Or every case would be refused for nothing."""
+    """Otherwise every case would be refused for the wrong reason."""
     for name, config in bases.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
         result = vitlit("fit", "--config", f"{name}.yaml", before=bounded(tmp_path))

@@ -54,7 +54,7 @@ def test_a_run_that_a_signal_ended_continues_bit_for_bit(
 
 def test_a_time_limit_stops_a_run_which_continues_bit_for_bit(vitlit: Command, few: Path, finished: Path) -> None:
     def ten_minutes() -> None:
-        """The third step takes so long."""
+        """Make the third step take this long."""
         original, clock = Stage.training_step, time.monotonic
 
         def training_step(self: Stage, *arguments: Any) -> Any:
@@ -76,7 +76,7 @@ def test_a_time_limit_stops_a_run_which_continues_bit_for_bit(vitlit: Command, f
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job of SLURM's, whose scontrol notes what it is asked; the file of its notes."""
+    """A SLURM job with a scontrol that writes its arguments to a file; the path of that file."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     notes, tool = tmp_path / "scontrol.txt", tmp_path / "bin" / "scontrol"
     tool.parent.mkdir()

@@ -19,16 +19,16 @@ from vitlit.run.lock import Lock
 
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     first, second = (RunFolder(RunOptions(name="x", root=str(tmp_path)), None) for _ in range(2))
-    first.begin({"run": {}}, overwrite=False)
+    first.begin({"run": {}})
     with pytest.raises(
         UserError, match=rf"another process is at work on the run .*x \(.*{os.getpid()}.*; give|another"
     ):
-        second.begin({"run": {}}, overwrite=True)
+        second.begin({"run": {}})
     assert (tmp_path / "x" / "config.yaml").exists()
 
 
 def lock_of(folder: Path, **holder: Any) -> tuple[Lock, Path]:
-    """A lock, and the file by which another machine holds it."""
+    """A lock that another machine holds, and its file."""
     held = folder / ".x.lock.3"
     held.write_text(json.dumps({"host": "elsewhere", "pid": 12, "job": None, **holder}) + "\n")
     return Lock(folder / ".x.lock"), held
@@ -82,7 +82,7 @@ def test_a_process_that_has_not_written_who_it_is_holds_the_lock(tmp_path: Path)
 def test_of_many_machines_that_start_together_one_takes_the_lock(
     locks: bool, before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each process has a host's name of its own; without locks, as some network file systems are, O_EXCL must do."""
+    """Each process has its own host name; without flock, as on some network file systems, O_EXCL must be enough."""
     if before == "released":
         lock = Lock(tmp_path / ".x.lock")
         lock.take("x")
@@ -111,7 +111,7 @@ def test_of_many_machines_that_start_together_one_takes_the_lock(
         assert sum(result.code for result in results) == 1, [result.err for result in results]
         assert not any(result.err for result in results)
         (held,) = tmp_path.glob(".x.lock.*")
-        os.utime(held, (0, 0))  # the winner ended without a word
+        os.utime(held, (0, 0))  # the winner was killed
 
 
 def test_a_process_with_an_outdated_view_of_the_folder_does_not_take_the_lock(

@@ -24,7 +24,7 @@ SPEED = ("train/images_per_second", "train/data_wait")
 
 
 def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: bool = False) -> Callable[[], None]:
-    """Make a child send itself signals in the midst of a step, or of the validation after so many steps."""
+    """Make a child send itself signals within a step, or within the validation after that many steps."""
 
     def before() -> None:
         original = getattr(Stage, hook)
@@ -42,7 +42,7 @@ def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: boo
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """What metrics.csv holds, but for the speed."""
+    """The rows of metrics.csv without the speed."""
     with (run / "metrics.csv").open(newline="") as file:
         return [{name: cell for name, cell in row.items() if name not in SPEED} for row in csv.DictReader(file)]
 
@@ -57,7 +57,7 @@ def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two trees of tensors and plain values differ in a bit."""
+    """Where two trees of tensors and values differ in any bit."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
@@ -167,7 +167,7 @@ def test_a_time_limit_is_hours_minutes_and_seconds(limit: int | str, expected: i
 
 @pytest.mark.parametrize("limit", ["soon", "1:30", "-5", "0", "", "1:2:3:4:5", "1h"])
 def test_a_time_limit_that_is_none_is_refused(limit: str) -> None:
-    with pytest.raises(UserError, match="is no time; give HH:MM:SS"):
+    with pytest.raises(UserError, match="is not a time; give HH:MM:SS"):
         seconds(limit)
 
 
@@ -215,7 +215,7 @@ def folder(tmp_path: Path, **options: Any) -> RunFolder:
 
 def begun(tmp_path: Path, config: dict[str, Any], finished: bool = False) -> RunFolder:
     made = folder(tmp_path)
-    made.begin(config, overwrite=False)
+    made.begin(config)
     made.last.parent.mkdir()
     torch.save({}, made.last)
     if finished:
@@ -242,18 +242,18 @@ def test_runs_of_a_sweep_do_not_share_a_folder(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_empty_or_missing_folder_is_begun(tmp_path: Path) -> None:
-    assert folder(tmp_path).decide({}, overwrite=False) == Decision("begin", "")
+    assert folder(tmp_path).decide({}) == Decision("begin", "")
     (tmp_path / "mine").mkdir()
-    assert folder(tmp_path).decide({}, overwrite=False) == Decision("begin", "")
+    assert folder(tmp_path).decide({}) == Decision("begin", "")
 
 
 def test_a_run_is_continued_until_it_is_finished(tmp_path: Path) -> None:
     config = {"model": {"depth": 2, "vit": None}}
     made = begun(tmp_path, config)
-    assert made.decide({"model": {"depth": 2}}, overwrite=False) == Decision("continue", str(made.last))
+    assert made.decide({"model": {"depth": 2}}) == Decision("continue", str(made.last))
     made.finish(6)
-    assert made.decide(config, overwrite=False) == Decision("finished", "")
-    assert made.decide(config, overwrite=True) == Decision("begin", "")
+    assert made.decide(config) == Decision("finished", "")
+    assert folder(tmp_path, overwrite=True).decide(config) == Decision("begin", "")
 
 
 @pytest.mark.parametrize(
@@ -277,27 +277,27 @@ def test_only_settings_of_how_a_run_is_computed_may_differ(tmp_path: Path, key: 
     for part in reversed(key.split(".")):
         config = {part: config}
     if free:
-        assert made.decide(config, overwrite=False).action == "continue"
+        assert made.decide(config).action == "continue"
     else:
         with pytest.raises(UserError, match=f"{key} None -> {value}"):
-            made.decide(config, overwrite=False)
+            made.decide(config)
 
 
 def test_many_differences_are_counted_after_the_first_eight(tmp_path: Path) -> None:
     made = begun(tmp_path, {})
     with pytest.raises(UserError, match="and 3 more"):
-        made.decide({f"key{i}": i + 1 for i in range(11)}, overwrite=False)
+        made.decide({f"key{i}": i + 1 for i in range(11)})
 
 
 def test_only_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
     config, more = {"trainer": {"max_epochs": 2}}, {"trainer": {"max_epochs": 3}}
     made = begun(tmp_path, config)
     with pytest.raises(UserError, match="max_epochs 2 -> 3"):
-        made.decide(more, overwrite=False)
+        made.decide(more)
     made.finish(6)
-    assert made.decide(more, overwrite=False).action == "continue"
+    assert made.decide(more).action == "continue"
     with pytest.raises(UserError, match="lr None -> 1"):
-        made.decide({**more, "lr": 1}, overwrite=False)
+        made.decide({**more, "lr": 1})
 
 
 def test_overwriting_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_overwriting_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
     made = begun(tmp_path, {})
     made.lock.release()
     with pytest.raises(UserError, match="symbolic link"):
-        made.begin({}, overwrite=True)
+        folder(tmp_path, overwrite=True).begin({})
     assert made.last.exists()
 
 

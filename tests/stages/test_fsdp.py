@@ -35,13 +35,13 @@ STEPS, HALF = 6, 3
 def ranks(function: Callable[[], object], world_size: int = 2) -> list[int]:
     """Run a function in forked children as torchrun's agent would start them; their exit codes."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told: dict[str, Any] = {
+    environment: dict[str, Any] = {
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
         "GROUP_RANK": 0,
         "MASTER_PORT": store.port,
     }
-    told |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     children = []
     for rank in range(world_size):
         child = os.fork()
@@ -49,7 +49,7 @@ def ranks(function: Callable[[], object], world_size: int = 2) -> list[int]:
             code = 1
             try:
                 os.environ.update(
-                    {name: str(value) for name, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                    {name: str(value) for name, value in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
                 )
                 code = int(function() or 0)  # type: ignore[call-overload]
             except BaseException:
@@ -179,8 +179,8 @@ def test_two_devices_of_fsdp2_are_one_device_and_each_continues_the_other(case: 
         codes = ranks(partial(fit, case, few, folder, strategy, devices, source), devices)
         assert codes == [0] * devices
     expected = read(one / "end.ckpt")
-    told = read(one / "rank0.pt")
-    assert list(told["losses"]) == list(range(1, STEPS + 1))
+    reference = read(one / "rank0.pt")
+    assert list(reference["losses"]) == list(range(1, STEPS + 1))
     assert difference(read(one / "half.ckpt")["state_dict"], expected["state_dict"]) > 1e-3
     for folder, _, devices, source in runs[1:]:
         found = read(folder / "end.ckpt")
@@ -189,11 +189,11 @@ def test_two_devices_of_fsdp2_are_one_device_and_each_continues_the_other(case: 
             assert difference(found[part], expected[part]) < 1e-6
         for rank in range(devices):
             watched = read(folder / f"rank{rank}.pt")
-            losses = {step: loss for step, loss in told["losses"].items() if source is None or step > HALF}
+            losses = {step: loss for step, loss in reference["losses"].items() if source is None or step > HALF}
             assert watched["losses"] == pytest.approx(losses, abs=1e-5)
             assert watched["share"] < 0.7 if devices == 2 else watched["share"] == 1
             for name in watched["metrics"].keys() - {"train/images_per_second", "train/data_wait"}:
-                assert watched["metrics"][name] == pytest.approx(told["metrics"][name], abs=1e-5)
+                assert watched["metrics"][name] == pytest.approx(reference["metrics"][name], abs=1e-5)
 
 
 def test_a_run_of_two_devices_is_judged_and_continued_on_one(

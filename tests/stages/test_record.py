@@ -103,7 +103,7 @@ def test_a_checkpoint_says_what_the_model_is_and_sees(few: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "factory", [lambda vit: Supervised(vit, 4), partial(lambda vit, n: Supervised(vit, n), n=4), Supervised.__call__]
 )
-def test_what_a_checkpoint_could_not_name_is_refused_in_one_line(factory: Any) -> None:
+def test_a_factory_that_a_checkpoint_cannot_name_is_refused_in_one_line(factory: Any) -> None:
     with pytest.raises(UserError, match=r"cannot be stored in a checkpoint; give a class or a functools\.partial") as e:
         Pretrain(ViT(**TINY), factory, partial(torch.optim.AdamW, lr=1e-3))
     assert "\n" not in str(e.value)

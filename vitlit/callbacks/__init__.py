@@ -1,4 +1,4 @@
-"""What watches a training, or keeps what it makes."""
+"""Callbacks that watch training and store its results."""
 
 from vitlit.callbacks.ema import EMA
 from vitlit.callbacks.mistakes import Mistakes

@@ -1,4 +1,4 @@
-"""Training whose numbers overflow is stopped, and no checkpoint is made of them."""
+"""Stops training when numbers overflow, before they reach a checkpoint."""
 
 import math
 from collections.abc import Iterable
@@ -19,19 +19,18 @@ NEVER = 2**63 - 1
 
 
 class NonFinite(Callback):
-    """Stop when a loss, a gradient or a weight is not finite, and warn at the end of a training whose loss rose.
+    """Stop when a loss, a gradient or a weight is not finite, and warn after training if the loss rose.
 
-    Losses and gradients are looked at in every step, and the first step at which one was not finite is kept on the
-    device; it is read where losses are logged and before a checkpoint is written, so that a GPU is not waited for at
-    every step. Of trainer.precision 16-mixed, whose scaler looks for infinite gradients itself and skips such a step,
-    gradients are left alone.
+    The device notes the first step with a loss or gradient that is not finite. It is read when losses are logged and
+    before a checkpoint is written, so no step waits for the GPU. With trainer.precision 16-mixed gradients are not
+    tested: the scaler does, and skips such a step.
 
     Raises:
         UserError: something is not finite. It names the step, its images and the last good checkpoint.
     """
 
     def __init__(self) -> None:
-        self._first = torch.full((2,), NEVER)
+        self._first = torch.full((2,), NEVER)  # step whose LOSS, and whose GRADIENT, is not finite
         self._step = 0
         self._first_loss: Tensor | None = None  # that this training logged
 
@@ -86,12 +85,11 @@ class NonFinite(Callback):
             self._first[kind] = torch.minimum(self._first[kind], first)
 
     def _check(self, trainer: Trainer) -> None:
-        """Raise UserError where a loss or a gradient was not finite on any rank."""
+        """Raise UserError if a loss or a gradient was not finite on any rank."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._first, torch.distributed.ReduceOp.MIN)
         steps = self._first.tolist()
-        step = min(steps)
-        if step == NEVER:
+        if (step := min(steps)) == NEVER:
             return
         samples = getattr(trainer.datamodule, "samples", None)  # type: ignore[attr-defined]
         indices = list(dict.fromkeys(sample.index for sample in samples(step))) if samples else []
@@ -102,15 +100,15 @@ class NonFinite(Callback):
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:
-    """Whether all elements of all tensors are finite, a scalar on their device; of a sharded tensor, its own part."""
+    """Whether all elements of the tensors are finite, a scalar on their device; of a sharded tensor, this rank's."""
     parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
-    # A norm is finite where all elements are, but for one so large that training is over just the same.
+    # A norm of finite elements is finite, unless they are so large that training has failed anyway.
     norms: Any = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
     return torch.stack([norm.float() for norm in norms]).isfinite().all()
 
 
 def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> UserError:
-    """The error of a training whose numbers are not finite, which names the last good checkpoint and the remedy."""
+    """The error for numbers that are not finite, with the remedy and the last good checkpoint."""
     run = Path(trainer.default_root_dir)
     last = run / "checkpoints" / "last.ckpt"
     good = f"; the last good checkpoint is {last}" if last.is_file() else ""

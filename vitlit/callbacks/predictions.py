@@ -1,8 +1,6 @@
 """Predictions as a CSV file."""
 
 import csv
-import os
-from errno import EISDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -21,48 +19,38 @@ class Predictions(Callback):
 
     Args:
         out: the file.
-        index: the images that are predicted.
+        index: the images to predict.
         classes: names in the order of the probabilities.
-
-    Raises:
-        UserError: there is a folder of the file's name.
     """
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
         if out.is_dir():
-            raise UserError(f"cannot write {out}: {os.strerror(EISDIR)}; give another --out")
+            raise UserError(f"cannot write {out}: it is a folder; give another --out")
         self.out, self.index, self.classes = out, index, classes
         self.written = 0
         self._rows: list[Tensor] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            try:
-                self.out.parent.mkdir(parents=True, exist_ok=True)
-                with TemporaryFile(dir=self.out.parent):  # now, not when all is predicted
-                    pass
-            except OSError as error:
-                raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
+        if not trainer.is_global_zero:
+            return
+        try:  # now, not when all is predicted
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=self.out.parent).close()
+        except OSError as error:
+            raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
         rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
         self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = torch.cat(gather(trainer, self._rows))
+        rows = gather(trainer, self._rows)
         if not trainer.is_global_zero:
             return
-        rows = rows[rows[:, 0].argsort()]
-        rows = rows[rows[:, 0] >= 0]  # data.on_bad_image skip leaves others out
+        rows = rows[rows[:, 0] >= 0]  # -1 where data.on_bad_image skipped an image
         self.written = len(rows)
         head = ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
@@ -77,10 +65,11 @@ class Predictions(Callback):
                 table.writerow([self.index.path(int(index)), *cells])
 
 
-def gather(trainer: Trainer, rows: list[Tensor]) -> list[Tensor]:
-    """The rows of every rank, on every rank."""
-    if trainer.world_size == 1:
-        return rows
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, rows)
-    return [part for rank in gathered for part in rank]
+def gather(trainer: Trainer, rows: list[Tensor]) -> Tensor:
+    """The rows of all ranks, on every rank, sorted by their first column."""
+    parts: list[Any] = [rows]
+    if trainer.world_size > 1:
+        parts = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, rows)
+    table = torch.cat([batch for part in parts for batch in part] or [torch.empty(0, 4)])
+    return table[table[:, 0].argsort()]

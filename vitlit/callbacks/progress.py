@@ -6,6 +6,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+# Metrics to show: their titles, and how their values are scaled and formatted.
+FIGURES = {
+    "train/loss": ("loss", 1, "{:.4f}"),
+    "val/top1": ("top-1", 100, "{:.2f} %"),
+    "val/map": ("mAP", 100, "{:.2f} %"),
+    "train/images_per_second": ("images/s", 1, "{:,.0f}"),
+    "train/data_wait": ("data wait", 100, "{:.0f} %"),
+}
+
 
 class Bar(RichProgressBar):
     """Lightning's progress bar with loss, accuracy and images/s."""
@@ -15,13 +24,10 @@ class Bar(RichProgressBar):
 
 
 class Lines(Callback):
-    """Progress where there is no terminal: a plain line a minute, the first after five seconds, and one at the end."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
+    """Progress without a terminal: a line a minute, the first after five seconds, and one at the end."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = time.monotonic() - 55  # a first sign of life after five seconds
+        self._last = time.monotonic() - 55
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -43,16 +49,10 @@ class Lines(Callback):
 
 
 def progress(trainer: Trainer) -> dict[str, str]:
-    """The figures that a user watches, as they are printed."""
+    """The figures to watch, formatted."""
     metrics = trainer.progress_bar_metrics
-    shown = {}
-    if "train/loss" in metrics:
-        shown["loss"] = f"{metrics['train/loss']:.4f}"
-    for name, title in (("top1", "top-1"), ("map", "mAP")):
-        if f"val/{name}" in metrics:
-            shown[title] = f"{100 * float(metrics[f'val/{name}']):.2f} %"
-    if "train/images_per_second" in metrics:
-        shown["images/s"] = f"{float(metrics['train/images_per_second']):,.0f}"
-    if "train/data_wait" in metrics:
-        shown["data wait"] = f"{100 * float(metrics['train/data_wait']):.0f} %"
-    return shown
+    return {
+        title: text.format(scale * float(metrics[name]))
+        for name, (title, scale, text) in FIGURES.items()
+        if name in metrics
+    }

@@ -11,23 +11,16 @@ from vitlit.stages.stage import logs_now, step_ends
 
 
 class Throughput(Callback):
-    """Log train/images_per_second and train/data_wait, the share of the time spent waiting for data, with each loss.
+    """Log train/images_per_second and train/data_wait, the share of time spent waiting for data, with each loss.
 
-    The wait is the time between the end of a batch and the beginning of the next, or before an epoch's first. On a GPU,
-    where the host runs ahead, it is the time that the device has nothing to compute, between events in its own queue;
-    it includes the copy of the batch to the device. Validation and saving are left out of both.
-
-    Give it after callbacks that save checkpoints in `on_train_batch_start`.
+    The wait is the time between two batches, and before an epoch's first. On a GPU, where the host runs ahead, it is
+    the time that the device idles between events in its own queue, including the copy of the batch to the device.
+    Validation and saving count in neither. List it after callbacks that save checkpoints in `on_train_batch_start`.
     """
-
-    def __init__(self) -> None:
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._images, self._waited = 0, 0.0
-        self._interrupted = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._on_gpu = pl_module.device.type == "cuda"
-        self._restart()  # a run that continues in the midst of an epoch has no on_train_epoch_start
+        self._restart()  # a run that continues within an epoch has no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
@@ -65,14 +58,13 @@ class Throughput(Callback):
         return event
 
     def _restart(self) -> None:
-        """Forget what was counted: something else than training has taken time."""
+        """Discard the counts, since something other than training took time."""
         self._begin_lap()
-        self._ended = self._now()
-        self._interrupted = False
+        self._ended, self._interrupted = self._now(), False
 
     def _begin_lap(self) -> None:
         self._began, self._images, self._waited = time.perf_counter(), 0, 0.0
-        self._gaps = []
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def _lap(self) -> tuple[float, float]:
         """(images per second, share of the time waited for data) since the last lap; waits for a GPU."""

@@ -1,4 +1,4 @@
-"""What loggers are told of a run."""
+"""The parameter groups printed, and the loggers prepared, as training starts."""
 
 from typing import Any
 
@@ -9,11 +9,7 @@ from vitlit.optim import table
 
 
 class Tracking(Callback):
-    """Print the parameter groups, tell the loggers what the run is, and forget rows that will be logged again.
-
-    Args:
-        config: the resolved config.
-    """
+    """Print the parameter groups, log the resolved config and class names, and drop rows that will be logged again."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config

@@ -1,6 +1,7 @@
 """The arguments of fit, validate, test and predict: their order and their error messages."""
 
 import re
+import time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,7 +55,7 @@ class CommandLine:
             check_class_paths(content)
         self.content = contents[0] if contents else {}
         self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
-        self.exact, self.launched = exact, False
+        self.exact, self.launched, self.began = exact, False, time.monotonic()
         names = [flag.partition("=")[0] for flag in flags]
         if PRESET in names and "--model.vit" not in names:  # the class replaces the config's, and its sizes
             first = next(i for i, name in enumerate(names) if name.startswith("--model.vit."))

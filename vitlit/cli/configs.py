@@ -14,7 +14,7 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n")
         print("\n".join(f"  {name}" for name in shipped()))
-        print("\nor of the scripts that start a run on many machines, which it prints as well\n")
+        print("\nor of a script that starts a run on many machines\n")
         print("\n".join(f"  {name}" for name in scripts()))
         return 0
     path = scripts().get(arguments[0]) or find_config(arguments[0])
@@ -30,21 +30,21 @@ def configs() -> Path:
 
 
 def shipped() -> list[str]:
-    """The names of the shipped configs."""
+    """Names of the shipped configs."""
     found = (path.relative_to(configs()).with_suffix("") for path in configs().rglob("*.yaml"))
     return sorted(str(name) for name in found if name.parts[0] != CLUSTER)
 
 
 def scripts() -> dict[str, Path]:
-    """The shipped scripts for clusters, by their names."""
+    """The shipped cluster scripts by name."""
     return {f"{CLUSTER}/{path.stem}": path for path in sorted((configs() / CLUSTER).iterdir())}
 
 
 def find_config(name: str) -> Path:
-    """A config by its path, or by the name of a shipped one, which `configs/NAME.yaml` is in any folder.
+    """The path of a config, given as a path or as the name of a shipped one; `configs/NAME.yaml` is a name too.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such config.
     """
     known = name.removeprefix("configs/").removesuffix(".yaml")
     for path in (Path(name), configs() / f"{known}.yaml"):

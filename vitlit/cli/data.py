@@ -1,6 +1,5 @@
-"""`vitlit data ...`: what is done to data before training."""
+"""`vitlit data ...`: commands that prepare data for training."""
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -14,39 +13,36 @@ vitlit data imagenet TARS OUT
     Unpack ILSVRC 2012 from its archives, the validation images sorted into their classes.
 
 vitlit data check ROOT
-    Decode every image and report what would make training, or its numbers, wrong; exit code 1 where something does.
+    Decode every image and report what would make training, or its numbers, wrong; exit code 1 for a fault.
 
 vitlit data shard ROOT OUT
-    Pack a folder into tars (WebDataset's), which a run reads from disk, S3, GCS or HTTP as it would read the folder.
+    Pack a folder into tars (WebDataset's), which a run reads from disk, S3, GCS or HTTP like the folder itself.
 
 vitlit data show RUN --step N
-    Print which images a step of a run was trained on.
+    Print the images that a step of a run is trained on.
 
-check and shard have options: `vitlit data check --help`.
+check and shard have options: see `vitlit data check --help`.
 """
 COMMANDS = {"check": "vitlit.prepare.check", "shard": "vitlit.prepare.shard", "show": "vitlit.prepare.show"}
 
 
 def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
-    from vitlit.prepare import sources
+    from vitlit.prepare import imagenet, sources
 
-    if not arguments or (arguments[0] not in COMMANDS and not {"-h", "--help"}.isdisjoint(arguments)):
-        print(HELP.format(names=" ".join(sources.NAMES)), end="")
+    names = " ".join(sources.NAMES)
+    if arguments and arguments[0] in COMMANDS:
+        return int(import_module(COMMANDS[arguments[0]]).run(arguments[1:]))
+    if not arguments or not {"-h", "--help"}.isdisjoint(arguments):
+        print(HELP.format(names=names), end="")
         return 0
-    name, *rest = arguments
-    if name in COMMANDS:
-        command: Callable[[list[str]], int] = import_module(COMMANDS[name]).run
-        return command(rest)
-    if len(rest) == 2 and name == "imagenet":
-        from vitlit.prepare import imagenet
-
-        imagenet.unpack(Path(rest[0]), Path(rest[1]))
-        return 0
-    if len(rest) != 1 or name == "imagenet" or any(word.startswith("-") for word in arguments):
-        names = " ".join(sources.NAMES)
+    name, *paths = arguments
+    if len(paths) != (2 if name == "imagenet" else 1) or any(word.startswith("-") for word in arguments):
         raise UserError(
             f"usage: vitlit data NAME OUT, check ROOT, shard ROOT OUT, show RUN or imagenet TARS OUT; NAME: {names}"
         )
-    sources.write(name, Path(rest[0]))
+    if name == "imagenet":
+        imagenet.unpack(Path(paths[0]), Path(paths[1]))
+    else:
+        sources.write(name, Path(paths[0]))
     return 0

@@ -22,8 +22,8 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit data show RUN --step N                     which images a step of a run was trained on
   vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
   vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
-  vitlit doctor [--json]                            report on this machine, and what of it will bite
-  vitlit weights show FILE                          what a weight file is: timm, transformers, torchvision, npz, ...
+  vitlit doctor [--json]                            report on this machine, and what to mend on it
+  vitlit weights show FILE                          what is in a weight file: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
@@ -37,7 +37,7 @@ VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a conf
 """
 
 STAGES = ("fit", "validate", "test", "predict")
-# Where the `run` of each other command is; it is imported when it is asked for.
+# The modules whose `run` is each other command, imported when it is asked for.
 COMMANDS = {
     "data": "vitlit.cli.data",
     "benchmark": "vitlit.benchmark",
@@ -48,31 +48,33 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + signal where one ended the run.
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + the signal that ended it.
 
-    It is 141, SIGPIPE's, where nobody reads stdout any more, as after `| head`.
+    A closed stdout, as after `| head`, counts as SIGPIPE: 141.
     """
     try:
         try:
-            return answer(sys.argv[1:] if argv is None else argv)
+            return run_command(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()
-    except (BrokenPipeError, SystemExit) as stop:  # rich makes the one into the other
-        if not (unread() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)):
+    except (BrokenPipeError, SystemExit) as stop:  # rich turns the one into the other
+        if not (
+            stdout_is_closed() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)
+        ):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
         return 141
 
 
-def unread() -> bool:
-    """Whether nobody reads stdout any more; a pipe of W&B or a data worker that breaks must not end in silence."""
+def stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more. Another broken pipe, as of W&B or a data worker, is a bug to show."""
     watch = select.poll()
     watch.register(sys.stdout, 0)  # POLLERR is always reported
     return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
-def answer(argv: list[str]) -> int:
-    """Run a command, or say what there is."""
+def run_command(argv: list[str]) -> int:
+    """Run a command, or print the help or the version."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -82,7 +84,7 @@ def answer(argv: list[str]) -> int:
     try:
         return dispatch(argv)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning exits with 1 on Ctrl-C, and with 0 on a SIGTERM in the midst of an evaluation.
+        # Lightning exits with 1 on Ctrl-C, and with 0 on a SIGTERM during evaluation.
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             return 130
         if type(stop).__name__ == "SIGTERMException":
@@ -100,8 +102,8 @@ def dispatch(argv: list[str]) -> int:
     """Import what a command needs, and run it."""
     command, arguments = argv[0], argv[1:]
     if command in STAGES:
-        # OpenMP's threads spin while they wait, and where data workers share their cores a step takes ten times as
-        # long. It is read when torch is imported.
+        # OpenMP threads that spin while they wait take the cores from data workers: a step takes ten times as long.
+        # Torch reads this when it is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # A signal that arrives during the imports waits until `interrupt.signals_handled`.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
@@ -115,11 +117,11 @@ def dispatch(argv: list[str]) -> int:
 
 
 def explain(error: BaseException) -> str | None:
-    """The line for an error that is the user's, wherever in the chain of causes it is; None for a bug."""
+    """The message of a user's mistake, wherever it is in the chain of causes; None for a bug."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UserError):
-            # A data-loading worker hands on the whole traceback as text.
+            # A data worker passes on its whole traceback as text.
             return " ".join(str(seen).rsplit("UserError: ", 1)[-1].split())
         if type(seen).__name__ == "MisconfigurationException":
             return " ".join(str(seen).split())

@@ -1,9 +1,11 @@
-"""Lightning's Trainer with automatic precision, checkpoints that are written whole, and strategies that work."""
+"""Lightning's Trainer with automatic precision, checkpoints written whole, and its settings checked."""
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
@@ -24,20 +26,30 @@ from vitlit.errors import UserError
 from vitlit.run.checkpoints import Files
 from vitlit.stages import Stage
 from vitlit.stages.fsdp import FSDP2
+from vitlit.weights.checkpoint import open_checkpoint
 
+# Settings of the Trainer that a config must leave at their defaults, and why.
+FIXED = {
+    "accumulate_grad_batches": (1, "it follows from data.batch_size and data.micro_batch"),
+    "barebones": (False, "best.ckpt and last.ckpt are always kept"),
+    "default_root_dir": (None, "the run's folder is run.root and run.name"),
+    "enable_checkpointing": (None, "best.ckpt and last.ckpt are always kept"),
+    "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
+    "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
+}
 FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
 POSITIVE = ("check_val_every_n_epoch", "val_check_interval")  # Lightning would divide by 0
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, whose precision is `auto` unless given, and which writes checkpoints whole or not at all.
+    """Lightning's Trainer with precision `auto` by default, which writes checkpoints whole or not at all.
 
     Args:
-        precision: auto is bf16-mixed on a GPU that computes in bf16, 16-mixed on one that does not, else 32-true.
+        precision: auto is bf16-mixed on a GPU with bf16, 16-mixed on one without, and 32-true on a CPU.
 
     Raises:
-        UserError: a GPU is asked for, or a precision that needs one, and there is none; the strategy shards otherwise
-            than fsdp2 does, or fsdp2 does not work with the precision or a callback; a value is out of its range.
+        UserError: there is no GPU, but the accelerator or precision needs one; the strategy shards and is not fsdp2, or
+            fsdp2 does not work with the precision or a callback; a value is out of its range.
     """
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
@@ -90,11 +102,7 @@ class Trainer(LightningTrainer):
 
 
 def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
-    """Refuse a callback that waits for a metric which nothing logs: it would end the run after its first epoch.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse a callback that monitors a metric which nothing logs: it would end the run after its first epoch."""
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     known = stage.measured
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
@@ -105,6 +113,48 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in known:
             continue
-        # Else it may be a metric that theirs logs.
+        # The user's own callbacks and objective may log metrics of their own.
         if makers <= {"vitlit", "lightning"} or get_close_matches(monitor, known, 1, 0.7):
             raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")
+
+
+def check_trainer(config: Namespace) -> None:
+    """Refuse settings of the Trainer that vitlit sets itself, and a training without an end."""
+    for key, (default, why) in FIXED.items():
+        if config[key] != default:
+            raise UserError(f"trainer.{key} is not for a config: {why}")
+    ends = (config.max_epochs, config.max_steps)
+    if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
+        raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
+    if 0 in ends:
+        raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
+
+
+def monitor(stage: Stage, given: str | None) -> str:
+    """The metric of the best checkpoint: run.monitor, else accuracy, else the loss; UserError if nothing logs it."""
+    measured = stage.measured
+    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in measured)
+    if name not in measured:
+        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
+    return name
+
+
+def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, start: Path | None) -> None:
+    """Refuse a training that is too short for its schedule, or that the checkpoint it starts from has finished.
+
+    Args:
+        trainer: of the training, which `check_trainer` has seen to end.
+        stage: that it trains.
+        steps_per_epoch: optimiser steps.
+        start: a checkpoint of another run; this run's own may be at the end, if it was stopped just before it was
+            marked as complete.
+
+    Raises:
+        UserError: it is too short.
+    """
+    limits = (trainer.max_steps, (trainer.max_epochs or -1) * steps_per_epoch)
+    end = min(limit for limit in limits if limit > 0)
+    stage.schedule.over(end, steps_per_epoch)
+    if start is not None and (step := open_checkpoint(start)["global_step"]) >= end:
+        ends = f"{start} is at step {step}, and this training ends at step {end}"
+        raise UserError(f"{ends}; give more --trainer.max_epochs or --trainer.max_steps")

@@ -14,7 +14,7 @@ from vitlit.weights.weights import Weights
 
 HELP = """\
 vitlit weights show FILE
-    The format, the network, its resolution, tensors and parameters, and what belongs to them.
+    Print its format, network, resolution, tensors, classes and preprocessing.
 
 vitlit weights convert FILE OUT --format FORMAT
     Write the weights for another tool, read them back, and compare the outputs on a seeded batch. OUT must not exist.
@@ -50,10 +50,10 @@ def run(arguments: list[str]) -> int:
 
 
 def show(source: str) -> None:
-    """Print what a weight file is.
+    """Print what is in a weight file.
 
     Raises:
-        UserError: it cannot be read, or is not whole.
+        UserError: it cannot be read, or is damaged.
     """
     weights = read(source)
     for name, value in describe(weights).items():
@@ -61,17 +61,17 @@ def show(source: str) -> None:
 
 
 def describe(weights: Weights) -> dict[str, str]:
-    """What a weight file is, in words by name."""
+    """What is in a weight file: rows of text by name."""
     config, origins = weights.config, weights.origins
     complete = "heads" in config and config.get("image_size") is not None
     if complete or "pos_embed" not in weights.state:
         vit = empty(weights)
         config, size = vit.config.plain(), "{} x {} pixels, {} x {} patches".format(*vit.config.sides, *vit.grid)
     else:
-        size = "not told"
+        size = "unknown"
     shape = (config["width"], config["depth"], config["mlp_dim"])
     preset = next((f"{name}/{config['patch_size']}" for name, row in SIZES.items() if row[:3] == shape), "no preset")
-    shape_words = "width {}, depth {}, heads {}, mlp {}".format(*shape[:2], config.get("heads", "not told"), shape[2])
+    shape_words = "width {}, depth {}, heads {}, mlp {}".format(*shape[:2], config.get("heads", "unknown"), shape[2])
     parameters = sum(tensor.numel() for tensor in weights.state.values())
     rows = {
         "file": str(weights.path),
@@ -82,21 +82,21 @@ def describe(weights: Weights) -> dict[str, str]:
         "tensors": f"{len(weights.state):,} in the ViT; {len(weights.unused):,} others in the file",
         "parameters": f"{parameters:,}",
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
-        "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "not named",
-        "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "not known",
+        "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "unnamed",
+        "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "unknown",
     }
     return rows | {f"  {name}": f"from {origin}" for name, origin in origins.items()}
 
 
 def unusual(config: dict[str, Any]) -> dict[str, Any]:
-    """The options of a network that are not a ViT's defaults."""
+    """The options of a network that differ from ViTConfig's defaults, sizes aside."""
     defaults = ViTConfig().plain()
     size = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes")
     return {name: value for name, value in config.items() if name not in size and value != defaults[name]}
 
 
 def convert(source: str, out: Path, format: str) -> None:
-    """Write weights in another format, and print the largest difference that reading them back makes.
+    """Write weights in another format, read them back, and print the largest difference of the outputs.
 
     Raises:
         UserError: the source cannot be read, the format has no such network, or OUT exists.

@@ -1,5 +1,6 @@
 """Folders of images as batches. Imported lazily: reading weights needs the transforms, but not Lightning."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,11 +12,7 @@ __all__ = ["ImageFolderData", "Preprocess"]
 
 def __getattr__(name: str) -> Any:
     if name == "ImageFolderData":
-        from vitlit.data.module import ImageFolderData
-
-        return ImageFolderData
+        return import_module("vitlit.data.module").ImageFolderData
     if name == "Preprocess":
-        from vitlit.images.preprocess import Preprocess
-
-        return Preprocess
+        return import_module("vitlit.images.preprocess").Preprocess
     raise AttributeError(f"module 'vitlit.data' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Images of an index as samples."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,84 +11,87 @@ from torch.utils.data import Dataset
 from vitlit.data.bad_images import BadImages
 from vitlit.data.index import Index, StorageUserError
 from vitlit.data.stream import Sample
+from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
 from vitlit.images.decode import decode_bytes
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
 class Images(Dataset[tuple[Any, ...]]):
-    """Images of an index, transformed: (uint8 (H, W, 3), label, index), and in training the position in the stream.
+    """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
-    The channels come last, as decoders and resizing leave them, so that a batch is stacked by plain copies.
-
-    An item is an index, or a Sample in training, which seeds the transform's draws. A label is an int, or float
-    (classes,) of zeros and ones where an image may have several.
+    Channels come last, as decoding and resizing leave them, so that a batch is stacked by plain copies. An item is an
+    index in evaluation, and in training a Sample, which seeds the transform's draws and gives the position. A label is
+    an int, or float (classes,) of zeros and ones if an image may have several.
 
     Args:
-        index: of the images.
+        index: the images.
         transform: uint8 (3, H, W) -> uint8 (3, height, width).
-        seed: of the draws.
-        bad: the list of images that cannot be read. In training, another of the same class comes in place of one,
-            always the same for the same (seed, epoch, index, repeat); in prediction, a black image of the index -1.
-            None for an error that names it.
+        seed: for the draws.
+        bad: lists images that cannot be read. In training another of the same class replaces one, always the same for
+            the same (seed, epoch, index, repeat); in prediction a black image with the index -1. None: an error.
+        further: transforms for further views of a training image, uint8 (height, width, 3) each.
+        photos: whether the images are to be predicted, so that some may be left out.
     """
 
     def __init__(
-        self, index: Index, transform: Callable[[Tensor], Tensor], seed: int = 0, bad: BadImages | None = None
+        self,
+        index: Index,
+        transform: Transform,
+        seed: int = 0,
+        bad: BadImages | None = None,
+        further: Sequence[Transform] = (),
+        photos: bool = False,
     ) -> None:
-        self.index, self.transform, self.seed, self.bad = index, transform, seed, bad
+        self.index, self.seed, self.bad, self.photos = index, seed, bad, photos
+        self.transform, self.further = transform, further
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
         if isinstance(item, int):
-            image, index = self._eval_image(item)
-            return channels_last(self.transform(image)), self._label(item), index
+            needed = "evaluation takes every image: restore or remove it"
+            image = self._decode(item, "--data.on_bad_image skip leaves it out" if self.photos else needed)
+            if image is None:
+                return channels_last(self.transform(torch.zeros(3, 8, 8, dtype=torch.uint8))), self._label(item), -1
+            return channels_last(self.transform(image)), self._label(item), item
         image, index = self._sample(item)
-        with seeded_sample(self.seed, item.epoch, item.index, item.repeat):
-            image = self.transform(image)
-        return channels_last(image), self._label(index), index, item.position
+        views = []
+        for view, transform in enumerate((self.transform, *self.further)):
+            with seeded_sample(self.seed, item.epoch, item.index, item.repeat, view):
+                views.append(channels_last(transform(image)))
+        return views[0], self._label(index), index, item.position, *views[1:]
 
-    def _decode(self, index: int) -> Tensor:
-        return decode_bytes(self.index.read(index), self.index.path(index))
-
-    def _eval_image(self, index: int) -> tuple[Tensor, int]:
+    def _decode(self, index: int, remedy: str) -> Tensor | None:
+        """An image, or None after listing it as bad."""
+        path = self.index.path(index)
         try:
-            return self._decode(index), index
+            return decode_bytes(self.index.read(index), path)
         except StorageUserError:
             raise
         except UserError as error:
             if self.bad is None:
-                photo = (self.index.labels[index] < 0).any()  # which no metric needs
-                needed = "evaluation takes every image: restore or remove it"
-                remedy = "--data.on_bad_image skip leaves it out" if photo else needed
                 raise UserError(f"{error}; {remedy}") from error
-            self.bad.note(self.index.path(index), str(error))
-            return torch.zeros(3, 8, 8, dtype=torch.uint8), -1
+            self.bad.note(path, str(error))
+            return None
 
     def _sample(self, item: Sample) -> tuple[Tensor, int]:
-        """An image for training, and its index: the item's where it can be read."""
-        try:
-            return self._decode(item.index), item.index
-        except StorageUserError:
-            raise
-        except UserError as error:
-            if self.bad is None:
-                raise UserError(f"{error}; --data.on_bad_image skip trains without it") from error
-            self.bad.note(self.index.path(item.index), str(error))
-        labels = self.index.labels
-        alike = labels == labels[item.index]
-        others = np.flatnonzero(alike if labels.ndim == 1 else alike.all(1))
-        drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, others), kind="stable")
-        for index in others[drawn].tolist():
-            try:
-                return self._decode(index), index
-            except StorageUserError:
-                raise
-            except UserError as error:
-                self.bad.note(self.index.path(index), str(error))
+        """A training image and its index: the sample's own if it can be read."""
+        for index in self._candidates(item):
+            image = self._decode(index, "--data.on_bad_image skip trains without it")
+            if image is not None:
+                return image, index
+        assert self.bad is not None
         raise UserError(f"no image can be read of the class of {self.index.path(item.index)}; see {self.bad.file}")
+
+    def _candidates(self, item: Sample) -> Iterator[int]:
+        """The sample's image, then those of the same class in drawn order."""
+        yield item.index
+        labels = self.index.labels.reshape(len(self), -1)
+        alike = np.flatnonzero((labels == labels[item.index]).all(1))
+        drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, alike), kind="stable")
+        yield from alike[drawn].tolist()
 
     def _label(self, index: int) -> int | Tensor:
         label = self.index.labels[index]

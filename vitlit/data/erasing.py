@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,9 @@ class Erasing:
 
     Args:
         prob: the probability that an image is erased.
-        area: of the box as a share of the image's, drawn between these two.
+        area: range of the box's area as a share of the image's.
         aspect: height / width of the box is drawn between this and its inverse.
-        fill: noise is N(0, 1) by pixel and channel, timm's "pixel"; mean is 0, the mean of normalised images, timm's
-            "const".
+        fill: noise is N(0, 1) by pixel and channel (timm's "pixel"), mean is 0 (timm's "const").
 
     Raises:
         UserError: a value is out of its range.
@@ -44,24 +43,15 @@ class Erasing:
             raise UserError(f"data.erasing.area {list(self.area)} must rise within (0, 1]")
         if not 0 < self.aspect <= 1:
             raise UserError(f"data.erasing.aspect {self.aspect} must be above 0 and at most 1")
-        if self.fill not in get_args(Fill):
-            raise UserError(f"data.erasing.fill {self.fill} is unknown; give {' or '.join(get_args(Fill))}")
 
 
 def boxes(
     erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray, height: int, width: int
 ) -> list[Box | None]:
-    """What is erased of the images in these rows of a step's global batch, each by its row alone; None for nothing.
+    """The box erased in each of these rows of a step's global batch; None for nothing.
 
-    Of 10 boxes that are drawn the first that is smaller than the image counts; where there is none, nothing is erased.
-
-    Args:
-        erasing: how it is drawn.
-        seed: of the run.
-        step: of the optimiser.
-        rows: their numbers in the global batch.
-        height: of the images, pixels.
-        width: likewise.
+    The first of 10 drawn boxes that is smaller than the image, height x width pixels, counts; without one, nothing is
+    erased. A row's draws depend on no other row.
     """
     numbers = np.arange(4 * ATTEMPTS + 1)
     bits = mix(ERASING, seed, step, np.asarray(rows, np.int64)[:, None], numbers)
@@ -73,15 +63,15 @@ def boxes(
     fits = (high < height) & (wide < width)
     top, left = ((drawn[:, 2] * (height - high + 1)).astype(int), (drawn[:, 3] * (width - wide + 1)).astype(int))
     edges = np.stack([top, top + high, left, left + wide], axis=-1)[np.arange(len(fits)), fits.argmax(1)]
-    wanted = chosen & fits.any(1)
-    return [Box(*box) if erased else None for box, erased in zip(edges.tolist(), wanted.tolist(), strict=True)]
+    erased = chosen & fits.any(1)
+    return [Box(*box) if row else None for box, row in zip(edges.tolist(), erased.tolist(), strict=True)]
 
 
 def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray) -> Tensor:
-    """Erase normalised images (B, C, H, W), which are these rows of a step's global batch, in place; returns them.
+    """Erase normalised images (B, C, H, W), these rows of a step's global batch, in place; returns them.
 
-    The noise of a row is drawn on the images' device by a generator of its own: the same however the batch is sliced,
-    but not the same on a CPU and a GPU.
+    A row's noise is drawn on the images' device by a generator of its own: the same however the batch is sliced, but
+    not the same on a CPU and a GPU.
     """
     generator = torch.Generator(images.device)
     seeds = mix(ERASING, seed, step, np.asarray(rows, np.int64)).tolist()
@@ -90,7 +80,7 @@ def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence
             continue
         part = image[:, *box.slices]
         if erasing.fill == "noise":
-            # Not part.normal_(), whose numbers would lie as the memory does.
+            # Not part.normal_(), whose numbers would depend on the memory layout.
             generator.manual_seed(row_seed)
             part.copy_(torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device))
         else:

@@ -26,12 +26,12 @@ def is_folder(entry: os.DirEntry[Any]) -> bool:
     """Whether it is a folder, or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # of a link to itself
+    except OSError:  # a link to itself
         return False
 
 
 class Tree(NamedTuple):
-    """The paths of the images below a folder and of the other files, sorted, and of all folders there, itself first."""
+    """Paths below a folder: images and other files, sorted, and all folders, itself first."""
 
     images: list[bytes]
     others: list[bytes]
@@ -39,19 +39,19 @@ class Tree(NamedTuple):
 
 
 def walk(root: bytes, folder: bytes = b"") -> Tree:
-    """What is below ROOT/FOLDER, relative to the root.
+    """List ROOT/FOLDER to any depth, with paths relative to the root.
 
-    Hidden files and folders do not count. A folder counts once, whatever links lead to it, and one that holds the link
-    that leads there does not count at all: it would be the images of all classes.
+    Hidden files and folders are left out. A folder counts once, however many links lead to it. A link to a folder that
+    contains the link is not followed: it would give a class the images of all classes.
 
     Raises:
         OSError: a folder cannot be listed.
     """
     found, seen = Tree([], [], []), set()
     above: tuple[bytes, ...] = (os.path.realpath(root),) if folder else ()
-    open_folders = [(folder, above)]  # and where the folders on the way to it really are
-    while open_folders:
-        below, above = open_folders.pop()
+    pending = [(folder, above)]  # with the real paths of the folders that lead there
+    while pending:
+        below, above = pending.pop()
         here = os.path.join(root, below)
         real = os.path.realpath(here)
         if real in seen or any(os.path.join(outer, b"").startswith(os.path.join(real, b"")) for outer in above):
@@ -69,21 +69,19 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
                 found.images.append(prefix + name)
             else:
                 found.others.append(prefix + name)
-        inner.sort(reverse=True)
-        open_folders += [
-            (name, (*above, real)) for name in inner
-        ]  # of links to one folder the first counts, wherever the data lies
+        # In reverse, as they are popped: of several links to one folder the first by name counts.
+        pending += [(name, (*above, real)) for name in sorted(inner, reverse=True)]
     return Tree(sorted(found.images), sorted(found.others), found.folders)
 
 
 def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
-    """The images in class folders, class by class, and how many each has."""
+    """The images in class folders, class by class, and how many each has. The folder itself is the class ""."""
     scanned = time.time()
     images, folders, counts = [], [b""], []
     for name in classes:
         tree = walk(os.fsencode(folder), os.fsencode(name))
         images += tree.images
-        folders += tree.folders
+        folders += [below for below in tree.folders if below]
         counts.append(len(tree.images))
     found = Names.pack(images), np.array(counts, np.int64)
     cache.save(folder, classes, _ENDINGS, found, folders, scanned)
@@ -91,10 +89,10 @@ def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
 
 
 def scan_photos(photos: list[Path]) -> Index:
-    """The images at these paths, each a file or a folder searched to its depth, without labels.
+    """The images at these paths, files or folders of any depth, without labels.
 
     Raises:
-        UserError: a path does not exist, or no image is found.
+        UserError: a path does not exist, or there is no image.
     """
     if not photos:
         raise UserError("predict needs images: files, or folders of them")
@@ -111,10 +109,10 @@ def scan_photos(photos: list[Path]) -> Index:
 
 
 def train_folder(root: Path, holdout: float) -> Path:
-    """The folder whose subfolders are the classes: ROOT/train, or ROOT itself where a holdout is cut from it.
+    """The training split's folder: ROOT/train, or with a holdout ROOT if there is no such folder.
 
     Raises:
-        UserError: there is no such folder, or it holds no class folder.
+        UserError: there is no such folder, or it has neither class folders nor images.
     """
     if not root.is_dir():
         raise UserError(f"data.root {root} is not a folder; give --data.root a folder of class folders of images")
@@ -123,78 +121,75 @@ def train_folder(root: Path, holdout: float) -> Path:
         if not holdout:
             raise UserError(
                 f"{root} has no folder train; lay it out as train/CLASS/* and val/CLASS/*, "
-                "or give --data.holdout 10% where the class folders lie in the root itself"
+                "or give --data.holdout 10% if class folders or images are in the root itself"
             )
         folder = root
-    if not _folders(folder):
+    if not _folders(folder) and not any(
+        name.lower().endswith(EXTENSIONS) and name[0] != "." for name in os.listdir(folder)
+    ):
         raise UserError(f"{folder} holds no class folders; images belong in {folder}/CLASS/")
     return folder
 
 
-def find_classes(root: Path, holdout: float = 0.0) -> list[str]:
-    """Class names in the order of their numbers: the sorted names of the training split's folders."""
-    return _folders(train_folder(root, holdout))
-
-
 def scan_split(folder: Path, classes: list[str]) -> Index:
-    """The images of one split, numbered by the classes given.
+    """The images of one split, labelled by their place in `classes`; without classes the folder's own images, all -1.
 
     Raises:
-        UserError: the split has a class that is not among these, or no image at all.
+        UserError: the split has a class that is not in `classes`, or no image.
     """
-    found = _folders(folder)
-    strange = sorted(set(found) - set(classes))
+    names = _folders(folder) or ([] if classes else [""])
+    strange = sorted(set(names) - {"", *classes})
     if strange:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
-    names, counts = cache.load(folder, found, _ENDINGS) or _scan(folder, found)
-    if not len(names):
-        if not found and walk(os.fsencode(folder)).images:
+    files, counts = cache.load(folder, names, _ENDINGS) or _scan(folder, names)
+    if not len(files):
+        if not names and walk(os.fsencode(folder)).images:
             raise UserError(
                 f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
             )
         raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.repeat(np.array([number[name] for name in found], np.int64), counts)
-    return Index(FolderFiles(str(folder), names), np.arange(len(names)), labels)
-
-
-def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
-    """The classes, the training images, and the held-out ones where a share is held out.
-
-    The held-out part is stratified and the same for every seed, so that a run never trains on what another, which
-    started from its weights, is judged by.
-
-    Raises:
-        UserError: as `train_folder`; or a class has no image.
-    """
-    classes, index = scan_classes(train_folder(root, holdout))
-    return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
+    numbers = {"": -1} | {name: label for label, name in enumerate(classes)}
+    labels = np.repeat(np.array([numbers[name] for name in names], np.int64), counts)
+    return Index(FolderFiles(str(folder), files), np.arange(len(files)), labels)
 
 
 def scan_classes(folder: Path) -> tuple[list[str], Index]:
-    """The classes whose folders are in a folder, and their images.
+    """The classes, which are the sorted names of a folder's folders, and their images.
 
     Raises:
         UserError: as `scan_split`; or a class has no image.
     """
     classes = _folders(folder)
     index = scan_split(folder, classes)
-    counts = np.bincount(index.labels, minlength=len(classes))
-    if not counts.all():
-        raise UserError(f"class folder {folder / classes[int(counts.argmin())]} holds no image; fill or remove it")
+    empty = np.setdiff1d(np.arange(len(classes)), index.labels)
+    if len(empty):
+        raise UserError(f"class folder {folder / classes[empty[0]]} holds no image; fill or remove it")
     return classes, index
 
 
-def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
-    """Cut a share off for validation: (the rest, the share).
+def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
+    """The classes (none without class folders), the training images, and those held out, if any.
 
-    Of every class so much is held out, one image at least, but never all. Images with several classes are
-    held out regardless of them. What is drawn depends on the paths alone, or on the groups', which stay whole.
+    The holdout is stratified and the same for every seed: a run that starts from another's weights never trains on
+    images that the other is validated on.
 
     Raises:
-        UserError: the groups are so large that none can be held out.
+        UserError: as `train_folder` and `scan_classes`.
     """
-    labels = index.labels if index.labels.ndim == 1 else np.zeros(len(index), np.int64)
+    classes, index = scan_classes(train_folder(root, holdout))
+    return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
+
+
+def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
+    """Split a share off for validation: (the rest, the share).
+
+    Each class loses this share, at least one image and never all. Images with several classes, or none, count as one
+    class. The draw depends on the names of images alone, or of groups, which are held out whole or not at all.
+
+    Raises:
+        UserError: the groups are too large to hold any out.
+    """
+    labels = index.labels if classes and index.labels.ndim == 1 else np.zeros(len(index), np.int64)
     counts = np.bincount(labels, minlength=len(classes))
     wanted = np.minimum(counts - 1, np.maximum(1, np.round(counts * share)))
     if index.groups is not None:
@@ -205,22 +200,18 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
                 "or all of one; hold out more, or make groups smaller"
             )
     else:
-        drawn = mix(np.array([zlib.crc32(name) for name in index.names()]))  # by name: another class changes nothing
+        keys = mix(np.array([zlib.crc32(name) for name in index.names()]))  # by name: another class changes nothing
+        by_class = np.lexsort((keys, labels))
+        places = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
         held = np.zeros(len(index), bool)
-        for label, number in enumerate(wanted):
-            images = np.flatnonzero(labels == label)
-            held[images[np.argsort(drawn[images], kind="stable")][: max(0, int(number))]] = True
+        held[by_class[places < np.repeat(wanted, counts)]] = True
     return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 
 def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Which images are held out, bool (N,), group by group in a drawn order, each where more than half of it is wanted.
+    """The images held out, bool (N,): groups in drawn order, each one if more than half of it is still wanted.
 
-    Args:
-        groups: of the images, int64 (N,).
-        labels: of the images, int64 (N,).
-        counts: of the classes' images.
-        wanted: of them for the holdout.
+    `groups` and `labels` are int64 (N,); `counts` and `wanted` are images of each class: all, and to hold out.
     """
     names, members = np.unique(groups, return_inverse=True)
     by_group = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1])
@@ -235,12 +226,12 @@ def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wan
 
 
 def brief(names: list[str]) -> str:
-    """Class names, the first few of them."""
+    """The first few class names, and how many there are."""
     return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
 
 def parse_share(share: float | str) -> float:
-    """0.1 of 10%, 0.1 or '0.1'; UserError where it is no share below 1."""
+    """0.1 for 10%, 0.1 or '0.1'; UserError unless it is at least 0 and below 1."""
     text = str(share).strip()
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)

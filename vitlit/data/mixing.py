@@ -1,7 +1,7 @@
 """mixup and cutmix of a batch, drawn once for a step's global batch, on any number of devices.
 
-Rows 2k and 2k + 1 are mixed with each other, so that a slice of the global batch that begins at an even row and has
-whole pairs is mixed as it would be within the whole.
+Rows 2k and 2k + 1 are mixed with each other, so a slice of the global batch that consists of whole pairs is mixed as
+it is within the global batch.
 """
 
 import math
@@ -26,12 +26,11 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Pixels within."""
         return (self.bottom - self.top) * (self.right - self.left)
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """What indexes the last two dimensions of images."""
+        """Index of the last two dimensions of images."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
@@ -39,7 +38,7 @@ class Mix(NamedTuple):
     """How the images of one global batch are mixed.
 
     Attributes:
-        lam: the weight of an image's own targets; of its partner's it is 1 - lam.
+        lam: the weight of an image's own targets; its partner's is 1 - lam.
         box: what cutmix takes from the partner; None for mixup.
     """
 
@@ -51,15 +50,16 @@ class Mix(NamedTuple):
 class Mixing:
     """mixup (1710.09412, section 2) and cutmix (1905.04899, section 3.1), one draw a global batch.
 
-    So does big_vision; timm (mode "batch") and torchvision draw for each device's batch. Partners are mixed both ways,
-    for which mixup with lam and with 1 - lam gives the same set of images and targets: big_vision's max(lam, 1 - lam)
-    would change nothing.
+    big_vision does the same; timm (mode "batch") and torchvision draw for each device's batch. Partners are mixed both
+    ways, so lam and 1 - lam give the same set of images and targets: big_vision's max(lam, 1 - lam) would change
+    nothing.
 
     Args:
         mixup: lam is drawn from Beta(mixup, mixup); 0 for no mixup.
-        cutmix: likewise; the box has the area 1 - lam until it is clipped.
+        cutmix: lam is drawn from Beta(cutmix, cutmix), and the box has the area 1 - lam before it is clipped; 0 for no
+            cutmix.
         prob: the probability that a batch is mixed.
-        switch: the probability that it is cutmix, where both are on.
+        switch: the probability of cutmix rather than mixup, if both are on.
 
     Raises:
         UserError: a number is out of its range.
@@ -71,11 +71,11 @@ class Mixing:
     switch: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, value in (("mixup", self.mixup), ("cutmix", self.cutmix)):
-            if not 0 <= value < math.inf:
+        for name in ("mixup", "cutmix"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"data.mixing.{name} {value} is no parameter of Beta; give 0 for none, or more")
-        for name, value in (("prob", self.prob), ("switch", self.switch)):
-            if not 0 <= value <= 1:
+        for name in ("prob", "switch"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
                 raise UserError(f"data.mixing.{name} {value} is not a probability; give 0 to 1")
 
     @property
@@ -84,7 +84,7 @@ class Mixing:
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def draw(self, seed: int, step: int, height: int, width: int) -> Mix | None:
-        """What is drawn for a step's images of height x width pixels; None where they are not mixed."""
+        """The mix of a step's images of height x width pixels; None to leave them."""
         # RandomState, since its numbers are the same in every version of numpy (NEP 19).
         random = np.random.RandomState(mix(MIXING, seed, step).view(np.uint32))
         if not self.on or random.random_sample() >= self.prob:
@@ -94,12 +94,15 @@ class Mixing:
         lam = random.beta(alpha, alpha)
         if not cut:
             return Mix(lam, None)
-        (top, bottom), (left, right) = (_cut(random, side, math.sqrt(1 - lam)) for side in (height, width))
-        box = Box(top, bottom, left, right)
+        edges: list[int] = []
+        for side in (height, width):
+            length, centre = int(side * math.sqrt(1 - lam)), random.randint(side)
+            edges += [max(0, centre - length // 2), min(side, centre + (length + 1) // 2)]
+        box = Box(*edges)
         return Mix(1 - box.area / (height * width), box)
 
     def __call__(self, images: Tensor, targets: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Mix a step's images (B, C, H, W) and targets (B, classes), or whole pairs of them, as is drawn for it."""
+        """Mix a step's images (B, C, H, W) and targets (B, classes), or whole pairs of them."""
         drawn = self.draw(seed, step, *images.shape[-2:])
         if drawn is None:
             return images, targets
@@ -127,21 +130,15 @@ def cutmix(images: Tensor, targets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
 
 
 def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels as float (B, num_classes): one-hot of class numbers, int64 (B,); float (B, num_classes) as they are."""
+    """One-hot float (B, num_classes) from class numbers, int64 (B,); float (B, num_classes) stay as they are."""
     if labels.is_floating_point():
         return labels
     # Not one_hot, which waits for the device to check the numbers.
     return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
 
 
-def _cut(random: np.random.RandomState, side: int, share: float) -> tuple[int, int]:
-    """Where a cut of a share of a side begins and ends: any pixel is as likely its centre, what is outside is lost."""
-    length, centre = int(side * share), random.randint(side)
-    return max(0, centre - length // 2), min(side, centre + (length + 1) // 2)
-
-
 def _partners(rows: Tensor) -> Tensor:
-    """Row i ^ 1 in place of row i, as a copy."""
+    """A copy with row i ^ 1 in place of row i."""
     if len(rows) % 2:
         raise UserError(f"mixing takes pairs of images, not {len(rows)}; give an even batch")
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

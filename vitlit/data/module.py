@@ -1,18 +1,17 @@
 """Image folders and shards as a LightningDataModule."""
 
-import warnings
 from collections.abc import Callable, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
 from vitlit.data.dataset import Images
 from vitlit.data.erasing import Erasing, erase
@@ -20,54 +19,66 @@ from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
-from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, global_batch, paired_rows, split_batch
-from vitlit.data.transforms import CropName, check_augment, train_transform
-from vitlit.data.workers import count, loader
+from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, split_batch
+from vitlit.data.trainer import BatchLoader, NoTrainer, set_accumulation
+from vitlit.data.transforms import CropName, check_augment, check_scale, train_transform
+from vitlit.data.views import Views
 from vitlit.errors import UserError
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.objectives import Batch
 
+Loader = DataLoader[Any] | BatchLoader
+
 
 class ImageFolderData(LightningDataModule):
     """Images in class folders, ROOT/{train,val[,test]}/CLASS/* or ROOT/CLASS/* with a holdout, or in shards.
 
-    A batch is a `vitlit.objectives.Batch`, normalised on the device. Its labels are float (B, classes) shares where
-    images have several classes or training mixes them.
+    Images outside of class folders, ROOT/{train,val}/* or ROOT/* with a holdout, are data without labels.
+
+    A batch is a `vitlit.objectives.Batch`, normalised on the device. Its labels are float (B, classes) if images have
+    several classes or training mixes them, and -1 without labels. Without a Trainer the loaders serve one device and
+    yield finished batches, float32 on the CPU; each iteration over the training loader is the next epoch.
 
     Args:
         root: the folder, or the URL of shards.
-        manifest: a CSV file with the columns path, label and, unless a holdout is cut, split, in place of class
-            folders; paths are relative to root. Several labels are separated by |.
+        manifest: a CSV file that replaces class folders, with the columns path, label and, without a holdout, split.
+            Paths are relative to root. | separates several labels.
         image_size: pixels, an int or (height, width).
         batch_size: images of one optimiser step, over all devices.
-        micro_batch: the most images that a device takes at a time; gradients are accumulated accordingly.
-        holdout: the share of the training images that is cut off for validation, such as 10% or 0.1, by class and
-            always the same; then a val folder is left alone.
-        crop: of training: random_resized is torchvision's, inception TensorFlow's, simple DeiT III's (resize, mirrored
+        micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
+        holdout: the share of the training images held out for validation, such as 10% or 0.1: by class, and the same
+            in every run. A val folder is then not used.
+        crop: for training: random_resized is torchvision's, inception TensorFlow's, simple DeiT III's (resize, mirrored
             border), pad CIFAR's (black border), center that of evaluation.
-        crop_scale: the area of a random_resized or inception crop as a share of the image's, drawn between these two.
+        crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
-        augment: further transforms of training images by class_path, of vitlit.data.augment or
+        augment: further transforms of training images by class_path, from vitlit.data.augment or
             torchvision.transforms.v2.
-        erasing: of a part of training images, after normalisation.
-        mixing: mixup and cutmix of training images.
-        repeats: how often an epoch has each image, augmented anew and in the same batch; it has so many fewer images.
-        balanced: draw every class equally often; else every image once.
-        on_bad_image: what an image that cannot be read does: error stops; skip trains on another of its class, leaves a
-            photo out of predictions, and lists path and reason in the run's bad_images.csv, or beside the
-            predictions. Evaluation stops either way, since its numbers would be of other images, and so does a disk
-            or server that fails.
-        crop_ratio: the share of the resized image's side that the central crop of evaluation keeps; 0.875 unless given
-            here or by the weights started from.
-        interpolation: of resizing, always antialiased; bicubic unless given here or by the weights started from.
-        mean: by channel, of images scaled to [0, 1]; 0.5 unless given here or by the weights started from. One number
+        views: further views of each training image, for objectives that compare several: a list of count, size and
+            scale. image_size, crop and crop_scale describe the first view.
+        erasing: random erasing of training images, after normalisation; of the first view only.
+        mixing: mixup and cutmix of training images; not with further views.
+        repeats: how often an epoch has each image, augmented anew, in the same batch. An epoch keeps its length, so it
+            has that many fewer images.
+        balanced: draw every class equally often, instead of every image once.
+        on_bad_image: what to do about an image that cannot be read. error stops; skip trains on another of the same
+            class, leaves a photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to
+            the predictions. Evaluation always stops, since its numbers would be for other images; so does a disk or
+            server that fails.
+        crop_ratio: the share of the resized image's side that evaluation's central crop keeps; 0.875 unless given here
+            or by the starting weights.
+        interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
+        mean: by channel, of images scaled to [0, 1]; 0.5 unless given here or by the starting weights. One number
             makes the images grey.
         std: by channel, likewise.
-        num_workers: processes that load images, on each device's behalf; by default one a core, shared among devices.
+        num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
-        pin_memory: whether batches are put into pinned memory; by default where there is a GPU.
-        seed: of order and augmentation; the command line fills it with seed_everything.
+        pin_memory: whether batches are put into pinned memory; by default if there is a GPU.
+        seed: for order and augmentation; the command line fills it with seed_everything.
+
+    Raises:
+        UserError: a value is out of range, or views are to be mixed.
     """
 
     def __init__(
@@ -82,6 +93,7 @@ class ImageFolderData(LightningDataModule):
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
         augment: Sequence[v2.Transform] | None = None,
+        views: Sequence[Views] | None = None,
         erasing: Erasing = Erasing(),
         mixing: Mixing = Mixing(),
         repeats: int = 1,
@@ -97,32 +109,36 @@ class ImageFolderData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        least = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
-        least |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
-        for name, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise UserError(f"data.{name} {value} is less than {lowest}")
+        limits = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
+        limits |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
+        for name, (value, least) in limits.items():
+            if value is not None and value < least:
+                raise UserError(f"data.{name} {value} is less than {least}")
             if value is not None and value >= 2**63:
-                raise UserError(f"data.{name} {value} is more than 64 bits hold")
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale {list(crop_scale)} is no range of shares between 0 and 1")
+                raise UserError(f"data.{name} {value} does not fit in 64 bits")
+        check_scale("data.crop_scale", crop_scale)
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip {flip} is not a probability")
         if crop_ratio is not None and not 0.1 <= crop_ratio <= 1:  # images are resized to image_size / crop_ratio
-            raise UserError(f"data.crop_ratio {crop_ratio} is not a share of 0.1 to 1")
+            raise UserError(f"data.crop_ratio {crop_ratio} is not between 0.1 and 1")
+        if views and mixing.on:
+            raise UserError("data.mixing works on one view of an image, but data.views adds more; leave one out")
         self.splits = Splits(root, parse_share(holdout), manifest)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
-        self.seed = seed or 0
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
         self.preprocess = Preprocess(size, **{name: value for name, value in given.items() if value is not None})
-        self.augment = train_transform(self.preprocess, crop, crop_scale, flip, augment or ())
-        self.on_bad_image = on_bad_image
+        augment = tuple(augment or ())
+        self.transform = train_transform(self.preprocess, crop, crop_scale, flip, augment)
+        self.views = tuple(views or ())
+        self._further = [each for kind in self.views for each in kind.transforms(self.preprocess, flip, augment)]
+        self.batch_size, self.micro_batch, self.seed = batch_size, micro_batch, seed or 0
+        self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
-        self.bad_photos: Path | None = None  # the list of those that prediction skips; in the trainer's root by default
-        self._entered = 0  # the step that a continued run begins with
+        self.on_bad_image = on_bad_image
+        self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
+        self._resumed_step = 0
+        self._trainer_done = False  # Lightning leaves it attached
 
     def split(self, name: str) -> Index:
         """The images of train, val, test or predict.
@@ -147,180 +163,168 @@ class ImageFolderData(LightningDataModule):
         """Training images of each class."""
         return self.splits.class_counts
 
-    def plan(self, world_size: int) -> tuple[int, int]:
-        """(images of a device's micro-batch, micro-batches accumulated) for training on so many devices.
-
-        Raises:
-            UserError: the batch does not divide, or is larger than the training set.
-        """
-        micro, accumulate = split_batch(self.batch_size, self.micro_batch, world_size)
-        if len(self.split("train")) < self.batch_size:
-            raise UserError(
-                f"data.batch_size {self.batch_size} is more than the {len(self.split('train'))} training images; "
-                "give a smaller --data.batch_size"
-            )
-        if self.mixing.on and micro % 2:
-            raise UserError(
-                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even "
-                "--data.micro_batch or --data.batch_size"
-            )
-        if self.multi_label and self.balanced:
-            raise UserError("data.balanced needs one label an image, but the data has several; leave it out")
-        paired_rows(self.batch_size, self.repeats)
-        return micro, accumulate
+    @property
+    def num_views(self) -> int:
+        """Views of a training image."""
+        return 1 + len(self._further)
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in the training set."""
         return len(self.split("train")) // self.batch_size
 
+    def plan(self, world_size: int) -> tuple[int, int]:
+        """(images of a device's micro-batch, micro-batches accumulated) for training on `world_size` devices.
+
+        Raises:
+            UserError: the batch does not divide, or is larger than the training set; or it does not suit mixing,
+                balance or repeats.
+        """
+        micro, accumulate = split_batch(self.batch_size, self.micro_batch, world_size)
+        images = len(self.split("train"))
+        if images < self.batch_size:
+            raise UserError(f"data.batch_size {self.batch_size} is more than the {images} training images; give less")
+        if self.mixing.on and micro % 2:
+            raise UserError(
+                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even "
+                "--data.micro_batch or --data.batch_size"
+            )
+        if self.balanced and (self.multi_label or not self.classes):
+            has = "several" if self.multi_label else "none"
+            raise UserError(f"data.balanced needs one label an image, but the data has {has}; leave it out")
+        paired_rows(self.batch_size, self.repeats)
+        return micro, accumulate
+
     def samples(self, step: int) -> list[Sample]:
         """The global batch of an optimiser step, in order."""
-        return global_batch(self._stream(lambda: step))
+        return list(islice(self._stream(lambda: step), self.batch_size))
 
     def check(self, stage: str, world_size: int) -> None:
-        """Raise UserError for whatever can be known to be wrong with the data before a stage begins."""
+        """Refuse data that does not fit a stage (fit, validate, test or predict) on so many devices.
+
+        Raises:
+            UserError: the split is missing or too small, or training would fail (see `plan`).
+        """
         if stage == "fit":
             self.plan(world_size)
-            check_augment(self.augment.augment, self.preprocess.image_size)
-        name = {"fit": "val", "validate": "val"}.get(stage, stage)
-        if not len(self.split(name)):
-            raise UserError(f"the {name} split has no image; hold out more, or none (--data.holdout)")
+            for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:
+                check_augment(self.transform.augment, size)
+        name = "val" if stage in ("fit", "validate") else stage
         if len(self.split(name)) < world_size:
             raise UserError(
-                f"the {name} split has {len(self.split(name))} images, fewer than the {world_size} devices; "
-                "give --trainer.devices 1"
+                f"the {name} split needs an image for each device, but has {len(self.split(name))} for {world_size}; "
+                "hold out more (--data.holdout), or give fewer --trainer.devices"
             )
 
     def setup(self, stage: str) -> None:
-        assert self.trainer is not None
-        self.check(TrainerFn(stage).value, self.trainer.world_size)  # Lightning's stage prints as TrainerFn.TESTING
+        self._trainer_done = False
+        # TrainerFn turns Lightning's stage, which prints as TrainerFn.TESTING, into its name.
+        self.check(TrainerFn(stage).value, self._active_trainer.world_size)
         if DECODER == "Pillow":
             rank_zero_only(print)(
                 f"torchcodec is missing, so Pillow decodes: the same pixels in {PILLOW_SLOWER} times the time"
             )
-        if stage == "fit":
-            self._entered = 0
-            if self.trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning would put its own sampler in
-                raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
-            _, accumulate = self.plan(self.trainer.world_size)
-            if self.trainer.accumulate_grad_batches not in (1, accumulate):
-                raise UserError(
-                    "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
-                )
-            self.trainer.accumulate_grad_batches = accumulate
-            limit, whole = self.trainer.limit_train_batches, accumulate * self.steps_per_epoch
-            batches = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
-            if batches < 1:
-                raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
-            interval = self.trainer.val_check_interval
-            if isinstance(interval, int) and self.trainer.check_val_every_n_epoch and interval > batches:
-                raise UserError(
-                    f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; give less, "
-                    "or trainer.check_val_every_n_epoch"
-                )
-            if batches % accumulate:
-                raise UserError(f"trainer.limit_train_batches must be a multiple of the {accumulate} of a step")
-            # Lightning cannot know that the loader starts where the run is.
-            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        if stage == "fit" and self.trainer is not None:
+            self._resumed_step = 0
+            set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        trainer = self.trainer
-        assert trainer is not None
+    def teardown(self, stage: str) -> None:
+        self._trainer_done = True
+
+    @property
+    def _active_trainer(self) -> Any:
+        return NoTrainer if self.trainer is None or self._trainer_done else self.trainer
+
+    def train_dataloader(self) -> Loader:
+        trainer, index = self._active_trainer, self.split("train")
         micro, _ = self.plan(trainer.world_size)
-        index = self.split("train")
-        # Lightning makes the first iterator, and workers begin, before it restores the global step.
-        stream = self._stream(lambda: max(trainer.global_step, self._entered), trainer.global_rank, trainer.world_size)
-        return self._loader(Images(index, self.augment, self.seed, self._bad_images(index)), stream, micro)
+        epoch_starts = count(0, self.steps_per_epoch)
+
+        def position() -> int:
+            # Lightning makes the first iterator, and workers start, before it restores the global step.
+            return next(epoch_starts) if trainer is NoTrainer else max(trainer.global_step, self._resumed_step)
+
+        stream = self._stream(position, trainer.global_rank, trainer.world_size)
+        images = Images(index, self.transform, self.seed, self._bad_images(index), self._further)
+        return self._loader(images, stream, micro)
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
         index = self.split("train")
         labels = index.labels if self.balanced else None
         return TrainStream(len(index), self.batch_size, self.seed, position, rank, world_size, self.repeats, labels)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> Loader:
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> Loader:
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> Loader:
         return self._eval_loader("predict")
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
-        assert self.trainer is not None
-        index = self.split(split)
-        share = EvalShare(len(index), self.trainer.global_rank, self.trainer.world_size)
-        most = -(-self.batch_size // self.trainer.world_size)
-        batch = eval_batch(len(index), self.trainer.world_size, min(most, self.micro_batch or most, len(index)))
-        images = Images(
-            index, self.preprocess.crop, bad=self._bad_images(index, "photos") if split == "predict" else None
-        )
-        return self._loader(images, share, batch)
+    def _eval_loader(self, split: str) -> Loader:
+        trainer, index, photos = self._active_trainer, self.split(split), split == "predict"
+        most = -(-self.batch_size // trainer.world_size)
+        batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
+        bad = self._bad_images(index, photos) if photos else None
+        images = Images(index, self.preprocess.crop, bad=bad, photos=photos)
+        return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch)
 
-    def _bad_images(self, index: Index, kind: str = "images") -> BadImages | None:
-        assert self.trainer is not None
+    def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
         if self.on_bad_image == "error":
             return None
-        file = self.bad_photos if kind == "photos" else None
-        return BadImages(file or Path(self.trainer.default_root_dir) / f"bad_{kind}.csv", len(index))
+        file = Path(self._active_trainer.default_root_dir) / ("bad_photos.csv" if photos else "bad_images.csv")
+        return BadImages((self.bad_photos if photos else None) or file, len(index))
 
-    def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> DataLoader[Any]:
-        assert self.trainer is not None
-        workers = self.num_workers
-        if workers is None:
-            workers = count(self.trainer.num_devices)
-        gpu = self.trainer.strategy.root_device.type == "cuda"
-        pin = gpu if self.pin_memory is None else self.pin_memory
-        return loader(dataset, sampler, batch_size, workers, self.prefetch, pin)
+    def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> Loader:
+        trainer = self._active_trainer
+        processes = workers.count(trainer.num_devices) if self.num_workers is None else self.num_workers
+        pin = trainer.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        batches = workers.loader(dataset, sampler, batch_size, processes, self.prefetch, pin)
+        return BatchLoader(batches, self) if trainer is NoTrainer else batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Of training, the first sample's position is kept on the host: to read it on the device would wait.
-        return [*batch[:3], *(int(positions[0]) for positions in batch[3:])]
+        images, labels, indices, *training = batch
+        if training:  # the first sample's position stays on the host: reading it on the device would wait
+            training[0] = int(training[0][0])
+        return [images, labels, indices, *training]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        images, labels, indices, *position = batch
-        assert self.trainer is not None
-        dtype = self.trainer.lightning_module.dtype
-        assert isinstance(dtype, torch.dtype)
-        images = self.preprocess.normalise(images.permute(0, 3, 1, 2), dtype)
-        if position:
-            images, labels = self._regularise(images, labels, position[0])
-        return Batch([images], labels, indices)
-
-    def _regularise(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Erase and mix training images, from a position of the stream on, by what is drawn for their step and rows."""
-        step, first = divmod(position, self.batch_size)
-        rows = range(first, first + len(images))
+        images, labels, indices, *training = batch
+        dtype = self._active_trainer.lightning_module.dtype
+        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[1:])]
+        if not training:
+            return Batch(views, labels, indices)
+        step, row = divmod(training[0], self.batch_size)
         if self.erasing.prob:
-            images = erase(images, self.erasing, self.seed, step, rows)
+            views[0] = erase(views[0], self.erasing, self.seed, step, range(row, row + len(indices)))
         if self.mixing.on:
-            images, labels = self.mixing(images, soft_targets(labels, len(self.classes)), self.seed, step)
-        return images, labels
+            views[0], labels = self.mixing(views[0], soft_targets(labels, len(self.classes)), self.seed, step)
+        return Batch(views, labels, indices)
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
-        return {"step": self.trainer.global_step, **self._stream_of()}
+        return {"step": self.trainer.global_step, **self._order_settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.trainer is not None
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
-        before = {"repeats": 1, "balanced": False, **state_dict}  # as it was before there were such
-        for name, value in self._stream_of().items():
+        before = {"repeats": 1, "balanced": False, **state_dict}  # older checkpoints lack these
+        for name, value in self._order_settings().items():
             had = before.get(name, value)
             if had == value:
                 continue
-            same = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
-            what = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
+            remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
+            difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
             raise UserError(
-                f"the checkpoint's run had {what}: {same} to continue it, or begin another from its weights with "
-                "--model.init_from RUN --run.name NEW"
+                f"the checkpoint's run had {difference}: {remedy} to continue it, or start another from its weights "
+                "with --model.init_from RUN --run.name NEW"
             )
-        self._entered = state_dict["step"]
+        self._resumed_step = state_dict["step"]
 
-    def _stream_of(self) -> dict[str, Any]:
-        """What the order of samples depends on, beside the step, and which images they are."""
+    def _order_settings(self) -> dict[str, Any]:
+        """What the order of samples depends on besides the step, and which images they are."""
         index = self.split("train")
-        given = {"images": len(index), "batch_size": self.batch_size, "seed": self.seed}
-        return {**given, "repeats": self.repeats, "balanced": self.balanced, "names": index.digest()}
+        settings = {"images": len(index), "batch_size": self.batch_size, "seed": self.seed}
+        return {**settings, "repeats": self.repeats, "balanced": self.balanced, "names": index.digest()}

@@ -1,4 +1,4 @@
-"""How far a long work is, in lines that suit a terminal and a log alike."""
+"""Progress of long work, in lines that suit a terminal and a log alike."""
 
 import time
 
@@ -6,7 +6,7 @@ SECONDS = 10.0  # between two lines
 
 
 class Progress:
-    """Prints a line, but only every ten seconds."""
+    """Prints a line, at most every ten seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()

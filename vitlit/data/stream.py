@@ -1,15 +1,14 @@
 """Which sample comes when: a pure function of (seed, epoch, index), never of hidden state.
 
-Training is one endless stream of global batches, numbered by the optimiser step. Step t lies in epoch t // S, where S
-is the number of whole global batches in the data, and takes the t % S-th slice of that epoch's order; what does not
-fill a batch is left out of that epoch. So the position of a run is one integer, and the global batch of a step is
-the same set on any number of devices.
+Training is one endless stream of global batches, numbered by the optimiser step. With S whole global batches in the
+data, step t lies in epoch t // S and takes slice t % S of that epoch's order; images that do not fill a batch are left
+out of that epoch. So one integer is the position of a run, and a step's global batch is the same set on any number of
+devices.
 
 Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixes.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +22,10 @@ class Sample(NamedTuple):
     """One item of the training stream.
 
     Attributes:
-        epoch: in which it comes.
-        index: of the image.
-        repeat: how often this image came before in this epoch, which tells its augmentations apart.
-        position: in the stream; step * batch_size + row in the step's global batch.
+        epoch: counted from 0.
+        index: the image's.
+        repeat: how often this image came before in this epoch; each repeat is augmented differently.
+        position: in the stream: step * batch_size + row in the step's global batch.
     """
 
     epoch: int
@@ -38,94 +37,80 @@ class Sample(NamedTuple):
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(length), int64.
 
-    The lowest bits of the drawn numbers give way to what they are drawn for, so that sorting them, in a fifth of the
-    time that argsort takes, leaves the order in those bits.
+    The lowest bits of each random key are replaced by its number, so sorting the keys leaves the order in these bits,
+    in a fifth of argsort's time.
     """
     numbers = np.arange(length, dtype=np.uint64)
-    below = np.uint64((1 << max(length - 1, 0).bit_length()) - 1)
-    keys = (mix(ORDER, seed, epoch, numbers) & ~below) | numbers
+    low_bits = np.uint64((1 << max(length - 1, 0).bit_length()) - 1)
+    keys = (mix(ORDER, seed, epoch, numbers) & ~low_bits) | numbers
     keys.sort()
-    return (keys & below).astype(np.int64)
+    return (keys & low_bits).astype(np.int64)
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch that draws every class equally often, up to one draw.
+    """The order of an epoch of `count` draws in which every class is drawn equally often, give or take one.
 
-    No image of a class is drawn again before all others of it were. The classes take turns at the odd draw, over the
-    epochs.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-        labels: class numbers of the images, int64 (N,).
-        count: the number of draws.
+    A class's images are all drawn once before any is drawn again. Over the epochs the classes take turns at the extra
+    draw. `labels` are the images' class numbers, int64 (N,).
 
     Returns:
         (image of each draw, how often it was drawn before in this epoch), both int64 (count,).
     """
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
-    drawn = present[(epoch * count + order(seed, epoch, count)) % len(present)]  # the class of each draw
-    counts = np.bincount(drawn, minlength=len(sizes))
+    classes = present[(epoch * count + order(seed, epoch, count)) % len(present)]  # of each draw
+    counts = np.bincount(classes, minlength=len(sizes))
     numbers = np.empty(count, np.int64)  # of each draw within its class
-    by_class = np.argsort(drawn, kind="stable")
+    by_class = np.argsort(classes, kind="stable")
     numbers[by_class] = np.arange(count) - np.repeat(np.cumsum(counts) - counts, counts)
     images = np.lexsort((mix(BALANCE, seed, epoch, np.arange(len(labels))), labels))  # by class, shuffled within it
-    before, place = np.divmod(numbers, sizes[drawn])
-    return images[(np.cumsum(sizes) - sizes)[drawn] + place], before
+    before, place = np.divmod(numbers, sizes[classes])
+    return images[(np.cumsum(sizes) - sizes)[classes] + place], before
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """Divide a global batch over devices and accumulation.
-
-    Args:
-        batch_size: samples of one optimiser step.
-        micro_batch: the most samples that one device takes at a time; None for all of its share.
-        world_size: the number of devices.
+    """Divide a global batch over devices that take at most `micro_batch` samples at a time; None: their whole share.
 
     Returns:
         (samples of a device's micro-batch, micro-batches accumulated in a step).
 
     Raises:
-        UserError: they do not divide evenly; the message names the nearest global batch that does.
+        UserError: the batch does not divide evenly; the message names the nearest one that does.
     """
-    if batch_size < 1 or (micro_batch is not None and micro_batch < 1):
-        raise UserError(f"data.batch_size {batch_size} and data.micro_batch {micro_batch} must be at least 1")
 
     def accumulation(size: int) -> int:
         return 1 if micro_batch is None else -(-size // (world_size * micro_batch))
 
+    def divides(size: int) -> bool:
+        return size % (world_size * accumulation(size)) == 0
+
     accumulate = accumulation(batch_size)
-    if batch_size % (world_size * accumulate):
-        sizes = range(world_size, 2 * batch_size + world_size, world_size)
-        nearest = min(
-            (size for size in sizes if size % (world_size * accumulation(size)) == 0),
-            key=lambda size: abs(size - batch_size),
-        )
-        parts = f"{world_size} device{'s' if world_size > 1 else ''}"
-        parts += f" x {accumulate} micro-batches" if accumulate > 1 else ""
+    if not divides(batch_size):
+        sizes = filter(divides, range(1, 2 * batch_size + world_size))
+        nearest = min(sizes, key=lambda size: abs(size - batch_size))
         raise UserError(
-            f"data.batch_size {batch_size} does not divide over {parts}; the nearest that does is {nearest}"
+            f"data.batch_size {batch_size} does not divide over {world_size} x {accumulate} (devices x micro-batches); "
+            f"the nearest that does is {nearest}"
         )
     return batch_size // (world_size * accumulate), accumulate
 
 
 def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
-    """Which of a batch's samples, listed image by image, each row takes, so that partners are of two images.
+    """The sample that each row of a batch takes from a list by image, so that partners are different images.
 
-    Even rows take the first half in its order, odd rows the second half in strides of `repeats`, so that the copies of
-    an image meet different ones. So partners are at least `repeats` apart in the list: what is s before the end of the
+    Even rows take the first half in order, odd rows the second half in strides of `repeats`, so that the copies of an
+    image have different partners. Partners are at least `repeats` apart in the list: a sample s before the end of the
     first half meets place repeats - s of the second half, or a later one.
 
     Raises:
-        UserError: the batch is too small for it.
+        UserError: the batch is too small.
     """
     if repeats == 1:
         return np.arange(batch_size)
     if batch_size < 2 * repeats:
         raise UserError(
-            f"data.batch_size {batch_size} is too small for {repeats} repeats of an image and as many of another, with "
-            f"which they are paired, mixed or not; give at least {2 * repeats}, or fewer --data.repeats"
+            f"data.batch_size {batch_size} is too small for {repeats} repeats of two images, which are paired, mixed "
+            f"or not; give at least {2 * repeats}, or fewer --data.repeats"
             + (f", {batch_size // 2} or less" if batch_size > 3 else "")
         )
     half = -(-batch_size // 2)
@@ -136,23 +121,22 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
 
 
 class TrainStream(DistributedSampler[Any]):
-    """One rank's share of the stream of samples, from the run's position on.
+    """One rank's share of the stream of samples, for an epoch's number of steps from the run's position on.
 
-    It is a DistributedSampler so that Lightning leaves it in place.
-
-    With repeated augmentation (1901.09335, section 3.2; 2012.12877, section 6) an epoch is as long as without, and has
-    so many fewer images. An image's repeats are in one global batch, unless it lies across the border of two.
+    It is a DistributedSampler so that Lightning does not replace it. With repeated augmentation (1901.09335, section
+    3.2; 2012.12877, section 6) an epoch keeps its length and has fewer images. An image's repeats are in one global
+    batch, unless they lie across the border of two.
 
     Args:
         length: the number of training images.
         batch_size: the global batch.
-        seed: of the order.
-        position: gives the number of optimiser steps done, asked whenever an iterator is made. Lightning makes one
-            at the start of an epoch, and one in the midst of an epoch where a run is continued.
-        rank: of this process.
+        seed: for the order.
+        position: returns the number of optimiser steps done, whenever an iterator is made: at the start of an epoch,
+            or in the middle of one when a run is resumed.
+        rank: this process's.
         world_size: the number of processes; must divide the batch.
-        repeats: how often an image that is drawn comes, each time augmented anew. Partners are never repeats of one
-            draw; with `labels`, an image that is drawn twice may meet itself.
+        repeats: how often a drawn image comes, augmented anew each time. Partners are never repeats of one draw; with
+            `labels`, an image that is drawn twice may meet itself.
         labels: class numbers, int64 (length,), to draw every class equally often; None to draw every image once.
 
     Raises:
@@ -184,7 +168,7 @@ class TrainStream(DistributedSampler[Any]):
         """The images of an epoch, and how often each was drawn before in it."""
         if self.labels is None:
             return order(self.seed, epoch, self.length), np.zeros(self.length, np.int64)
-        # No more than are dealt, or what is left out would unbalance the rest.
+        # No more draws than are used: leaving some out would unbalance the classes.
         return balanced_order(self.seed, epoch, self.labels, -(-self.steps * self.batch_size // self.repeats))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -201,11 +185,6 @@ class TrainStream(DistributedSampler[Any]):
                 yield Sample(epoch, index, repeat, position + row)
 
 
-def global_batch(stream: TrainStream) -> list[Sample]:
-    """The samples of one step, that of the stream's position, of a stream that is not shared among ranks."""
-    return list(islice(stream, stream.batch_size))
-
-
 class EvalShare(DistributedSampler[Any]):
     """One rank's share of every image exactly once: no rank is padded, so metrics are exact."""
 
@@ -220,9 +199,9 @@ class EvalShare(DistributedSampler[Any]):
 
 
 def eval_batch(length: int, world_size: int, wanted: int) -> int:
-    """The batch next to `wanted`, a smaller one first, of which every rank's EvalShare has equally many.
+    """The batch size nearest to `wanted`, smaller ones first, with equally many batches in every rank's EvalShare.
 
-    Under FSDP ranks meet in every batch: one more on one of them would wait for ever.
+    Under FSDP ranks meet in every batch: one that has one more would wait for ever.
     """
     fewest, more = divmod(length, world_size)
     if not more:

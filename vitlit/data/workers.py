@@ -11,19 +11,19 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # only the main process acts on them
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and of which period
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and the period
 
 
 def cores() -> int:
-    """Cores that this process may use: those it may run on, and no more than its container's quota is worth."""
-    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
-    found = len(affinity(0)) if affinity else os.cpu_count() or 1
-    share, _, period = QUOTA.read_text().partition(" ") if QUOTA.is_file() else ("max", "", "")
-    return found if share == "max" else max(1, min(found, int(share) // int(period)))
+    """Cores that this process may use, by its affinity and its container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
+    allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota, _, period = QUOTA.read_text().partition(" ") if QUOTA.is_file() else ("max", "", "")
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
 def count(devices: int) -> int:
-    """One a core that this process may use, shared among its devices."""
+    """Workers of one device: one a core, shared among the devices of this process."""
     return max(1, cores() // max(1, devices))
 
 
@@ -31,8 +31,8 @@ class Loader(DataLoader[Any]):
     """A DataLoader whose workers outlive a signal to the process group, and leave this process's objects alone."""
 
     def __iter__(self) -> Any:
-        # What a worker that begins inherits: torch's handlers would end it before `leave_signals` is called, and
-        # garbage of this process, where it holds an event or a stream of a GPU, ends a worker that collects it.
+        # A worker inherits torch's signal handlers, which would end it before `leave_signals` runs, and this process's
+        # garbage: collecting an event or a stream of a GPU ends a worker.
         if not self.num_workers:
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -47,16 +47,7 @@ class Loader(DataLoader[Any]):
 def loader(
     dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, prefetch: int = 2, pin: bool = False
 ) -> DataLoader[Any]:
-    """Batches of a dataset in a sampler's order.
-
-    Args:
-        dataset: of the images.
-        sampler: what items come in which order.
-        batch_size: items of a batch; the last may have fewer.
-        workers: processes that load; 0 for this one.
-        prefetch: batches that a worker prepares ahead.
-        pin: whether batches are put into pinned memory.
-    """
+    """Batches in a sampler's order, `prefetch` of them prepared ahead by each of `workers` processes (0: this one)."""
     if workers:
         end_at_exit()
     return Loader(
@@ -72,13 +63,13 @@ def loader(
 
 
 def leave_signals(worker: int) -> None:
-    """Let the main process alone act on signals: one to the process group must not end its data workers."""
+    """Leave signals to the main process: one to the process group must not end its data workers."""
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
 
 
 def end_at_exit() -> None:
-    """Kill data workers before Python's own exit, which would wait for ever for children that ignore SIGTERM."""
+    """Kill data workers before Python's own exit, which would wait forever for children that ignore SIGTERM."""
     Finalize(None, _end, exitpriority=10)
 
 

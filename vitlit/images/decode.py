@@ -16,14 +16,14 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.files import read_file
 
-# What Pillow may open. It knows more formats; one of them, EPS, would run Ghostscript.
+# Formats that Pillow may open. It knows more; one of them, EPS, would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MOST_PIXELS = 178_956_970  # of an image; Pillow's own limit, 2 * Image.MAX_IMAGE_PIXELS
-JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of what has the size: baseline, extended, progressive
-JPEG_TABLES = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # of what may come before: tables, metadata, comments
+JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # markers that hold the size: baseline, extended, progressive
+JPEG_TABLES = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # markers that may come first: tables, metadata, comments
 PILLOW_SLOWER = 1.7  # times torchcodec's decoding time on photographs, for the same pixels
 
-DECODERS: dict[str, Callable[..., Any]] = {}  # torchcodec's, but for decode_gif: it decodes all frames of an animation
+DECODERS: dict[str, Callable[..., Any]] = {}  # torchcodec's, except decode_gif, which decodes every frame
 try:
     from torchcodec.decoders import decode_jpeg, decode_png, decode_webp
 except (ImportError, OSError, RuntimeError) as error:  # no wheel for the platform, or a library that does not load
@@ -35,21 +35,16 @@ DECODER = "torchcodec" if DECODERS else "Pillow"
 
 
 def decode(path: str | Path) -> Tensor:
-    """Read an image file as RGB, upright by its EXIF orientation: (3, H, W), uint8.
-
-    Raises:
-        UserError: the file cannot be read as an image; the message names it.
-    """
+    """Read an image file; see `decode_bytes`."""
     return decode_bytes(read_file(path), path)
 
 
 def decode_bytes(data: bytes, path: str | Path) -> Tensor:
-    """Decode the content of an image file as RGB, upright by its EXIF orientation: (3, H, W), uint8, memory (H, W, 3).
+    """Decode an image file's content as RGB, upright by its EXIF orientation: (3, H, W), uint8, memory (H, W, 3).
 
-    An image of more than `MOST_PIXELS` is refused before any of it is decoded: a few bytes may claim 50,000 x 50,000
-    pixels. torchcodec decodes JPEG, PNG and WebP, 1.7 times as fast as Pillow on photographs and to the same pixels.
-    Pillow decodes the other formats, the first frame of animations, and everything where torchcodec is missing.
-    16 bits are scaled to 8, 32 bits are refused, transparency is dropped.
+    More than `MOST_PIXELS` by the header are refused before anything is decoded. torchcodec decodes JPEG, PNG and WebP.
+    Pillow decodes the other formats, the first frame of animations, and everything if torchcodec is missing. 16 bits
+    are scaled to 8, 32 bits are refused, transparency is dropped.
 
     Args:
         data: the content.
@@ -61,15 +56,14 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
     try:
         if not data:
             raise ValueError("it is empty")
-        if decoder := DECODERS.get(_plain_format(data)):
+        if decoder := DECODERS.get(_format_of_simple_header(data)):
             return decoder(data, mode="RGB")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data, or half of the pixels allowed
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        is_animated = getattr(picture, "is_animated", False)
-        decoder = None if is_animated else DECODERS.get(str(picture.format))
-        if not decoder:
-            return _pillow(picture)
+        decoder = DECODERS.get(str(picture.format))
+        if not decoder or getattr(picture, "is_animated", False):
+            return _decode_with_pillow(picture)
         image: Tensor = decoder(data, mode="RGB")
         return image if image.ndim == 3 else image[0]  # the only frame of an animation
     except UnidentifiedImageError as error:
@@ -82,10 +76,10 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
         raise UserError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
 
 
-def _plain_format(data: bytes) -> str:
-    """JPEG or PNG for a file whose size is plain to see and allowed; "" for any other, which is left to Pillow.
+def _format_of_simple_header(data: bytes) -> str:
+    """JPEG or PNG if the header is simple and its size is allowed; "" for all else, which Pillow must open.
 
-    Pillow would find the same, but 3 % of a training image's time is much for a size.
+    Pillow would find the same, but takes 3 % of a training image's time.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
@@ -101,10 +95,10 @@ def _plain_format(data: bytes) -> str:
     return ""
 
 
-def _pillow(picture: Image.Image) -> Tensor:
+def _decode_with_pillow(picture: Image.Image) -> Tensor:
     if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
-        raise ValueError("numbers of 32 bits, which do not tell what is white; convert it to 8 or 16 bits")
+        raise ValueError("numbers of 32 bits, whose white is unknown; convert it to 8 or 16 bits")
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would cut off at 255
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip to 255
         picture = Image.fromarray(((np.asarray(picture, np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""What an image goes through before the model at evaluation."""
+"""From an image to a model's input at evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an image goes through before the model at evaluation. It is stored with the weights.
+    """Turns images into a model's input at evaluation; stored with the weights.
 
-    Calling it on paths, or on uint8 tensors (3, H, W), gives the model's input (B, C, height, width), float32, of as
-    many channels as mean and std have numbers: 3, or 1 for grey images.
+    Called on paths, or on uint8 tensors (3, H, W), it gives the model's input (B, C, height, width), float32. C is the
+    length of mean and std: 3, or 1 for grey images.
 
     Args:
         image_size: (height, width) of the model's input, pixels.
         crop_ratio: the share of the resized image's side that the central crop keeps.
         interpolation: of the antialiased resize.
         mean: by channel, of images scaled to [0, 1].
-        std: by channel, likewise.
+        std: by channel, of images scaled to [0, 1].
 
     Raises:
-        UserError: mean and std have neither 3 numbers nor 1.
+        UserError: mean or std is out of range, or they have neither 3 numbers nor 1.
     """
 
     image_size: tuple[int, int]
@@ -49,10 +49,7 @@ class Preprocess:
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
 
     def crop(self, image: Tensor) -> Tensor:
-        """Resize and crop centrally: uint8 (3, H, W) -> uint8 (3, height, width).
-
-        The image is resized, its aspect kept, until it just covers image_size / crop_ratio.
-        """
+        """Resize to just cover image_size / crop_ratio, crop the centre: uint8 (3, H, W) -> (3, height, width)."""
         # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
         height, width = (math.floor(side / self.crop_ratio + 1e-6) for side in self.image_size)
         size = cover((height, width), image)
@@ -64,11 +61,11 @@ class Preprocess:
         if len(self.mean) == 1:
             images = F.rgb_to_grayscale(images)
         mean, std = (
-            # Not made on the device, which would wait for all that a GPU has to do.
+            # Not made on the device, which would wait for the GPU.
             torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=images.is_cuda)
             for numbers in (self.mean, self.std)
         )
-        return (images.float().div_(255).sub_(mean).div_(std)).to(dtype)
+        return images.float().div_(255).sub_(mean).div_(std).to(dtype)
 
     def __call__(self, images: str | Path | Tensor | Sequence[str | Path | Tensor]) -> Tensor:
         if isinstance(images, str | Path | Tensor):

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go. Imported lazily: `vitlit doctor` needs the mode of W&B, but not Lightning."""
+"""Loggers of a run. Imported lazily: `vitlit doctor` needs the mode of W&B, but not Lightning."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The metrics of a run as a CSV file beside its checkpoints."""
+"""The metrics of a run as a CSV file in its folder."""
 
 import csv
 import io
@@ -18,14 +18,13 @@ Row = dict[str, str]
 
 
 class CSV(Logger):
-    """Writes `folder/metrics.csv`: one row per step, on disk as soon as it is logged, appended to on resume.
+    """Writes FOLDER/metrics.csv: one row per step, on disk as soon as it is logged.
 
-    Numbers are written in full precision, so that a run that was interrupted and continued (see `cut`) leaves the
-    same rows as one that was not, but for the speed.
-
-    Args:
-        folder: The run's folder; made if it is not there.
+    Numbers have full precision. An interrupted and continued run (see `cut`) leaves the same rows as an uninterrupted
+    one, except for the speed.
     """
+
+    name = version = ""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
@@ -35,34 +34,26 @@ class CSV(Logger):
         self._start = self._end = 0  # the last row's bytes in the file
 
     @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
     def save_dir(self) -> str:
         return str(self.path.parent)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the run's config.yaml has them."""
+        """Does nothing: they are in the run's config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Adds a row, or adds to the last row if it is of the same step (None: the last row's step)."""
+        """Add a row, or add to the last row if it has the same step; None means the last row's step."""
         if not self._columns:
             self._write(*self._read())
         at = self._last.get("step", "0") if step is None else str(step)
-        more = self._last.get("step") == at
-        row = {**(self._last if more else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
+        same = self._last.get("step") == at
+        row = {**(self._last if same else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()[1]
-            self._write([*self._columns, *new], [*(rows[:-1] if more else rows), row])
+            self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])
             return
         line = _line([row.get(name, "") for name in self._columns])
-        start = self._start if more else self._end
+        start = self._start if same else self._end
         with _writing(self.path), self.path.open("r+b") as file:
             file.seek(start)
             file.write(line)
@@ -71,7 +62,7 @@ class CSV(Logger):
 
     @rank_zero_only
     def cut(self, step: int) -> None:
-        """Drops the rows after `step`: those that a run will log again which continues from there."""
+        """Drop the rows after `step`, which a run that continues from there logs again."""
         if not self.path.exists():
             return
         columns, rows = self._read()
@@ -81,11 +72,9 @@ class CSV(Logger):
     def _read(self) -> tuple[list[str], list[Row]]:
         try:
             text = self.path.read_text() if self.path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
-            reader = csv.DictReader(io.StringIO(whole, newline=""))
-            rows = list(reader)
-            if any(int(row["step"]) < 0 or None in row for row in rows):
-                raise ValueError("a row has more cells than there are columns, or a step below 0")
+            complete = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
+            reader = csv.DictReader(io.StringIO(complete, newline=""))
+            rows = [{**row, "step": str(int(row["step"]))} for row in reader]
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{self.path} is damaged; move it away, and the same command continues the run") from error
         return list(reader.fieldnames or ["step"]), rows
@@ -107,8 +96,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; the checkpoints are whole, and the same command continues from "
-            "the last of them once there is room"
+            f"cannot write {path}: {error.strerror}; the checkpoints are whole: make room, and the same command "
+            "continues from them"
         ) from error
 
 

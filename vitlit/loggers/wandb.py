@@ -17,14 +17,14 @@ from PIL import Image, ImageOps
 
 from vitlit.loggers.wandb_mode import Mode, decide
 
-ONLINE_WITHIN = 15  # seconds until a run without an answer from the server goes on offline
+ONLINE_WITHIN = 15  # seconds until a run without an answer from the server continues offline
 UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
 PICTURE_SIDE = 256
-WHOLE_CONFUSION = 50  # classes, and pairs where there are more classes
+MAX_CONFUSION = 50  # classes of a whole matrix; with more classes, pairs
 
 
 class Mistake(NamedTuple):
-    """One image that was classified wrongly; `probability` is the one given to the wrong class."""
+    """A misclassified image; `probability` is that of the wrong class."""
 
     path: str
     label: int
@@ -33,21 +33,21 @@ class Mistake(NamedTuple):
 
 
 class Wandb(WandbLogger):
-    """A Weights & Biases run that never asks a question, never hangs and says in one line where it is.
+    """A Weights & Biases run that never prompts or hangs, and says in one line where it logs.
 
-    Without a key, or where the server does not answer within 15 seconds, the run is kept on disk and
-    `closing_line` is the command that uploads it.
+    Without a key, or if the server does not answer within 15 seconds, the run is kept on disk and `closing_line` is the
+    command that uploads it.
 
     Args:
-        project: `WANDB_PROJECT`, or "vitlit", where it is not given.
-        entity: The user or team that the run belongs to.
-        group: The group of runs that it belongs to.
-        tags: Its tags.
-        name: The name shown for it.
-        id: Its id; give the `version` of a run to continue it. A new one where it is not given.
-        save_dir: Its files go to `save_dir/wandb`; the working directory where it is not given.
-        mode: auto is `WANDB_MODE` where that is set, else online with a key and offline without.
-        pictures: Whether `log_mistakes` adds the (shrunk) images.
+        project: by default `WANDB_PROJECT`, or "vitlit".
+        entity: the user or team that owns the run.
+        group: the group of runs that it belongs to.
+        tags: its tags.
+        name: its display name.
+        id: its id; give the `version` of a run to continue it. By default a new one.
+        save_dir: its files go to `save_dir/wandb`; by default in the working directory.
+        mode: auto is `WANDB_MODE` if that is set, else online with a key and offline without.
+        pictures: whether `log_mistakes` adds the images, made small.
     """
 
     def __init__(
@@ -73,39 +73,35 @@ class Wandb(WandbLogger):
             save_dir=save_dir or os.environ.get("WANDB_DIR") or ".",
             settings={"silent": True, **patience},
         )
-        del self._wandb_init["anonymous"]  # its mere presence makes wandb warn
-        self.mode = mode
-        self.pictures = pictures
+        del self._wandb_init["anonymous"]  # its presence makes wandb warn
+        self.mode, self.pictures = mode, pictures
         self.folder: Path | None = None  # the run's files, once it has begun
         self._url: str | None = None
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The wandb run, begun at the first use; a stand-in that does nothing on ranks other than 0."""
+        """The wandb run, begun at the first use; on ranks other than 0 a stand-in that does nothing."""
         if self._experiment is None:
-            self._begin()
+            self._begin("" if wandb.run is not None else self._init())
         return self._experiment
 
-    def _begin(self) -> None:
-        why = ""
-        if wandb.run is None and getattr(self, "_attach_id", None) is None:
-            why = self._init()
-        run = super().experiment  # begun above, or by the caller
+    def _begin(self, why: str) -> None:
+        run = super().experiment  # begun by _init, or by the caller
         self._id = run.id
         if run.disabled:
             print("W&B: disabled")
             return
         self.folder = Path(run.sync_dir).absolute()
-        # Tables wait for `wandb sync` beside the run, by default in the home directory of this machine.
+        # Tables wait for `wandb sync` next to the run; by default in the home directory of this machine.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.parent))
         self._url = None if run.offline else run.url
         reason = f" ({why})" if why else ""
         print(f"W&B: offline{reason}; afterwards: {self.closing_line()}" if run.offline else f"W&B: online, {run.url}")
 
     def _init(self) -> str:
-        """Begins a run; returns why it is offline if that is not what was asked for."""
-        # wandb's own telemetry holds up the end of a process without a network by tens of seconds.
+        """Begin a run; returns why it is offline if online was asked for."""
+        # Without a network wandb's own telemetry delays the end of the process by tens of seconds.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
         mode, why = decide(self.mode)
@@ -114,7 +110,7 @@ class Wandb(WandbLogger):
             try:
                 _ = super().experiment
                 return ""
-            except Exception as error:  # whatever became of the network, the training goes on
+            except Exception as error:  # training continues, whatever is wrong with the network
                 mode, why = "offline", str(error).partition("\n")[0]
                 wandb.teardown()  # the failed attempt still holds the run's id
         self._wandb_init.update(mode=mode, resume=None)
@@ -128,17 +124,13 @@ class Wandb(WandbLogger):
         return _sync(*sorted(self.folder.parent.glob(f"offline-run-*-{self.version}")))
 
     @rank_zero_only
-    def close(self, exit_code: int = 0) -> None:
-        """Ends the run, so that its files are whole and another may begin in this process.
-
-        Args:
-            exit_code: Other than 0 for a run that failed.
-        """
+    def close(self) -> None:
+        """End the run: its files are complete, and another may begin in this process."""
         if self._experiment is None:
             return
         run, self._experiment = self._experiment, None
         try:
-            run.finish(exit_code)
+            run.finish()
         except TimeoutError:
             print(f"W&B: not all was uploaded; afterwards: {_sync(Path(run.sync_dir).absolute())}")
         if self._url is None:
@@ -149,25 +141,25 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def log_config(self, config: dict[str, Any]) -> None:
-        """Stores the resolved config under the one key `config`."""
+        """Store the resolved config under the key `config`."""
         self.experiment.config.update({"config": config}, allow_val_change=True)
 
     @rank_zero_only
     def log_classes(self, classes: list[str]) -> None:
-        """Stores the class names, in the order of their labels, under the key `classes`."""
+        """Store the class names, in the order of their labels, under the key `classes`."""
         self.experiment.config.update({"classes": classes}, allow_val_change=True)
 
     @rank_zero_only
     def log_mistakes(
         self, classes: list[str], labels: Sequence[int], predictions: Sequence[int], worst: Sequence[Mistake]
     ) -> None:
-        """Logs the tables `mistakes` and `confusion`: once, at the end, for all images of an evaluation.
+        """Log the tables `mistakes` and `confusion`.
 
         Args:
-            classes: The class names, in the order of their labels.
-            labels: The true label of each image.
-            predictions: The predicted label of each image.
-            worst: The mistakes to show.
+            classes: the class names, in the order of their labels.
+            labels: the true label of each image.
+            predictions: the predicted label of each image.
+            worst: the mistakes to show.
         """
         rows: list[list[Any]] = [[m.path, classes[m.label], classes[m.prediction], m.probability] for m in worst]
         columns: list[str | int] = ["path", "label", "prediction", "probability"]
@@ -193,20 +185,16 @@ def _picture(path: str) -> wandb.Image | None:
         with Image.open(path) as picture:
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             return wandb.Image(ImageOps.exif_transpose(picture).convert("RGB"), file_type="jpg")
-    except OSError:  # not a file of its own, or damaged: the row goes without
+    except OSError:  # in a shard, or damaged: a row without an image
         return None
 
 
 def confusion_rows(classes: list[str], labels: Sequence[int], predictions: Sequence[int]) -> list[tuple[str, str, int]]:
-    """Counts (label, prediction) pairs: every cell of the matrix up to 50 classes, else the 50 most confused pairs.
-
-    Raises:
-        ValueError: There are more labels than predictions, or fewer.
-    """
-    counts = Counter((int(a), int(b)) for a, b in zip(labels, predictions, strict=True))
-    if len(classes) <= WHOLE_CONFUSION:
+    """Count (label, prediction) pairs: every cell of the matrix up to 50 classes, else the 50 most confused pairs."""
+    counts = Counter(zip(labels, predictions, strict=True))
+    if len(classes) <= MAX_CONFUSION:
         cells = [(a, b) for a in range(len(classes)) for b in range(len(classes))]
     else:
         confused = [pair for pair in counts if pair[0] != pair[1]]
-        cells = sorted(confused, key=lambda pair: (-counts[pair], pair))[:WHOLE_CONFUSION]
+        cells = sorted(confused, key=lambda pair: (-counts[pair], pair))[:MAX_CONFUSION]
     return [(classes[a], classes[b], counts[a, b]) for a, b in cells]

@@ -1,4 +1,4 @@
-"""What a ViT is built of: patch embedding, attention, MLP, encoder block. B is the batch, D the width."""
+"""The parts of a ViT: patch embedding, attention, MLP, encoder block. B is the batch, D the width."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.model.position import rotate
+from vitlit.model.position import Rotary, rotate
 
 if TYPE_CHECKING:
     from vitlit.model.vit import ViTConfig
 
-Rotary = tuple[Tensor, Tensor]
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 
 
@@ -29,7 +28,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D).
 
-    With `qk_norm` queries and keys are normalised head by head (2302.05442, section 2); with `rotary` they are turned.
+    With `qk_norm`, queries and keys are normalised per head (2302.05442, section 2). `rotary` rotates them.
     """
 
     def __init__(self, config: "ViTConfig") -> None:
@@ -55,10 +54,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, a nonlinearity between them and dropout after each: (B, tokens, D) -> (B, tokens, D).
+    """Two linear layers with a nonlinearity between them and dropout after each: (B, tokens, D) -> (B, tokens, D).
 
-    gelu is exact, gelu_tanh its approximation (JAX's default). For swiglu (2002.05202) `fc1` gives 2 * mlp_dim
-    channels, of which the first half, through SiLU, gates the second.
+    gelu is exact; gelu_tanh is its approximation (JAX's default). For swiglu (2002.05202), `fc1` has 2 * mlp_dim
+    outputs: the first half, after SiLU, gates the second.
     """
 
     def __init__(self, width: int, mlp_dim: int, activation: Activation, dropout: float) -> None:
@@ -79,7 +78,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for every channel (2103.17239, section 2)."""
+    """A learned factor per channel (2103.17239, section 2)."""
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
@@ -91,7 +90,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (1603.09382): in training, zero for a share `p` of the samples, the others divided by 1 - p."""
+    """Stochastic depth (1603.09382): in training, drops a sample with probability p and divides the rest by 1 - p."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

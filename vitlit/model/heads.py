@@ -1,4 +1,4 @@
-"""What follows the encoder: the attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
+"""The attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
 
 from collections import OrderedDict
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention of one learned query over the tokens, then an MLP (2106.04560, section 3.2).
+    """Attention of one learned query over the tokens, then an MLP (2106.04560, section 3.2).
 
-    (B, tokens, D) -> (B, D). Its MLP is never gated: where the blocks have swiglu, it has gelu.
+    (B, tokens, D) -> (B, D). The MLP is never gated: if the blocks use swiglu, it uses gelu.
     """
 
     def __init__(self, config: "ViTConfig") -> None:
@@ -49,11 +49,9 @@ def linear_head(width: int, num_classes: int) -> nn.Linear:
 def tanh_head(width: int, hidden_dim: int, num_classes: int) -> nn.Sequential:
     """The pretraining head: Linear, tanh, Linear, (B, width) -> (B, num_classes).
 
-    The output layer starts at zero, the hidden one Xavier-uniform (google-research/vision_transformer).
+    The hidden layer starts Xavier-uniform, the output layer at zero (google-research/vision_transformer).
     """
     hidden = nn.Linear(width, hidden_dim)
     nn.init.xavier_uniform_(hidden.weight)
     nn.init.zeros_(hidden.bias)
-    return nn.Sequential(
-        OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=linear_head(hidden_dim, num_classes)),
-    )
+    return nn.Sequential(OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=linear_head(hidden_dim, num_classes)))

@@ -1,4 +1,4 @@
-"""How a ViT begins."""
+"""Initial weights."""
 
 import math
 from typing import TYPE_CHECKING
@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def init_weights(vit: "ViT") -> None:
-    """Initialise all but the head as google-research/vision_transformer does (`models_vit.py`).
-
-    Queries, keys and values are three Xavier-uniform matrices, and so are the halves of a gated MLP: one draw over the
-    fused matrix would have the wrong fan.
-    """
+    """Initialise everything but the head as google-research/vision_transformer does (`models_vit.py`)."""
     patches = vit.patch_embed.proj
-    lecun = math.sqrt(1 / math.prod(patches.weight.shape[1:])) / 0.87962566103423978  # std of N(0, 1) cut at 2
+    lecun = math.sqrt(1 / math.prod(patches.weight.shape[1:])) / 0.87962566103423978  # std of N(0, 1) truncated at 2
     nn.init.trunc_normal_(patches.weight, std=lecun, a=-2 * lecun, b=2 * lecun)
     if patches.bias is not None:
         nn.init.zeros_(patches.bias)
@@ -34,13 +30,12 @@ def init_weights(vit: "ViT") -> None:
     if isinstance(vit.pos_embed, nn.Parameter):
         nn.init.trunc_normal_(vit.pos_embed, std=0.02)
     if vit.attn_pool is not None:
-        nn.init.xavier_uniform_(vit.attn_pool.latent[0])  # (1, D): torch would take D of three axes for a kernel
+        nn.init.xavier_uniform_(vit.attn_pool.latent[0])  # (1, D), whose fan is right
         for layer, parts in ((vit.attn_pool.q, 1), (vit.attn_pool.kv, 2), (vit.attn_pool.proj, 1)):
             xavier(layer, parts)
     init_layers(vit)
 
 
-@torch.no_grad()
 def init_layers(network: nn.Module) -> None:
     """Initialise every attention, MLP, layer scale and LayerNorm of a network."""
     for module in network.modules():
@@ -58,15 +53,14 @@ def init_layers(network: nn.Module) -> None:
 
 @torch.no_grad()
 def xavier(layer: nn.Linear, parts: int = 1, bias_std: float = 0.0) -> None:
-    """Xavier-uniform for each of the equal parts of a layer's outputs."""
+    """Initialise equal parts of a layer one by one (q, k and v; a gated MLP): the fused matrix has another fan."""
     for matrix in layer.weight.chunk(parts):
         nn.init.xavier_uniform_(matrix)
     if layer.bias is not None:
         nn.init.normal_(layer.bias, std=bias_std)
 
 
-@torch.no_grad()
 def fill_positions(vit: "ViT") -> None:
-    """Fill a fixed position table, which no state dict holds (a model built on the meta device lacks it)."""
+    """Fill a fixed position table. No state dict holds it, so a model built on the meta device needs this."""
     if vit.pos_embed is not None and vit.position != "learned":
         vit.pos_embed.copy_(sincos2d(vit.grid, vit.width, vit.position))

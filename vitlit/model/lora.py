@@ -1,4 +1,4 @@
-"""Low-rank adaptation (2106.09685): frozen linear layers, each beside a trained product of two thin matrices."""
+"""Low-rank adaptation (2106.09685): each frozen linear layer gets a trained product of two thin matrices."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from torch.nn import functional as F
 from vitlit.errors import UserError
 from vitlit.model.vit import ViT
 
-ADDED = (".lora_a", ".lora_b", ".lora_scale")
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+TENSORS = (".lora_a", ".lora_b", ".lora_scale")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which linear layers of the blocks are adapted, and how far (2106.09685, section 4.1).
+    """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1).
 
     Args:
-        rank: of the product; (rank, in) and (out, rank) are trained for each layer.
-        alpha: the product counts alpha / rank times.
-        layers: names within a block, of attn.qkv, attn.proj, mlp.fc1 and mlp.fc2.
+        rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix.
+        alpha: the product is scaled by alpha / rank.
+        layers: names within a block: attn.qkv, attn.proj, mlp.fc1, mlp.fc2.
 
     Raises:
-        UserError: the rank is less than 1 or more than a layer's, alpha is not above 0, or a block has no such layer.
+        UserError: the rank is less than 1 or more than a layer's, alpha is not positive, or a layer is unknown.
     """
 
     rank: int = 8
@@ -36,10 +37,8 @@ class LoRA:
             raise UserError(f"model.lora.rank {self.rank} is less than 1")
         if self.alpha <= 0:
             raise UserError(f"model.lora.alpha {self.alpha} is not above 0")
-        known = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-        strange = [layer for layer in self.layers if layer not in known]
-        if strange or not self.layers:
-            raise UserError(f"model.lora.layers {strange or 'is empty'}; choose of {' '.join(known)}")
+        if not self.layers or not set(self.layers) <= set(LAYERS):
+            raise UserError(f"model.lora.layers {list(self.layers)} must be one or more of {' '.join(LAYERS)}")
 
 
 class LoRALinear(nn.Linear):
@@ -59,40 +58,35 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(vit: ViT, lora: LoRA) -> None:
-    """Freeze a ViT but its head, and put adapters beside its layers. Its outputs stay as they are."""
+    """Freeze everything but the head and add adapters to the layers. The ViT's outputs stay the same."""
     for name, parameter in vit.named_parameters():
         parameter.requires_grad_(name.startswith("head"))
     for block in vit.blocks:
-        for layer in lora.layers:
-            owner, _, name = layer.rpartition(".")
-            part = block.get_submodule(owner)
-            adapted = part.get_submodule(name)
-            assert isinstance(adapted, nn.Linear)
-            if lora.rank > min(adapted.weight.shape):
-                raise UserError(f"model.lora.rank {lora.rank} is more than {layer} has, {min(adapted.weight.shape)}")
-            setattr(part, name, LoRALinear(adapted, lora.rank, lora.alpha))
+        for name in lora.layers:
+            layer = block.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            if lora.rank > min(layer.weight.shape):
+                raise UserError(f"model.lora.rank {lora.rank} is more than {name} has, {min(layer.weight.shape)}")
+            block.set_submodule(name, LoRALinear(layer, lora.rank, lora.alpha))
 
 
 def merge(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Put the adapters of a state dict into the weights beside them.
+    """Merge the adapters of a state dict into the weights they adapt.
 
     Returns:
-        (the state of the plain network; what of `state` it replaces or lacks, adapters and the weights beside them).
+        (the state of the network without adapters; the entries of `state` that it changes or leaves out).
     """
-    layers = [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]
-    before = {
-        name: state[name] for layer in layers for name in (f"{layer}.weight", *(f"{layer}{part}" for part in ADDED))
-    }
-    plain = {name: tensor for name, tensor in state.items() if not name.endswith(ADDED)}
-    for layer in layers:
-        a, b, scale = (before[f"{layer}{part}"] for part in ADDED)
-        product = scale.double() * (b.double() @ a.double())
-        weight = plain[f"{layer}.weight"]
-        plain[f"{layer}.weight"] = (weight.double() + product).to(weight.dtype)
-    return plain, before
+    merged = {name: tensor for name, tensor in state.items() if not name.endswith(TENSORS)}
+    replaced: dict[str, Tensor] = {}
+    for layer in [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]:
+        names = [f"{layer}{tensor}" for tensor in (".weight", *TENSORS)]
+        weight, a, b, scale = (state[name] for name in names)
+        merged[names[0]] = (weight.double() + scale.double() * (b.double() @ a.double())).to(weight.dtype)
+        replaced |= {name: state[name] for name in names}
+    return merged, replaced
 
 
-def without_adaptation(vit: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by name, such that they change nothing: B is zero."""
-    found = {name: tensor for name, tensor in vit.state_dict().items() if name.endswith(ADDED)}
-    return {name: torch.zeros_like(t) if name.endswith(".lora_b") else t for name, t in found.items()}
+def zero_adapters(vit: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors by name, with B zero, so that they change nothing."""
+    adapters = {name: tensor for name, tensor in vit.state_dict().items() if name.endswith(TENSORS)}
+    return {name: torch.zeros_like(t) if name.endswith(".lora_b") else t for name, t in adapters.items()}

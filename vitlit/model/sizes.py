@@ -1,4 +1,4 @@
-"""The sizes of a ViT that have names."""
+"""The named sizes of a ViT."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from vitlit.errors import UserError
 
 
 class Size(NamedTuple):
-    """One row of the size table."""
+    """A row of the size table."""
 
     width: int
     depth: int
@@ -29,11 +29,7 @@ SIZES = {
 
 
 def parse_preset(preset: str) -> tuple[Size, int]:
-    """The size and the patch size in pixels that a preset such as B/16 names.
-
-    Raises:
-        UserError: it is not SIZE/PATCH, or the table has no such size.
-    """
+    """The size and the patch size in pixels of a preset such as B/16; UserError if it is not SIZE/PATCH."""
     name, _, patch = preset.partition("/")
     if name not in SIZES or not patch.isdecimal() or int(patch) == 0:
         raise UserError(f"preset {preset!r} is not SIZE/PATCH with SIZE one of {' '.join(SIZES)}, such as B/16")

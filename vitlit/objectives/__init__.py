@@ -1,4 +1,4 @@
-"""What a ViT is asked to learn, one idea a file. Torch only."""
+"""What a ViT learns, one idea per file. Torch only."""
 
 from vitlit.objectives.distillation import Distillation
 from vitlit.objectives.mae import MAE

@@ -13,21 +13,22 @@ from vitlit.objectives.supervised import Supervised
 
 
 class Distillation(Supervised):
-    """Cross entropy on labels, and on what a teacher says of the same images.
+    """Cross entropy on labels, plus a loss on a teacher's predictions for the same images.
 
     hard: cross entropy on the teacher's most probable class (2012.12877, equation 3). soft: the Kullback-Leibler
     divergence of the softened probabilities, times temperature^2 (1503.02531, section 2). A ViT with `distilled: true`
-    learns the teacher's answer by its distillation token and the labels by its class token, another by its one head.
+    learns from the teacher with its distillation token and from the labels with its class token; any other ViT learns
+    both with its one head.
 
     Args:
-        vit: the headless ViT; it is given its head here.
+        vit: the headless ViT; it gets its head here.
         teacher: a run folder, a file of any known format, or hf:OWNER/NAME, with a head for the same classes. It sees
-            the student's images, mixed and erased as they are, normalised as it is used to. A stage reads it when
-            training starts; it is no part of a checkpoint.
+            the student's images, mixing and erasing included, in its own normalisation. It is read when training
+            starts and is not part of a checkpoint.
         kind: hard or soft.
-        share: of the loss that is the teacher's; the rest is the labels'.
-        temperature: of soft.
-        **options: as `Supervised` takes them.
+        share: weight of the teacher's loss; the labels' loss has the rest.
+        temperature: temperature of soft.
+        **options: those of `Supervised`.
 
     Raises:
         UserError: as `Supervised`, or a number is out of range.
@@ -52,65 +53,60 @@ class Distillation(Supervised):
         if self.multi_label:
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature
-        self._teacher: list[Any] = []  # in a list, so that its parameters are none of this module's
+        self._teacher: list[Any] = []  # network, scale and shift; a list hides its parameters from this module's
 
     def set_teacher(self, teacher: ViT) -> None:
-        """Hand over the network that `teacher` names; a stage does so before training."""
+        """Pass in the network that `teacher` names. The stage does so before training."""
         self._teacher = [teacher.requires_grad_(False).eval()]
 
     def prepare(self, data: Any) -> None:
-        """Compare the teacher with the data.
+        """Compare the teacher with the data, and adapt it to their normalisation.
 
         Raises:
-            UserError: it has other classes than the data, or cannot see images of this size.
+            UserError: the teacher has other classes than the data, or its patch size does not divide the images.
         """
         super().prepare(data)
-        (teacher, *_) = self._teacher
-        classes, own = teacher.config.num_classes, list(getattr(data, "classes", []))
+        teacher: ViT = self._teacher[0]
+        classes = teacher.config.num_classes
         if not classes:
             raise UserError(f"the teacher {self.teacher} has no head; finetune it first")
         if classes != self.num_classes:
             raise UserError(f"the teacher {self.teacher} has {classes} classes, the data {self.num_classes}")
-        if teacher.classes and own and teacher.classes != own:
+        if difference := first_difference(teacher.classes, list(getattr(data, "classes", []))):
             raise UserError(
-                f"the teacher {self.teacher} has other class names than the data, or in another order: "
-                f"{first_difference(teacher.classes, own)}"
+                f"the teacher {self.teacher} has other class names than the data, or another order: {difference}"
             )
-        sees: Any = teacher.preprocess
-        gets: Any = getattr(data, "preprocess", None)
-        if gets is not None:
+        scale, shift = torch.ones(1), torch.zeros(1)
+        theirs: Any = teacher.preprocess
+        ours: Any = getattr(data, "preprocess", None)
+        if ours is not None:
             try:
-                teacher.grid_of(*gets.image_size)
+                teacher.grid_of(*ours.image_size)
             except UserError as error:
                 raise UserError(f"the teacher {self.teacher} cannot see the student's images: {error}") from error
-        scale, shift = torch.ones(1), torch.zeros(1)
-        if sees is not None and gets is not None:
-            mean, std = torch.tensor(gets.mean), torch.tensor(gets.std)
-            scale, shift = std / torch.tensor(sees.std), (mean - torch.tensor(sees.mean)) / torch.tensor(sees.std)
+        if ours is not None and theirs is not None:
+            mean, std = torch.tensor(theirs.mean), torch.tensor(theirs.std)
+            scale, shift = torch.tensor(ours.std) / std, (torch.tensor(ours.mean) - mean) / std
         self._teacher = [teacher, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)]
-
-    @torch.no_grad()
-    def _taught(self, images: Tensor) -> Tensor:
-        """The teacher's logits (B, classes)."""
-        self._teacher = [part.to(images.device) for part in self._teacher]
-        teacher, scale, shift = self._teacher
-        logits: Tensor = teacher(images * scale + shift)
-        return logits
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         if not self.training:
             return super().forward(vit, batch, progress)
-        images, labels = batch.views[0], batch.labels
-        own, follower = vit.heads(vit.features(images))
-        by_labels = self.error(own, labels)
-        by_teacher = self._disagreement(own if follower is None else follower, self._taught(images))
+        images = batch.views[0]
+        logits, distilled = vit.heads(vit.features(images))
+        by_labels = self.error(logits, batch.labels)
+        by_teacher = self._teacher_loss(logits if distilled is None else distilled, images)
         loss = (1 - self.share) * by_labels + self.share * by_teacher
-        logits = own if follower is None else (own + follower) / 2
+        if distilled is not None:
+            logits = (logits + distilled) / 2
         return Step(loss, logits, {"loss_labels": by_labels.detach(), "loss_teacher": by_teacher.detach()})
 
-    def _disagreement(self, logits: Tensor, taught: Tensor) -> Tensor:
+    def _teacher_loss(self, logits: Tensor, images: Tensor) -> Tensor:
+        self._teacher = [part.to(images.device) for part in self._teacher]
+        teacher, scale, shift = self._teacher
+        with torch.no_grad():
+            target = teacher(images * scale + shift)
         if self.kind == "hard":
-            return F.cross_entropy(logits, taught.argmax(-1))
-        softened = F.log_softmax(logits / self.temperature, -1)
-        target = F.log_softmax(taught / self.temperature, -1)
-        return F.kl_div(softened, target, reduction="batchmean", log_target=True) * self.temperature**2
+            return F.cross_entropy(logits, target.argmax(-1))
+        logits, target = (F.log_softmax(x / self.temperature, -1) for x in (logits, target))
+        return F.kl_div(logits, target, reduction="batchmean", log_target=True) * self.temperature**2

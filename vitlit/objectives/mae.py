@@ -1,6 +1,6 @@
-"""Masked autoencoding (2111.06377): most patches are hidden, and their pixels are predicted from the rest.
+"""Masked autoencoding (2111.06377): hide most patches and predict their pixels from the rest.
 
-B is the batch, N the number of patches, K the number that the encoder sees, P the patch size, C the channels.
+B is the batch, N the number of patches, K of them visible, S the prefix tokens, P the patch size, C the channels.
 """
 
 import math
@@ -13,24 +13,23 @@ from vitlit.model import ViT, ViTConfig
 from vitlit.model.block import Block
 from vitlit.model.init import init_layers, xavier
 from vitlit.model.position import sincos2d
-from vitlit.objectives.objective import Batch, Objective, Step
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
 
 
 class MAE(Objective):
     """Mean squared error of the pixels of hidden patches (2111.06377, section 3).
 
-    The ViT encodes the visible patches only. A smaller transformer, the decoder, sees them in their places among mask
-    tokens, and predicts pixels. The paper's encoder has `position: sincos2d_mae`. Validation hides the same patches of
-    an image every time. Parameter names are those of facebookresearch/mae.
+    The ViT encodes only the visible patches. A smaller transformer, the decoder, fills their gaps with mask tokens and
+    predicts pixels. The paper's encoder has `position: sincos2d_mae`. In validation, an image always has the same
+    hidden patches. Parameter names are those of facebookresearch/mae.
 
     Args:
-        vit: the ViT that learns; a head is removed.
-        mask_ratio: share of the patches that is hidden.
+        vit: the encoder; its head is removed.
+        mask_ratio: the share of patches to hide.
         decoder_width: size of the decoder's tokens.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder; must divide its width.
-        normalize_pixels: whether each patch's pixels are normalised by their own mean and variance before they are
-            compared.
+        normalize_pixels: whether the target is each patch's pixels normalised by their own mean and variance.
 
     Raises:
         UserError: an option is out of range, or the ViT has parts that MAE does not train.
@@ -83,15 +82,15 @@ class MAE(Objective):
         return Step(loss)
 
     def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide patches, predict them, and compare.
+        """Hide patches, predict their pixels and compare.
 
         Args:
             vit: the encoder.
-            images: (B, C, H, W) of the ViT's own size.
-            noise: (B, N); the K patches with the lowest values are visible. By default drawn from torch's generator.
+            images: (B, C, H, W), of the ViT's own size.
+            noise: (B, N); the K patches with the lowest values stay visible. By default random.
 
         Returns:
-            the loss, a scalar; the predicted pixels of all patches, (B, N, P * P * C); which were hidden, (B, N), bool.
+            the loss, a scalar; the predicted pixels of all patches, (B, N, P * P * C); which are hidden, (B, N), bool.
         """
         target = patchify(at_least_float32(images), vit.patch_size)
         if self.normalize_pixels:
@@ -106,7 +105,7 @@ class MAE(Objective):
         return (error * hidden).sum() / hidden.sum(), predicted, hidden
 
     def decode(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """Pixels of all patches, (B, N, P * P * C), from the ViT's tokens (B, S + K, D) and their indices (B, K)."""
+        """Predict all patches, (B, N, P * P * C), from encoded tokens (B, S + K, D) and the patches' indices (B, K)."""
         tokens = self.decoder_embed(tokens)
         prefix, visible = tokens.split([tokens.shape[1] - self.kept, self.kept], dim=1)
         patches = self.mask_token.to(tokens.dtype).expand(len(tokens), self.decoder_pos_embed.shape[1], -1)
@@ -118,20 +117,15 @@ class MAE(Objective):
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """The pixels of each patch by row, column and channel: (B, C, H, W) -> (B, N, P * P * C)."""
+    """The pixels of each patch, ordered by row, column, channel: (B, C, H, W) -> (B, N, P * P * C)."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     pixels = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """A loss of 16 bits would be too coarse."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def image_noise(indices: Tensor, patches: int) -> Tensor:
-    """Noise (B, N) that depends on nothing but the images' indices (B,): a hash to 32 bits, the same on any device."""
+    """Noise (B, N) that depends only on the images' indices (B,): a 32-bit hash, the same on any device."""
     noise = indices[:, None] * patches + torch.arange(patches, device=indices.device)
     for _ in range(2):
         noise = ((noise >> 16 ^ noise) * 0x45D9F3B) & 0xFFFFFFFF

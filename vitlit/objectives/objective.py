@@ -1,4 +1,4 @@
-"""What a ViT is asked to learn: a batch in, a `Step` out."""
+"""What a ViT learns: a `Batch` in, a `Step` out."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ class Batch(NamedTuple):
     """A batch of images, normalised and on the device.
 
     Attributes:
-        views: one tensor of images (B, C, H, W) a view; plain training has one view.
-        labels: class numbers (B,), int64, or shares of classes (B, classes), float. -1 where there are no labels.
+        views: one tensor of images (B, C, H, W) per view; plain training has one view.
+        labels: class numbers (B,), int64, or shares of classes (B, classes), float; -1 without labels.
         indices: positions of the images in their split, (B,), int64.
     """
 
@@ -25,16 +25,12 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, batch: Any) -> "Batch":
-        """Of what a loader of one's own yields: images, (images, labels) or (images, labels, indices).
-
-        Raises:
-            UserError: it is none of these.
-        """
+        """A batch from any loader: images, (images, labels) or (images, labels, indices), else UserError."""
         if isinstance(batch, Batch):
             return batch
-        parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+        parts = list(batch) if isinstance(batch, list | tuple) else [batch]
         if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in parts):
-            raise UserError("a loader yields images, (images, labels) or (images, labels, indices), all tensors")
+            raise UserError("a loader must yield images, (images, labels) or (images, labels, indices), all tensors")
         images = parts[0]
         labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1, device=images.device)
         indices = parts[2] if len(parts) > 2 else torch.arange(len(images), device=images.device)
@@ -42,13 +38,13 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an objective computes from one batch.
+    """What an objective computes from a batch.
 
     Attributes:
         loss: the mean over the batch, a scalar.
         logits: (B, classes) from an objective that classifies, else None.
         logs: further scalars to log, by name.
-        features: (B, D) pooled features of the first view, detached, where the objective has them; probes use them.
+        features: pooled features of the first view, (B, D), detached, if the objective has them; probes use them.
     """
 
     loss: Tensor
@@ -60,8 +56,8 @@ class Step(NamedTuple):
 class Objective(nn.Module, ABC):
     """Base class of the objectives.
 
-    The constructor receives the headless ViT, to give it a head or to size parts of its own. It must not keep it:
-    the stage owns the ViT and passes it at every call, so that a parameter has one name in a checkpoint.
+    The constructor receives the headless ViT, to give it a head or to size its own parts. It must not keep it: the
+    stage owns the ViT and passes it to every call, so a parameter has one name in a checkpoint.
 
     Attributes:
         views: how many views of an image a batch must have: exactly 1, or at least 2.
@@ -75,7 +71,7 @@ class Objective(nn.Module, ABC):
         super().__init__()
 
     def prepare(self, data: Any) -> None:
-        """Called once before training with the data module, None where training has none.
+        """Called once before training with the data module, or None if there is none.
 
         Raises:
             UserError: the objective cannot learn from this data.
@@ -83,18 +79,15 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        """Compute the loss of a batch.
+        """Compute the loss of a batch, in training (`self.training`) or validation.
 
-        Args:
-            vit: that learns.
-            batch: of training (`self.training`) or of validation.
-            progress: the share of training that is done, step / total steps, in [0, 1), for schedules.
+        `progress` is the share of training that is done, step / total steps, in [0, 1), for schedules.
         """
 
     def after_step(self, vit: ViT, progress: float) -> None:
-        """Called once after every optimiser step, as for a teacher that follows the ViT.
+        """Called after every optimiser step with the updated ViT and that step's progress, e.g. to move a teacher."""
 
-        Args:
-            vit: with the weights of after the step.
-            progress: of that step, as in `forward`.
-        """
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Losses are not computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,28 +9,28 @@ from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.objectives.objective import Batch, Objective, Step
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
 
 
 class Supervised(Objective):
     """Cross entropy on labels (2010.11929, section 3.1), hard or soft.
 
-    softmax is the usual one. sigmoid asks about each class by itself, summed over the classes (2106.10270). bce is its
-    mean over the classes, where a class that is mixed in at all counts whole (2110.00476, section 3; DeiT III).
-    Validation is by the plain loss: label smoothing and class weights act in training alone.
+    softmax is the usual loss. sigmoid is binary cross entropy per class, summed over the classes (2106.10270). bce is
+    its mean over the classes, with every class of a mixed label counted in full (2110.00476, section 3; DeiT III).
+    Label smoothing and class weights act in training only, not in validation.
 
     Args:
-        vit: the headless ViT; it is given its head here.
-        num_classes: those of the ViT's head unless given; the command line fills it from the data.
-        head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default that of the stage.
-        hidden_dim: hidden units of the pretraining head; the ViT's width unless given.
-        head_std: standard deviation of the output layer's initial weights, normal and cut at 2 as timm's; 0 for zeros.
-        head_bias: the output layer's initial bias; for sigmoid -log(classes) or so, since most answers are no.
+        vit: the headless ViT; it gets its head here.
+        num_classes: by default that of the ViT's head; the command line fills it from the data.
+        head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default the stage decides.
+        hidden_dim: hidden units of the pretraining head; by default the ViT's width.
+        head_std: standard deviation of the output layer's initial weights, normal, truncated at +-2 like timm's; 0 for
+            zeros.
+        head_bias: initial bias of the output layer; about -log(classes) suits sigmoid, where most targets are 0.
         loss: softmax, sigmoid or bce.
         label_smoothing: the share of each label that is spread over all classes (1512.00567, section 7).
-        class_weights: balanced weighs an image's loss by N / (classes x images of its class), whose mean over the
-            training images is 1 (scikit-learn's formula; not divided by a batch's own weights, so that accumulation
-            changes nothing).
+        class_weights: balanced multiplies an image's loss by N / (classes x images of its class), scikit-learn's
+            formula. The mean over the training images is 1.
         multi_label: whether an image may have several classes; the command line fills it from the data.
 
     Raises:
@@ -70,9 +70,9 @@ class Supervised(Objective):
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
         if hidden_dim not in (None, vit.config.hidden_dim):
             raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
-        for made in (vit.head, vit.head_dist):
-            if made is not None:
-                output = made if isinstance(made, nn.Linear) else made.get_submodule("out")
+        for module in (vit.head, vit.head_dist):
+            if module is not None:
+                output = module if isinstance(module, nn.Linear) else module.get_submodule("out")
                 assert isinstance(output, nn.Linear)
                 if head_std:
                     nn.init.trunc_normal_(output.weight, std=head_std)
@@ -83,7 +83,7 @@ class Supervised(Objective):
         self.register_buffer("weights", None, persistent=False)
 
     def prepare(self, data: Any) -> None:
-        """Weigh the classes by the images that the training set has of each."""
+        """Compute class weights from the number of training images per class."""
         if self.class_weights is None:
             return
         counts = getattr(data, "class_counts", None)
@@ -100,7 +100,7 @@ class Supervised(Objective):
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits (B, classes) on labels (B,) or shares of classes (B, classes), a scalar."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # not a loss of 8 bits
+        logits = at_least_float32(logits)
         shares = F.one_hot(labels, self.num_classes).to(logits.dtype) if labels.ndim == 1 else labels
         targets = (shares > 0).to(shares.dtype) if self.loss == "bce" else shares
         if self.training and self.label_smoothing:
@@ -115,5 +115,5 @@ class Supervised(Objective):
         return errors.mean()
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Class probabilities (B, classes), float32: softmax, or for sigmoid and bce each class by itself."""
+        """Class probabilities (B, classes), float32: softmax, or a sigmoid per class for sigmoid and bce."""
         return logits.float().softmax(-1) if self.loss == "softmax" else logits.float().sigmoid()

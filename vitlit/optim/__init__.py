@@ -1,4 +1,4 @@
-"""How parameters move: groups, schedules, and the optimizer that torch lacks."""
+"""Parameter groups, learning-rate schedules, and an optimizer that torch lacks."""
 
 from vitlit.optim.groups import Groups, OptimizerFactory, build_optimizer, table
 from vitlit.optim.lamb import LAMB

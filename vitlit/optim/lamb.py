@@ -14,16 +14,16 @@ from vitlit.errors import UserError
 class LAMB(Optimizer):
     """AdamW's direction, scaled for each tensor by |parameter| / |direction| (1904.00962, algorithm 2).
 
-    As NVIDIA's FusedLAMB, which DeiT III was trained with: gradients are clipped by their global norm first, and
+    Like NVIDIA's FusedLAMB, with which DeiT III was trained: gradients are first clipped by their global norm, and
     tensors without weight decay are not scaled.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
-        betas: of the averages of the gradient and its square.
+        betas: decay rates of the running averages of the gradient and its square.
         eps: added to the denominator.
-        weight_decay: added to the direction, times the parameter, before it is scaled.
-        max_grad_norm: what the gradients' global norm is clipped to; None for no clipping.
+        weight_decay: times the parameter, added to the direction before scaling.
+        max_grad_norm: the largest global norm of the gradients; None for no clipping.
     """
 
     def __init__(
@@ -45,24 +45,17 @@ class LAMB(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        clip = self._clip()
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        clip = None
+        if self.max_grad_norm is not None and gradients:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            clip = (norm / self.max_grad_norm).clamp(min=1.0)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(group, parameters, clip)
         return loss
-
-    def _clip(self) -> Tensor | None:
-        """What gradients are divided by, a scalar of at least 1."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.max_grad_norm is None or not gradients:
-            return None
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return (norm / self.max_grad_norm).clamp(min=1.0)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], clip: Tensor | None) -> None:
         beta1, beta2 = group["betas"]

@@ -1,6 +1,7 @@
 """Learning-rate schedules, by optimiser step."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,22 +13,21 @@ from vitlit.errors import UserError
 class Schedule:
     """Linear warm-up from zero, a decay, and a linear cool-down to zero (big_vision, utils.py).
 
-    Lengths are a number of steps, or text such as "5 epochs" or "10%" of the training. Update t, from 0, uses the
-    learning rate of t: with a warm-up the first update has none.
+    A length is a number of steps, or text such as "5 epochs" or "10%" of the training. Steps count from 0, so with a
+    warm-up the first update has a learning rate of 0.
 
     Args:
-        warmup: the length over which the learning rate rises from 0.
-        decay: the curve after it: cosine and linear fall to `final`; rsqrt is 1 / sqrt(1 + t / timescale), t steps
-            after the warm-up; constant stays.
-        cooldown: the length at the end over which the learning rate is brought to 0, for rsqrt and constant.
-        timescale: steps, of rsqrt.
-        final: what cosine and linear fall to, as a multiple of the peak: one step after the last, whose learning rate
-            is above it by the curve's last step.
-        lr_per: images of global batch that the optimizer's lr is for: the peak is lr x data.batch_size / lr_per. Unless
-            given, the lr is the peak.
+        warmup: length of the rise from 0 to the peak.
+        decay: the curve after the warm-up: cosine and linear fall to `final`; rsqrt is 1 / sqrt(1 + t / timescale), t
+            steps after the warm-up; constant stays at the peak.
+        cooldown: length of the fall to 0 at the end, for rsqrt and constant.
+        timescale: steps, for rsqrt.
+        final: where cosine and linear end, one step after the last, as a multiple of the peak.
+        lr_per: the global batch size that the optimizer's lr is meant for: the peak is lr x data.batch_size / lr_per.
+            By default the peak is lr.
 
     Raises:
-        UserError: a length is of no such form, or a number is out of range.
+        UserError: a length has no such form, or a number is out of range.
     """
 
     warmup: int | str = 0
@@ -54,7 +54,7 @@ class Schedule:
             raise UserError(f"model.schedule.cooldown is for rsqrt and constant; {self.decay} has final")
 
     def over(self, total: int, epoch: int = 0) -> Callable[[int], float]:
-        """The multiple of the peak learning rate by update, in a training of `total` steps, `epoch` steps an epoch.
+        """The learning rate as a multiple of the peak, by step, in a training of `total` steps, `epoch` per epoch.
 
         Raises:
             UserError: warm-up and cool-down do not fit into the training.
@@ -87,19 +87,15 @@ class Schedule:
 
 
 def length(name: str, value: int | str, total: int, epoch: int) -> int:
-    """Steps of a length: a number, or text such as "5 epochs" or "10%" of the total.
+    """A length in steps, given the steps of the training and of an epoch (0 if unknown).
 
     Raises:
-        UserError: it is neither, it is negative, or the number of steps an epoch is not known.
+        UserError: the value is not a length, or it is in epochs and the steps of an epoch are unknown.
     """
-    text = str(value).strip()
-    number, unit = (text[:-1], "%") if text.endswith("%") else (text.partition(" ")[0], text.partition(" ")[2].strip())
-    try:
-        amount = float(number)
-    except ValueError:
-        amount = -1.0
-    if not 0 <= amount < math.inf or unit not in ("", "%", "epoch", "epochs") or (unit == "" and amount != int(amount)):
+    match = re.fullmatch(r"(\d*\.?\d+(?:e\+?\d\d?)?)\s*(%|epochs?|)", str(value).strip())
+    if not match or (not match[2] and float(match[1]) % 1):
         raise UserError(f'{name} {value!r} is not a number of steps, nor text such as "5 epochs" or "10%"')
+    amount, unit = float(match[1]), match[2]
     if unit.startswith("epoch") and not epoch:
         raise UserError(f"{name} {value!r}: the steps of an epoch are not known here; give steps")
     return round(amount * {"": 1, "%": total / 100}.get(unit, epoch))

@@ -1,11 +1,11 @@
-"""Public data sets as ImageNet-style folders: what `vitlit data NAME OUT` calls."""
+"""`vitlit data NAME OUT`: public data sets as folders of class folders."""
 
 import re
 import tempfile
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vitlit.errors import UserError
 from vitlit.files import whole_folder
@@ -24,6 +24,7 @@ HOSTS = {
     "pets": "www.robots.ox.ac.uk",
 }
 NAMES = ("digits", *HOSTS)
+DIGITS = "data/digits"  # the root that `vitlit fit` makes where it is missing
 
 
 def write(name: str, out: Path) -> None:
@@ -37,13 +38,12 @@ def write(name: str, out: Path) -> None:
     | flowers102 | 1,020 | 1,020 | 6,149 | JPEG |
     | pets | 3,680, the official trainval set | 3,669, the official test set | - | JPEG |
 
-    Papers report Flowers on test, after training on train and val together. JPEG sets keep their files, byte for byte;
-    a PNG is numbered by its place in the split. Everything is made in `OUT.partial` beside `out`, which takes its
-    final name once it is complete; what an interrupted command left there is removed.
+    Papers report Flowers on test, after training on train and val together. JPEG files are kept byte for byte; a PNG
+    is numbered by its place in the split. Everything is written to `OUT.partial`, which is renamed at the end.
 
     Args:
         name: one of `NAMES`; all but digits are downloaded.
-        out: the folder to make; where it exists it must be empty.
+        out: the folder to make; it must be empty or absent.
 
     Raises:
         UserError: the name is unknown, `out` is not empty or cannot be made, or the download failed.
@@ -58,7 +58,7 @@ def write(name: str, out: Path) -> None:
 
 
 def _write_split(pairs: Split, folder: Path) -> tuple[int, int]:
-    """Write a split as `folder/CLASS/FILE`; its files are moved there. Returns (images, classes)."""
+    """Write a split as `folder/CLASS/FILE`, moving its files; returns the numbers of (images, classes)."""
     from PIL import Image
 
     count = 0
@@ -90,10 +90,9 @@ def _digits() -> dict[str, Split]:
 
 
 def _download(name: str, root: str) -> dict[str, Split]:
-    """Fetch a data set of torchvision's into root; UserError, of one line, where that fails."""
-    fetch = {"imagenette": _imagenette, "flowers102": _flowers102, "pets": _pets}
+    """Fetch a data set into root; a failure is a UserError of one line."""
     try:
-        return fetch[name](root) if name in fetch else _cifar(name, root)
+        return _fetch(name, root)
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: torchvision's for a wrong checksum
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -102,44 +101,25 @@ def _download(name: str, root: str) -> dict[str, Split]:
         ) from error
 
 
-def _cifar(name: str, root: str) -> dict[str, Split]:
+def _fetch(name: str, root: str) -> dict[str, Split]:
+    """Fetch a data set with torchvision."""
     from torchvision import datasets
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    train = kind(root, train=True, download=True)
-    val = kind(root, train=False)
-    return {
-        split: [(part.classes[label], image) for image, label in zip(part.data, part.targets, strict=True)]
-        for split, part in (("train", train), ("val", val))
-    }
-
-
-def _imagenette(root: str) -> dict[str, Split]:
-    from torchvision.datasets import Imagenette
-
     splits: dict[str, Split] = {}
-    for split in ("train", "val"):
-        part = Imagenette(root, split, size="320px", download=split == "train", loader=Path)
-        splits[split] = [(part.classes[label][0], path) for path, label in part]
-    return splits
-
-
-def _flowers102(root: str) -> dict[str, Split]:
-    from torchvision.datasets import Flowers102
-
-    splits: dict[str, Split] = {}
-    for split in ("train", "val", "test"):
-        part = Flowers102(root, split, download=split == "train", loader=Path)
-        splits[split] = [(part.classes[label], path) for path, label in part]
-    return splits
-
-
-def _pets(root: str) -> dict[str, Split]:
-    from torchvision.datasets import OxfordIIITPet
-
-    splits: dict[str, Split] = {}
-    for split, official in (("train", "trainval"), ("val", "test")):
-        part = OxfordIIITPet(root, official, download=split == "train")
-        # The public access decodes: only these two hold the files.
-        splits[split] = [(part.classes[label], path) for path, label in zip(part._images, part._labels, strict=True)]
+    for split in ("train", "val", "test") if name == "flowers102" else ("train", "val"):
+        first = split == "train"
+        part: Any
+        match name:
+            case "imagenette":
+                part = pairs = datasets.Imagenette(root, split, size="320px", download=first, loader=Path)
+            case "flowers102":
+                part = pairs = datasets.Flowers102(root, split, download=first, loader=Path)
+            case "pets":
+                part = datasets.OxfordIIITPet(root, "trainval" if first else "test", download=first)
+                pairs = zip(part._images, part._labels, strict=True)  # the files; the public access decodes
+            case _:
+                part = getattr(datasets, name.upper())(root, first, download=first)
+                pairs = zip(part.data, part.targets, strict=True)
+        classes = [kind if isinstance(kind, str) else kind[0] for kind in part.classes]  # Imagenette's have synonyms
+        splits[split] = [(classes[label], image) for image, label in pairs]
     return splits

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written whole or not at all, and only of weights that are numbers."""
+"""The checkpoints of a run: each is written whole or not at all."""
 
 import os
 import shutil
@@ -18,17 +18,17 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class Files(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and puts it there when it is on the disk, so that a kill leaves the old one.
+    """Writes a checkpoint under another name and renames it once it is on the disk, so a kill leaves the old one.
 
-    torch.save notes a CRC-32 of all that it writes, which vitlit.files.check_archive compares. A last.ckpt that
-    is written over is kept as previous.ckpt.
+    torch.save stores checksums, which vitlit.files.check_archive compares. An overwritten last.ckpt is kept as
+    previous.ckpt.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            UserError: it cannot be written, as where the disk is full; what was there before is whole.
+            UserError: it cannot be written, for example because the disk is full; the old file is untouched.
         """
         path = Path(path)
         try:
@@ -39,27 +39,17 @@ class Files(TorchCheckpointIO):
                 if path.name == LAST and path.exists():
                     link(path, path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-            reason = cause(error)
-            if reason is None:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
                 raise
             raise UserError(
-                f"cannot write {path}: {reason}; the checkpoints before it are whole, and the same command continues "
-                "from there once there is room"
+                f"cannot write {path}: {cause.strerror}; earlier checkpoints are whole: make room, and the same "
+                "command continues from them"
             ) from error
 
 
-def cause(error: BaseException) -> str | None:
-    """What the operating system says, at the bottom of a failed write; None where it says nothing."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen.strerror or str(seen)
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
 def link(path: Path, other: Path) -> None:
-    """Give a file a second name in the place of what had it; a copy where the file system has no links."""
+    """Give a file a second name, which may exist; a copy on a file system without links."""
     with whole_file(other) as partial:
         partial.unlink(missing_ok=True)
         try:
@@ -69,12 +59,7 @@ def link(path: Path, other: Path) -> None:
 
 
 class Best(ModelCheckpoint):
-    """Keep the weights with the best metric in `folder`/best.ckpt, also where the folder was moved meanwhile.
-
-    Args:
-        folder: of the checkpoints.
-        monitor: the metric; the lowest is best of a loss, else the highest.
-    """
+    """Keep the weights with the best metric (of a loss the lowest) in FOLDER/best.ckpt, even if the folder moves."""
 
     def __init__(self, folder: Path, monitor: str) -> None:
         mode = "min" if monitor.endswith("loss") else "max"
@@ -83,16 +68,14 @@ class Best(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = str(Path(str(self.dirpath)) / BEST)  # Lightning forgets the best score of another folder
         moved = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here}
-        kept = dict(zip([here], state_dict["best_k_models"].values(), strict=False))
-        super().load_state_dict({**state_dict, **moved, "best_k_models": kept})
+        scores = dict(zip([here], state_dict["best_k_models"].values(), strict=False))
+        super().load_state_dict({**state_dict, **moved, "best_k_models": scores})
 
 
 class Last(Checkpoint):
-    """Keep last.ckpt, from which a run is continued: at the end of every epoch, and whenever `save` is called.
+    """Write FOLDER/last.ckpt, from which a run continues, at the end of every epoch and when `save` is called.
 
-    Args:
-        folder: of the checkpoints.
-        keep_every: optimiser steps between the checkpoints that are kept for good, as step-N.ckpt; None for none.
+    Every `keep_every` optimiser steps it is also kept for good, as step-N.ckpt.
     """
 
     def __init__(self, folder: Path, keep_every: int | None = None) -> None:
@@ -100,18 +83,14 @@ class Last(Checkpoint):
         self.saved_at = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether the checkpoint of a step is to be kept for good."""
+        """Whether a step's checkpoint is kept for good."""
         return self.keep_every is not None and step > 0 and step % self.keep_every == 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write last.ckpt, on every rank at once.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write last.ckpt; every rank must call it."""
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero and self.due(trainer.global_step):
             link(self.path, self.path.with_name(f"step-{trainer.global_step}.ckpt"))

@@ -1,4 +1,4 @@
-"""The folder of a run: `ROOT/NAME/`, and whether a command begins, continues or has finished it."""
+"""The folder of a run, `ROOT/NAME/`, and whether a command begins, continues or has finished the run."""
 
 import json
 import os
@@ -15,46 +15,31 @@ from vitlit.files import check_archive, whole_file
 from vitlit.run.config import read_config
 from vitlit.run.lock import Lock
 
-# Settings of how a run is computed, not of what: they may differ when it is continued.
+# Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
-    "data.micro_batch",
-    "data.num_workers",
-    "data.on_bad_image",
-    "data.pin_memory",
-    "data.prefetch",
-    "run.keep_every",
-    "run.name",
-    "run.root",
-    "run.save_minutes",
-    "run.time_limit",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.enable_*",
-    "trainer.logger*",
-    "trainer.num_nodes",
-    "trainer.num_sanity_val_steps",
-    "trainer.profiler",
-    "trainer.strategy*",
+    *("data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
+    *("run.keep_every", "run.name", "run.root", "run.save_minutes", "run.time_limit"),
+    *("trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*", "trainer.num_nodes"),
+    *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
 )
-LONGEST = 200  # bytes of a run's name: a file's may have 255, and the lock's is longer
+MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and the lock's is longer than the run's
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
 
 @dataclass
 class RunOptions:
-    """Where a run is kept and by what it is judged.
+    """Where a run is kept, and when it is saved.
 
     Args:
-        name: its folder below the root; the config's name unless given.
+        name: the run's folder below the root; by default the config's name.
         root: the folder of all runs.
-        overwrite: delete what is in the run's folder and begin again.
-        monitor: the metric whose best checkpoint is kept, the highest, or the lowest of a loss; unless given it is
-            val/top1, or val/map where images have several classes.
-        save_minutes: how long after a checkpoint the next is saved in the midst of an epoch; the end of an epoch saves
-            one, and so does a signal.
+        overwrite: delete the run's folder and begin again.
+        monitor: the metric of best.ckpt, which has its highest value, or a loss's lowest; by default val/top1, or
+            val/map if images have several classes.
+        save_minutes: minutes between checkpoints within an epoch; the end of an epoch and a signal also save one.
         keep_every: optimiser steps between checkpoints that are kept for good, as step-N.ckpt.
-        time_limit: of this command, as HH:MM:SS, D:HH:MM:SS or a number of seconds; training then stops in good order
-            with exit code 75, and the same command continues it.
+        time_limit: of this command: HH:MM:SS, D:HH:MM:SS or seconds. Then training saves and exits with code 75, and
+            the same command continues it.
     """
 
     name: str | None = None
@@ -76,13 +61,13 @@ class Decision(NamedTuple):
     """What to do with a run.
 
     Attributes:
-        action: begin it, continue it, or nothing since it is finished or refused.
-        checkpoint: where it is continued from, else empty.
-        config: a digest of the config that was decided on.
+        action: begin it, continue it, or nothing, as it is finished or refused.
+        checkpoint: the path to continue from, else empty.
+        config: a digest of the config.
     """
 
     action: Literal["begin", "continue", "finished", "refused"]
-    checkpoint: str
+    checkpoint: str = ""
     config: str = ""
 
 
@@ -91,11 +76,11 @@ class RunFolder:
 
     Args:
         options: the run's.
-        config: the path of its config, which names it where the options do not.
-        exact: whether the name is that of a run that is there; else a W&B sweep's run id is appended.
+        config: the path of its config, which names the run by default.
+        exact: use the name as it is; else the id of a W&B sweep's trial is appended.
 
     Raises:
-        UserError: the name would lead out of the root, or is none that a folder may have.
+        UserError: the name is not a folder name.
     """
 
     def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
@@ -103,43 +88,39 @@ class RunFolder:
         trial = f"-{os.environ.get('WANDB_RUN_ID')}"
         if "WANDB_SWEEP_ID" in os.environ and not exact and not name.endswith(trial):
             name += trial
-        if name in ("", ".", "..") or {"/", "\0", os.sep} & set(name) or len(os.fsencode(name)) > LONGEST:
+        if name in ("", ".", "..") or {"/", "\0"} & set(name) or len(os.fsencode(name)) > MAX_NAME_BYTES:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
-        if "\0" in options.root:
-            raise UserError(f"run.root {options.root!r} is not the path of a folder")
-        self.name = name
+        self.name, self.options = name, options
         self.path = Path(options.root) / name
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
-        self.last = self.path / "checkpoints" / "last.ckpt"
-        self.previous = self.path / "checkpoints" / "previous.ckpt"
-        self.best = self.path / "checkpoints" / "best.ckpt"
+        self.last, self.previous, self.best = (
+            self.path / "checkpoints" / f"{which}.ckpt" for which in ("last", "previous", "best")
+        )
         self.lock = Lock(self.path.parent / f".{name}.lock")
         self._wandb_id = self.path / "wandb" / "run-id"
 
-    def decide(self, config: dict[str, Any], overwrite: bool) -> Decision:
+    def decide(self, config: dict[str, Any]) -> Decision:
         """Compare a config with what is in the folder.
 
         Raises:
-            UserError: the folder holds a run of another config, or something that is no run.
+            UserError: the folder holds a run of another config, or is not a run.
         """
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return Decision("begin", "")
+            return Decision("begin")
         if not self.config.is_file():
-            raise UserError(f"{self.path} has no config.yaml, so is no run; put it back, or give another --run.name")
-        if overwrite:
-            return Decision("begin", "")
+            raise UserError(
+                f"{self.path} has no config.yaml, so it is not a run; restore it or give another --run.name"
+            )
+        if self.options.overwrite:
+            return Decision("begin")
         if not self.checkpoints():
             if (self.path / "metrics.csv").is_file():
-                print(f"{self.path} has no checkpoint to continue from, so that it begins again", flush=True)
-            return Decision("begin", "")
-        before = flatten(read_config(self.config))
-        after = flatten(config)
-        differing = sorted(
-            key
-            for key in before.keys() | after.keys()
-            if before.get(key) != after.get(key) and not any(fnmatchcase(key, free) for free in FREE)
-        )
+                print(f"{self.path} has no checkpoint to continue from, so it begins again", flush=True)
+            return Decision("begin")
+        before, after = flatten(read_config(self.config)), flatten(config)
+        differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+        differing = [key for key in differing if not any(fnmatchcase(key, free) for free in FREE)]
         finished = self.marker.is_file()
         if not set(differing) <= set(LONGER) or (differing and not finished):
             listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
@@ -149,20 +130,20 @@ class RunFolder:
                 "give another --run.name, or --run.overwrite true to begin again"
             )
         if finished and not any(longer(before.get(key), after.get(key)) for key in LONGER):
-            return Decision("finished", "")
+            return Decision("finished")
         return Decision("continue", str(self.newest()))
 
     def checkpoints(self) -> list[Path]:
-        """What the run can be continued from, the newest first: last, previous, and those kept for good."""
+        """The checkpoints that the run can continue from, the newest first."""
         kept = [path for path in self.last.parent.glob("step-*.ckpt") if path.stem[5:].isdecimal()]
         kept.sort(key=lambda path: -int(path.stem[5:]))
         return [path for path in (self.last, self.previous, *kept) if path.is_file()]
 
     def newest(self) -> Path:
-        """The newest checkpoint that is whole; where that is not last.ckpt, it is said.
+        """The newest checkpoint that is not damaged, with a warning if it is not last.ckpt.
 
         Raises:
-            UserError: none is.
+            UserError: all are damaged.
         """
         wrong = [] if self.last.is_file() else [f"{self.last} is missing"]
         for path in self.checkpoints():
@@ -176,8 +157,8 @@ class RunFolder:
             return path
         raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
 
-    def begin(self, config: dict[str, Any], overwrite: bool) -> None:
-        """Take the folder for this process, empty it where it is overwritten, and write the config into it.
+    def begin(self, config: dict[str, Any]) -> None:
+        """Lock the folder, delete it if the run is overwritten, and write the config into it.
 
         Raises:
             UserError: the folder cannot be written.
@@ -185,7 +166,7 @@ class RunFolder:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.take(f"the run {self.path}")
-            if overwrite and self.path.exists():
+            if self.options.overwrite and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self.marker.unlink(missing_ok=True)
@@ -196,11 +177,11 @@ class RunFolder:
             ) from error
 
     def wandb_id(self) -> str | None:
-        """The id of the W&B run that this run logs to, where it has begun one."""
+        """The id of this run's W&B run, if there is one."""
         return self._wandb_id.read_text() if self._wandb_id.is_file() else None
 
     def keep_wandb_id(self, name: str) -> None:
-        """Remember the W&B run, so that it is continued with this run."""
+        """Store the id of this run's W&B run, which continues with this run."""
         self._wandb_id.parent.mkdir(exist_ok=True)
         self._write(self._wandb_id, name)
 
@@ -209,7 +190,7 @@ class RunFolder:
         self._write(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
-        """The step at which the run was finished; UserError where its marker is damaged."""
+        """The step at which the run finished; UserError if its marker is damaged."""
         try:
             return int(json.loads(self.marker.read_text())["step"])
         except (ValueError, TypeError, KeyError) as error:
@@ -221,7 +202,7 @@ class RunFolder:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; an empty branch is None, as an absent one."""
+    """{"a": {"b": 1}} as {"a.b": 1}; None and empty branches are dropped."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -232,20 +213,16 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def longer(before: int | None, after: int | None) -> bool:
-    """Whether the second limit of training allows more than the first; None and -1 are no limit."""
+    """Whether the second limit of training allows more than the first; None and -1 mean no limit."""
     if before in (None, -1):
         return False
     return after in (None, -1) or int(after or 0) > int(before or 0)
 
 
 def seconds(limit: int | str) -> int:
-    """HH:MM:SS, D:HH:MM:SS (or SLURM's D-HH:MM:SS) or a number of seconds in seconds.
-
-    Raises:
-        UserError: it is none of them.
-    """
+    """Convert HH:MM:SS, D:HH:MM:SS, SLURM's D-HH:MM:SS or a number of seconds; UserError for anything else."""
     parts = str(limit).replace("-", ":", 1).split(":")
     if not all(part.isdecimal() for part in parts) or len(parts) not in (1, 3, 4) or not any(map(int, parts)):
-        raise UserError(f"run.time_limit {limit} is no time; give HH:MM:SS, D:HH:MM:SS or a number of seconds")
+        raise UserError(f"run.time_limit {limit} is not a time; give HH:MM:SS, D:HH:MM:SS or a number of seconds")
     # YAML reads 1:30:00 as the number 5400.
     return sum(int(part) * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False))

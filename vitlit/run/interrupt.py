@@ -17,13 +17,13 @@ from vitlit.data.workers import STOP_SIGNALS
 from vitlit.run.checkpoints import Last
 
 TIME_LIMIT = signal.SIGALRM  # stands for run.time_limit among the signal numbers
-SAVE = 1  # a number below all of these, which asks for a checkpoint and no more
+SAVE = 1  # less than any of them: asks for a checkpoint only
 OUTSIDE = (signal.SIGTERM, signal.SIGUSR1)  # handled outside of training too, where Python handles Ctrl-C
-AGAIN = 75  # the exit code of a run that is to be continued: EX_TEMPFAIL of sysexits.h
+AGAIN = 75  # the exit code of a run to be continued: EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(Exception):
-    """A signal or the time limit ended the run. In training, a checkpoint was saved before.
+    """A signal or the time limit ended the run; in training, a checkpoint was saved first.
 
     Attributes:
         code: the exit code of the process: 75 if the run is to be continued, else 128 + the signal.
@@ -41,7 +41,7 @@ class Interrupted(Exception):
 def signals_handled(training: bool) -> Iterator[None]:
     """Let a signal before or after training end the process as one in training would.
 
-    The signals were blocked as the command began (`vitlit.cli`); one that has arrived since acts now.
+    `vitlit.cli` blocks the signals when the command begins; one that has arrived since acts now.
     """
     before = {number: signal.signal(number, _end) for number in OUTSIDE if training}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTSIDE)
@@ -59,10 +59,10 @@ def _end(number: int, frame: Any) -> None:
 class Interrupt(Callback):
     """On SIGTERM, SIGINT, SIGUSR1 or at the time limit, finish the step, save last.ckpt and end training on every rank.
 
-    A step that ends an epoch is finished once the epoch is validated. The ranks exchange what they want at the start of
-    a step and act on it at the start of the next, so that nothing waits for the GPU. A second SIGINT stops at once.
+    If the step ends an epoch, the epoch is validated first. The ranks exchange their wishes at the start of a step and
+    act on them at the start of the next, so nothing waits for the GPU. A second SIGINT stops at once.
 
-    This replaces Lightning's handling, which saves nothing, exits 0, and hangs if only one rank is signalled.
+    This replaces Lightning's handling, which saves nothing, exits 0, and hangs if only one rank gets a signal.
 
     Args:
         last: the callback that saves.
@@ -73,17 +73,17 @@ class Interrupt(Callback):
     def __init__(self, last: Last, until: float | None = None, save_minutes: float = math.inf) -> None:
         self.last, self.until, self.save_seconds = last, until, 60 * save_minutes
         self.received = 0
-        self._before: dict[int, Any] = {}
-        self._wanted_before: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._handlers: dict[int, Any] = {}  # those that these replace
+        self._exchanged: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Handlers set in a later hook would not do: between Lightning's registration and the next hook lies a barrier,
-        # where Lightning's handler of SIGTERM hangs if not every rank is signalled.
+        # A later hook is too late to set handlers: between Lightning's registration and the next hook lies a barrier,
+        # where Lightning's handler of SIGTERM hangs if not every rank gets the signal.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         # It would wait for the GPU at every step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received == number == signal.SIGINT:
@@ -92,7 +92,7 @@ class Interrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop
-        if loop.restarted_on_epoch_end:  # where max_steps is given, Lightning would count that epoch once more
+        if loop.restarted_on_epoch_end:  # with max_steps, Lightning would count that epoch again
             loop.epoch_progress.increment_completed()
             loop.reset_restart_stage()
             loop.epoch_loop.restarting = False
@@ -101,7 +101,7 @@ class Interrupt(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         wanted = self._agreed(trainer, self._wanted())
-        # At an epoch's first batch, the checkpoint of the epoch before is the newest there can be.
+        # At an epoch's first batch, the checkpoint of the previous epoch is up to date.
         if batch_idx and (wanted or self.last.due(trainer.global_step)):
             self._save(trainer)
         if wanted > SAVE:
@@ -120,18 +120,12 @@ class Interrupt(Callback):
         """The highest number that any rank wanted; with several ranks, at the step before."""
         if trainer.world_size == 1:
             return wanted
-        before = self._wanted_before
-        device = trainer.strategy.root_device
-        flag = torch.tensor([wanted], dtype=torch.int32).to(device, non_blocking=True)
+        flag = torch.tensor([wanted], dtype=torch.int32).to(trainer.strategy.root_device, non_blocking=True)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        host, event = flag, None
-        if (
-            device.type == "cuda"
-        ):  # copied now, it has arrived by the next step; copied then, it would drain the GPU's queue
-            host = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(flag, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._wanted_before = host, event
+        # Copied now, it has arrived by the next step; copied then, it would wait for all that the GPU has queued.
+        host = flag.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if flag.is_cuda else None
+        before, self._exchanged = self._exchanged, (host, copied)
         if before is None:
             return 0
         if before[1] is not None:
@@ -140,29 +134,29 @@ class Interrupt(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        was_last = progress.is_last_batch
-        for counts in (progress.total, progress.current):
-            counts.ready -= 1  # the continued run begins this batch again
+        counts, was_last = (progress.total, progress.current), progress.is_last_batch
+        for count in counts:
+            count.ready -= 1  # the continued run begins this batch again
         progress.is_last_batch = False
         self.last.save(trainer)
-        for counts in (progress.total, progress.current):
-            counts.ready += 1
+        for count in counts:
+            count.ready += 1
         progress.is_last_batch = was_last
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
         agreed = isinstance(exception, Interrupted) and exception.agreed
         if launcher is not None and not agreed:
-            launcher.kill(signal.SIGKILL)  # the other ranks would wait for this process for ever
+            launcher.kill(signal.SIGKILL)  # the other ranks would wait for this process forever
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._handlers.clear()
 
 
 def requeue() -> None:
-    """Requeue this process's SLURM job, if it is one and not an interactive one."""
+    """Requeue the SLURM job that this process belongs to, unless it is interactive."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return

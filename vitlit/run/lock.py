@@ -16,17 +16,14 @@ RELEASED, JUST_BEGUN = "released\n", "it has just begun"
 
 
 class Lock:
-    """Numbered files PATH.1, PATH.2 and so on; the one who made the highest holds the lock, and keeps touching it.
+    """Numbered files PATH.1, PATH.2, ...; the process that created the highest holds the lock, and keeps touching it.
 
-    To take the lock is to create the next number, which a file system grants to one process alone, NFS included. The
-    highest file is never deleted, so no number is granted twice, and of two processes that see the same dead holder
-    one alone replaces it.
+    To take the lock is to create the next number, which a file system, NFS included, grants to one process only. The
+    highest file is never deleted, so no number is granted twice, and only one of several processes replaces a dead
+    holder.
 
-    On one machine the operating system tells whether the holder is alive (flock). On another the holder counts as dead
-    two minutes after its last heartbeat, or at once if it belongs to the same job, which the cluster has restarted.
-
-    Args:
-        path: the name of the files without their number.
+    On one machine the operating system knows whether the holder is alive (flock). On another the holder counts as dead
+    two minutes after its last heartbeat, or at once if it belongs to the same job, which the cluster restarted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,10 +31,7 @@ class Lock:
         self._released = threading.Event()
 
     def take(self, what: str) -> None:
-        """Hold the lock until `release` or the end of the process.
-
-        Args:
-            what: what is locked, for the message.
+        """Hold the lock until `release` or the end of the process; `what` is locked, for the message.
 
         Raises:
             UserError: another process holds it.
@@ -73,27 +67,31 @@ class Lock:
 
     def _holder(self, file: Path) -> str | None:
         """The process that holds a lock file, in words; None if none does."""
-        with file.open("r+") as held:
-            content = held.read()
-            if content == RELEASED:
-                return None
-            about = json.loads(content) if content.endswith("\n") else {}  # it is about to write it, or was killed
-            ended = about.get("host") == socket.gethostname()
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alive = False
-            except BlockingIOError:
-                alive = True
-            except OSError:  # a network file system without locks, where the heartbeat decides
-                alive, ended = False, False
+        try:
+            with file.open("r+") as held:
+                content = held.read()
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    alive, locks = False, True
+                except BlockingIOError:
+                    alive, locks = True, True
+                except OSError:  # a network file system without locks: the heartbeat decides
+                    alive, locks = False, False
+            age = self._age(file)
+        except FileNotFoundError:  # a faster process has replaced the holder
+            return JUST_BEGUN
+        if content == RELEASED:
+            return None
+        about = json.loads(content) if content.endswith("\n") else {}  # it is about to write it, or was killed
+        ended = locks and about.get("host") == socket.gethostname()
         restarted = about.get("job") is not None and about["job"] == os.environ.get("SLURM_JOB_ID")
-        if not alive and (ended or restarted or self._age(file) > STALE):
+        if not alive and (ended or restarted or age > STALE):
             return None
         job = f", job {about['job']}" if about.get("job") else ""
         return f"process {about['pid']} on {about['host']}{job}" if about else JUST_BEGUN
 
     def _age(self, file: Path) -> float:
-        """Seconds since the last heartbeat, by the clock of the disk's machine rather than of this one."""
+        """Seconds since the last heartbeat, by the clock of the file server."""
         probe = self.path.with_name(f"{self.path.name}.{socket.gethostname()}-{os.getpid()}")
         probe.touch()
         now = probe.stat().st_mtime
@@ -107,11 +105,11 @@ class Lock:
         except FileExistsError:
             return False
         with suppress(OSError):
-            fcntl.flock(self._held, fcntl.LOCK_EX)  # it waits for a process that looks into the file
+            fcntl.flock(self._held, fcntl.LOCK_EX)  # waits for a process that is just testing the lock
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         self._held.write(json.dumps(about) + "\n")
         self._held.flush()
-        if file != self._file(max(self._numbers())):  # what this process saw of the folder was out of date
+        if file != self._file(max(self._numbers())):  # this process's view of the folder was out of date
             self._held.close()
             file.unlink(missing_ok=True)
             return False

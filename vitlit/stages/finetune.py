@@ -13,47 +13,44 @@ from vitlit.model.lora import LoRA, add_lora
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
-from vitlit.stages.stage import Stage
+from vitlit.stages.stage import DROPOUTS, Stage
 from vitlit.weights import Weights, load_weights, network, read
 
-# What is a training's, not its weights', as a new one begins with it.
-TRAINING: dict[str, Any] = {
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "drop_path": 0.0,
-    "activation_checkpointing": False,
-}
+# Options that belong to a training run, not to the weights it starts from.
+TRAINING: dict[str, Any] = {**dict.fromkeys(DROPOUTS, 0.0), "activation_checkpointing": False}
 
 
 class Finetune(Stage):
-    """Train a ViT from given weights on classification, with a fresh head unless told (2010.11929, section 3.2).
+    """Train a ViT from pretrained weights on classification, by default with a new head (2010.11929, section 3.2).
 
     Args:
-        vit: the architecture, without a head; that of the weights, without dropouts, unless given.
-        image_size: pixels, an int or (height, width), where the architecture is that of the weights; theirs unless
-            given. The command line takes data.image_size.
-        init_from: the weights to start from: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION].
-            Where the resolution differs the position table is resampled; the head is new, and so are the final norm and
-            the attention pool where the weights have none in that place. It is read when training starts.
-        keep_head: go on with the head of the weights, which must be one linear layer for the same classes; for another
+        vit: the headless architecture; by default that of the weights, without dropout.
+        image_size: pixels, an int or (height, width), if there is no vit; by default that of the weights. The command
+            line takes data.image_size.
+        init_from: the weights: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION]. They are read
+            when training starts. For another resolution the position table is resampled. The head is new, and so are
+            the final norm and the attention pool if the weights have none in that place.
+        keep_head: keep the head of the weights, which must be one linear layer for the same classes; for another
             resolution (1906.06423) or more training.
-        objective: makes the objective of the ViT, which by now has one zero-initialised linear layer for a head.
+        objective: makes the objective from the ViT, which already has one zero-initialised linear layer as its head.
         num_classes: the command line fills it from the data.
-        freeze: what is not trained: true for all but the head (linear probe), or shell patterns of parameter names, one
-            or a list.
-        last_blocks: train only so many blocks at the end, the final norm and the head.
-        lora: train only low-rank adapters and the head; any one of its keys switches it on, with rank 8 unless given.
-            Its learning rate is higher, 1e-3 with AdamW, and groups.layer_decay 1. Checkpoints hold the plain network
+        freeze: true for everything but the head (linear probe), or shell patterns of parameter names, one or a list.
+        last_blocks: train only this many blocks at the end, the final norm and the head.
+        lora: train only low-rank adapters and the head. Setting any of its keys turns it on; the rank is 8 by default.
+            It needs a higher learning rate, 1e-3 with AdamW, and groups.layer_decay 1. Checkpoints hold the network
             with the adapters merged.
-        optimizer: makes the optimizer of parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
+        optimizer: makes the optimizer from parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
             peak.
-        schedule: of the learning rate, by optimiser step.
-        groups: how learning rate and weight decay differ between parameters, layer-wise decay among it.
+        schedule: the learning rate by optimiser step.
+        groups: how learning rate and weight decay differ between parameters, such as layer-wise decay.
+
+    Attributes:
+        weights: the weights of init_from, if they have been read already.
 
     Raises:
-        UserError: neither vit nor init_from is given, or both vit and image_size are; more than one of freeze,
-            last_blocks and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks; at the start of
-            training, the weights do not fit, or have no head to keep.
+        UserError: neither vit nor init_from is given, or both vit and image_size; more than one of freeze, last_blocks
+            and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks. At the start of training: the
+            weights do not fit, or have no head to keep.
     """
 
     def __init__(
@@ -93,6 +90,7 @@ class Finetune(Stage):
         arguments = {"objective": objective, "num_classes": num_classes, **ways}
         super().__init__(vit, objective, optimizer, schedule, groups, arguments)
         self.init_from, self.keep_head = init_from, keep_head
+        self.weights: Weights | None = None
         if lora is not None:
             add_lora(self.vit, lora)
         elif last_blocks is not None:
@@ -107,7 +105,7 @@ class Finetune(Stage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            weights = read(self.init_from)
+            weights = self.weights or read(self.init_from)
             fresh = ["*.lora_*"]
             if self.keep_head:
                 self.check_head(weights)
@@ -121,38 +119,27 @@ class Finetune(Stage):
             fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
             if fixed and "attn_pool.latent" in report.new:
                 raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
-            self.hparams["vit"] = describe(self.vit)  # with what the weights set on it
+            self.hparams["vit"] = describe(self.vit)  # with the settings that came with the weights
             report = report._replace(new=[name for name in report.new if ".lora_" not in name])
             rank_zero_only(print)(f"weights of {self.init_from}: {report}")
-            self.init_from = None  # a second fit goes on
-
-    def configure_optimizers(self) -> Any:
-        made = super().configure_optimizers()
-        head = {id(parameter) for parameter in self.vit.head.parameters()}
-        groups = [g for g in made["optimizer"].param_groups if any(id(parameter) in head for parameter in g["params"])]
-        if not self.keep_head and not any(group["initial_lr"] for group in groups):
-            raise UserError(
-                f"model.groups.lr {self.groups.lr} leaves the new head as it begins, at zero; give it more than 0"
-            )
-        return made
+            self.init_from = self.weights = None  # a second fit continues
 
     def check_head(self, weights: Weights) -> None:
-        """Refuse to keep a head of other classes or of another kind."""
-        known = list(getattr(self.data, "classes", []))
+        """Raise UserError unless the weights' head is one linear layer for the data's classes."""
+        classes = self.vit.config.num_classes
         count, hidden = weights.config.get("num_classes"), weights.config.get("hidden_dim")
-        others = bool(weights.classes and known) and weights.classes != known
-        if count != self.vit.config.num_classes or hidden or others:
+        difference = first_difference(weights.classes, list(getattr(self.data, "classes", [])))
+        if count != classes or hidden or difference:
             has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
-            if others and (name := first_difference(weights.classes, known)):
-                has += f", {name}"
+            has += f", {difference}" if difference else ""
             raise UserError(
-                f"model.keep_head needs one linear layer for the data's {self.vit.config.num_classes} classes, in "
-                f"their order, but {weights.path} has {has}; leave it out"
+                f"model.keep_head needs one linear layer for the data's {classes} classes, in their order, but "
+                f"{weights.path} has {has}; leave it out"
             )
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if mode:  # what is frozen gives features: no dropout in it
+        if mode:  # no dropout in what is frozen
             for part in (self.vit, *self.vit.children(), *self.vit.blocks):
                 if frozen(part) or (part is self.vit.pos_drop and frozen(self.vit.patch_embed)):
                     part.eval()
@@ -160,30 +147,30 @@ class Finetune(Stage):
 
 
 def frozen(part: nn.Module) -> bool:
-    """Whether a part of the network has parameters, and none that is trained."""
+    """Whether a part of the network has parameters, and none is trained."""
     parameters = list(part.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
-    """Freeze all but the head, or the parameters whose names match these shell patterns."""
-    names = [name for name, _ in vit.named_parameters()]
+    """Freeze everything but the head, or the parameters whose names match shell patterns."""
+    parameters = dict(vit.named_parameters())
     patterns = [freeze] if isinstance(freeze, str) else [] if isinstance(freeze, bool) else list(freeze)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"model.freeze {pattern!r} matches no parameter of the ViT, such as {names[0]}")
-    for name, parameter in vit.named_parameters():
-        if patterns:
-            parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
-        else:
-            parameter.requires_grad_(name.startswith("head"))
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UserError(
+                f"model.freeze {pattern!r} matches no parameter of the ViT, such as {next(iter(parameters))}"
+            )
+    for name, parameter in parameters.items():
+        trained = not any(fnmatchcase(name, p) for p in patterns) if patterns else name.startswith("head")
+        parameter.requires_grad_(trained)
 
 
 def freeze_below(vit: ViT, last_blocks: int) -> None:
     """Freeze the embedding and all but the last blocks."""
-    if not 0 <= last_blocks <= len(vit.blocks):
-        raise UserError(f"model.last_blocks is {last_blocks}, but the ViT has {len(vit.blocks)} blocks")
-    layers = vit.layers()
-    for layer in ["embed", *(f"blocks.{i}" for i in range(len(vit.blocks) - last_blocks))]:
-        for parameter in layers[layer].values():
+    blocks = len(vit.blocks)
+    if not 0 <= last_blocks <= blocks:
+        raise UserError(f"model.last_blocks is {last_blocks}, but the ViT has {blocks} blocks")
+    for layer in list(vit.layers().values())[: 1 + blocks - last_blocks]:  # embed, then the blocks
+        for parameter in layer.values():
             parameter.requires_grad_(False)

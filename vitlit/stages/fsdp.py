@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2): every device holds a share of each weight, its gradient and its state."""
+"""Fully sharded data parallelism (FSDP2): every device holds a shard of each weight, gradient and optimizer state."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,10 +15,10 @@ from vitlit.errors import UserError
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy over data alone, `trainer.strategy: fsdp2`, with the checkpoints of one device.
+    """Lightning's ModelParallelStrategy for data parallelism, `trainer.strategy: fsdp2`, with one device's checkpoints.
 
-    Lightning's own load would pass over what a stage and its callbacks make of a checkpoint (LoRA's adapters, an EMA),
-    and give an optimizer state of several parameter groups to other parameters than those it is of.
+    Lightning's own loading ignores what a stage and its callbacks change in a checkpoint (LoRA's adapters, an EMA), and
+    mixes up the parameters in an optimizer state of several groups.
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class FSDP2(ModelParallelStrategy):
         for optimizer in self.optimizers:
             if isinstance(optimizer, Adafactor | LBFGS):
                 raise UserError(
-                    f"trainer.strategy fsdp2 does not work with {type(optimizer).__name__}, which needs a weight as a "
-                    "whole; use AdamW, LAMB or SGD, or trainer.strategy ddp"
+                    f"trainer.strategy fsdp2 does not work with {type(optimizer).__name__}, which needs full weights; "
+                    "use AdamW, LAMB or SGD, or trainer.strategy ddp"
                 )
 
     @property
@@ -42,7 +42,8 @@ class FSDP2(ModelParallelStrategy):
         return True
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return whole(optimizer.state_dict(), keep=self.is_global_zero)
+        state: dict[str, Any] = gather_full(optimizer.state_dict(), keep=self.is_global_zero)
+        return state
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -52,7 +53,7 @@ class FSDP2(ModelParallelStrategy):
         sharded = self.lightning_module.state_dict()
         for part in ("state_dict", "current_model_state"):  # an EMA's checkpoint has both
             for name, tensor in checkpoint.get(part, {}).items():
-                checkpoint[part][name] = shared(tensor, sharded.get(name))
+                checkpoint[part][name] = to_shard(tensor, sharded.get(name))
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -60,56 +61,48 @@ class FSDP2(ModelParallelStrategy):
             # Torch numbers parameters in the order of the groups.
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            of = dict(zip(numbers, parameters, strict=False))  # torch itself refuses groups of other sizes
-            shares = {
-                number: {name: shared(value, of.get(number)) for name, value in values.items()}
+            by_number = dict(zip(numbers, parameters, strict=False))  # torch refuses groups of other sizes
+            shards = {
+                number: {name: to_shard(value, by_number.get(number)) for name, value in values.items()}
                 for number, values in state["state"].items()
             }
-            optimizer.load_state_dict({**state, "state": shares})
+            optimizer.load_state_dict({**state, "state": shards})
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parallelism with PyTorch's fully_shard")
 
 
 def shard(module: LightningModule, parts: Iterable[nn.Module], methods: Iterable[str]) -> None:
-    """Shard a module's weights over the devices, one group a part and one for the rest. A second call does nothing.
+    """Shard a module's weights over the devices, one group per part and one for the rest. A second call does nothing.
 
     Args:
-        module: the whole, on every rank with the same weights.
-        parts: whose weights are gathered and let go one after another.
-        methods: of the module, beside forward, that compute with the weights.
+        module: the module, with the same weights on every rank.
+        parts: submodules whose weights are gathered one after another.
+        methods: methods of the module, besides forward, that compute with the weights.
     """
     if module.device_mesh is None or isinstance(module, FSDPModule):
         return
-    mesh = module.device_mesh["data_parallel"]
     for part in [*parts, module]:
-        # The whole, too: weights are in shards outside of a step, as an EMA takes for granted.
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        # The module too: an EMA expects weights to be in shards outside of a step.
+        fully_shard(part, mesh=module.device_mesh["data_parallel"], reshard_after_forward=True)
     for method in methods:
         register_fsdp_forward_method(module, method)
 
 
-def whole(state: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """A state with its shards put together, on the CPU, for the rank that keeps it; {} for the others.
-
-    Every rank must call it.
-    """
-
-    def join(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: join(item) for name, item in value.items()}
-        if isinstance(value, DTensor):
-            tensor = value.full_tensor()
-            return tensor.cpu() if keep else None
-        return value
-
-    joined: dict[str, Any] = join(state)
-    return joined if keep else {}
+def gather_full(state: Any, keep: bool) -> Any:
+    """A state with full tensors on the CPU in place of shards, on the ranks that keep it. Every rank must call it."""
+    if isinstance(state, dict):
+        gathered = {name: gather_full(value, keep) for name, value in state.items()}
+        return gathered if keep else {}
+    if isinstance(state, DTensor):
+        tensor = state.full_tensor()
+        return tensor.cpu() if keep else None
+    return state
 
 
-def shared(value: Any, like: Any) -> Any:
-    """This rank's share of a whole tensor, where a parameter of that shape is sharded; else the value as it is."""
+def to_shard(value: Any, like: Any) -> Any:
+    """This rank's shard of a full tensor if `like` is a sharded parameter of its shape, else the value as it is."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
-    share = torch.empty_like(like, dtype=value.dtype, requires_grad=False)  # of its own, not a view of the whole
-    return share.copy_(distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None))
+    full = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(full)  # own memory, not a view of value

@@ -1,4 +1,4 @@
-"""What a stage is measured by."""
+"""The metrics of validation and test."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
-    """The mean over classes of the average precision. torchmetrics' own counts a class without images as 0."""
+    """The mean over classes of the average precision. torchmetrics' own mean counts a class without images as 0."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(classes, average="none")
@@ -26,29 +26,27 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
 
 
 def metrics(classes: int, multi_label: bool) -> nn.ModuleDict:
-    """Loss, and for classes top1 (micro), top1_macro and, above five classes, top5; for several labels an image, map.
+    """loss, and top1 (micro), top1_macro and, above five classes, top5; or map for several labels per image.
 
-    map is the mean of the classes' average precisions, of those that have an image.
+    map is the mean of the average precision over the classes that have images. Without classes there is only loss.
     """
-    # NaN stays NaN: by default it would be left out, and "disable" leaves out the weights (torchmetrics 1.9).
-    found: dict[str, Metric] = {"loss": MeanMetric(nan_strategy=math.nan)}
+    # NaN stays NaN: torchmetrics 1.9 drops it by default, and drops the weights with "disable".
+    chosen: dict[str, Metric] = {"loss": MeanMetric(nan_strategy=math.nan)}
     if multi_label:
-        found["map"] = MeanAveragePrecision(classes)
+        chosen["map"] = MeanAveragePrecision(classes)
     elif classes:
-        found["top1"] = MulticlassAccuracy(classes, average="micro")
-        found["top1_macro"] = MulticlassAccuracy(classes, average="macro")
+        chosen["top1"] = MulticlassAccuracy(classes, average="micro")
+        chosen["top1_macro"] = MulticlassAccuracy(classes, average="macro")
         if classes > 5:
-            found["top5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-    return nn.ModuleDict(found)
+            chosen["top5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+    return nn.ModuleDict(chosen)
 
 
 def update(measures: nn.ModuleDict, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
-    """Count a batch into every metric."""
+    """Add a batch to every metric."""
     for name, metric in measures.items():
         assert isinstance(metric, Metric)
         if name == "loss":
             metric.update(loss, len(labels))
-        elif name == "map":
-            metric.update(logits, labels.int())
         else:
-            metric.update(logits, labels)
+            metric.update(logits, labels.long())

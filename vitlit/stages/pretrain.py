@@ -12,10 +12,10 @@ class Pretrain(Stage):
     """Train a ViT from its initialisation on an objective.
 
     Args:
-        vit: without a head; the objective gives it one.
-        objective: makes the objective of the ViT, such as partial(Supervised, num_classes=10).
-        optimizer: makes the optimizer of parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
-        schedule: of the learning rate, by optimiser step.
+        vit: the headless ViT; the objective gives it a head if it needs one.
+        objective: makes the objective from the ViT, such as partial(Supervised, num_classes=10).
+        optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
+        schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
     """
 

@@ -1,4 +1,4 @@
-"""Objects as plain values, so that a checkpoint rebuilds its stage and holds nothing that could be executed."""
+"""Objects as plain values, from which a checkpoint rebuilds its stage without executing anything."""
 
 import functools
 import inspect
@@ -10,23 +10,20 @@ from typing import Any
 from vitlit.errors import UserError
 from vitlit.model import ViT
 
-# Where a class named in a config or a checkpoint may come from; VITLIT_TRUST adds packages of your own.
+# Packages whose classes a config or a checkpoint may name; VITLIT_TRUST adds your own.
 TRUSTED = ("vitlit", "torch.optim", "torchvision.transforms", "torchmetrics", "lightning.pytorch", "lightning.fabric")
 
 
 def trusted() -> list[str]:
-    """Packages and modules whose classes may be named in a config or a checkpoint."""
+    """Packages and modules whose classes a config or a checkpoint may name."""
     return [*TRUSTED, *os.environ.get("VITLIT_TRUST", "").replace(",", " ").split()]
 
 
 def describe(value: Any) -> Any:
-    """Turn an object into `{class_path, init_args}` of plain values, as a config would name it.
-
-    Plain values stay as they are; a ViT is described by its config, a factory must be a class or a
-    `functools.partial` of one.
+    """Turn an object into plain values: a ViT, a class or a `functools.partial` of one into {class_path, init_args}.
 
     Raises:
-        UserError: it is something else, such as a lambda, or a class that is only a base of others.
+        UserError: it is something else, such as a lambda, or an abstract class.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -35,8 +32,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
     if type(value) is ViT:
-        headless = replace(value.config, num_classes=0)
-        return {"class_path": "vitlit.model.ViT", "init_args": headless.plain()}
+        return {"class_path": "vitlit.model.ViT", "init_args": replace(value.config, num_classes=0).plain()}
     if inspect.isabstract(value):
         raise UserError(f"{path_of(value)} is a base class; name one that is derived from it")
     if inspect.isclass(value):
@@ -44,7 +40,7 @@ def describe(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return describe(asdict(value))
     if isinstance(value, functools.partial):
-        # jsonargparse makes a partial of its own instantiator, with the class among the arguments.
+        # jsonargparse makes a partial of its own instantiator, with the class as an argument.
         classes = [item for item in (value.func, *value.args) if inspect.isclass(item)]
         if len(classes) == 1:
             return {**describe(classes[0]), "init_args": describe(dict(value.keywords))}
@@ -55,7 +51,7 @@ def describe(value: Any) -> Any:
 
 
 def check_class_paths(value: Any) -> None:
-    """Raise UserError where a class path in these values lies outside the trusted packages."""
+    """Raise UserError if a class path in these values is outside the trusted packages."""
     if isinstance(value, dict):
         for key in ("class_path", "_class_path", "_instantiator"):
             path = value.get(key)
@@ -64,15 +60,14 @@ def check_class_paths(value: Any) -> None:
                     f"class {path} is outside the packages that may be named ({' '.join(trusted())}); "
                     "if you trust it, set VITLIT_TRUST to its package"
                 )
-        for item in value.values():
-            check_class_paths(item)
-    elif isinstance(value, list | tuple):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
         for item in value:
             check_class_paths(item)
 
 
 def path_of(cls: type) -> str:
-    """The public path of a class: that of the outermost package that offers it, such as vitlit.stages.Finetune."""
+    """The public path of a class, through the outermost package that has it, such as vitlit.stages.Finetune."""
     parts = cls.__module__.split(".")
     for length in range(2, len(parts)):
         package = ".".join(parts[:length])

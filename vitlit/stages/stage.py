@@ -1,4 +1,4 @@
-"""What the two stages share: steps, metrics, optimiser, and what a checkpoint says of itself."""
+"""What the two stages share: optimizer, training and evaluation steps, checkpoints."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.model.lora import merge, without_adaptation
+from vitlit.model.lora import merge, zero_adapters
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
@@ -31,15 +31,15 @@ DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
 class Stage(LightningModule):
-    """A ViT, an objective, an optimizer and a schedule. `Pretrain` and `Finetune` are the two that are used.
+    """A ViT, an objective, an optimizer and a schedule: the base of `Pretrain` and `Finetune`.
 
     Args:
-        vit: without a head; the objective gives it one.
-        objective: makes the objective of the ViT.
-        optimizer: makes the optimizer of parameter groups.
-        schedule: of the learning rate, by optimiser step.
+        vit: the headless ViT.
+        objective: makes the objective from the ViT, and gives it a head if it needs one.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
-        arguments: the constructor arguments that a checkpoint records beside these.
+        arguments: the subclass's other constructor arguments, which checkpoints record.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Stage(LightningModule):
     ) -> None:
         super().__init__()
         record = {"vit": vit, "optimizer": optimizer, "schedule": schedule, "groups": groups, **arguments}
-        # Lightning rebuilds the stage from these with jsonargparse: {class_path, init_args} become objects again.
+        # From these, Lightning and jsonargparse rebuild the stage: {class_path, init_args} become objects again.
         self.hparams.update(
             {name: describe(value) for name, value in record.items()},
             _class_path=path_of(type(self)),
@@ -63,13 +63,14 @@ class Stage(LightningModule):
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
-        self._window: list[dict[str, Tensor]] = []  # the logs of a step's micro-batches
-        self._rate = self._progress = 0.0
-        self._total = 1
+        self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
+        self._checked = 0  # the id of the data that was compared with the network
+        self._lr = self._progress = 0.0
+        self._total_steps = 1
 
     @property
     def data(self) -> Any:
-        """The trainer's data module, None where it was given loaders."""
+        """The trainer's data module, or None if it was given loaders."""
         trainer: Any = self.trainer
         return trainer.datamodule
 
@@ -77,18 +78,17 @@ class Stage(LightningModule):
         return self.vit(images)
 
     def new_metrics(self) -> nn.ModuleDict:
-        """What an evaluation measures, by name."""
+        """The metrics of an evaluation, by name."""
         classes = self.vit.config.num_classes if self.objective.needs_labels else 0
         return metrics(classes, getattr(self.objective, "multi_label", False))
 
     @property
     def measured(self) -> list[str]:
-        """The validation's metrics, by the names that they are logged with."""
-        measures: Any = self.measures["val"]
-        return [f"val/{name}" for name in measures]
+        """The names under which validation metrics are logged."""
+        return [f"val/{name}" for name, _ in self.measures["val"].named_children()]
 
     def step(self, batch: Any) -> Step:
-        """What the objective computes from a batch of a data module, or of whatever `Batch.of` takes."""
+        """Run the objective on a batch, in any form that `Batch.of` takes."""
         step: Step = self.objective(self.vit, Batch.of(batch), self._progress)
         return step
 
@@ -101,8 +101,8 @@ class Stage(LightningModule):
         if math.isinf(total):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
         batches = trainer.num_training_batches
-        given = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-        epoch = getattr(self.data, "steps_per_epoch", given)
+        steps = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        epoch = getattr(self.data, "steps_per_epoch", steps)
         schedule = Schedule(decay="constant") if trainer.fast_dev_run else self.schedule
         layers = self.vit.layers()
         layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
@@ -111,30 +111,50 @@ class Stage(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scale(self) -> float:
-        """What the optimizer's learning rate is multiplied by for the global batch; UserError where that is unknown."""
+        """The factor of the optimizer's lr for the global batch size; UserError if `lr_per` is set without one."""
         if self.schedule.lr_per is None:
             return 1.0
         batch = getattr(self.data, "batch_size", None)
         if batch is None:
-            raise UserError("model.schedule.lr_per needs a data module that tells its batch_size (ImageFolderData)")
+            raise UserError("model.schedule.lr_per needs a data module with a batch_size (ImageFolderData)")
         return float(batch) / self.schedule.lr_per
 
     # Training
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._check_data()
-            if isinstance(self.objective, Distillation):
-                self.objective.set_teacher(load(self.objective.teacher))
-            self.objective.prepare(self.data)
+            self.check_data(self.data)
 
-    def _check_data(self) -> None:
-        """Refuse data that does not fit the network or the objective."""
-        data, objective, name = self.data, self.objective, type(self.objective).__name__
+    def check_data(self, data: Any) -> None:
+        """Compare training data with the network and the objective, and prepare the objective; once for the same data.
+
+        Args:
+            data: a data module, or None if training is given loaders.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        if self._checked == id(data):
+            return
+        objective, name = self.objective, type(self.objective).__name__
         classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
-        found = len(getattr(data, "classes", []))
-        if found and objective.needs_labels and found != classes:
+        found = len(getattr(data, "classes", range(classes)))
+        if objective.needs_labels and not found:
+            raise no_classes(name)
+        if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
+        views = getattr(data, "num_views", objective.views)
+        if views > 1 == objective.views:
+            raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
+        if views < objective.views:
+            raise UserError(
+                f"{name} needs at least {objective.views} views of an image, but the data has {views}; give data.views"
+            )
+        for kind in getattr(data, "views", ()):
+            try:
+                self.vit.grid_of(*kind.pixels)
+            except UserError as error:
+                raise UserError(f"data.views: {error}") from error
         preprocess = getattr(data, "preprocess", None)
         if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
             raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
@@ -145,23 +165,27 @@ class Stage(LightningModule):
         if isinstance(objective, Supervised) and several != objective.multi_label:
             how = "several labels" if several else "one label"
             raise UserError(f"the data has {how} an image; give the objective multi_label={several}")
+        if isinstance(objective, Distillation):
+            objective.set_teacher(load(objective.teacher))
+        objective.prepare(data)
+        self._checked = id(data)
 
     def on_train_start(self) -> None:
-        self.train()  # Lightning would not call it, and Finetune's turns a frozen encoder's dropout off
-        self._window.clear()
-        self._total = int(self.trainer.estimated_stepping_batches)
+        self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
+        self._logs.clear()
+        self._total_steps = int(self.trainer.estimated_stepping_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
         seed = getattr(self.data, "seed", 0)
         seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank)
-        self._progress = trainer.global_step / self._total
-        # The highest, which is the head's; the scheduler moves on before the batch ends.
-        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self._progress = trainer.global_step / self._total_steps
+        # The head's. The scheduler steps before the batch ends, so it is read here.
+        self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.step(batch)
-        self._window.append({"loss": step.loss.detach(), **step.logs})
+        self._logs.append({"loss": step.loss.detach(), **step.logs})
         return step.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -169,17 +193,17 @@ class Stage(LightningModule):
         if not step_ends(trainer, batch_idx):
             return
         self.objective.after_step(self.vit, self._progress)
-        logs = {name: torch.stack([micro[name] for micro in self._window]).mean() for name in self._window[0]}
-        self._window.clear()
+        logs = {name: torch.stack([micro[name] for micro in self._logs]).mean() for name in self._logs[0]}
+        self._logs.clear()
         if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # in the midst of an epoch Lightning would end without a validation
+            trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
         if logs_now(trainer):
             for name, value in logs.items():
                 mean = trainer.strategy.reduce(value, reduce_op="mean")
                 self.log(f"train/{name}", mean, prog_bar=name == "loss")
-            self.log("train/lr", self._rate)
+            self.log("train/lr", self._lr)
 
-    # Evaluation: every image counts once, on any number of devices, so the numbers come from torchmetrics alone.
+    # Evaluation. torchmetrics counts every image once, on any number of devices.
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         return self._evaluate("val", batch)
@@ -212,65 +236,71 @@ class Stage(LightningModule):
         checkpoint["vitlit"] = about(self.vit, getattr(data, "classes", []), getattr(data, "preprocess", None))
         averaging = self._averaging()
         if averaging is not None and "averaging_state" not in checkpoint:
-            # Lightning leaves callbacks out of a file of weights alone; it would not hold what was validated.
+            # A weights-only checkpoint skips callbacks, but must hold the averaged weights, which were validated.
             averaging.on_save_checkpoint(self.trainer, self, checkpoint)
             for name in ("current_model_state", "averaging_state"):
-                checkpoint.pop(name, None)  # there is neither before training
+                checkpoint.pop(name, None)  # there are none before training
         checkpoint["state_dict"], adapters = merge(checkpoint["state_dict"])
         if adapters and "optimizer_states" in checkpoint:
             checkpoint["adapters"] = adapters
 
     def _averaging(self) -> WeightAveraging | None:
-        """The callback that averages weights, where training has one."""
-        callbacks = self.trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
+        """The callback that averages weights, if there is one."""
+        trainer: Any = self.trainer
+        return next((callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)), None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         set_numerics(self.vit, checkpoint["vitlit"]["vit"])
-        adapters = checkpoint.get("adapters") or {
-            f"vit.{name}": tensor for name, tensor in without_adaptation(self.vit).items()
-        }
-        checkpoint["state_dict"] |= adapters
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        zeros = {f"vit.{name}": tensor for name, tensor in zero_adapters(self.vit).items()}
+        checkpoint["state_dict"] |= checkpoint.get("adapters") or zeros
+        if self._trainer is None:
+            return
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
         if fitting and "averaging_state" in checkpoint and self._averaging() is None:
             raise UserError(
                 "the checkpoint's run averages its weights (EMA), this one does not: give its trainer.callbacks, or "
                 "start from the averaged weights (model.init_from)"
             )
-        # Lightning counts a device's micro-batches, of which a step may have another number in a continued run.
-        if self._trainer is None or not checkpoint["global_step"]:
+        if not checkpoint["global_step"]:
             return
+        # Lightning counts the micro-batches of a device; a step may now have another number of them.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         before = progress["total"]["processed"] // checkpoint["global_step"]
         was = (checkpoint.get("devices", self.trainer.world_size), before)
         now = (self.trainer.world_size, self.trainer.accumulate_grad_batches)
         if fitting and was != now and any(getattr(self.vit.config, name) for name in DROPOUTS):
             rank_zero_only(print)(
-                f"vitlit: warning: {now[0]} devices x {now[1]} micro-batches go on where {was[0]} x {was[1]} were: the "
-                "samples are the same, but dropout depends on how they are divided",
+                "vitlit: warning: steps of {} devices x {} micro-batches continue as {} x {}: the samples are the "
+                "same, but dropout depends on this division".format(*was, *now),
                 flush=True,
             )
         for counts in (progress["total"], progress["current"]):
             ready = counts["ready"]
-            whole = ready // before * self.trainer.accumulate_grad_batches
-            counts.update({name: whole - (ready - count) for name, count in counts.items()})
+            shift = ready // before * self.trainer.accumulate_grad_batches - ready
+            counts.update({name: count + shift for name, count in counts.items()})
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Rebuild a stage from its checkpoint; `Stage` finds out which it is. Nothing in the file is executed.
+        """Rebuild a stage from its checkpoint; `Stage` loads either. Nothing in the file is executed.
 
         Raises:
             UserError: the file cannot be read, holds another stage, or names a class outside the trusted packages.
         """
         record = with_public_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
         check_class_paths(record)
-        # Lightning would ask for the arguments of `cls`, whatever the record says.
-        made_by = str(record.get("_class_path"))
-        kind: Any = next((stage for stage in kinds(Stage) if path_of(stage) == made_by), cls)
+        # Lightning would expect the arguments of `cls`, whatever the record says.
+        path = str(record.get("_class_path"))
+        kind: Any = next((stage for stage in subclasses(Stage) if path_of(stage) == path), cls)
         if not issubclass(kind, cls):
-            raise UserError(f"{checkpoint_path} holds a {made_by}, not a {cls.__name__}")
-        found: Any = super(Stage, kind)
-        return found.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+            raise UserError(f"{checkpoint_path} holds a {path}, not a {cls.__name__}")
+        bound: Any = super(Stage, kind)
+        return bound.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+
+
+def no_classes(name: str) -> UserError:
+    """The error of an objective or a stage that needs classes, on data without."""
+    remedy = "sort the images into class folders, or give data.manifest"
+    return UserError(f"the data has no classes, which {name} needs; {remedy}")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
@@ -279,13 +309,13 @@ def step_ends(trainer: Any, batch_idx: int) -> bool:
 
 
 def logs_now(trainer: Any) -> bool:
-    """Whether the optimiser step that has just ended is logged: every log_every_n_steps, and an epoch's last."""
+    """Whether to log the optimiser step that just ended: every log_every_n_steps, and an epoch's last."""
     every = trainer.log_every_n_steps
     return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)
 
 
-def kinds(stage: type[Stage]) -> Iterator[type[Stage]]:
-    """A stage and all that are derived from it."""
+def subclasses(stage: type[Stage]) -> Iterator[type[Stage]]:
+    """A stage and all of its subclasses."""
     yield stage
     for derived in stage.__subclasses__():
-        yield from kinds(derived)
+        yield from subclasses(derived)

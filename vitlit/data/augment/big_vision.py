@@ -16,7 +16,7 @@ _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu")  # of a pixel
 
 
 class Draw(NamedTuple):
-    """What an op is applied with, whether or not it looks at all of it.
+    """What an op is applied with; most ops use a part of it.
 
     Args:
         level: magnitude / 10.
@@ -28,45 +28,47 @@ class Draw(NamedTuple):
     sign: int
     centre: tuple[int, int]
 
+    @property
+    def factor(self) -> float:
+        """Of a blend; 1 changes nothing."""
+        return 0.1 + 1.8 * self.level
+
 
 class BigVisionRandAugment(v2.Transform):
     """RandAugment (1909.13719) as big_vision's `randaug(ops, magnitude)` does it.
 
-    Each of `ops` is one of 16, with replacement, and is always applied: the source draws a probability and does not
-    use it. The magnitude is the same for all. What moved into view is grey (128). A translation is 10 pixels times
-    the magnitude and a cutout 8 pixels square times the magnitude, whatever the image's size, which was 224.
+    Each of `ops` is one of 16, with replacement, and is always applied: the source draws a probability, but does not
+    use it. All have the same magnitude. What moves into view is grey (128). A translation is 10 pixels times the
+    magnitude and a cutout 8 pixels square times the magnitude, at any image size (the source's was 224).
 
-    It computes what the source computes, two known mistakes included, since the published results come from them:
-    Contrast blends with a grey of height * width / 256 (196 at 224 pixels), not with the image's mean
-    (google-research/big_vision issue 109; the file as it was in May 2025); and Solarize's threshold of 25.6 times the
-    magnitude wraps around at 256, so that at magnitude 10 it inverts the image, and at 15 is the usual 128 (issue 110;
-    without the wrap it would do nothing from 10 on).
+    Two known mistakes of the source stay, since the published results have them (google-research/big_vision issues 109
+    and 110, May 2025). Contrast blends with a grey of height * width / 256 (196 at 224 pixels), not with the image's
+    mean. Solarize's threshold of 25.6 times the magnitude wraps around at 256: at magnitude 10 it inverts the image, at
+    15 it is the usual 128.
 
-    It differs in two ops. Sharpness rounds its mean of 3 x 3 pixels down exactly, where the source's floats fall short
-    for up to 1.5 % of pixels, and leaves images below 3 pixels as they are, where the source fails. Posterize does
-    nothing above magnitude 22, where the source shifts by a negative number.
+    Two ops differ from the source. Sharpness rounds its mean of 3 x 3 pixels down exactly, where the source's floats
+    fall short for up to 1.5 % of pixels, and leaves images below 3 pixels as they are, where the source fails.
+    Posterize does nothing above magnitude 22, where the source shifts by a negative number.
 
     Args:
-        ops: the number of ops applied to an image, one after the other.
-        magnitude: the strength of them all. It does not mean the same for each: Color, Contrast, Brightness and
-            Sharpness change nothing at 5, and Posterize is strongest at 0.
+        ops: the number of ops applied to an image, in turn.
+        magnitude: the strength of them all. It is not always more change: Color, Contrast, Brightness and Sharpness
+            change nothing at 5, and Posterize is strongest at 0.
 
     Raises:
-        UserError: an argument out of range.
+        UserError: an argument is out of range.
     """
 
     def __init__(self, ops: int = 2, magnitude: int = 10) -> None:
         super().__init__()
-        if ops < 1:
-            raise UserError(f"ops {ops} must be at least 1")
-        if magnitude < 0:
-            raise UserError(f"magnitude {magnitude} must be at least 0")
+        if ops < 1 or magnitude < 0:
+            raise UserError(f"ops {ops} must be at least 1, and magnitude {magnitude} at least 0")
         self.ops, self.magnitude = ops, magnitude
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = flat_inputs[0].shape[-2:]
+        sides = flat_inputs[0].shape[-2:]
         names = [list(OPS)[index] for index in torch.randint(len(OPS), (self.ops,))]
-        return {"ops": [(name, self._draw(height, width)) for name in names]}
+        return {"ops": [(name, self._draw(*sides)) for name in names]}
 
     def _draw(self, height: int, width: int) -> Draw:
         sign, row, column = (int(torch.randint(count, ())) for count in (2, height, width))
@@ -79,13 +81,10 @@ class BigVisionRandAugment(v2.Transform):
 
 
 def look_up(table: Tensor, image: Tensor) -> Tensor:
-    """Replace each value of an image (C, H, W) by its entry in a table (256,).
-
-    bytes.translate takes a quarter of the time that computing it from each pixel does.
-    """
+    """Replace each value of an image (C, H, W) by its entry in a table (256,), four times as fast as arithmetic."""
     pixels = image.permute(1, 2, 0).contiguous()
-    found = bytearray(pixels.numpy().data).translate(table.numpy().tobytes())
-    return torch.frombuffer(found, dtype=torch.uint8).view(pixels.shape).permute(2, 0, 1)
+    replaced = bytearray(pixels.numpy().data).translate(table.numpy().tobytes())
+    return torch.frombuffer(replaced, dtype=torch.uint8).view(pixels.shape).permute(2, 0, 1)
 
 
 def autocontrast(image: Tensor) -> Tensor:
@@ -98,19 +97,13 @@ def autocontrast(image: Tensor) -> Tensor:
     return torch.cat([look_up(table, channel[None]) for table, channel in zip(tables, image, strict=True)])
 
 
-def posterize(image: Tensor, bits: int) -> Tensor:
-    """Keep the highest bits; 0 bits keep one, since TensorFlow shifts a byte by 7 at most."""
-    shift = min(max(8 - bits, 0), 7)
-    return image >> shift << shift
-
-
 def solarize(image: Tensor, threshold: int) -> Tensor:
-    """Invert what is not below the threshold, which wraps around at 256."""
+    """Invert values from the threshold on, which wraps around at 256."""
     return look_up(torch.where(threshold % 256 > _VALUES, _VALUES, 255 - _VALUES), image)
 
 
 def solarize_add(image: Tensor, addition: int) -> Tensor:
-    """Add to what is below 128."""
+    """Add to values below 128."""
     added = (_VALUES.int() + addition).clamp(max=255).to(torch.uint8)
     return look_up(torch.where(_VALUES < 128, added, _VALUES), image)
 
@@ -123,19 +116,19 @@ def grey(image: Tensor) -> Tensor:
 
 
 def smooth(image: Tensor) -> Tensor:
-    """Mean of 3 x 3 pixels in which the central one counts 5 times; the border stays."""
+    """Mean of 3 x 3 pixels, the central one weighted by 5; the border stays."""
     if min(image.shape[-2:]) < 3:
         return image
     wide = image.short()
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
     smoothed = image.clone()
-    smoothed[..., 1:-1, 1:-1] = total / 13  # which is cut off, in half the time of //
+    smoothed[..., 1:-1, 1:-1] = total / 13  # truncated, in half the time of //
     return smoothed
 
 
 def contrast(image: Tensor, factor: float) -> Tensor:
-    """Blend with one grey, whose value should be the image's mean and is its number of pixels / 256."""
+    """Blend with a grey of height * width / 256, which should be the image's mean."""
     height, width = image.shape[-2:]
     return look_up(blend(torch.tensor(min(height * width // 256, 255)), _VALUES, factor), image)
 
@@ -152,7 +145,7 @@ def affine(image: Tensor, x: tuple[float, float, float], y: tuple[float, float, 
     framed[1:-1, 1:-1] = image.permute(1, 2, 0)
     rows = torch.arange(height, dtype=torch.float32).view(-1, 1)
     columns = torch.arange(width, dtype=torch.float32)
-    # What is outside comes to lie on the frame.
+    # Positions outside are clamped to the frame.
     column, row = (
         _nearest((a * columns + b * rows + c).clamp(-1, side)) + 1 for (a, b, c), side in ((x, width), (y, height))
     )
@@ -162,7 +155,7 @@ def affine(image: Tensor, x: tuple[float, float, float], y: tuple[float, float, 
 
 def _nearest(position: Tensor) -> Tensor:
     """Round halves away from zero, as C++'s std::round does."""
-    return (position + 0.5 * position.sign()).int()  # which cuts off
+    return (position + 0.5 * position.sign()).int()  # truncates
 
 
 def rotate(image: Tensor, degrees: float) -> Tensor:
@@ -181,21 +174,18 @@ def cutout(image: Tensor, reach: int, centre: tuple[int, int]) -> Tensor:
     return image
 
 
-def _factor(draw: Draw) -> float:
-    return 0.1 + 1.8 * draw.level
-
-
 OPS: dict[str, Callable[[Tensor, Draw], Tensor]] = {
     "AutoContrast": lambda image, draw: autocontrast(image),
     "Equalize": lambda image, draw: F.equalize(image),
     "Invert": lambda image, draw: 255 - image,
     "Rotate": lambda image, draw: rotate(image, draw.sign * 30 * draw.level),
-    "Posterize": lambda image, draw: posterize(image, int(4 * draw.level)),
+    # TensorFlow shifts a byte by 7 at most, so that one bit is left.
+    "Posterize": lambda image, draw: F.posterize(image, min(max(int(4 * draw.level), 1), 8)),
     "Solarize": lambda image, draw: solarize(image, int(256 * draw.level)),
-    "Color": lambda image, draw: blend(grey(image), image.contiguous(), _factor(draw)),
-    "Contrast": lambda image, draw: contrast(image, _factor(draw)),
-    "Brightness": lambda image, draw: look_up(blend(torch.tensor(0), _VALUES, _factor(draw)), image),
-    "Sharpness": lambda image, draw: blend(smooth(image), image, _factor(draw)),
+    "Color": lambda image, draw: blend(grey(image), image.contiguous(), draw.factor),
+    "Contrast": lambda image, draw: contrast(image, draw.factor),
+    "Brightness": lambda image, draw: look_up(blend(torch.tensor(0), _VALUES, draw.factor), image),
+    "Sharpness": lambda image, draw: blend(smooth(image), image, draw.factor),
     "ShearX": lambda image, draw: affine(image, (1, draw.sign * 0.3 * draw.level, 0), (0, 1, 0)),
     "ShearY": lambda image, draw: affine(image, (1, 0, 0), (draw.sign * 0.3 * draw.level, 1, 0)),
     "TranslateX": lambda image, draw: affine(image, (1, 0, draw.sign * 100 * draw.level), (0, 1, 0)),

@@ -14,11 +14,11 @@ from vitlit.errors import UserError
 
 
 class ThreeAugment(v2.Transform):
-    """Grey, solarised or blurred, one of the three, then the colours jittered (2204.07118, section 3).
+    """One of grey, solarise and blur, then colour jitter (2204.07118, section 3).
 
-    Solarising inverts values from 128 on; the blur is Pillow's Gaussian of a standard deviation in [0.1, 2] pixels.
-    The jitter is torchvision's, of brightness, contrast and saturation in random order. Crop and flip come before.
-    Images go through Pillow, as in the source.
+    Solarising inverts values from 128 on; the blur is Pillow's Gaussian with a standard deviation in [0.1, 2] pixels.
+    The jitter is torchvision's, of brightness, contrast and saturation in random order. Images go through Pillow, as in
+    the source.
 
     Args:
         jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter; 0 leaves them.

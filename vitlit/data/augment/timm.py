@@ -1,8 +1,8 @@
-"""RandAugment as timm has it: timm/data/auto_augment.py, whose pixels it gives for the same draws."""
+"""RandAugment as timm has it: timm/data/auto_augment.py, with the same pixels for the same draws."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import ImageEnhance, ImageOps
@@ -16,42 +16,53 @@ from vitlit.errors import UserError
 _RESAMPLING = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What an op is applied with, whether or not it looks at all of it.
+class Draw(NamedTuple):
+    """What an op is applied with; most ops use a part of it.
 
     Args:
         level: magnitude / 10, in [0, 1].
         sign: 1 or -1.
-        resample: how the pixels of a moved image are found.
-        fill: the colour of what moved into view.
+        resample: how a moved image is sampled.
+        fill: the colour of what moves into view.
+        increasing: whether a higher level is more change in every op.
     """
 
     level: float
     sign: int
     resample: Resampling
     fill: tuple[int, int, int]
+    increasing: bool
+
+    def kept(self, most: int) -> int:
+        """How much of `most` an op keeps, bits or values: more at a higher level, or less if increasing."""
+        share = int(most * self.level)
+        return most - share if self.increasing else share
+
+    @property
+    def factor(self) -> float:
+        """Of an enhancement: 0.1 to 1.9 by level, or away from 1 to either side if increasing."""
+        return max(0.1, 1 + self.sign * 0.9 * self.level) if self.increasing else 0.1 + 1.8 * self.level
 
 
 class TimmRandAugment(v2.Transform):
     """RandAugment (1909.13719) as timm does it; with the defaults, DeiT's `rand-m9-mstd0.5-inc1`.
 
     Each of `ops` is one of 15, with replacement, and is applied with probability `prob` at a magnitude of its own, a
-    Gaussian clipped to [0, 10]. Translations are relative to the image, up to 0.45 of a side: `translate_const`, which
-    timm's transforms_imagenet_train sets, is not read by these ops. Images go through Pillow, as in the source. A
-    Posterize that keeps no bits (increasing, at magnitude 10) gives black; Pillow 13 refuses it, and timm then fails.
+    Gaussian clipped to [0, 10]. Translations are up to 0.45 of a side: timm's transforms_imagenet_train sets
+    `translate_const`, but these ops do not read it. Images go through Pillow, as in the source. A Posterize that keeps
+    no bits (increasing, at magnitude 10) gives black; Pillow 13 refuses it, and timm then fails.
 
     Args:
         magnitude: the mean strength, in [0, 10].
-        ops: the number of ops drawn for an image, one after the other.
+        ops: the number of ops drawn for an image, applied in turn.
         std: the standard deviation of the magnitude; 0 fixes it.
-        increasing: whether more magnitude is more change in every op; timm's `inc1`.
+        increasing: whether a higher magnitude is more change in every op; timm's `inc1`.
         prob: of applying an op that was drawn.
-        interpolation: of what moves the image; "random" draws bilinear or bicubic for each op.
-        fill: RGB in [0, 255] of what moved into view; timm's is 255 times the normalisation's mean, here ImageNet's.
+        interpolation: of ops that move the image; "random" draws bilinear or bicubic for each op.
+        fill: RGB in [0, 255] of what moves into view; timm's is 255 times the normalisation's mean, here ImageNet's.
 
     Raises:
-        UserError: an argument out of range.
+        UserError: an argument is out of range.
     """
 
     def __init__(
@@ -65,39 +76,35 @@ class TimmRandAugment(v2.Transform):
         fill: tuple[int, int, int] = (124, 116, 104),
     ) -> None:
         super().__init__()
-        if not 0 <= magnitude <= 10:
-            raise UserError(f"magnitude {magnitude} must be in [0, 10]")
-        if ops < 1:
-            raise UserError(f"ops {ops} must be at least 1")
-        if not 0 <= std <= 100:  # what is above means another distribution to timm
-            raise UserError(f"std {std} must be in [0, 100]")
-        if not 0 <= prob <= 1:
-            raise UserError(f"prob {prob} must be in [0, 1]")
-        if interpolation not in (*_RESAMPLING, "random"):
-            raise UserError(f"interpolation {interpolation} must be bilinear, bicubic or random")
-        if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
-            raise UserError(f"fill {fill} must be 3 numbers in [0, 255]")
+        # To timm a std above 100 means another distribution.
+        limits = {
+            "magnitude": (magnitude, 0, 10),
+            "ops": (ops, 1, math.inf),
+            "std": (std, 0, 100),
+            "prob": (prob, 0, 1),
+        }
+        for name, (value, least, most) in limits.items():
+            if not least <= value <= most:
+                raise UserError(f"{name} {value} must be in [{least}, {most}]")
         self.magnitude, self.ops, self.std, self.increasing, self.prob = magnitude, ops, std, increasing, prob
         self.interpolation, self.fill = interpolation, fill
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        table = INCREASING if self.increasing else OPS
-        names = [list(table)[index] for index in torch.randint(len(table), (self.ops,))]
+        names = [list(OPS)[index] for index in torch.randint(len(OPS), (self.ops,))]
         return {"ops": [(name, self._draw()) for name in names if torch.rand(()) < self.prob]}
 
     def _draw(self) -> Draw:
         magnitude = self.magnitude + self.std * torch.randn(()).item()
         sign, mode = torch.randint(2, (2,)).tolist()
-        interpolation = list(_RESAMPLING)[mode] if self.interpolation == "random" else self.interpolation
-        return Draw(min(max(magnitude, 0), 10) / 10, 2 * sign - 1, _RESAMPLING[interpolation], self.fill)
+        name = list(_RESAMPLING)[mode] if self.interpolation == "random" else self.interpolation
+        return Draw(min(max(magnitude, 0), 10) / 10, 2 * sign - 1, _RESAMPLING[name], self.fill, self.increasing)
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         if not params["ops"]:
             return inpt
-        table = INCREASING if self.increasing else OPS
         image = F.to_pil_image(inpt)
         for name, draw in params["ops"]:
-            image = table[name](image, draw)
+            image = OPS[name](image, draw)
         return F.pil_to_tensor(image)
 
 
@@ -113,7 +120,7 @@ def posterize(image: Image, bits: int) -> Image:
 
 
 def solarize_add(image: Image, addition: int) -> Image:
-    """Add to what is below 128."""
+    """Add to values below 128."""
     return image.point([min(255, value + addition) if value < 128 else value for value in range(256)] * 3)
 
 
@@ -125,39 +132,20 @@ def _translation(draw: Draw) -> float:
     return draw.sign * 0.45 * draw.level
 
 
-def _factor(draw: Draw) -> float:
-    """From heavily damped to nearly doubled: 0.1 to 1.9."""
-    return 0.1 + 1.8 * draw.level
-
-
-def _increasing_factor(draw: Draw) -> float:
-    """Away from 1, which changes nothing, to either side."""
-    return max(0.1, 1 + draw.sign * 0.9 * draw.level)
-
-
 OPS: dict[str, Callable[[Image, Draw], Image]] = {
     "AutoContrast": lambda image, draw: ImageOps.autocontrast(image),
     "Equalize": lambda image, draw: ImageOps.equalize(image),
     "Invert": lambda image, draw: ImageOps.invert(image),
     "Rotate": lambda image, draw: image.rotate(draw.sign * 30 * draw.level, draw.resample, fillcolor=draw.fill),
-    "Posterize": lambda image, draw: posterize(image, int(4 * draw.level)),
-    "Solarize": lambda image, draw: ImageOps.solarize(image, int(256 * draw.level)),
+    "Posterize": lambda image, draw: posterize(image, draw.kept(4)),
+    "Solarize": lambda image, draw: ImageOps.solarize(image, draw.kept(256)),
     "SolarizeAdd": lambda image, draw: solarize_add(image, int(110 * draw.level)),
-    "Color": lambda image, draw: ImageEnhance.Color(image).enhance(_factor(draw)),
-    "Contrast": lambda image, draw: ImageEnhance.Contrast(image).enhance(_factor(draw)),
-    "Brightness": lambda image, draw: ImageEnhance.Brightness(image).enhance(_factor(draw)),
-    "Sharpness": lambda image, draw: ImageEnhance.Sharpness(image).enhance(_factor(draw)),
+    "Color": lambda image, draw: ImageEnhance.Color(image).enhance(draw.factor),
+    "Contrast": lambda image, draw: ImageEnhance.Contrast(image).enhance(draw.factor),
+    "Brightness": lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.factor),
+    "Sharpness": lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.factor),
     "ShearX": lambda image, draw: affine(image, draw, 1, _shear(draw), 0, 0, 1, 0),
     "ShearY": lambda image, draw: affine(image, draw, 1, 0, 0, _shear(draw), 1, 0),
     "TranslateXRel": lambda image, draw: affine(image, draw, 1, 0, _translation(draw) * image.width, 0, 1, 0),
     "TranslateYRel": lambda image, draw: affine(image, draw, 1, 0, 0, 0, 1, _translation(draw) * image.height),
-}
-
-INCREASING: dict[str, Callable[[Image, Draw], Image]] = OPS | {
-    "Posterize": lambda image, draw: posterize(image, 4 - int(4 * draw.level)),
-    "Solarize": lambda image, draw: ImageOps.solarize(image, 256 - int(256 * draw.level)),
-    "Color": lambda image, draw: ImageEnhance.Color(image).enhance(_increasing_factor(draw)),
-    "Contrast": lambda image, draw: ImageEnhance.Contrast(image).enhance(_increasing_factor(draw)),
-    "Brightness": lambda image, draw: ImageEnhance.Brightness(image).enhance(_increasing_factor(draw)),
-    "Sharpness": lambda image, draw: ImageEnhance.Sharpness(image).enhance(_increasing_factor(draw)),
 }

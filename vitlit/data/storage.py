@@ -1,0 +1,104 @@
+"""Folders, local or remote (through fsspec), and ranges of bytes of their files, read again after a failure."""
+
+import os
+import time
+from typing import Any, NamedTuple
+
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+from vitlit.data.index import StorageUserError
+from vitlit.errors import UserError
+
+PAUSES = (0.3, 1.2, 3.0)  # seconds before a read is tried again
+TIMEOUT = 60.0  # seconds for a response
+NO_RANGES = "range requests"  # in fsspec's error for a server without them
+
+
+class Folder(NamedTuple):
+    """A folder: as the user names it, and as a path in an fsspec filesystem."""
+
+    root: str
+    filesystem: Any
+    path: str
+
+
+_folders: dict[tuple[int, str], Folder] = {}
+
+
+def join(root: str, name: str) -> str:
+    """The path or URL of a file in a folder."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def connect(root: str) -> Folder:
+    """A folder in a new filesystem; UserError if there is none for this URL, or it needs another package."""
+    try:
+        # Every fork closes the connections of an instance in fsspec's own cache.
+        return Folder(root, *url_to_fs(root, skip_instance_cache=True))
+    except ImportError as error:
+        raise UserError(f"{root} cannot be read without another package: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{root} cannot be read ({error}): give a folder, or a URL such as s3://BUCKET/SET") from error
+
+
+def read_range(root: str, name: str, start: int, end: int) -> bytes:
+    """Bytes start to end of a file in a folder. A failed read is tried again after each of `PAUSES`.
+
+    Raises:
+        UserError: it still fails, or trying again would not help.
+    """
+    place = f"cannot read bytes {start}-{end} of {join(root, name)}"
+    failure: Exception
+    for pause in (0.0, *PAUSES):
+        if pause:  # sleep(0) takes 60 us
+            time.sleep(pause)
+        try:
+            data = _read_once(root, name, start, end)
+            if len(data) == end - start:
+                return data
+            failure = EOFError(f"the file is cut short before byte {end}")
+        except UserError:
+            raise
+        except Exception as error:  # each filesystem raises its own
+            if NO_RANGES in str(error):
+                raise StorageUserError(f"{place}: {reason(error)}") from error
+            failure = error
+    raise StorageUserError(
+        f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)}); once they can be read, the same command "
+        "continues the run"
+    ) from failure
+
+
+def _read_once(root: str, name: str, start: int, end: int) -> bytes:
+    if "://" not in root:
+        with open(os.path.join(root, name), "rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(end - start)
+    key = (os.getpid(), root)  # a fork must not use its parent's, nor drop it, which would close the connections
+    _, filesystem, path = _folders.get(key) or _folders.setdefault(key, connect(root))
+    if root.startswith("http"):
+        from aiohttp import ClientTimeout
+
+        # Unlike cat_file this notices a server that sends the whole file before it has arrived.
+        limit = ClientTimeout(total=TIMEOUT)
+        with filesystem.open(join(path, name), "rb", cache_type="none", size=end, timeout=limit) as file:
+            file.seek(start)
+            return bytes(file.read(end - start))
+    limits = {"timeout": TIMEOUT} if filesystem.async_impl else {}
+    return bytes(filesystem.cat_file(join(path, name), start=start, end=end, **limits))
+
+
+def reason(error: Exception) -> str:
+    """Why a filesystem failed, in one line."""
+    status, text = getattr(error, "status", None), " ".join(str(error).split())
+    if isinstance(status, int):
+        return f"the server answers with HTTP status {status}"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {TIMEOUT:g} seconds"
+    if "connect" in type(error).__name__.lower():
+        return f"the server cannot be reached: {text}"
+    if NO_RANGES in text:
+        return "the server ignores Range and sends the whole file: use one that serves parts of files"
+    return str(getattr(error, "strerror", None) or text or type(error).__name__)
