@@ -27,10 +27,7 @@ def kept_at(folder: Path) -> Path:
 
 
 def load(folder: Path, classes: list[str], endings: tuple[bytes, ...]) -> tuple[Names, np.ndarray] | None:
-    """The kept names of a split's images and the number in each class; None if there are none or the folder changed.
-
-    `classes` are the class folders of now, `endings` those of image files.
-    """
+    """The kept names of a split's images and the number in each class; None if there are none or the folder changed."""
     try:
         scan = load_arrays(kept_at(folder))
         times = _times(folder, Names(scan["folders"], scan["folder_ends"]))
@@ -48,14 +45,7 @@ def save(
     folders: list[bytes],
     scanned: float,
 ) -> None:
-    """Keep a scan for `load` if it is large and the folder is writable.
-
-    Args:
-        folder, classes, endings: as in `load`.
-        found: the images' names and the number in each class.
-        folders: all that were searched, relative to `folder`, which comes first.
-        scanned: when the scan began, seconds since the epoch.
-    """
+    """Keep a scan of `folders`, this one first, that began at `scanned`, if it is large and the folder writable."""
     names, counts = found
     if len(names) < WORTH:
         return

@@ -20,18 +20,11 @@ from vitlit.seeds import REPLACE, mix, seeded_sample
 class Images(Dataset[tuple[Any, ...]]):
     """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
-    Channels come last, as decoding and resizing leave them, so that a batch is stacked by plain copies. An item is an
-    index in evaluation, and in training a Sample, which seeds the transform's draws and gives the position. A label is
-    an int, or float (classes,) of zeros and ones if an image may have several.
-
-    Args:
-        index: the images.
-        transform: uint8 (3, H, W) -> uint8 (3, height, width).
-        seed: for the draws.
-        bad: lists images that cannot be read. In training another of the same class replaces one, always the same for
-            the same (seed, epoch, index, repeat); in prediction a black image with the index -1. None: an error.
-        further: transforms for further views of a training image, uint8 (height, width, 3) each.
-        photos: whether the images are to be predicted, so that some may be left out.
+    Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. An item is an index in
+    evaluation, and in training a Sample, which seeds the transforms. A label is an int, or float (classes,) of zeros
+    and ones if an image may have several. `bad` lists images that cannot be read: in training another of the same
+    class, always the same one, replaces each; in prediction (`photos`) it is black, with the index -1. Without `bad`
+    they are an error.
     """
 
     def __init__(

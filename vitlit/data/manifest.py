@@ -18,13 +18,7 @@ COLUMNS = (*REQUIRED, "split", "group")
 
 
 class Manifest(NamedTuple):
-    """Classes and splits of a manifest, or of shards.
-
-    Attributes:
-        classes: names in the order of their numbers; sorted in a manifest.
-        splits: the images of train, and of val and test if listed, in the file's order.
-        multi_label: whether an image may have several classes, or none.
-    """
+    """Classes; images of train, and of val and test if listed; whether an image may have several classes."""
 
     classes: list[str]
     splits: dict[str, Index]

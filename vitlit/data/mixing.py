@@ -35,12 +35,7 @@ class Box(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """How the images of one global batch are mixed.
-
-    Attributes:
-        lam: the weight of an image's own targets; its partner's is 1 - lam.
-        box: what cutmix takes from the partner; None for mixup.
-    """
+    """How a batch is mixed: the weight of an image's own targets, and what cutmix takes from its partner."""
 
     lam: float
     box: Box | None
@@ -80,7 +75,6 @@ class Mixing:
 
     @property
     def on(self) -> bool:
-        """Whether any batch is mixed."""
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def draw(self, seed: int, step: int, height: int, width: int) -> Mix | None:
@@ -110,20 +104,12 @@ class Mixing:
 
 
 def mixup(images: Tensor, targets: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """lam * row i + (1 - lam) * row i ^ 1, of images (B, C, H, W) and of targets (B, classes), both float.
-
-    Raises:
-        UserError: B is odd.
-    """
+    """lam * row i + (1 - lam) * row i ^ 1, of images (B, C, H, W) and targets (B, classes), float; B is even."""
     return _blend(images, lam), _blend(targets, lam)
 
 
 def cutmix(images: Tensor, targets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Row i of images (B, C, H, W) with the box of row i ^ 1, and targets (B, classes) by their shares of the pixels.
-
-    Raises:
-        UserError: B is odd.
-    """
+    """Row i of images (B, C, H, W) with the box of row i ^ 1, and targets (B, classes) by shares of the pixels."""
     mixed = images.clone()
     mixed[..., *box.slices] = _partners(images[..., *box.slices])
     return mixed, _blend(targets, 1 - box.area / (images.shape[-2] * images.shape[-1]))

@@ -141,11 +141,7 @@ class ImageFolderData(LightningDataModule):
         self._trainer_done = False  # Lightning leaves it attached
 
     def split(self, name: str) -> Index:
-        """The images of train, val, test or predict.
-
-        Raises:
-            UserError: there is no such split, or its layout is wrong.
-        """
+        """The images of train, val, test or predict; UserError if there is no such split, or its layout is wrong."""
         return self.splits[name]
 
     @property
@@ -155,7 +151,6 @@ class ImageFolderData(LightningDataModule):
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several classes."""
         return self.splits.multi_label
 
     @property
@@ -177,8 +172,7 @@ class ImageFolderData(LightningDataModule):
         """(images of a device's micro-batch, micro-batches accumulated) for training on `world_size` devices.
 
         Raises:
-            UserError: the batch does not divide, or is larger than the training set; or it does not suit mixing,
-                balance or repeats.
+            UserError: the batch does not divide, exceeds the training set, or does not suit mixing, balance or repeats.
         """
         micro, accumulate = split_batch(self.batch_size, self.micro_batch, world_size)
         images = len(self.split("train"))
@@ -200,11 +194,7 @@ class ImageFolderData(LightningDataModule):
         return list(islice(self._stream(lambda: step), self.batch_size))
 
     def check(self, stage: str, world_size: int) -> None:
-        """Refuse data that does not fit a stage (fit, validate, test or predict) on so many devices.
-
-        Raises:
-            UserError: the split is missing or too small, or training would fail (see `plan`).
-        """
+        """Refuse data that does not fit a stage (fit, validate, test or predict) on so many devices."""
         if stage == "fit":
             self.plan(world_size)
             for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:

@@ -30,11 +30,7 @@ def is_shards(root: str) -> bool:
 
 
 def read_shards(root: str) -> Manifest:
-    """The classes and splits of the shards at a path or URL; a set made elsewhere may lack the split train.
-
-    Raises:
-        UserError: they cannot be read, or do not belong together, or an image has no label; the message names the file.
-    """
+    """The classes and splits of the shards at a path or URL; a set made elsewhere may lack the split train."""
     folder, index = connect(root), None
     try:
         index = load_index(folder.filesystem.cat_file(join(folder.path, INDEX)), root, join(root, INDEX))

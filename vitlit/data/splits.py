@@ -16,15 +16,7 @@ from vitlit.errors import UserError
 class Splits:
     """The images of each split, found once, when they are first needed.
 
-    Args:
-        root: a folder of class folders, of images without labels or of shards, or the URL of shards.
-        holdout: the share of the training images to hold out for validation.
-        manifest: a CSV file of labels, instead of class folders.
-
-    Attributes:
-        classes: names in the order of their numbers; empty without labels. Set first, they are the weights' classes.
-        multi_label: whether an image may have several classes.
-        photos: files and folders to predict.
+    `classes` are empty without labels; set first, they are the weights' classes. `photos` are to be predicted.
     """
 
     def __init__(self, root: str, holdout: float, manifest: str | None) -> None:
@@ -36,11 +28,6 @@ class Splits:
         self._scanned = False
 
     def __getitem__(self, name: str) -> Index:
-        """The images of train, val, test or predict.
-
-        Raises:
-            UserError: there is no such split, or its layout is wrong.
-        """
         if name == "predict" and name not in self._found:
             self._found[name] = scan_photos(self.photos)
         if name not in self._found and (name == "train" or self.holdout or not self.classes or self._listed):
@@ -61,11 +48,7 @@ class Splits:
         return read_manifest(Path(self.manifest), Path(self.root))
 
     def scan(self) -> None:
-        """Find the classes, the training images, and all splits that a manifest or shards list; once.
-
-        Raises:
-            UserError: the layout is wrong, or the classes are not the weights'.
-        """
+        """Find the classes, the training images, and all splits that a manifest or shards list; once."""
         if self._scanned:
             return
         listed = self._listed

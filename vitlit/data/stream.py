@@ -21,11 +21,7 @@ from vitlit.seeds import BALANCE, ORDER, mix
 class Sample(NamedTuple):
     """One item of the training stream.
 
-    Attributes:
-        epoch: counted from 0.
-        index: the image's.
-        repeat: how often this image came before in this epoch; each repeat is augmented differently.
-        position: in the stream: step * batch_size + row in the step's global batch.
+    Each repeat of an image in an epoch is augmented differently. `position` is step * batch_size + row in the batch.
     """
 
     epoch: int
@@ -48,13 +44,10 @@ def order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch of `count` draws in which every class is drawn equally often, give or take one.
+    """(image of each draw, how often it was drawn before), int64 (count,) each: every class equally often, within one.
 
     A class's images are all drawn once before any is drawn again. Over the epochs the classes take turns at the extra
-    draw. `labels` are the images' class numbers, int64 (N,).
-
-    Returns:
-        (image of each draw, how often it was drawn before in this epoch), both int64 (count,).
+    draw. `labels` are class numbers, int64 (N,).
     """
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
@@ -69,13 +62,9 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tup
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """Divide a global batch over devices that take at most `micro_batch` samples at a time; None: their whole share.
+    """(samples of a device's micro-batch, micro-batches accumulated in a step), from a global batch.
 
-    Returns:
-        (samples of a device's micro-batch, micro-batches accumulated in a step).
-
-    Raises:
-        UserError: the batch does not divide evenly; the message names the nearest one that does.
+    Devices take at most `micro_batch` samples at a time; None: their whole share. UserError if it does not divide.
     """
 
     def accumulation(size: int) -> int:
@@ -101,9 +90,6 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     Even rows take the first half in order, odd rows the second half in strides of `repeats`, so that the copies of an
     image have different partners. Partners are at least `repeats` apart in the list: a sample s before the end of the
     first half meets place repeats - s of the second half, or a later one.
-
-    Raises:
-        UserError: the batch is too small.
     """
     if repeats == 1:
         return np.arange(batch_size)
@@ -125,22 +111,9 @@ class TrainStream(DistributedSampler[Any]):
 
     It is a DistributedSampler so that Lightning does not replace it. With repeated augmentation (1901.09335, section
     3.2; 2012.12877, section 6) an epoch keeps its length and has fewer images. An image's repeats are in one global
-    batch, unless they lie across the border of two.
-
-    Args:
-        length: the number of training images.
-        batch_size: the global batch.
-        seed: for the order.
-        position: returns the number of optimiser steps done, whenever an iterator is made: at the start of an epoch,
-            or in the middle of one when a run is resumed.
-        rank: this process's.
-        world_size: the number of processes; must divide the batch.
-        repeats: how often a drawn image comes, augmented anew each time. Partners are never repeats of one draw; with
-            `labels`, an image that is drawn twice may meet itself.
-        labels: class numbers, int64 (length,), to draw every class equally often; None to draw every image once.
-
-    Raises:
-        UserError: the batch is too small for the repeats.
+    batch, unless they lie across the border of two. Partners are never repeats of one draw; with `labels`, int64
+    (length,), an image that is drawn twice may meet itself. `position` returns the number of optimiser steps done,
+    whenever an iterator is made: at the start of an epoch, or in the middle of one when a run is resumed.
     """
 
     def __init__(

@@ -40,11 +40,7 @@ def train_transform(
     flip: float,
     augment: Sequence[Transform] = (),
 ) -> TrainTransform:
-    """The transform for ImageFolderData's options of the same names, with evaluation's image size and interpolation.
-
-    Raises:
-        UserError: the crop is unknown, or does not fit the image size.
-    """
+    """The transform for ImageFolderData's options of the same names, with evaluation's image size and interpolation."""
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[CropName, Callable[[], Transform]] = {
         "random_resized": lambda: RandomResizedCrop(size, crop_scale, how),

@@ -24,11 +24,7 @@ LABEL_BYTES = 1 << 20  # of the largest .cls or .json
 
 
 def list_tars(folder: Folder) -> tuple[dict[str, str], list[str] | None, bytes]:
-    """(names and splits of the tars in a folder, classes if a file names them, a key that changes with any of these).
-
-    Raises:
-        UserError: the folder cannot be listed, or holds no tars, or some tar is of no split.
-    """
+    """(names and splits of a folder's tars, classes if a file names them, a key that changes with any of these)."""
     root, filesystem, path = folder
 
     def below(path: str) -> dict[str, Any]:
@@ -78,11 +74,7 @@ class _Sample(NamedTuple):
 
 
 def search(folder: Folder, tars: dict[str, str], classes: list[str] | None) -> ShardIndex:
-    """Find the images in the tars that `list_tars` listed, and print how many there are.
-
-    Raises:
-        UserError: a tar cannot be read, or an image has no known label.
-    """
+    """Find the images in the tars that `list_tars` listed, and print how many there are."""
     progress, root = Progress(), folder.root
     samples: dict[str, list[_Sample]] = {split: [] for split in SPLITS if split in tars.values()}
     shards, sizes = tuple(tars), []
@@ -148,7 +140,6 @@ def _search_tar(opened: IO[bytes], size: int, number: int) -> list[_Sample]:
 
 
 def _read_label(text: str, ending: str, name: str) -> tuple[tuple[str, ...], str] | None:
-    """The label in a KEY.cls or KEY.json, and its kind; None if there is no label."""
     if ending == "cls":
         return ((text.strip(),), "one") if text.strip() else None
     try:

@@ -17,15 +17,7 @@ _RESAMPLING = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 
 
 class Draw(NamedTuple):
-    """What an op is applied with; most ops use a part of it.
-
-    Args:
-        level: magnitude / 10, in [0, 1].
-        sign: 1 or -1.
-        resample: how a moved image is sampled.
-        fill: the colour of what moves into view.
-        increasing: whether a higher level is more change in every op.
-    """
+    """The draws of one op, most of which use only some: level is magnitude / 10, sign is 1 or -1."""
 
     level: float
     sign: int
