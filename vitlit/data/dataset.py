@@ -1,6 +1,7 @@
 """Images of an index as samples."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vitlit.images.decode import decode_bytes
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
+@dataclass(eq=False)
 class Images(Dataset[tuple[Any, ...]]):
     """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
@@ -27,17 +29,12 @@ class Images(Dataset[tuple[Any, ...]]):
     they are an error.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        transform: Transform,
-        seed: int = 0,
-        bad: BadImages | None = None,
-        further: Sequence[Transform] = (),
-        photos: bool = False,
-    ) -> None:
-        self.index, self.seed, self.bad, self.photos = index, seed, bad, photos
-        self.transform, self.further = transform, further
+    index: Index
+    transform: Transform
+    seed: int = 0
+    bad: BadImages | None = None
+    further: Sequence[Transform] = ()
+    photos: bool = False
 
     def __len__(self) -> int:
         return len(self.index)

@@ -129,9 +129,7 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
     files, counts = cache.load(folder, names, _ENDINGS) or _scan(folder, names)
     if not len(files):
         if not names and walk(os.fsencode(folder)).images:
-            raise UserError(
-                f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
-            )
+            raise UserError(f"{folder} holds images but no class folders; sort them into CLASS/ folders, as in train")
         raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
     numbers = {"": -1} | {name: label for label, name in enumerate(classes)}
     labels = np.repeat(np.array([numbers[name] for name in names], np.int64), counts)
@@ -169,10 +167,8 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
     if index.groups is not None:
         held = _hold_groups(index.groups, labels, counts, wanted)
         if not held.any() and wanted.any():
-            raise UserError(
-                f"data.holdout {share:.3g}: every group is more than twice what is to be held out of its classes, "
-                "or all of one; hold out more, or make groups smaller"
-            )
+            why = "every group is more than twice what is to be held out of its classes, or all of one"
+            raise UserError(f"data.holdout {share:.3g}: {why}; hold out more, or make groups smaller")
     else:
         keys = mix(np.array([zlib.crc32(name) for name in index.names()]))  # by name: another class changes nothing
         by_class = np.lexsort((keys, labels))

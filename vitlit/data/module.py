@@ -179,10 +179,8 @@ class ImageFolderData(LightningDataModule):
         if images < self.batch_size:
             raise UserError(f"data.batch_size {self.batch_size} is more than the {images} training images; give less")
         if self.mixing.on and micro % 2:
-            raise UserError(
-                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even "
-                "--data.micro_batch or --data.batch_size"
-            )
+            odd = f"a device takes {micro} images at a time"
+            raise UserError(f"data.mixing mixes pairs, but {odd}; give an even --data.micro_batch or --data.batch_size")
         if self.balanced and (self.multi_label or not self.classes):
             has = "several" if self.multi_label else "none"
             raise UserError(f"data.balanced needs one label an image, but the data has {has}; leave it out")
@@ -201,19 +199,15 @@ class ImageFolderData(LightningDataModule):
                 check_augment(self.transform.augment, size)
         name = "val" if stage in ("fit", "validate") else stage
         if len(self.split(name)) < world_size:
-            raise UserError(
-                f"the {name} split needs an image for each device, but has {len(self.split(name))} for {world_size}; "
-                "hold out more (--data.holdout), or give fewer --trainer.devices"
-            )
+            has = f"needs an image for each device, but has {len(self.split(name))} for {world_size}"
+            raise UserError(f"the {name} split {has}; raise --data.holdout, or lower --trainer.devices")
 
     def setup(self, stage: str) -> None:
         self._trainer_done = False
         # TrainerFn turns Lightning's stage, which prints as TrainerFn.TESTING, into its name.
         self.check(TrainerFn(stage).value, self._active_trainer.world_size)
         if DECODER == "Pillow":
-            rank_zero_only(print)(
-                f"torchcodec is missing, so Pillow decodes: the same pixels in {PILLOW_SLOWER} times the time"
-            )
+            rank_zero_only(print)(f"torchcodec is missing, so Pillow decodes, in {PILLOW_SLOWER} times the time")
         if stage == "fit" and self.trainer is not None:
             self._resumed_step = 0
             set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)

@@ -37,10 +37,8 @@ class ShardFiles(FolderFiles):
         refuse_large(self.path(row), size)
         data = read_range(self.root, self.shards[shard], start - BLOCK, start + size)
         if zlib.crc32(data[:BLOCK]) != checksum:
-            raise StorageUserError(
-                f"{join(self.root, self.shards[shard])} does not belong to {INDEX}: {self.path(row)} is not at byte "
-                f"{start}; both must be of the same `vitlit data shard`"
-            )
+            wrong = f"{join(self.root, self.shards[shard])} does not belong to {INDEX}: {self.path(row)} is elsewhere"
+            raise StorageUserError(f"{wrong}; both must be of the same `vitlit data shard`")
         return data[BLOCK:]
 
 
@@ -84,7 +82,5 @@ def load_index(data: bytes, root: str, place: str) -> ShardIndex:
         several = any(index.labels.ndim == 2 for index in splits.values())
         return ShardIndex(Manifest(classes, splits, several), tuple(shards), arrays["sizes"], arrays["key"].tobytes())
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{place} is damaged, or no index of shards ({error}): copy it again, or remove it, and the tars are "
-            "searched anew, in an order of their own"
-        ) from error
+        remedy = "copy it again, or remove it to search the tars anew, in an order of their own"
+        raise UserError(f"{place} is damaged, or no index of shards ({error}): {remedy}") from error

@@ -45,9 +45,7 @@ def read_shards(root: str) -> Manifest:
     for shard, size in zip(index.shards, index.sizes.tolist(), strict=True) if "://" not in root else ():
         file = Path(root) / shard
         if (found := file.stat().st_size if file.is_file() else "no") != size:
-            raise UserError(
-                f"{file} has {found} bytes, {size} by {INDEX}: both must be of the same `vitlit data shard`"
-            )
+            raise UserError(f"{file} has {found} bytes, {size} by {INDEX}; write both anew with `vitlit data shard`")
     return index.manifest
 
 

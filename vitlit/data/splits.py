@@ -42,9 +42,7 @@ class Splits:
         if self.manifest is None:
             return read_shards(self.root) if is_shards(self.root) else None
         if "://" in self.root:
-            raise UserError(
-                f"data.manifest is for folders, but {self.root} holds shards, which have their labels; leave it out"
-            )
+            raise UserError(f"data.manifest is for folders, but {self.root} holds labelled shards; leave it out")
         return read_manifest(Path(self.manifest), Path(self.root))
 
     def scan(self) -> None:
@@ -86,10 +84,8 @@ class Splits:
         index = scan_split(root / name, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):
-            rank_zero_only(print)(
-                f"{root / name} has no image of {len(missing)} of the {len(self.classes)} classes, "
-                f"such as {self.classes[missing[0]]!r}"
-            )
+            lacks = f"{len(missing)} of the {len(self.classes)} classes, such as {self.classes[missing[0]]!r}"
+            rank_zero_only(print)(f"{root / name} has no image of {lacks}")
         return index
 
     @property

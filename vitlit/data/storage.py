@@ -59,10 +59,8 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
             if NO_RANGES in str(error):
                 raise StorageUserError(f"{place}: {reason(error)}") from error
             failure = error
-    raise StorageUserError(
-        f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)}); once they can be read, the same command "
-        "continues the run"
-    ) from failure
+    tried = f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)})"
+    raise StorageUserError(f"{tried}; once they can be read, the same command continues the run") from failure
 
 
 def _read_once(root: str, name: str, start: int, end: int) -> bytes:

@@ -77,10 +77,8 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
     if not divides(batch_size):
         sizes = filter(divides, range(1, 2 * batch_size + world_size))
         nearest = min(sizes, key=lambda size: abs(size - batch_size))
-        raise UserError(
-            f"data.batch_size {batch_size} does not divide over {world_size} x {accumulate} (devices x micro-batches); "
-            f"the nearest that does is {nearest}"
-        )
+        over = f"{world_size} x {accumulate} (devices x micro-batches)"
+        raise UserError(f"data.batch_size {batch_size} does not divide over {over}; the nearest that does is {nearest}")
     return batch_size // (world_size * accumulate), accumulate
 
 
@@ -94,11 +92,9 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     if repeats == 1:
         return np.arange(batch_size)
     if batch_size < 2 * repeats:
-        raise UserError(
-            f"data.batch_size {batch_size} is too small for {repeats} repeats of two images, which are paired, mixed "
-            f"or not; give at least {2 * repeats}, or fewer --data.repeats"
-            + (f", {batch_size // 2} or less" if batch_size > 3 else "")
-        )
+        small = f"data.batch_size {batch_size} is too small for {repeats} repeats of a pair"
+        fewer = "fewer --data.repeats" + (f", {batch_size // 2} or less" if batch_size > 3 else "")
+        raise UserError(f"{small}; give at least {2 * repeats}, or {fewer}")
     half = -(-batch_size // 2)
     rows = np.empty(batch_size, np.int64)
     rows[0::2] = np.arange(half)

@@ -41,9 +41,7 @@ def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
     if trainer.overfit_batches:  # Lightning would replace the sampler
         raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
     if trainer.accumulate_grad_batches not in (1, micro_batches):
-        raise UserError(
-            "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
-        )
+        raise UserError("trainer.accumulate_grad_batches follows from data.batch_size and micro_batch; leave it out")
     trainer.accumulate_grad_batches = micro_batches
     limit, batches = trainer.limit_train_batches, micro_batches * steps
     batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)

@@ -42,9 +42,8 @@ def list_tars(folder: Folder) -> tuple[dict[str, str], list[str] | None, bytes]:
             sizes = filesystem.sizes([entry["name"] for entry in tars.values()])
         texts = [os.fsdecode(filesystem.cat_file(top[name]["name"])) for name in CLASSES if name in top]
     except Exception as error:  # each filesystem raises its own
-        raise UserError(
-            f"{root} has no {INDEX}, and cannot be searched for tars ({reason(error)}); give a folder or URL of shards"
-        ) from error
+        why = f"{root} has no {INDEX}, and cannot be searched for tars ({reason(error)})"
+        raise UserError(f"{why}; give a folder or URL of shards") from error
     if not tars:
         raise UserError(f"{root} holds neither {INDEX} nor *.tar, nor does its folder train; give a folder of shards")
     lines = sorted(f"{name} {size}" for name, size in zip(tars, sizes, strict=True))
