@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitlit.data import cache
-from vitlit.data.index import FolderFiles, Index, Names
+from vitlit.data.index import ENDINGS, EXTENSIONS, FolderFiles, Index, Names
 from vitlit.errors import UserError
 from vitlit.seeds import mix
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 HIDDEN = ord(".")
-_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 def _folders(root: Path) -> list[str]:
@@ -62,7 +60,7 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
                 continue
             if is_folder(entry):
                 inner.append(prefix + name)
-            elif name.lower().endswith(_ENDINGS):
+            elif name.lower().endswith(ENDINGS):
                 found.images.append(prefix + name)
             else:
                 found.others.append(prefix + name)
@@ -81,7 +79,7 @@ def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
         folders += [below for below in tree.folders if below]
         counts.append(len(tree.images))
     found = Names.pack(images), np.array(counts, np.int64)
-    cache.save(folder, classes, _ENDINGS, found, folders, scanned)
+    cache.save(folder, classes, found, folders, scanned)
     return found
 
 
@@ -126,7 +124,7 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
     strange = sorted(set(names) - {"", *classes})
     if strange:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
-    files, counts = cache.load(folder, names, _ENDINGS) or _scan(folder, names)
+    files, counts = cache.load(folder, names) or _scan(folder, names)
     if not len(files):
         if not names and walk(os.fsencode(folder)).images:
             raise UserError(f"{folder} holds images but no class folders; sort them into CLASS/ folders, as in train")

@@ -11,12 +11,12 @@ import numpy as np
 from vitlit.errors import UserError
 from vitlit.files import read_file
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)  # of paths as bytes
+
 
 class StorageUserError(UserError):
-    """An image cannot be fetched, but may be good, so no other replaces it.
-
-    The name ends in "UserError" because an error in a data worker arrives as text.
-    """
+    """An image cannot be fetched, but may be good. The name ends in "UserError": worker errors arrive as text."""
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,6 @@ def read_manifest(file: Path, root: Path) -> Manifest:
     Paths are absolute or relative to root; a split is train, val or test. If any label is several, separated by |,
     every image may have several, or none (an empty label). Images of one group, such as one patient's, must be in one
     split, and a holdout takes all or none; an image without a group is its own. Other columns are ignored.
-
-    Raises:
-        UserError: the file or a line of it is wrong; the message names both.
     """
     rows = list(_rows(file, root))
     multi_label = any(len(row.names) > 1 for row in rows)

@@ -1,7 +1,6 @@
 """mixup and cutmix of a batch, drawn once for a step's global batch, on any number of devices.
 
-Rows 2k and 2k + 1 are mixed with each other, so a slice of the global batch that consists of whole pairs is mixed as
-it is within the global batch.
+Rows 2k and 2k + 1 are mixed with each other, so a slice of whole pairs is mixed as within the global batch.
 """
 
 import math
@@ -46,13 +45,11 @@ class Mixing:
     """mixup (1710.09412, section 2) and cutmix (1905.04899, section 3.1), one draw a global batch.
 
     big_vision does the same; timm (mode "batch") and torchvision draw for each device's batch. Partners are mixed both
-    ways, so lam and 1 - lam give the same set of images and targets: big_vision's max(lam, 1 - lam) would change
-    nothing.
+    ways, so lam and 1 - lam give the same images and targets, and big_vision's max(lam, 1 - lam) would change nothing.
 
     Args:
         mixup: lam is drawn from Beta(mixup, mixup); 0 for no mixup.
-        cutmix: lam is drawn from Beta(cutmix, cutmix), and the box has the area 1 - lam before it is clipped; 0 for no
-            cutmix.
+        cutmix: lam is drawn from Beta(cutmix, cutmix); the box's area before clipping is 1 - lam; 0 for no cutmix.
         prob: the probability that a batch is mixed.
         switch: the probability of cutmix rather than mixup, if both are on.
 

@@ -42,8 +42,7 @@ class ImageFolderData(LightningDataModule):
 
     Args:
         root: the folder, or the URL of shards.
-        manifest: a CSV file that replaces class folders, with the columns path, label and, without a holdout, split.
-            Paths are relative to root. | separates several labels.
+        manifest: a CSV file instead of class folders: path (from root), label (several by |) and, if no holdout, split.
         image_size: pixels, an int or (height, width).
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
@@ -53,24 +52,18 @@ class ImageFolderData(LightningDataModule):
             border), pad CIFAR's (black border), center that of evaluation.
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
-        augment: further transforms of training images by class_path, from vitlit.data.augment or
-            torchvision.transforms.v2.
-        views: further views of each training image, for objectives that compare several: a list of count, size and
-            scale. image_size, crop and crop_scale describe the first view.
+        augment: further transforms of training images, of vitlit.data.augment or torchvision.transforms.v2.
+        views: further views of a training image, for objectives that compare several: a list of count, size and scale.
         erasing: random erasing of training images, after normalisation; of the first view only.
         mixing: mixup and cutmix of training images; not with further views.
-        repeats: how often an epoch has each image, augmented anew, in the same batch. An epoch keeps its length, so it
-            has that many fewer images.
+        repeats: how often an epoch has each image, augmented anew, in the same batch. An epoch keeps its length.
         balanced: draw every class equally often, instead of every image once.
-        on_bad_image: what to do about an image that cannot be read. error stops; skip trains on another of the same
-            class, leaves a photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to
-            the predictions. Evaluation always stops, since its numbers would be for other images; so does a disk or
-            server that fails.
-        crop_ratio: the share of the resized image's side that evaluation's central crop keeps; 0.875 unless given here
-            or by the starting weights.
+        on_bad_image: error stops at an image that cannot be read; skip trains on another of the same class, leaves a
+            photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to the predictions.
+            Evaluation always stops, since its numbers would be for other images; so does a disk or server that fails.
+        crop_ratio: the share of a side that evaluation's central crop keeps; 0.875 unless given here or by the weights.
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
-        mean: by channel, of images scaled to [0, 1]; 0.5 unless given here or by the starting weights. One number
-            makes the images grey.
+        mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.
         std: by channel, likewise.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
@@ -169,11 +162,7 @@ class ImageFolderData(LightningDataModule):
         return len(self.split("train")) // self.batch_size
 
     def plan(self, world_size: int) -> tuple[int, int]:
-        """(images of a device's micro-batch, micro-batches accumulated) for training on `world_size` devices.
-
-        Raises:
-            UserError: the batch does not divide, exceeds the training set, or does not suit mixing, balance or repeats.
-        """
+        """(images of a device's micro-batch, micro-batches accumulated); UserError if the batch does not allow it."""
         micro, accumulate = split_batch(self.batch_size, self.micro_batch, world_size)
         images = len(self.split("train"))
         if images < self.batch_size:

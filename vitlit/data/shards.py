@@ -17,14 +17,11 @@ from vitlit.errors import UserError
 
 
 def is_shards(root: str) -> bool:
-    """Whether a data root is a URL, or a folder with index.npz, or with tars in it or in its folder train.
-
-    Class folders count for more than tars: those may be the archive that the folders came in.
-    """
+    """Whether a data root is a URL, or a folder with index.npz, or with tars in it or in its folder train."""
     folder = Path(root)
     if "://" in root or (folder / INDEX).is_file():
         return True
-    if any(path.is_dir() for path in folder.glob("train/[!.]*")):
+    if any(path.is_dir() for path in folder.glob("train/[!.]*")):  # which the tars may be an archive of
         return False
     return any((*folder.glob("*.tar"), *folder.glob("train/*.tar")))
 
@@ -81,10 +78,7 @@ def _index_made_here(folder: Folder, served: ShardIndex | None) -> ShardIndex:
 
 
 def _one_process(lock: Path) -> AbstractContextManager[object]:
-    """Lets one process of this machine in: one rank of a launch searches, the others wait.
-
-    If a file cannot be locked, as on Windows or without a writable cache, each searches for itself.
-    """
+    """Lets one process of this machine in; each, if a file cannot be locked (Windows, no writable cache)."""
     try:
         import fcntl
 

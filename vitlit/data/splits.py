@@ -14,10 +14,7 @@ from vitlit.errors import UserError
 
 
 class Splits:
-    """The images of each split, found once, when they are first needed.
-
-    `classes` are empty without labels; set first, they are the weights' classes. `photos` are to be predicted.
-    """
+    """The images of each split, found when first needed. Classes that are set before are the weights'."""
 
     def __init__(self, root: str, holdout: float, manifest: str | None) -> None:
         self.root, self.holdout, self.manifest = root, holdout, manifest
@@ -71,8 +68,7 @@ class Splits:
 
     def _scan_folder(self, name: str) -> Index:
         """The images of ROOT/NAME."""
-        holdout = "--data.holdout 10% holds out a part of the training images"
-        remedy = holdout if name == "val" else "`vitlit validate` evaluates on val"
+        remedy = "--data.holdout 10% takes it from train" if name == "val" else "`vitlit validate` evaluates on val"
         if self._listed is not None:
             lacks = f"{self.manifest} has no row" if self.manifest else f"{self.root} has no shard"
             raise UserError(f"{lacks} of split {name}; {remedy}")

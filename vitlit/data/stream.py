@@ -9,6 +9,7 @@ Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixe
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +34,7 @@ class Sample(NamedTuple):
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(length), int64.
 
-    The lowest bits of each random key are replaced by its number, so sorting the keys leaves the order in these bits,
-    in a fifth of argsort's time.
+    Each random key's number replaces its lowest bits, which hold the order once sorted, in a fifth of argsort's time.
     """
     numbers = np.arange(length, dtype=np.uint64)
     low_bits = np.uint64((1 << max(length - 1, 0).bit_length()) - 1)
@@ -102,6 +102,7 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     return rows
 
 
+@dataclass(eq=False)
 class TrainStream(DistributedSampler[Any]):
     """One rank's share of the stream of samples, for an epoch's number of steps from the run's position on.
 
@@ -112,23 +113,20 @@ class TrainStream(DistributedSampler[Any]):
     whenever an iterator is made: at the start of an epoch, or in the middle of one when a run is resumed.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        position: Callable[[], int],
-        rank: int = 0,
-        world_size: int = 1,
-        repeats: int = 1,
-        labels: np.ndarray | None = None,
-    ) -> None:
-        self.length, self.batch_size, self.seed, self.position = length, batch_size, seed, position
-        self.repeats, self.labels = repeats, labels
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
-        self.rows = paired_rows(batch_size, repeats)[self.offset : self.offset + self.share]
-        self.steps = length // batch_size
+    length: int
+    batch_size: int
+    seed: int
+    position: Callable[[], int]
+    rank: int = 0
+    world_size: int = 1
+    repeats: int = 1
+    labels: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.share = self.batch_size // self.world_size
+        self.offset = self.rank * self.share
+        self.rows = paired_rows(self.batch_size, self.repeats)[self.offset : self.offset + self.share]
+        self.steps = self.length // self.batch_size
 
     def __len__(self) -> int:
         return self.steps * self.share
@@ -168,10 +166,8 @@ class EvalShare(DistributedSampler[Any]):
 
 
 def eval_batch(length: int, world_size: int, wanted: int) -> int:
-    """The batch size nearest to `wanted`, smaller ones first, with equally many batches in every rank's EvalShare.
-
-    Under FSDP ranks meet in every batch: one that has one more would wait for ever.
-    """
+    """The batch size nearest to `wanted`, smaller ones first, with equally many batches in every rank's EvalShare."""
+    # Under FSDP ranks meet in every batch: one that has one more would wait for ever.
     fewest, more = divmod(length, world_size)
     if not more:
         return wanted

@@ -71,5 +71,5 @@ def check_augment(augment: Sequence[Transform], image_size: tuple[int, int]) -> 
                 why = str(error) or type(error).__name__
                 raise UserError(f"data.augment: {type(transform).__name__} fails on an image: {why}") from error
     if image.dtype != torch.uint8 or image.shape != (3, *image_size):
-        got = f"{str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+        got = f"{list(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
         raise UserError(f"data.augment makes images {got}; they must stay uint8 {[3, *image_size]}, not yet normalised")

@@ -10,8 +10,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from vitlit.data.folder import EXTENSIONS
-from vitlit.data.index import Index, Names, label_array
+from vitlit.data.index import EXTENSIONS, Index, Names, label_array
 from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.data.progress import Progress
 from vitlit.data.shard_index import BLOCK, INDEX, ShardFiles, ShardIndex

@@ -54,12 +54,9 @@ class InceptionCrop(BoxCrop):
     Unlike in torchvision's crop the aspect is uniform, not its logarithm; the height, not the area, is uniform; and a
     box never touches the last row or column unless it has all of them. big_vision's ImageNet configs resize without
     antialiasing.
-
-    Args:
-        ratio: range of the box's width / height. TensorFlow and big_vision write 1.33, not 4/3.
     """
 
-    ratio: tuple[float, float] = (0.75, 1.33)
+    ratio: tuple[float, float] = (0.75, 1.33)  # width / height; TensorFlow and big_vision write 1.33, not 4/3
 
     def draw(self, rows: int, columns: int) -> Box:
         least, most = (share * rows * columns for share in self.scale)
@@ -127,8 +124,7 @@ class PadCrop:
 class SimpleCrop(PadCrop):
     """Resize until the image covers the result, mirror its border, crop: DeiT III's simple random crop.
 
-    2204.07118, section 3, "Simple Random Crop"; `--src` of facebookresearch/deit, augment.py. The resize is
-    antialiased, as Pillow's is.
+    2204.07118, section 3; `--src` of facebookresearch/deit, augment.py. The resize is antialiased, as Pillow's is.
     """
 
     mode: ClassVar = "reflect"
