@@ -77,7 +77,7 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
     if not divides(batch_size):
         sizes = filter(divides, range(1, 2 * batch_size + world_size))
         nearest = min(sizes, key=lambda size: abs(size - batch_size))
-        over = f"{world_size} x {accumulate} (devices x micro-batches)"
+        over = f"{world_size} devices x {accumulate} micro-batches"
         raise UserError(f"data.batch_size {batch_size} does not divide over {over}; the nearest that does is {nearest}")
     return batch_size // (world_size * accumulate), accumulate
 

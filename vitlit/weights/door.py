@@ -75,7 +75,9 @@ def read(source: str | Path) -> Weights:
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
-    for name, tensor in weights.state.items():
+    # In another format's file, before `fuse` makes float32 of a layer with one part of integers.
+    used = {n: t for n, t in contents.tensors.items() if n not in weights.unused}
+    for name, tensor in (weights.state if weights.format == "vitlit" else used).items():
         if tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{path} holds {name} without its numbers, or sparse; a ViT has dense tensors")
         if not tensor.is_floating_point():
