@@ -48,7 +48,7 @@ class Names:
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Image files at paths relative to a folder; the holdout is drawn by these names."""
+    """Image files at paths relative to a folder."""
 
     root: str
     names: Names

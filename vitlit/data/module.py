@@ -46,17 +46,16 @@ class ImageFolderData(LightningDataModule):
         image_size: pixels, an int or (height, width).
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
-        holdout: the share of the training images held out for validation, such as 10% or 0.1: by class, and the same
-            in every run. A val folder is then not used.
+        holdout: share of the training images, 10% or 0.1, that replaces val: by class, the same in every run.
         crop: for training: random_resized is torchvision's, inception TensorFlow's, simple DeiT III's (resize, mirrored
             border), pad CIFAR's (black border), center that of evaluation.
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
-        augment: further transforms of training images, of vitlit.data.augment or torchvision.transforms.v2.
+        augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2.
         views: further views of a training image, for objectives that compare several: a list of count, size and scale.
         erasing: random erasing of training images, after normalisation; of the first view only.
         mixing: mixup and cutmix of training images; not with further views.
-        repeats: how often an epoch has each image, augmented anew, in the same batch. An epoch keeps its length.
+        repeats: how often an image comes in a batch, augmented anew; an epoch keeps its length, so has fewer images.
         balanced: draw every class equally often, instead of every image once.
         on_bad_image: error stops at an image that cannot be read; skip trains on another of the same class, leaves a
             photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to the predictions.
