@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vitlit.data import cache
-from vitlit.data.folder import EXTENSIONS, scan_split, scan_train
+from vitlit.data.folder import scan_split, scan_train
 from vitlit.data.index import Names
 
 
@@ -35,7 +35,6 @@ def scanned(root: Path) -> list[tuple[str, int]]:
     return list(zip([name.decode() for name in index.names()], index.labels.tolist(), strict=True))
 
 
-ENDINGS = tuple(map(str.encode, EXTENSIONS))
 FOUND = [("cat/1.png", 0), ("cat/deep/er/2.png", 0), ("dog/3.jpg", 1)]
 
 
@@ -138,7 +137,7 @@ def test_a_kept_scan_that_is_damaged_is_made_anew(large: Path, damage: str) -> N
         np.savez_compressed(file, **{**arrays, "more": np.zeros(1 << 20, np.uint8)})
     else:
         file.write_bytes({"empty": b"", "junk": b"PK\x03\x04" + b"junk" * 99, "cut": data[: len(data) // 2]}[damage])
-    assert cache.load(large / "train", ["cat", "dog"], ENDINGS) is None
+    assert cache.load(large / "train", ["cat", "dog"]) is None
     assert scanned(large) == FOUND
 
 

@@ -13,25 +13,14 @@ HEADER = "path,reason\n"
 
 
 class BadImages:
-    """The list, a line an image: path, reason. All data workers of all ranks add to it, and so does a continued run.
-
-    Two that meet an image at the same moment both list it.
-
-    Args:
-        file: the CSV file.
-        images: the number of all images; a hundredth of them may be bad, and ten in any case.
-    """
+    """A CSV file, path and reason, that data workers of all ranks add to, also in a continued run; rows may repeat."""
 
     def __init__(self, file: Path, images: int) -> None:
         self.file, self.most = file, max(LEAST, int(images * SHARE))
         self._known: set[str] = set()
 
     def note(self, path: str, reason: str) -> None:
-        """Add an image that is not yet in the list.
-
-        Raises:
-            UserError: there are too many, or the list cannot be written.
-        """
+        """List an image once; UserError if there are too many, or the list cannot be written."""
         if path in self._known:
             return
         try:

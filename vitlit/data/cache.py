@@ -1,7 +1,6 @@
 """A scan of a large folder, kept in ROOT/.vitlit: train.npz of ROOT/train, root.npz of ROOT/CLASS.
 
-Adding, removing or renaming a file changes its folder's modification time. Only these times are checked: a thousand for
-ImageNet, not 1.28 million.
+Adding, removing or renaming a file changes its folder's modification time. Only these, few, times are checked.
 """
 
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitlit.data.index import Names
+from vitlit.data.index import ENDINGS, Names
 from vitlit.data.manifest import SPLITS
 from vitlit.files import load_arrays, save_arrays
 
@@ -26,36 +25,21 @@ def kept_at(folder: Path) -> Path:
     return folder / ".vitlit" / "root.npz"
 
 
-def load(folder: Path, classes: list[str], endings: tuple[bytes, ...]) -> tuple[Names, np.ndarray] | None:
-    """The kept names of a split's images and the number in each class; None if there are none or the folder changed.
-
-    `classes` are the class folders of now, `endings` those of image files.
-    """
+def load(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray] | None:
+    """The kept names of a split's images and the number in each class; None if there are none or the folder changed."""
     try:
         scan = load_arrays(kept_at(folder))
         times = _times(folder, Names(scan["folders"], scan["folder_ends"]))
-        fresh = scan["key"].tobytes() == _key(classes, endings) and np.array_equal(scan["times"], times)
+        fresh = scan["key"].tobytes() == _key(classes) and np.array_equal(scan["times"], times)
         return (Names(scan["names"], scan["name_ends"]), scan["counts"]) if fresh else None
     except (OSError, ValueError, KeyError):  # missing or damaged
         return None
 
 
 def save(
-    folder: Path,
-    classes: list[str],
-    endings: tuple[bytes, ...],
-    found: tuple[Names, np.ndarray],
-    folders: list[bytes],
-    scanned: float,
+    folder: Path, classes: list[str], found: tuple[Names, np.ndarray], folders: list[bytes], scanned: float
 ) -> None:
-    """Keep a scan for `load` if it is large and the folder is writable.
-
-    Args:
-        folder, classes, endings: as in `load`.
-        found: the images' names and the number in each class.
-        folders: all that were searched, relative to `folder`, which comes first.
-        scanned: when the scan began, seconds since the epoch.
-    """
+    """Keep a scan of `folders`, this one first, that began at `scanned`, if it is large and the folder writable."""
     names, counts = found
     if len(names) < WORTH:
         return
@@ -66,14 +50,14 @@ def save(
         file = kept_at(folder)
         file.parent.mkdir(exist_ok=True)
         times[0] = _times(folder, folders[:1])[0]  # a new .vitlit in this folder changes it
-        arrays = {"key": np.frombuffer(_key(classes, endings), np.uint8), "counts": counts, "times": times}
+        arrays = {"key": np.frombuffer(_key(classes), np.uint8), "counts": counts, "times": times}
         arrays |= {"names": names.packed, "name_ends": names.ends}
         searched = Names.pack(folders)
         save_arrays(file, arrays | {"folders": searched.packed, "folder_ends": searched.ends})
 
 
-def _key(classes: list[str], endings: tuple[bytes, ...]) -> bytes:
-    return b"1\0" + b" ".join(endings) + b"\0" + "\0".join(classes).encode(errors="surrogateescape")
+def _key(classes: list[str]) -> bytes:
+    return b"1\0" + b" ".join(ENDINGS) + b"\0" + "\0".join(classes).encode(errors="surrogateescape")
 
 
 def _times(folder: Path, folders: Iterable[bytes]) -> np.ndarray:

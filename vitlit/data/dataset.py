@@ -1,6 +1,7 @@
 """Images of an index as samples."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,34 +18,23 @@ from vitlit.images.decode import decode_bytes
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
+@dataclass(eq=False)
 class Images(Dataset[tuple[Any, ...]]):
     """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
-    Channels come last, as decoding and resizing leave them, so that a batch is stacked by plain copies. An item is an
-    index in evaluation, and in training a Sample, which seeds the transform's draws and gives the position. A label is
-    an int, or float (classes,) of zeros and ones if an image may have several.
-
-    Args:
-        index: the images.
-        transform: uint8 (3, H, W) -> uint8 (3, height, width).
-        seed: for the draws.
-        bad: lists images that cannot be read. In training another of the same class replaces one, always the same for
-            the same (seed, epoch, index, repeat); in prediction a black image with the index -1. None: an error.
-        further: transforms for further views of a training image, uint8 (height, width, 3) each.
-        photos: whether the images are to be predicted, so that some may be left out.
+    Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. An item is an index in
+    evaluation, and in training a Sample, which seeds the transforms. A label is an int, or float (classes,) of zeros
+    and ones if an image may have several. `bad` lists images that cannot be read: in training another of the same
+    class, always the same one, replaces each; in prediction (`photos`) it is black, with the index -1. Without `bad`
+    they are an error.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        transform: Transform,
-        seed: int = 0,
-        bad: BadImages | None = None,
-        further: Sequence[Transform] = (),
-        photos: bool = False,
-    ) -> None:
-        self.index, self.seed, self.bad, self.photos = index, seed, bad, photos
-        self.transform, self.further = transform, further
+    index: Index
+    transform: Transform
+    seed: int = 0
+    bad: BadImages | None = None
+    further: Sequence[Transform] = ()
+    photos: bool = False
 
     def __len__(self) -> int:
         return len(self.index)

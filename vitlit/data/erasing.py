@@ -48,11 +48,7 @@ class Erasing:
 def boxes(
     erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray, height: int, width: int
 ) -> list[Box | None]:
-    """The box erased in each of these rows of a step's global batch; None for nothing.
-
-    The first of 10 drawn boxes that is smaller than the image, height x width pixels, counts; without one, nothing is
-    erased. A row's draws depend on no other row.
-    """
+    """The box erased in each of these rows of a step's global batch, if any: the first of 10 smaller than the image."""
     numbers = np.arange(4 * ATTEMPTS + 1)
     bits = mix(ERASING, seed, step, np.asarray(rows, np.int64)[:, None], numbers)
     uniform = (bits >> np.uint64(11)) * 2.0**-53  # [0, 1), (rows, numbers)
@@ -70,8 +66,7 @@ def boxes(
 def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray) -> Tensor:
     """Erase normalised images (B, C, H, W), these rows of a step's global batch, in place; returns them.
 
-    A row's noise is drawn on the images' device by a generator of its own: the same however the batch is sliced, but
-    not the same on a CPU and a GPU.
+    A row's noise has its own generator: the same however the batch is sliced, but not the same on a CPU and a GPU.
     """
     generator = torch.Generator(images.device)
     seeds = mix(ERASING, seed, step, np.asarray(rows, np.int64)).tolist()

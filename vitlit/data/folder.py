@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitlit.data import cache
-from vitlit.data.index import FolderFiles, Index, Names
+from vitlit.data.index import ENDINGS, EXTENSIONS, FolderFiles, Index, Names
 from vitlit.errors import UserError
 from vitlit.seeds import mix
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 HIDDEN = ord(".")
-_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 def _folders(root: Path) -> list[str]:
@@ -39,13 +37,10 @@ class Tree(NamedTuple):
 
 
 def walk(root: bytes, folder: bytes = b"") -> Tree:
-    """List ROOT/FOLDER to any depth, with paths relative to the root.
+    """List ROOT/FOLDER to any depth, with paths relative to the root; OSError if a folder cannot be listed.
 
     Hidden files and folders are left out. A folder counts once, however many links lead to it. A link to a folder that
     contains the link is not followed: it would give a class the images of all classes.
-
-    Raises:
-        OSError: a folder cannot be listed.
     """
     found, seen = Tree([], [], []), set()
     above: tuple[bytes, ...] = (os.path.realpath(root),) if folder else ()
@@ -65,7 +60,7 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
                 continue
             if is_folder(entry):
                 inner.append(prefix + name)
-            elif name.lower().endswith(_ENDINGS):
+            elif name.lower().endswith(ENDINGS):
                 found.images.append(prefix + name)
             else:
                 found.others.append(prefix + name)
@@ -84,16 +79,12 @@ def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
         folders += [below for below in tree.folders if below]
         counts.append(len(tree.images))
     found = Names.pack(images), np.array(counts, np.int64)
-    cache.save(folder, classes, _ENDINGS, found, folders, scanned)
+    cache.save(folder, classes, found, folders, scanned)
     return found
 
 
 def scan_photos(photos: list[Path]) -> Index:
-    """The images at these paths, files or folders of any depth, without labels.
-
-    Raises:
-        UserError: a path does not exist, or there is no image.
-    """
+    """The images at these paths, files or folders of any depth, without labels; UserError if there are none."""
     if not photos:
         raise UserError("predict needs images: files, or folders of them")
     found: list[str] = []
@@ -109,11 +100,7 @@ def scan_photos(photos: list[Path]) -> Index:
 
 
 def train_folder(root: Path, holdout: float) -> Path:
-    """The training split's folder: ROOT/train, or with a holdout ROOT if there is no such folder.
-
-    Raises:
-        UserError: there is no such folder, or it has neither class folders nor images.
-    """
+    """The training split's folder: ROOT/train, or with a holdout ROOT if there is no such folder."""
     if not root.is_dir():
         raise UserError(f"data.root {root} is not a folder; give --data.root a folder of class folders of images")
     folder = root / "train"
@@ -132,21 +119,15 @@ def train_folder(root: Path, holdout: float) -> Path:
 
 
 def scan_split(folder: Path, classes: list[str]) -> Index:
-    """The images of one split, labelled by their place in `classes`; without classes the folder's own images, all -1.
-
-    Raises:
-        UserError: the split has a class that is not in `classes`, or no image.
-    """
+    """The images of one split, labelled by their place in `classes`; without classes the folder's own, all -1."""
     names = _folders(folder) or ([] if classes else [""])
     strange = sorted(set(names) - {"", *classes})
     if strange:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
-    files, counts = cache.load(folder, names, _ENDINGS) or _scan(folder, names)
+    files, counts = cache.load(folder, names) or _scan(folder, names)
     if not len(files):
         if not names and walk(os.fsencode(folder)).images:
-            raise UserError(
-                f"{folder} holds images but no class folders; sort them into {folder}/CLASS/, with train's class names"
-            )
+            raise UserError(f"{folder} holds images but no class folders; sort them into CLASS/ folders, as in train")
         raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
     numbers = {"": -1} | {name: label for label, name in enumerate(classes)}
     labels = np.repeat(np.array([numbers[name] for name in names], np.int64), counts)
@@ -154,11 +135,7 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
 
 
 def scan_classes(folder: Path) -> tuple[list[str], Index]:
-    """The classes, which are the sorted names of a folder's folders, and their images.
-
-    Raises:
-        UserError: as `scan_split`; or a class has no image.
-    """
+    """The classes, which are the sorted names of a folder's folders, and their images; each class must have one."""
     classes = _folders(folder)
     index = scan_split(folder, classes)
     empty = np.setdiff1d(np.arange(len(classes)), index.labels)
@@ -170,24 +147,17 @@ def scan_classes(folder: Path) -> tuple[list[str], Index]:
 def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
     """The classes (none without class folders), the training images, and those held out, if any.
 
-    The holdout is stratified and the same for every seed: a run that starts from another's weights never trains on
-    images that the other is validated on.
-
-    Raises:
-        UserError: as `train_folder` and `scan_classes`.
+    The holdout is the same for every seed, so a run never trains on images that the run it starts from is validated on.
     """
     classes, index = scan_classes(train_folder(root, holdout))
     return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
 
 
 def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
-    """Split a share off for validation: (the rest, the share).
+    """Split a share off for validation: (the rest, the share). UserError if the groups are too large.
 
     Each class loses this share, at least one image and never all. Images with several classes, or none, count as one
     class. The draw depends on the names of images alone, or of groups, which are held out whole or not at all.
-
-    Raises:
-        UserError: the groups are too large to hold any out.
     """
     labels = index.labels if classes and index.labels.ndim == 1 else np.zeros(len(index), np.int64)
     counts = np.bincount(labels, minlength=len(classes))
@@ -195,10 +165,8 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
     if index.groups is not None:
         held = _hold_groups(index.groups, labels, counts, wanted)
         if not held.any() and wanted.any():
-            raise UserError(
-                f"data.holdout {share:.3g}: every group is more than twice what is to be held out of its classes, "
-                "or all of one; hold out more, or make groups smaller"
-            )
+            why = "every group is more than twice what is to be held out of its classes, or all of one"
+            raise UserError(f"data.holdout {share:.3g}: {why}; hold out more, or make groups smaller")
     else:
         keys = mix(np.array([zlib.crc32(name) for name in index.names()]))  # by name: another class changes nothing
         by_class = np.lexsort((keys, labels))
@@ -209,10 +177,7 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
 
 
 def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The images held out, bool (N,): groups in drawn order, each one if more than half of it is still wanted.
-
-    `groups` and `labels` are int64 (N,); `counts` and `wanted` are images of each class: all, and to hold out.
-    """
+    """The images held out, bool (N,): groups in drawn order, each one if more than half of it is still wanted."""
     names, members = np.unique(groups, return_inverse=True)
     by_group = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1])
     held, taken = np.zeros(len(groups), bool), np.zeros(len(counts))

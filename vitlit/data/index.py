@@ -11,12 +11,12 @@ import numpy as np
 from vitlit.errors import UserError
 from vitlit.files import read_file
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)  # of paths as bytes
+
 
 class StorageUserError(UserError):
-    """An image cannot be fetched. The image itself may be good, so no other replaces it.
-
-    The name ends in "UserError" because an error in a data worker arrives as text.
-    """
+    """An image cannot be fetched, but may be good. The name ends in "UserError": worker errors arrive as text."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,17 @@ class Names:
         return self.packed[self.ends[row - 1] if row else 0 : self.ends[row]].tobytes()
 
     def text(self, row: int) -> str:
-        """A name as text."""
         return self[row].decode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Image files at paths relative to a folder; the holdout is drawn by these names."""
+    """Image files at paths relative to a folder."""
 
     root: str
     names: Names
 
     def path(self, row: int) -> str:
-        """The path to show to users."""
         return os.path.join(self.root, self.names.text(row))
 
     def read(self, row: int) -> bytes:
@@ -65,13 +63,10 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Index:
-    """Images of one split.
+    """Images of one split: their `rows` in `files`.
 
-    Attributes:
-        files: the files of the split.
-        rows: the files of these images, int64 (N,).
-        labels: class numbers, int64 (N,), -1 for none; or bool (N, classes) if an image may have several.
-        groups: int64 (N,), equal for images that a holdout must keep together; None if there are no groups.
+    `labels` are class numbers, int64 (N,), -1 for none; or bool (N, classes) if an image may have several. `groups`,
+    int64 (N,) if any, are equal for images that a holdout must keep together.
     """
 
     files: FolderFiles
@@ -83,7 +78,6 @@ class Index:
     def of(
         cls, root: str | Path, names: Iterable[str | bytes], labels: np.ndarray, groups: np.ndarray | None = None
     ) -> "Index":
-        """All files at these paths relative to root."""
         packed = Names.pack(names)
         return cls(FolderFiles(os.fspath(root), packed), np.arange(len(packed)), labels, groups)
 
@@ -102,11 +96,9 @@ class Index:
         return digest.hexdigest()
 
     def path(self, index: int) -> str:
-        """The path of an image, to show to users."""
         return self.files.path(int(self.rows[index]))
 
     def read(self, index: int) -> bytes:
-        """The content of an image file; UserError if it cannot be read."""
         return self.files.read(int(self.rows[index]))
 
     def take(self, indices: np.ndarray) -> "Index":

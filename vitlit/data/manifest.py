@@ -18,13 +18,7 @@ COLUMNS = (*REQUIRED, "split", "group")
 
 
 class Manifest(NamedTuple):
-    """Classes and splits of a manifest, or of shards.
-
-    Attributes:
-        classes: names in the order of their numbers; sorted in a manifest.
-        splits: the images of train, and of val and test if listed, in the file's order.
-        multi_label: whether an image may have several classes, or none.
-    """
+    """Classes; images of train, and of val and test if listed; whether an image may have several classes."""
 
     classes: list[str]
     splits: dict[str, Index]
@@ -45,9 +39,6 @@ def read_manifest(file: Path, root: Path) -> Manifest:
     Paths are absolute or relative to root; a split is train, val or test. If any label is several, separated by |,
     every image may have several, or none (an empty label). Images of one group, such as one patient's, must be in one
     split, and a holdout takes all or none; an image without a group is its own. Other columns are ignored.
-
-    Raises:
-        UserError: the file or a line of it is wrong; the message names both.
     """
     rows = list(_rows(file, root))
     multi_label = any(len(row.names) > 1 for row in rows)
@@ -82,9 +73,9 @@ def _rows(file: Path, root: Path) -> Iterator[_Row]:
         if (first := lines.setdefault(os.path.normpath(root / row.path), line)) != line:
             raise UserError(f"{file}, line {line}: {row.path} is in line {first}, too; remove one")
         if row.group and (other := groups.setdefault(row.group, row)).split != split:
+            both = f"the group {row.group!r} is in {split}, and in {other.split} by line {other.line}"
             raise UserError(
-                f"{file}, line {line}: the group {row.group!r} is in {split}, and in {other.split} by line "
-                f"{other.line}; keep it in one, or leave the split out and give --data.holdout 10%"
+                f"{file}, line {line}: {both}; keep it in one, or give --data.holdout 10% instead of splits"
             )
         yield row
 
@@ -99,10 +90,8 @@ def _read(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             _check_header(file, header)
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(
-                        f"{file}, line {reader.line_num}: it does not have the header's {len(header)} fields; "
-                        'quote a field that contains a comma: "a, b"'
-                    )
+                    wrong = f"{file}, line {reader.line_num}: it does not have the header's {len(header)} fields"
+                    raise UserError(f'{wrong}; quote a field that contains a comma: "a, b"')
                 yield reader.line_num, row
     except OSError as error:
         raise UserError(f"cannot read data.manifest {file}: {error.strerror}; give a CSV file") from error
@@ -121,10 +110,8 @@ def _check_header(file: Path, header: list[str]) -> None:
             raise UserError(f"{file}: the column {name!r} must be {column!r}, once")
     for name in REQUIRED:
         if name not in header:
-            raise UserError(
-                f"{file} has no column {name!r}, only {', '.join(map(repr, header[:8]))}; the header must be "
-                "path,label[,split][,group], with commas"
-            )
+            lacks = f"{file} has no column {name!r}, only {', '.join(map(repr, header[:8]))}"
+            raise UserError(f"{lacks}; the header must be path,label[,split][,group], with commas")
 
 
 def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:
@@ -138,12 +125,9 @@ def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:
         if not row.names and not multi_label:
             raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
         if unknown := [name for name in row.names if name not in trained]:
-            raise UserError(
-                f"{file}, line {row.line}: {row.split} has the class {unknown[0]!r}, which the training images lack"
-            )
+            where = f"{file}, line {row.line}"
+            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
     missing = [row for row in rows if not os.path.isfile(root / row.path)]
     if missing:
-        raise UserError(
-            f"{file}, line {missing[0].line}: there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} "
-            "rows have none); paths are relative to data.root"
-        )
+        lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
+        raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")

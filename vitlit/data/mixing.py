@@ -1,7 +1,6 @@
 """mixup and cutmix of a batch, drawn once for a step's global batch, on any number of devices.
 
-Rows 2k and 2k + 1 are mixed with each other, so a slice of the global batch that consists of whole pairs is mixed as
-it is within the global batch.
+Rows 2k and 2k + 1 are mixed with each other, so a slice of whole pairs is mixed as within the global batch.
 """
 
 import math
@@ -35,12 +34,7 @@ class Box(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """How the images of one global batch are mixed.
-
-    Attributes:
-        lam: the weight of an image's own targets; its partner's is 1 - lam.
-        box: what cutmix takes from the partner; None for mixup.
-    """
+    """How a batch is mixed: the weight of an image's own targets, and what cutmix takes from its partner."""
 
     lam: float
     box: Box | None
@@ -51,13 +45,11 @@ class Mixing:
     """mixup (1710.09412, section 2) and cutmix (1905.04899, section 3.1), one draw a global batch.
 
     big_vision does the same; timm (mode "batch") and torchvision draw for each device's batch. Partners are mixed both
-    ways, so lam and 1 - lam give the same set of images and targets: big_vision's max(lam, 1 - lam) would change
-    nothing.
+    ways, so lam and 1 - lam give the same images and targets, and big_vision's max(lam, 1 - lam) would change nothing.
 
     Args:
         mixup: lam is drawn from Beta(mixup, mixup); 0 for no mixup.
-        cutmix: lam is drawn from Beta(cutmix, cutmix), and the box has the area 1 - lam before it is clipped; 0 for no
-            cutmix.
+        cutmix: lam is drawn from Beta(cutmix, cutmix); the box's area before clipping is 1 - lam; 0 for no cutmix.
         prob: the probability that a batch is mixed.
         switch: the probability of cutmix rather than mixup, if both are on.
 
@@ -80,7 +72,6 @@ class Mixing:
 
     @property
     def on(self) -> bool:
-        """Whether any batch is mixed."""
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def draw(self, seed: int, step: int, height: int, width: int) -> Mix | None:
@@ -110,20 +101,12 @@ class Mixing:
 
 
 def mixup(images: Tensor, targets: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """lam * row i + (1 - lam) * row i ^ 1, of images (B, C, H, W) and of targets (B, classes), both float.
-
-    Raises:
-        UserError: B is odd.
-    """
+    """lam * row i + (1 - lam) * row i ^ 1, of images (B, C, H, W) and targets (B, classes), float; B is even."""
     return _blend(images, lam), _blend(targets, lam)
 
 
 def cutmix(images: Tensor, targets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Row i of images (B, C, H, W) with the box of row i ^ 1, and targets (B, classes) by their shares of the pixels.
-
-    Raises:
-        UserError: B is odd.
-    """
+    """Row i of images (B, C, H, W) with the box of row i ^ 1, and targets (B, classes) by shares of the pixels."""
     mixed = images.clone()
     mixed[..., *box.slices] = _partners(images[..., *box.slices])
     return mixed, _blend(targets, 1 - box.area / (images.shape[-2] * images.shape[-1]))

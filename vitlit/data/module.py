@@ -42,35 +42,27 @@ class ImageFolderData(LightningDataModule):
 
     Args:
         root: the folder, or the URL of shards.
-        manifest: a CSV file that replaces class folders, with the columns path, label and, without a holdout, split.
-            Paths are relative to root. | separates several labels.
+        manifest: a CSV file instead of class folders: path (from root), label (several by |) and, if no holdout, split.
         image_size: pixels, an int or (height, width).
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
-        holdout: the share of the training images held out for validation, such as 10% or 0.1: by class, and the same
-            in every run. A val folder is then not used.
+        holdout: share of the training images, 10% or 0.1, that replaces val: by class, the same in every run.
         crop: for training: random_resized is torchvision's, inception TensorFlow's, simple DeiT III's (resize, mirrored
             border), pad CIFAR's (black border), center that of evaluation.
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
-        augment: further transforms of training images by class_path, from vitlit.data.augment or
-            torchvision.transforms.v2.
-        views: further views of each training image, for objectives that compare several: a list of count, size and
-            scale. image_size, crop and crop_scale describe the first view.
+        augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2.
+        views: further views of a training image, for objectives that compare several: a list of count, size and scale.
         erasing: random erasing of training images, after normalisation; of the first view only.
         mixing: mixup and cutmix of training images; not with further views.
-        repeats: how often an epoch has each image, augmented anew, in the same batch. An epoch keeps its length, so it
-            has that many fewer images.
+        repeats: how often an image comes in a batch, augmented anew; an epoch keeps its length, so has fewer images.
         balanced: draw every class equally often, instead of every image once.
-        on_bad_image: what to do about an image that cannot be read. error stops; skip trains on another of the same
-            class, leaves a photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to
-            the predictions. Evaluation always stops, since its numbers would be for other images; so does a disk or
-            server that fails.
-        crop_ratio: the share of the resized image's side that evaluation's central crop keeps; 0.875 unless given here
-            or by the starting weights.
+        on_bad_image: error stops at an image that cannot be read; skip trains on another of the same class, leaves a
+            photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to the predictions.
+            Evaluation always stops, since its numbers would be for other images; so does a disk or server that fails.
+        crop_ratio: the share of a side that evaluation's central crop keeps; 0.875 unless given here or by the weights.
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
-        mean: by channel, of images scaled to [0, 1]; 0.5 unless given here or by the starting weights. One number
-            makes the images grey.
+        mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.
         std: by channel, likewise.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
@@ -141,11 +133,7 @@ class ImageFolderData(LightningDataModule):
         self._trainer_done = False  # Lightning leaves it attached
 
     def split(self, name: str) -> Index:
-        """The images of train, val, test or predict.
-
-        Raises:
-            UserError: there is no such split, or its layout is wrong.
-        """
+        """The images of train, val, test or predict; UserError if there is no such split, or its layout is wrong."""
         return self.splits[name]
 
     @property
@@ -155,7 +143,6 @@ class ImageFolderData(LightningDataModule):
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several classes."""
         return self.splits.multi_label
 
     @property
@@ -174,21 +161,14 @@ class ImageFolderData(LightningDataModule):
         return len(self.split("train")) // self.batch_size
 
     def plan(self, world_size: int) -> tuple[int, int]:
-        """(images of a device's micro-batch, micro-batches accumulated) for training on `world_size` devices.
-
-        Raises:
-            UserError: the batch does not divide, or is larger than the training set; or it does not suit mixing,
-                balance or repeats.
-        """
+        """(images of a device's micro-batch, micro-batches accumulated); UserError if the batch does not allow it."""
         micro, accumulate = split_batch(self.batch_size, self.micro_batch, world_size)
         images = len(self.split("train"))
         if images < self.batch_size:
             raise UserError(f"data.batch_size {self.batch_size} is more than the {images} training images; give less")
         if self.mixing.on and micro % 2:
-            raise UserError(
-                f"data.mixing mixes pairs, but a device takes {micro} images at a time; give an even "
-                "--data.micro_batch or --data.batch_size"
-            )
+            odd = f"a device takes {micro} images at a time"
+            raise UserError(f"data.mixing mixes pairs, but {odd}; give an even --data.micro_batch or --data.batch_size")
         if self.balanced and (self.multi_label or not self.classes):
             has = "several" if self.multi_label else "none"
             raise UserError(f"data.balanced needs one label an image, but the data has {has}; leave it out")
@@ -200,30 +180,22 @@ class ImageFolderData(LightningDataModule):
         return list(islice(self._stream(lambda: step), self.batch_size))
 
     def check(self, stage: str, world_size: int) -> None:
-        """Refuse data that does not fit a stage (fit, validate, test or predict) on so many devices.
-
-        Raises:
-            UserError: the split is missing or too small, or training would fail (see `plan`).
-        """
+        """Refuse data that does not fit a stage (fit, validate, test or predict) on so many devices."""
         if stage == "fit":
             self.plan(world_size)
             for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:
                 check_augment(self.transform.augment, size)
         name = "val" if stage in ("fit", "validate") else stage
         if len(self.split(name)) < world_size:
-            raise UserError(
-                f"the {name} split needs an image for each device, but has {len(self.split(name))} for {world_size}; "
-                "hold out more (--data.holdout), or give fewer --trainer.devices"
-            )
+            has = f"needs an image for each device, but has {len(self.split(name))} for {world_size}"
+            raise UserError(f"the {name} split {has}; raise --data.holdout, or lower --trainer.devices")
 
     def setup(self, stage: str) -> None:
         self._trainer_done = False
         # TrainerFn turns Lightning's stage, which prints as TrainerFn.TESTING, into its name.
         self.check(TrainerFn(stage).value, self._active_trainer.world_size)
         if DECODER == "Pillow":
-            rank_zero_only(print)(
-                f"torchcodec is missing, so Pillow decodes: the same pixels in {PILLOW_SLOWER} times the time"
-            )
+            rank_zero_only(print)(f"torchcodec is missing, so Pillow decodes, in {PILLOW_SLOWER} times the time")
         if stage == "fit" and self.trainer is not None:
             self._resumed_step = 0
             set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)

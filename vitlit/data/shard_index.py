@@ -22,10 +22,8 @@ BLOCK = 512  # bytes of a file's header in a tar
 class ShardFiles(FolderFiles):
     """Image files within tars, in a folder at a path or a URL.
 
-    Attributes:
-        shards: names of the tars.
-        parts: int64 (N, 4): number of the shard, first byte, size, and CRC-32 of the file's header in the tar. The
-            header is read with the file, so a shard that was replaced is noticed.
+    `parts`, int64 (N, 4): number of the shard, first byte, size, and CRC-32 of the file's header in the tar, read with
+    the file, so that a replaced shard is noticed.
     """
 
     shards: tuple[str, ...]
@@ -39,22 +37,13 @@ class ShardFiles(FolderFiles):
         refuse_large(self.path(row), size)
         data = read_range(self.root, self.shards[shard], start - BLOCK, start + size)
         if zlib.crc32(data[:BLOCK]) != checksum:
-            raise StorageUserError(
-                f"{join(self.root, self.shards[shard])} does not belong to {INDEX}: {self.path(row)} is not at byte "
-                f"{start}; both must be of the same `vitlit data shard`"
-            )
+            wrong = f"{join(self.root, self.shards[shard])} does not belong to {INDEX}: {self.path(row)} is elsewhere"
+            raise StorageUserError(f"{wrong}; both must be of the same `vitlit data shard`")
         return data[BLOCK:]
 
 
 class ShardIndex(NamedTuple):
-    """Content of index.npz.
-
-    Attributes:
-        manifest: classes and splits.
-        shards: names of the tars.
-        sizes: of the tars, bytes, int64.
-        key: what the index of a set made elsewhere depends on; empty for `vitlit data shard`'s.
-    """
+    """Content of index.npz; sizes in bytes. `key` is that of `list_tars`, or empty for `vitlit data shard`'s."""
 
     manifest: Manifest
     shards: tuple[str, ...]
@@ -63,7 +52,6 @@ class ShardIndex(NamedTuple):
 
 
 def save_index(file: Path, index: ShardIndex) -> None:
-    """Write index.npz, whole or not at all."""
     arrays: dict[str, Any] = {"sizes": index.sizes, "key": np.frombuffer(index.key, np.uint8)}
     names = {"classes": Names.pack(index.manifest.classes), "shards": Names.pack(index.shards)}
     for split, images in index.manifest.splits.items():
@@ -94,7 +82,5 @@ def load_index(data: bytes, root: str, place: str) -> ShardIndex:
         several = any(index.labels.ndim == 2 for index in splits.values())
         return ShardIndex(Manifest(classes, splits, several), tuple(shards), arrays["sizes"], arrays["key"].tobytes())
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{place} is damaged, or no index of shards ({error}): copy it again, or remove it, and the tars are "
-            "searched anew, in an order of their own"
-        ) from error
+        remedy = "copy it again, or remove it to search the tars anew, in an order of their own"
+        raise UserError(f"{place} is damaged, or no index of shards ({error}): {remedy}") from error

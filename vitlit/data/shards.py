@@ -17,24 +17,17 @@ from vitlit.errors import UserError
 
 
 def is_shards(root: str) -> bool:
-    """Whether a data root is a URL, or a folder with index.npz, or with tars in it or in its folder train.
-
-    Class folders count for more than tars: those may be the archive that the folders came in.
-    """
+    """Whether a data root is a URL, or a folder with index.npz, or with tars in it or in its folder train."""
     folder = Path(root)
     if "://" in root or (folder / INDEX).is_file():
         return True
-    if any(path.is_dir() for path in folder.glob("train/[!.]*")):
+    if any(path.is_dir() for path in folder.glob("train/[!.]*")):  # which the tars may be an archive of
         return False
     return any((*folder.glob("*.tar"), *folder.glob("train/*.tar")))
 
 
 def read_shards(root: str) -> Manifest:
-    """The classes and splits of the shards at a path or URL; a set made elsewhere may lack the split train.
-
-    Raises:
-        UserError: they cannot be read, or do not belong together, or an image has no label; the message names the file.
-    """
+    """The classes and splits of the shards at a path or URL; a set made elsewhere may lack the split train."""
     folder, index = connect(root), None
     try:
         index = load_index(folder.filesystem.cat_file(join(folder.path, INDEX)), root, join(root, INDEX))
@@ -49,9 +42,7 @@ def read_shards(root: str) -> Manifest:
     for shard, size in zip(index.shards, index.sizes.tolist(), strict=True) if "://" not in root else ():
         file = Path(root) / shard
         if (found := file.stat().st_size if file.is_file() else "no") != size:
-            raise UserError(
-                f"{file} has {found} bytes, {size} by {INDEX}: both must be of the same `vitlit data shard`"
-            )
+            raise UserError(f"{file} has {found} bytes, {size} by {INDEX}; write both anew with `vitlit data shard`")
     return index.manifest
 
 
@@ -87,10 +78,7 @@ def _index_made_here(folder: Folder, served: ShardIndex | None) -> ShardIndex:
 
 
 def _one_process(lock: Path) -> AbstractContextManager[object]:
-    """Lets one process of this machine in: one rank of a launch searches, the others wait.
-
-    If a file cannot be locked, as on Windows or without a writable cache, each searches for itself.
-    """
+    """Lets one process of this machine in; each, if a file cannot be locked (Windows, no writable cache)."""
     try:
         import fcntl
 

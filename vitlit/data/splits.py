@@ -14,18 +14,7 @@ from vitlit.errors import UserError
 
 
 class Splits:
-    """The images of each split, found once, when they are first needed.
-
-    Args:
-        root: a folder of class folders, of images without labels or of shards, or the URL of shards.
-        holdout: the share of the training images to hold out for validation.
-        manifest: a CSV file of labels, instead of class folders.
-
-    Attributes:
-        classes: names in the order of their numbers; empty without labels. Set first, they are the weights' classes.
-        multi_label: whether an image may have several classes.
-        photos: files and folders to predict.
-    """
+    """The images of each split, found when first needed. Classes that are set before are the weights'."""
 
     def __init__(self, root: str, holdout: float, manifest: str | None) -> None:
         self.root, self.holdout, self.manifest = root, holdout, manifest
@@ -36,11 +25,6 @@ class Splits:
         self._scanned = False
 
     def __getitem__(self, name: str) -> Index:
-        """The images of train, val, test or predict.
-
-        Raises:
-            UserError: there is no such split, or its layout is wrong.
-        """
         if name == "predict" and name not in self._found:
             self._found[name] = scan_photos(self.photos)
         if name not in self._found and (name == "train" or self.holdout or not self.classes or self._listed):
@@ -55,17 +39,11 @@ class Splits:
         if self.manifest is None:
             return read_shards(self.root) if is_shards(self.root) else None
         if "://" in self.root:
-            raise UserError(
-                f"data.manifest is for folders, but {self.root} holds shards, which have their labels; leave it out"
-            )
+            raise UserError(f"data.manifest is for folders, but {self.root} holds labelled shards; leave it out")
         return read_manifest(Path(self.manifest), Path(self.root))
 
     def scan(self) -> None:
-        """Find the classes, the training images, and all splits that a manifest or shards list; once.
-
-        Raises:
-            UserError: the layout is wrong, or the classes are not the weights'.
-        """
+        """Find the classes, the training images, and all splits that a manifest or shards list; once."""
         if self._scanned:
             return
         listed = self._listed
@@ -90,8 +68,7 @@ class Splits:
 
     def _scan_folder(self, name: str) -> Index:
         """The images of ROOT/NAME."""
-        holdout = "--data.holdout 10% holds out a part of the training images"
-        remedy = holdout if name == "val" else "`vitlit validate` evaluates on val"
+        remedy = "--data.holdout 10% takes it from train" if name == "val" else "`vitlit validate` evaluates on val"
         if self._listed is not None:
             lacks = f"{self.manifest} has no row" if self.manifest else f"{self.root} has no shard"
             raise UserError(f"{lacks} of split {name}; {remedy}")
@@ -103,10 +80,8 @@ class Splits:
         index = scan_split(root / name, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):
-            rank_zero_only(print)(
-                f"{root / name} has no image of {len(missing)} of the {len(self.classes)} classes, "
-                f"such as {self.classes[missing[0]]!r}"
-            )
+            lacks = f"{len(missing)} of the {len(self.classes)} classes, such as {self.classes[missing[0]]!r}"
+            rank_zero_only(print)(f"{root / name} has no image of {lacks}")
         return index
 
     @property

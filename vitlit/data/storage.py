@@ -31,7 +31,7 @@ def join(root: str, name: str) -> str:
 
 
 def connect(root: str) -> Folder:
-    """A folder in a new filesystem; UserError if there is none for this URL, or it needs another package."""
+    """A folder in a new filesystem."""
     try:
         # Every fork closes the connections of an instance in fsspec's own cache.
         return Folder(root, *url_to_fs(root, skip_instance_cache=True))
@@ -42,11 +42,7 @@ def connect(root: str) -> Folder:
 
 
 def read_range(root: str, name: str, start: int, end: int) -> bytes:
-    """Bytes start to end of a file in a folder. A failed read is tried again after each of `PAUSES`.
-
-    Raises:
-        UserError: it still fails, or trying again would not help.
-    """
+    """Bytes start to end of a file in a folder. A failed read is tried again after each of `PAUSES`."""
     place = f"cannot read bytes {start}-{end} of {join(root, name)}"
     failure: Exception
     for pause in (0.0, *PAUSES):
@@ -63,10 +59,8 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
             if NO_RANGES in str(error):
                 raise StorageUserError(f"{place}: {reason(error)}") from error
             failure = error
-    raise StorageUserError(
-        f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)}); once they can be read, the same command "
-        "continues the run"
-    ) from failure
+    tried = f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)})"
+    raise StorageUserError(f"{tried}; once they can be read, the same command continues the run") from failure
 
 
 def _read_once(root: str, name: str, start: int, end: int) -> bytes:

@@ -9,6 +9,7 @@ Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixe
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,7 @@ from vitlit.seeds import BALANCE, ORDER, mix
 class Sample(NamedTuple):
     """One item of the training stream.
 
-    Attributes:
-        epoch: counted from 0.
-        index: the image's.
-        repeat: how often this image came before in this epoch; each repeat is augmented differently.
-        position: in the stream: step * batch_size + row in the step's global batch.
+    Each repeat of an image in an epoch is augmented differently. `position` is step * batch_size + row in the batch.
     """
 
     epoch: int
@@ -37,8 +34,7 @@ class Sample(NamedTuple):
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(length), int64.
 
-    The lowest bits of each random key are replaced by its number, so sorting the keys leaves the order in these bits,
-    in a fifth of argsort's time.
+    Each random key's number replaces its lowest bits, which hold the order once sorted, in a fifth of argsort's time.
     """
     numbers = np.arange(length, dtype=np.uint64)
     low_bits = np.uint64((1 << max(length - 1, 0).bit_length()) - 1)
@@ -48,13 +44,10 @@ def order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch of `count` draws in which every class is drawn equally often, give or take one.
+    """(image of each draw, how often it was drawn before), int64 (count,) each: every class equally often, within one.
 
     A class's images are all drawn once before any is drawn again. Over the epochs the classes take turns at the extra
-    draw. `labels` are the images' class numbers, int64 (N,).
-
-    Returns:
-        (image of each draw, how often it was drawn before in this epoch), both int64 (count,).
+    draw. `labels` are class numbers, int64 (N,).
     """
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
@@ -69,13 +62,9 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tup
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """Divide a global batch over devices that take at most `micro_batch` samples at a time; None: their whole share.
+    """(samples of a device's micro-batch, micro-batches accumulated in a step), from a global batch.
 
-    Returns:
-        (samples of a device's micro-batch, micro-batches accumulated in a step).
-
-    Raises:
-        UserError: the batch does not divide evenly; the message names the nearest one that does.
+    Devices take at most `micro_batch` samples at a time; None: their whole share. UserError if it does not divide.
     """
 
     def accumulation(size: int) -> int:
@@ -88,10 +77,8 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
     if not divides(batch_size):
         sizes = filter(divides, range(1, 2 * batch_size + world_size))
         nearest = min(sizes, key=lambda size: abs(size - batch_size))
-        raise UserError(
-            f"data.batch_size {batch_size} does not divide over {world_size} devices x {accumulate} micro-batches; "
-            f"the nearest that does is {nearest}"
-        )
+        over = f"{world_size} devices x {accumulate} micro-batches"
+        raise UserError(f"data.batch_size {batch_size} does not divide over {over}; the nearest that does is {nearest}")
     return batch_size // (world_size * accumulate), accumulate
 
 
@@ -101,18 +88,13 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     Even rows take the first half in order, odd rows the second half in strides of `repeats`, so that the copies of an
     image have different partners. Partners are at least `repeats` apart in the list: a sample s before the end of the
     first half meets place repeats - s of the second half, or a later one.
-
-    Raises:
-        UserError: the batch is too small.
     """
     if repeats == 1:
         return np.arange(batch_size)
     if batch_size < 2 * repeats:
-        raise UserError(
-            f"data.batch_size {batch_size} is too small for {repeats} repeats of two images, which are paired, mixed "
-            f"or not; give at least {2 * repeats}, or fewer --data.repeats"
-            + (f", {batch_size // 2} or less" if batch_size > 3 else "")
-        )
+        small = f"data.batch_size {batch_size} is too small for {repeats} repeats of a pair"
+        fewer = "fewer --data.repeats" + (f", {batch_size // 2} or less" if batch_size > 3 else "")
+        raise UserError(f"{small}; give at least {2 * repeats}, or {fewer}")
     half = -(-batch_size // 2)
     rows = np.empty(batch_size, np.int64)
     rows[0::2] = np.arange(half)
@@ -120,46 +102,31 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     return rows
 
 
+@dataclass(eq=False)
 class TrainStream(DistributedSampler[Any]):
     """One rank's share of the stream of samples, for an epoch's number of steps from the run's position on.
 
     It is a DistributedSampler so that Lightning does not replace it. With repeated augmentation (1901.09335, section
     3.2; 2012.12877, section 6) an epoch keeps its length and has fewer images. An image's repeats are in one global
-    batch, unless they lie across the border of two.
-
-    Args:
-        length: the number of training images.
-        batch_size: the global batch.
-        seed: for the order.
-        position: returns the number of optimiser steps done, whenever an iterator is made: at the start of an epoch,
-            or in the middle of one when a run is resumed.
-        rank: this process's.
-        world_size: the number of processes; must divide the batch.
-        repeats: how often a drawn image comes, augmented anew each time. Partners are never repeats of one draw; with
-            `labels`, an image that is drawn twice may meet itself.
-        labels: class numbers, int64 (length,), to draw every class equally often; None to draw every image once.
-
-    Raises:
-        UserError: the batch is too small for the repeats.
+    batch, unless they lie across the border of two. Partners are never repeats of one draw; with `labels`, int64
+    (length,), an image that is drawn twice may meet itself. `position` returns the number of optimiser steps done,
+    whenever an iterator is made: at the start of an epoch, or in the middle of one when a run is resumed.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        position: Callable[[], int],
-        rank: int = 0,
-        world_size: int = 1,
-        repeats: int = 1,
-        labels: np.ndarray | None = None,
-    ) -> None:
-        self.length, self.batch_size, self.seed, self.position = length, batch_size, seed, position
-        self.repeats, self.labels = repeats, labels
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
-        self.rows = paired_rows(batch_size, repeats)[self.offset : self.offset + self.share]
-        self.steps = length // batch_size
+    length: int
+    batch_size: int
+    seed: int
+    position: Callable[[], int]
+    rank: int = 0
+    world_size: int = 1
+    repeats: int = 1
+    labels: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.share = self.batch_size // self.world_size
+        self.offset = self.rank * self.share
+        self.rows = paired_rows(self.batch_size, self.repeats)[self.offset : self.offset + self.share]
+        self.steps = self.length // self.batch_size
 
     def __len__(self) -> int:
         return self.steps * self.share
@@ -199,10 +166,8 @@ class EvalShare(DistributedSampler[Any]):
 
 
 def eval_batch(length: int, world_size: int, wanted: int) -> int:
-    """The batch size nearest to `wanted`, smaller ones first, with equally many batches in every rank's EvalShare.
-
-    Under FSDP ranks meet in every batch: one that has one more would wait for ever.
-    """
+    """The batch size nearest to `wanted`, smaller ones first, with equally many batches in every rank's EvalShare."""
+    # Under FSDP ranks meet in every batch: one that has one more would wait for ever.
     fewest, more = divmod(length, world_size)
     if not more:
         return wanted

@@ -37,17 +37,11 @@ class BatchLoader:
 
 
 def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
-    """Set how many micro-batches the Trainer accumulates in each of an epoch's steps.
-
-    Raises:
-        UserError: a setting of the Trainer contradicts them.
-    """
+    """Accumulate so many micro-batches in each of an epoch's steps, unless a setting of the Trainer contradicts."""
     if trainer.overfit_batches:  # Lightning would replace the sampler
         raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
     if trainer.accumulate_grad_batches not in (1, micro_batches):
-        raise UserError(
-            "trainer.accumulate_grad_batches follows from data.batch_size and data.micro_batch; leave it out"
-        )
+        raise UserError("trainer.accumulate_grad_batches follows from data.batch_size and micro_batch; leave it out")
     trainer.accumulate_grad_batches = micro_batches
     limit, batches = trainer.limit_train_batches, micro_batches * steps
     batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)

@@ -40,11 +40,7 @@ def train_transform(
     flip: float,
     augment: Sequence[Transform] = (),
 ) -> TrainTransform:
-    """The transform for ImageFolderData's options of the same names, with evaluation's image size and interpolation.
-
-    Raises:
-        UserError: the crop is unknown, or does not fit the image size.
-    """
+    """The transform for ImageFolderData's options of the same names, with evaluation's image size and interpolation."""
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[CropName, Callable[[], Transform]] = {
         "random_resized": lambda: RandomResizedCrop(size, crop_scale, how),
@@ -75,7 +71,5 @@ def check_augment(augment: Sequence[Transform], image_size: tuple[int, int]) -> 
                 why = str(error) or type(error).__name__
                 raise UserError(f"data.augment: {type(transform).__name__} fails on an image: {why}") from error
     if image.dtype != torch.uint8 or image.shape != (3, *image_size):
-        raise UserError(
-            f"data.augment makes images {list(image.shape)} of {str(image.dtype).removeprefix('torch.')}; they must "
-            f"stay uint8 {[3, *image_size]}, since normalisation follows on the device"
-        )
+        got = f"{list(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
+        raise UserError(f"data.augment makes images {got}; they must stay uint8 {[3, *image_size]}, not yet normalised")

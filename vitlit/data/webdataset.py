@@ -10,8 +10,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from vitlit.data.folder import EXTENSIONS
-from vitlit.data.index import Index, Names, label_array
+from vitlit.data.index import EXTENSIONS, Index, Names, label_array
 from vitlit.data.manifest import SPLITS, Manifest
 from vitlit.data.progress import Progress
 from vitlit.data.shard_index import BLOCK, INDEX, ShardFiles, ShardIndex
@@ -24,11 +23,7 @@ LABEL_BYTES = 1 << 20  # of the largest .cls or .json
 
 
 def list_tars(folder: Folder) -> tuple[dict[str, str], list[str] | None, bytes]:
-    """(names and splits of the tars in a folder, classes if a file names them, a key that changes with any of these).
-
-    Raises:
-        UserError: the folder cannot be listed, or holds no tars, or some tar is of no split.
-    """
+    """(names and splits of a folder's tars, classes if a file names them, a key that changes with any of these)."""
     root, filesystem, path = folder
 
     def below(path: str) -> dict[str, Any]:
@@ -46,9 +41,8 @@ def list_tars(folder: Folder) -> tuple[dict[str, str], list[str] | None, bytes]:
             sizes = filesystem.sizes([entry["name"] for entry in tars.values()])
         texts = [os.fsdecode(filesystem.cat_file(top[name]["name"])) for name in CLASSES if name in top]
     except Exception as error:  # each filesystem raises its own
-        raise UserError(
-            f"{root} has no {INDEX}, and cannot be searched for tars ({reason(error)}); give a folder or URL of shards"
-        ) from error
+        why = f"{root} has no {INDEX}, and cannot be searched for tars ({reason(error)})"
+        raise UserError(f"{why}; give a folder or URL of shards") from error
     if not tars:
         raise UserError(f"{root} holds neither {INDEX} nor *.tar, nor does its folder train; give a folder of shards")
     lines = sorted(f"{name} {size}" for name, size in zip(tars, sizes, strict=True))
@@ -78,11 +72,7 @@ class _Sample(NamedTuple):
 
 
 def search(folder: Folder, tars: dict[str, str], classes: list[str] | None) -> ShardIndex:
-    """Find the images in the tars that `list_tars` listed, and print how many there are.
-
-    Raises:
-        UserError: a tar cannot be read, or an image has no known label.
-    """
+    """Find the images in the tars that `list_tars` listed, and print how many there are."""
     progress, root = Progress(), folder.root
     samples: dict[str, list[_Sample]] = {split: [] for split in SPLITS if split in tars.values()}
     shards, sizes = tuple(tars), []
@@ -148,7 +138,6 @@ def _search_tar(opened: IO[bytes], size: int, number: int) -> list[_Sample]:
 
 
 def _read_label(text: str, ending: str, name: str) -> tuple[tuple[str, ...], str] | None:
-    """The label in a KEY.cls or KEY.json, and its kind; None if there is no label."""
     if ending == "cls":
         return ((text.strip(),), "one") if text.strip() else None
     try:

@@ -23,7 +23,6 @@ def cores() -> int:
 
 
 def count(devices: int) -> int:
-    """Workers of one device: one a core, shared among the devices of this process."""
     return max(1, cores() // max(1, devices))
 
 

@@ -20,14 +20,9 @@ LOG_RATIO = torch.log(torch.tensor(RATIO, device="cpu")).tolist()  # rounded as 
 
 @dataclass(frozen=True)
 class BoxCrop(ABC):
-    """Crop a box of random area and aspect, then resize it with antialiasing.
+    """Crop a box of random area (`scale`, shares of the image's) and aspect, then resize it with antialiasing.
 
     Not a torchvision transform: its search for images among the arguments takes half as long as a resize.
-
-    Args:
-        size: (height, width) of the result, pixels.
-        scale: range of the box's area as a share of the image's.
-        interpolation: of the resize.
     """
 
     size: tuple[int, int]
@@ -59,12 +54,9 @@ class InceptionCrop(BoxCrop):
     Unlike in torchvision's crop the aspect is uniform, not its logarithm; the height, not the area, is uniform; and a
     box never touches the last row or column unless it has all of them. big_vision's ImageNet configs resize without
     antialiasing.
-
-    Args:
-        ratio: range of the box's width / height. TensorFlow and big_vision write 1.33, not 4/3.
     """
 
-    ratio: tuple[float, float] = (0.75, 1.33)
+    ratio: tuple[float, float] = (0.75, 1.33)  # width / height; TensorFlow and big_vision write 1.33, not 4/3
 
     def draw(self, rows: int, columns: int) -> Box:
         least, most = (share * rows * columns for share in self.scale)
@@ -108,13 +100,7 @@ class RandomResizedCrop(BoxCrop):
 
 @dataclass(frozen=True)
 class PadCrop:
-    """Resize an image of another size, pad it with black, crop: the CIFAR crop (1512.03385, section 4.2).
-
-    Args:
-        size: (height, width) of the result, pixels.
-        interpolation: of the antialiased resize, which does not keep the aspect.
-        padding: pixels on each side.
-    """
+    """Resize an image of another size, pad it with black, crop: the CIFAR crop (1512.03385, section 4.2)."""
 
     size: tuple[int, int]
     interpolation: InterpolationMode = InterpolationMode.BICUBIC
@@ -125,7 +111,6 @@ class PadCrop:
         return self.size
 
     def padded(self, image: Tensor) -> Tensor:
-        """Resize and pad an image (3, H, W)."""
         image = F.resize(image, list(self.resized(image)), self.interpolation, antialias=True)
         return F.pad(image, [self.padding], padding_mode=self.mode)
 
@@ -139,11 +124,7 @@ class PadCrop:
 class SimpleCrop(PadCrop):
     """Resize until the image covers the result, mirror its border, crop: DeiT III's simple random crop.
 
-    2204.07118, section 3, "Simple Random Crop"; `--src` of facebookresearch/deit, augment.py. The aspect stays; the
-    resize is antialiased, as Pillow's is.
-
-    Raises:
-        UserError: the padding is not below the sides of `size`, so it cannot be mirrored.
+    2204.07118, section 3; `--src` of facebookresearch/deit, augment.py. The resize is antialiased, as Pillow's is.
     """
 
     mode: ClassVar = "reflect"
@@ -157,10 +138,7 @@ class SimpleCrop(PadCrop):
 
 
 def cover(size: tuple[int, int], image: Tensor) -> tuple[int, int]:
-    """(height, width) at which an image (..., H, W) just covers a size, its aspect kept.
-
-    The side that does not bind is rounded down, as in torchvision's Resize.
-    """
+    """(height, width) at which an image just covers a size, aspect kept, rounded down as in torchvision's Resize."""
     (rows, columns), (height, width) = image.shape[-2:], size
     if rows * width <= columns * height:
         return height, max(width, height * columns // rows)

@@ -44,14 +44,7 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
 
     More than `MOST_PIXELS` by the header are refused before anything is decoded. torchcodec decodes JPEG, PNG and WebP.
     Pillow decodes the other formats, the first frame of animations, and everything if torchcodec is missing. 16 bits
-    are scaled to 8, 32 bits are refused, transparency is dropped.
-
-    Args:
-        data: the content.
-        path: of the file, for the error.
-
-    Raises:
-        UserError: it cannot be read as an image; the message names the path.
+    are scaled to 8, 32 bits are refused, transparency is dropped. A UserError names the path.
     """
     try:
         if not data:
@@ -77,10 +70,7 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
 
 
 def _format_of_simple_header(data: bytes) -> str:
-    """JPEG or PNG if the header is simple and its size is allowed; "" for all else, which Pillow must open.
-
-    Pillow would find the same, but takes 3 % of a training image's time.
-    """
+    """JPEG or PNG if the header is simple and its size is allowed; else "". Saves 3 % of an image's time in Pillow."""
     if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
         return "PNG" if width * height <= MOST_PIXELS else ""

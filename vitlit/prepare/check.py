@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vitlit.data.folder import EXTENSIONS, hold_out, is_folder, parse_share, walk
-from vitlit.data.index import Index
+from vitlit.data.folder import hold_out, is_folder, parse_share, walk
+from vitlit.data.index import EXTENSIONS, Index
 from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import Loader, count, end_at_exit, leave_signals

@@ -16,17 +16,9 @@ _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu")  # of a pixel
 
 
 class Draw(NamedTuple):
-    """What an op is applied with; most ops use a part of it.
-
-    Args:
-        level: magnitude / 10.
-        sign: 1 or -1.
-        centre: (row, column) of a pixel.
-    """
-
-    level: float
-    sign: int
-    centre: tuple[int, int]
+    level: float  # magnitude / 10
+    sign: int  # 1 or -1
+    centre: tuple[int, int]  # (row, column) of a pixel
 
     @property
     def factor(self) -> float:

@@ -17,21 +17,17 @@ _RESAMPLING = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 
 
 class Draw(NamedTuple):
-    """What an op is applied with; most ops use a part of it.
-
-    Args:
-        level: magnitude / 10, in [0, 1].
-        sign: 1 or -1.
-        resample: how a moved image is sampled.
-        fill: the colour of what moves into view.
-        increasing: whether a higher level is more change in every op.
-    """
+    """The draws of one op, most of which use only some: level is magnitude / 10, sign is 1 or -1."""
 
     level: float
     sign: int
     resample: Resampling
     fill: tuple[int, int, int]
     increasing: bool
+
+    def moved(self, most: float) -> float:
+        """How far an op moves the image, of `most` to either side."""
+        return self.sign * most * self.level
 
     def kept(self, most: int) -> int:
         """How much of `most` an op keeps, bits or values: more at a higher level, or less if increasing."""
@@ -124,19 +120,11 @@ def solarize_add(image: Image, addition: int) -> Image:
     return image.point([min(255, value + addition) if value < 128 else value for value in range(256)] * 3)
 
 
-def _shear(draw: Draw) -> float:
-    return draw.sign * 0.3 * draw.level
-
-
-def _translation(draw: Draw) -> float:
-    return draw.sign * 0.45 * draw.level
-
-
 OPS: dict[str, Callable[[Image, Draw], Image]] = {
     "AutoContrast": lambda image, draw: ImageOps.autocontrast(image),
     "Equalize": lambda image, draw: ImageOps.equalize(image),
     "Invert": lambda image, draw: ImageOps.invert(image),
-    "Rotate": lambda image, draw: image.rotate(draw.sign * 30 * draw.level, draw.resample, fillcolor=draw.fill),
+    "Rotate": lambda image, draw: image.rotate(draw.moved(30), draw.resample, fillcolor=draw.fill),
     "Posterize": lambda image, draw: posterize(image, draw.kept(4)),
     "Solarize": lambda image, draw: ImageOps.solarize(image, draw.kept(256)),
     "SolarizeAdd": lambda image, draw: solarize_add(image, int(110 * draw.level)),
@@ -144,8 +132,8 @@ OPS: dict[str, Callable[[Image, Draw], Image]] = {
     "Contrast": lambda image, draw: ImageEnhance.Contrast(image).enhance(draw.factor),
     "Brightness": lambda image, draw: ImageEnhance.Brightness(image).enhance(draw.factor),
     "Sharpness": lambda image, draw: ImageEnhance.Sharpness(image).enhance(draw.factor),
-    "ShearX": lambda image, draw: affine(image, draw, 1, _shear(draw), 0, 0, 1, 0),
-    "ShearY": lambda image, draw: affine(image, draw, 1, 0, 0, _shear(draw), 1, 0),
-    "TranslateXRel": lambda image, draw: affine(image, draw, 1, 0, _translation(draw) * image.width, 0, 1, 0),
-    "TranslateYRel": lambda image, draw: affine(image, draw, 1, 0, 0, 0, 1, _translation(draw) * image.height),
+    "ShearX": lambda image, draw: affine(image, draw, 1, draw.moved(0.3), 0, 0, 1, 0),
+    "ShearY": lambda image, draw: affine(image, draw, 1, 0, 0, draw.moved(0.3), 1, 0),
+    "TranslateXRel": lambda image, draw: affine(image, draw, 1, 0, draw.moved(0.45) * image.width, 0, 1, 0),
+    "TranslateYRel": lambda image, draw: affine(image, draw, 1, 0, 0, 0, 1, draw.moved(0.45) * image.height),
 }
