@@ -188,7 +188,7 @@ def built(name: str) -> Built:
     recipe["data"]["root"] = recipe["data"]["root"] or "folder"
     config = parser().parse_object({key: recipe[key] for key in ("seed_everything", "model", "data")})
     config.ckpt_path = None
-    splits: Any = SimpleNamespace(labels=lambda: ([str(i) for i in range(classes)], False))
+    splits: Any = SimpleNamespace(scan=lambda: None, classes=[str(i) for i in range(classes)], multi_label=False)
     vitlit.cli.completion.fill_config(config, begins(name), splits)
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))

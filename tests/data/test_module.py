@@ -133,7 +133,7 @@ def test_a_val_folder_without_some_class_is_said_in_a_line(tmp_path: Path, capsy
 def test_what_the_data_lacks_is_refused_before_training(few: Path, tree: Path) -> None:
     for data, pattern in (
         (small_data(few, batch_size=41), "batch_size 41 is more than the 40 training images"),
-        (small_data(few, batch_size=8, micro_batch=3), "batch_size 8 does not divide over 1 x 3"),
+        (small_data(few, batch_size=8, micro_batch=3), "batch_size 8 does not divide over 1 devices x 3"),
         (small_data(tree), "has no folder train"),
     ):
         with pytest.raises(UserError, match=pattern):

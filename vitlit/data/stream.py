@@ -89,7 +89,7 @@ def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
         sizes = filter(divides, range(1, 2 * batch_size + world_size))
         nearest = min(sizes, key=lambda size: abs(size - batch_size))
         raise UserError(
-            f"data.batch_size {batch_size} does not divide over {world_size} x {accumulate} (devices x micro-batches); "
+            f"data.batch_size {batch_size} does not divide over {world_size} devices x {accumulate} micro-batches; "
             f"the nearest that does is {nearest}"
         )
     return batch_size // (world_size * accumulate), accumulate

@@ -3,10 +3,13 @@
 import csv
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitlit.data.module import ImageFolderData
 from vitlit.errors import CommandParser, UserError
 from vitlit.run.config import read_config
+
+if TYPE_CHECKING:
+    from vitlit.data import ImageFolderData
 
 ABOUT = """\
 Print the images of an optimiser step as CSV: row of the global batch, index, path, label, and repeat, which tells the
@@ -35,7 +38,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def stored(file: Path) -> ImageFolderData:
+def stored(file: Path) -> "ImageFolderData":
     """The data of a run's config, with the options that decide the order of samples."""
     if not file.is_file():
         raise UserError(f"{file.parent} is not a run's folder: it has no config.yaml")
@@ -45,5 +48,7 @@ def stored(file: Path) -> ImageFolderData:
         raise UserError(f"{file} is not a run's config: it has no data")
     if given.get("seed") is None:
         given["seed"] = config.get("seed_everything", 0)
+    from vitlit.data import ImageFolderData  # loads torch and Lightning, which a mistake need not wait for
+
     names = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
     return ImageFolderData(**{name: given[name] for name in names if name in given})
