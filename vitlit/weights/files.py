@@ -27,21 +27,13 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
 class Contents(NamedTuple):
-    """What is in a weight file.
-
-    Attributes:
-        path: the file.
-        kind: its container: torch, safetensors or npz.
-        tensors: by name, taken out of their wrapper.
-        wrapper: the wrapper's name, empty for none.
-        rest: the other values of a torch file, or the metadata of a safetensors file.
-    """
+    """What is in a weight file."""
 
     path: Path
-    kind: str
+    kind: str  # of container: torch, safetensors or npz
     tensors: dict[str, Tensor]
-    wrapper: str
-    rest: dict[str, Any]
+    wrapper: str  # the key that the tensors were under, empty for none
+    rest: dict[str, Any]  # the other values of a torch file, or the metadata of a safetensors file
 
     def beside(self, name: str) -> dict[str, Any]:
         """The content of a JSON file in the same folder, empty if there is none."""
@@ -58,11 +50,7 @@ class Contents(NamedTuple):
 
 
 def locate(source: str | Path) -> Path:
-    """The weight file that is `source`, or is in the folder of a run (its best checkpoint, else its last) or a model.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The weight file that is `source`, or is in the folder of a run (its best checkpoint, else its last) or model."""
     source = Path(source).expanduser()
     if source.is_file():
         return source

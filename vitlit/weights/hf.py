@@ -106,7 +106,10 @@ def read(contents: Contents) -> Weights | None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         origins["head"] = "left out: it reads the class token and the patches' mean"
     if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
-        undistil(state)
+        # DeiTForImageClassification ignores the token's output: it is a register.
+        table = state["pos_embed"]
+        state["reg_token"] = state.pop("dist_token") + table[:, 1:2]
+        state["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
     position = "rope" if kind == "dinov3_vit" else "learned"
     config = {"mlp": "gelu", **architecture(state, path, position, class_position=True), "norm_eps": EPS[kind]}
     if kind == "dinov2":
@@ -132,13 +135,6 @@ def model_type_of(named: dict[str, Tensor]) -> str:
     if "embeddings.distillation_token" in named:
         return "deit"
     return "vit_mae" if any(name.startswith("decoder.") for name in named) else "vit"
-
-
-def undistil(state: dict[str, Tensor]) -> None:
-    """Make a distillation token without a head a register: DeiTForImageClassification ignores its output."""
-    table = state["pos_embed"]
-    state["reg_token"] = state.pop("dist_token") + table[:, 1:2]
-    state["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
 
 
 def stated_by(about: dict[str, Any], config: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:

@@ -9,11 +9,7 @@ PATTERNS = [*FILES, "model-*.safetensors", "config.json", "preprocessor_config.j
 
 
 def fetch(name: str) -> Path:
-    """The weight file of a model in huggingface_hub's cache, downloaded if it is not there.
-
-    Raises:
-        UserError: there is no such model, the hub cannot be reached, or the model has no safetensors file.
-    """
+    """The weight file of a model in huggingface_hub's cache, downloaded if it is not there; or UserError."""
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.removeprefix("hf:").partition("@")

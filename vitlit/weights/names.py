@@ -37,10 +37,7 @@ def prefix_of(tensors: Mapping[str, Tensor], anchor: str) -> str | None:
 def strip(
     tensors: Mapping[str, Tensor], prefix: str, path: Path, unused: str = ""
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Take off what DDP, torch.compile or an enclosing model puts before the ViT's names.
-
-    Returns the tensors by their short names, and the full names of those with a short name that matches `unused`.
-    """
+    """Take a prefix off the ViT's names; also returns the full names of tensors whose short names match `unused`."""
     kept, left = {}, []
     for name, tensor in tensors.items():
         short = name.removeprefix(prefix)
