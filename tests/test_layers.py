@@ -24,15 +24,14 @@ ROWS = (
 ROW = {part: number for number, row in enumerate(ROWS) for part in row}
 BESIDE = {  # imports within a row
     ("files", "errors"),
-    ("objectives", "weights"),
     ("run", "data"),  # the signals that stop a run, which data workers ignore
     ("data", "objectives"),  # a loader makes the batches that an objective takes
 }
-LIGHT = ("model", "optim")  # load, by whatever path, torch and numpy alone
+LIGHT = ("objectives", "model", "optim")  # load, by whatever path, torch and numpy alone
 WITHOUT_LIGHTNING = ("images", "weights", "evaluation")
 VAGUE = ("utils", "util", "common", "misc", "helpers", "helper")
 CORE = ("model", "objectives", "optim", "stages")
-LOOSE, LONGEST_FILE, LONGEST_FUNCTION, LARGEST_CORE, LARGEST = 7, 350, 110, 2800, 12_900
+LOOSE, LONGEST_FILE, LONGEST_FUNCTION, LARGEST_CORE, LARGEST = 7, 350, 60, 2800, 11_600
 
 
 def imports(source: str) -> Iterator[tuple[str, ...]]:
@@ -199,6 +198,7 @@ def test_the_package_stays_small() -> None:
         ("model/vit.py", "import importlib\nimportlib.import_module('vitlit.data')"),
         ("objectives/mae.py", "from vitlit.stages import Stage"),
         ("objectives/mae.py", "from vitlit.data import ImageFolderData"),
+        ("objectives/mae.py", "from vitlit.weights import load"),
         ("data/folder.py", "from vitlit.weights import load"),
         ("data/folder.py", "from vitlit.run.config import read_config"),
         ("run/folder.py", "from vitlit.weights.files import open_file"),
@@ -212,7 +212,7 @@ def test_the_package_stays_small() -> None:
         ("data/utils.py", ""),
         ("common/names.py", ""),
         ("model/vit.py", "\n" * 351),
-        ("model/vit.py", "def f():\n" + "    x = 1\n" * 110),
+        ("model/vit.py", "def f():\n" + "    x = 1\n" * 60),
     ],
 )
 def test_the_check_sees_what_is_forbidden(file: str, source: str) -> None:
@@ -244,7 +244,7 @@ def test_the_checks_over_the_package_see_what_is_forbidden() -> None:
         "errors.py": "import torch",
     }
     assert loads_what_it_may_not(by_a_path) == [
-        *("vitlit.model loads PIL", "vitlit.model.vit loads PIL"),
+        *("vitlit.objectives.mae loads PIL", "vitlit.model loads PIL", "vitlit.model.vit loads PIL"),
         *("vitlit.weights.timm loads lightning", "vitlit.errors loads torch"),
     ]
     circle = {
@@ -259,4 +259,4 @@ def test_the_checks_over_the_package_see_what_is_forbidden() -> None:
     assert too_large({f"{name}.py": "" for name in "abcdefg"} | {"__init__.py": ""}) == []
     assert too_large({f"{name}.py": "" for name in "abcdefgh"}) == ["loose modules: 8 of 7"]
     assert too_large({"optim/a.py": "\n" * 2801}) == ["core: 2801 of 2800"]
-    assert too_large({"data/a.py": "\n" * 12_901}) == ["package: 12901 of 12900"]
+    assert too_large({"data/a.py": "\n" * 11_601}) == ["package: 11601 of 11600"]

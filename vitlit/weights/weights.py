@@ -82,17 +82,13 @@ def architecture(
     width, channels, patch, patch_width = shape(STEM, 4)
     if patch != patch_width:
         raise UserError(f"{path} has patches of {patch} x {patch_width} pixels; vitlit's are square")
-    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    gap = next(i for i in range(len(blocks) + 1) if i not in blocks)
-    if gap == 0 or gap < len(blocks):
-        raise UserError(f"{path} is not a whole ViT: blocks.{gap}.norm1.weight is missing from the file")
     hidden, mlp_dim = shape("blocks.0.mlp.fc1.weight", 2)[0], shape("blocks.0.mlp.fc2.weight", 2)[1]
     tokens = {name: state[name].shape[1] if name in state else 0 for name in ("cls_token", "dist_token", "reg_token")}
     config: dict[str, Any] = {
         "image_size": None,
         "patch_size": patch,
         "width": width,
-        "depth": len(blocks),
+        "depth": count_blocks(state, path),
         "mlp_dim": mlp_dim,
         "num_classes": 0,
         "hidden_dim": None,
@@ -126,6 +122,15 @@ def architecture(
         side = square(length - special if class_position else length)
         config["class_position"], config["image_size"] = class_position, side * patch if side else None
     return config
+
+
+def count_blocks(state: Mapping[str, Tensor], path: Path) -> int:
+    """The number of blocks, which are numbered from 0 without a gap, or UserError."""
+    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    gap = next(i for i in range(len(blocks) + 1) if i not in blocks)
+    if gap == 0 or gap < len(blocks):
+        raise UserError(f"{path} is not a whole ViT: blocks.{gap}.norm1.weight is missing from the file")
+    return len(blocks)
 
 
 def usual_heads(config: Mapping[str, Any]) -> int | None:
