@@ -52,7 +52,7 @@ class ImageFolderData(LightningDataModule):
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
         augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2.
-        views: further views of a training image, for objectives that compare several: a list of count, size and scale.
+        views: further views of a training image: a list of count, size and scale; image_size and crop are the first's.
         erasing: random erasing of training images, after normalisation; of the first view only.
         mixing: mixup and cutmix of training images; not with further views.
         repeats: how often an image comes in a batch, augmented anew; an epoch keeps its length, so has fewer images.
