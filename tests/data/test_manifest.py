@@ -81,7 +81,7 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
         ("\n", " is empty; it needs a header"),
         ("path,label\n", " has a header but no rows"),
         ("file,label\n1.png,a\n", " has no column 'path', only 'file', 'label'; the header must be path,label"),
-        ("x" * 10**6 + "\n", ", line 1: it is not CSV (field larger than field limit"),
+        ("x" * 10**6 + "\n", ", line 1: not valid CSV (field larger than field limit"),
         ("x," * 10**5 + "label\n", " has no column 'path', only " + ", ".join(8 * ["'x'"]) + "; the header"),
         (
             "path;label\n1.png;a\n",
@@ -96,7 +96,7 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
             ", line 3: it does not have the header's 2 fields; quote a field that contains a comma",
         ),
         ("path,label\n1.png\n", ", line 2: it does not have the header's 2 fields"),
-        ('path,label\n1.png,a\n"2.png,a\n', ", line 3: it is not CSV"),
+        ('path,label\n1.png,a\n"2.png,a\n', ", line 3: not valid CSV"),
         ("path,label\n1.png,a\n,a\n", ", line 3: the path is empty"),
         ("path,label\n1.png,a\n2.png, \n", ", line 3: the label of 2.png is empty"),
         ("path,label\n1.png,a|\n", ", line 2: the label 'a|' has an empty name"),

@@ -215,7 +215,7 @@ def test_what_is_no_checkpoint_is_refused_in_a_line_that_names_it(tmp_path: Path
         (tmp_path / "junk.ckpt").write_bytes(content)
         unreadable(tmp_path / "junk.ckpt", "is not a checkpoint")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")
-    unreadable(tmp_path / "state.pt", "is a checkpoint of no format that vitlit knows; it holds weight")
+    unreadable(tmp_path / "state.pt", "is in no checkpoint format that vitlit knows; it holds weight")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     unreadable(tmp_path / "tensor.pt", "holds a Tensor instead of named tensors")
     torch.save(tiny(), tmp_path / "module.pt")

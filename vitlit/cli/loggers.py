@@ -11,7 +11,7 @@ from vitlit.run.ranks import rank
 
 
 def fill_loggers(config: Namespace, folder: RunFolder) -> None:
-    """Let W&B's loggers, one unless the config says otherwise, keep their run in the run's folder."""
+    """Make W&B loggers (one unless the config says otherwise) keep their files in the run's folder."""
     trainer = config.trainer
     if trainer.logger in (None, True):
         trainer.logger = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def stdout_is_closed() -> bool:
-    """Whether nobody reads stdout any more. Another broken pipe, as of W&B or a data worker, is a bug to show."""
+    """Whether stdout's reader has gone. Any other broken pipe, such as W&B's or a data worker's, is a bug to show."""
     watch = select.poll()
     watch.register(sys.stdout, 0)  # POLLERR is always reported
     return any(event & select.POLLERR for _, event in watch.poll(0))

@@ -119,7 +119,7 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
 
 
 def check_trainer(config: Namespace) -> None:
-    """Refuse settings of the Trainer that vitlit sets itself, and a training without an end."""
+    """Refuse Trainer settings that vitlit sets itself, and training without an end."""
     for key, (default, why) in FIXED.items():
         if config[key] != default:
             raise UserError(f"trainer.{key} is not for a config: {why}")

@@ -177,7 +177,7 @@ def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Ind
 
 
 def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The images held out, bool (N,): groups in drawn order, each one if more than half of it is still wanted."""
+    """The images held out, bool (N,): groups in the order drawn, each if more than half of it is still wanted."""
     names, members = np.unique(groups, return_inverse=True)
     by_group = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1])
     held, taken = np.zeros(len(groups), bool), np.zeros(len(counts))

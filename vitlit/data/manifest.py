@@ -98,7 +98,7 @@ def _read(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8; save it as CSV UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.reader.line_num if reader else 1}: it is not CSV ({error})") from error
+        raise UserError(f"{file}, line {reader.reader.line_num if reader else 1}: not valid CSV ({error})") from error
 
 
 def _check_header(file: Path, header: list[str]) -> None:

@@ -131,7 +131,7 @@ class SimpleCrop(PadCrop):
 
     def __post_init__(self) -> None:
         if self.padding >= min(self.size):
-            raise UserError(f"padding {self.padding} must be below the sides of size {self.size}, to be mirrored")
+            raise UserError(f"padding {self.padding} must be smaller than both sides of {self.size} to mirror them")
 
     def resized(self, image: Tensor) -> tuple[int, int]:
         return cover(self.size, image)

@@ -49,7 +49,7 @@ class MAE(Objective):
         if not 0 < mask_ratio < 1 or not 0 < int(patches * (1 - mask_ratio)) < patches:
             raise UserError(f"mask_ratio {mask_ratio} must hide some of {patches} patches and leave others visible")
         if vit.config.pool == "map" or vit.config.norm == "pooled":
-            raise UserError("MAE does not train model.vit.pool map or norm pooled; set them when you finetune")
+            raise UserError("MAE does not train with model.vit.pool map or norm pooled; set them when you finetune")
         vit.set_head("finetune", 0)
         self.kept, self.normalize_pixels = int(patches * (1 - mask_ratio)), normalize_pixels
         try:

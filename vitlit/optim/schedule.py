@@ -51,10 +51,10 @@ class Schedule:
         if self.final and self.decay not in ("cosine", "linear"):
             raise UserError(f"model.schedule.final is for cosine and linear; {self.decay} has cooldown")
         if self.decay in ("cosine", "linear") and length("model.schedule.cooldown", self.cooldown, 100, 1):
-            raise UserError(f"model.schedule.cooldown is for rsqrt and constant; {self.decay} has final")
+            raise UserError(f"model.schedule.cooldown is for rsqrt and constant; for {self.decay}, give final")
 
     def over(self, total: int, epoch: int = 0) -> Callable[[int], float]:
-        """The learning rate as a multiple of the peak, by step, in a training of `total` steps, `epoch` per epoch.
+        """The learning rate as a multiple of the peak, by step, for `total` steps of training, `epoch` in each epoch.
 
         Raises:
             UserError: warm-up and cool-down do not fit into the training.

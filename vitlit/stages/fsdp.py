@@ -15,7 +15,7 @@ from vitlit.errors import UserError
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy for data parallelism, `trainer.strategy: fsdp2`, with one device's checkpoints.
+    """Lightning's ModelParallelStrategy for data alone, `trainer.strategy: fsdp2`, with the checkpoints of one device.
 
     Lightning's own loading ignores what a stage and its callbacks change in a checkpoint (LoRA's adapters, an EMA), and
     mixes up the parameters in an optimizer state of several groups.

@@ -309,7 +309,7 @@ def step_ends(trainer: Any, batch_idx: int) -> bool:
 
 
 def logs_now(trainer: Any) -> bool:
-    """Whether to log the optimiser step that just ended: every log_every_n_steps, and an epoch's last."""
+    """Whether to log the optimiser step that just ended: every log_every_n_steps steps, and the last of an epoch."""
     every = trainer.log_every_n_steps
     return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)
 

@@ -74,7 +74,7 @@ def read(source: str | Path) -> Weights:
             break
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
-        raise UserError(f"{path} is a checkpoint of no format that vitlit knows; it holds {some}")
+        raise UserError(f"{path} is in no checkpoint format that vitlit knows; it holds {some}")
     # In another format's file, before `fuse` makes float32 of a layer with one part of integers.
     used = {n: t for n, t in contents.tensors.items() if n not in weights.unused}
     for name, tensor in (weights.state if weights.format == "vitlit" else used).items():

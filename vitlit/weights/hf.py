@@ -147,7 +147,7 @@ def stated_by(about: dict[str, Any], config: dict[str, Any], state: dict[str, Te
             raise UserError(f"{file} has hidden_act {activation}; vitlit has {' '.join(ACTIVATIONS)}")
         stated["mlp"] = ACTIVATIONS[activation]
     elif about.get("model_type") == "dinov3_vit" and activation not in ("silu", "swish"):
-        raise UserError(f"{file} has hidden_act {activation} in a gated MLP; vitlit has silu")
+        raise UserError(f"{file} has hidden_act {activation} in a gated MLP; vitlit supports only silu")
     if about.get("rope_theta", 100.0) != 100.0:
         raise UserError(f"{file} has rope_theta {about['rope_theta']}; vitlit has 100")
     if "layer_norm_eps" in about:

@@ -22,7 +22,7 @@ class Draw(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Of a blend; 1 changes nothing."""
+        """The factor of a blend; 1 changes nothing."""
         return 0.1 + 1.8 * self.level
 
 
@@ -131,7 +131,7 @@ def blend(start: Tensor, end: Tensor, factor: float) -> Tensor:
 
 
 def affine(image: Tensor, x: tuple[float, float, float], y: tuple[float, float, float]) -> Tensor:
-    """The pixel at (column, row) comes from (x, y) . (column, row, 1), the nearest one, and is grey outside."""
+    """The pixel at (column, row) is the nearest to (x, y) . (column, row, 1), or grey outside the image."""
     channels, height, width = image.shape
     framed = torch.full((height + 2, width + 2, channels), _FILL, dtype=torch.uint8)
     framed[1:-1, 1:-1] = image.permute(1, 2, 0)
