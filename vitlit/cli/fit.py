@@ -61,7 +61,8 @@ def run(command: str, arguments: list[str]) -> int:
         import_path_denylist=["*"],
         # The name that jsonargparse gives to the base class if a callback's keys come without a class.
         import_path_allowlist=[*trusted(), "lightning.Callback"],
-        docstring_parse_attribute_docstrings=True,  # the help of ViTConfig's options
+        # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
+        docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
     )
     load = get_loader("yaml")
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
