@@ -18,14 +18,13 @@ from vitlit import callbacks
 from vitlit.callbacks import ema as averaging
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, starting_weights
-from vitlit.cli.loggers import fill_loggers, run_loggers
+from vitlit.cli.loggers import fill_loggers, keep_wandb_id, run_loggers
 from vitlit.cli.summary import print_summary
 from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
 from vitlit.data import ImageFolderData, augment
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
-from vitlit.loggers import Wandb
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import with_public_paths
@@ -111,9 +110,7 @@ class Begin(Callback):
         )
         if self.folder is not None:
             self.folder.begin(self.config)
-            for logger in trainer.loggers:
-                if isinstance(logger, Wandb):
-                    self.folder.keep_wandb_id(str(logger.version))
+            keep_wandb_id(trainer.loggers, self.folder)
 
 
 class CLI(LightningCLI):

@@ -7,7 +7,6 @@ from lightning.pytorch.loggers.logger import Logger
 
 from vitlit.loggers import CSV, Wandb
 from vitlit.run.folder import RunFolder
-from vitlit.run.ranks import rank
 
 
 def fill_loggers(config: Namespace, folder: RunFolder) -> None:
@@ -30,7 +29,7 @@ def run_loggers(given: Any, folder: RunFolder) -> list[Logger]:
 
 
 def keep_wandb_id(loggers: list[Logger], folder: RunFolder) -> None:
-    """Remember the W&B run in the run's folder, so that it is continued with it."""
+    """Remember the W&B run in the run's folder, so that it is continued with it; for rank 0."""
     for logger in loggers:
-        if isinstance(logger, Wandb) and rank() == 0:
+        if isinstance(logger, Wandb):
             folder.keep_wandb_id(str(logger.version))
