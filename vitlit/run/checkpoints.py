@@ -25,11 +25,6 @@ class Files(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: it cannot be written, for example because the disk is full; the old file is untouched.
-        """
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """Stopping a run cleanly: on a signal, or at its time limit."""
 
-import math
 import os
 import signal
 import subprocess
@@ -23,11 +22,9 @@ AGAIN = 75  # the exit code of a run to be continued: EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(Exception):
-    """A signal or the time limit ended the run; in training, a checkpoint was saved first.
+    """A signal or the time limit ended the run; `code` is the exit code, and `agreed` is whether all ranks stop.
 
-    Attributes:
-        code: the exit code of the process: 75 if the run is to be continued, else 128 + the signal.
-        agreed: whether all ranks stop, as they do in training.
+    They do in training, where a checkpoint was saved first.
     """
 
     def __init__(self, number: int, step: int | None = None) -> None:
@@ -63,15 +60,11 @@ class Interrupt(Callback):
     act on them at the start of the next, so nothing waits for the GPU. A second SIGINT stops at once.
 
     This replaces Lightning's handling, which saves nothing, exits 0, and hangs if only one rank gets a signal.
-
-    Args:
-        last: the callback that saves.
-        until: time.monotonic() at which training stops; None for no limit.
-        save_minutes: minutes after a checkpoint until the next one within an epoch.
     """
 
-    def __init__(self, last: Last, until: float | None = None, save_minutes: float = math.inf) -> None:
-        self.last, self.until, self.save_seconds = last, until, 60 * save_minutes
+    def __init__(self, last: Last, until: float | None, save_minutes: float) -> None:
+        self.last, self.save_seconds = last, 60 * save_minutes
+        self.until = until  # time.monotonic() at which training stops
         self.received = 0
         self._handlers: dict[int, Any] = {}  # those that these replace
         self._exchanged: tuple[Tensor, torch.cuda.Event | None] | None = None
@@ -152,7 +145,6 @@ class Interrupt(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers.clear()
 
 
 def requeue() -> None:
