@@ -9,12 +9,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vitlit.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
 MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
@@ -70,7 +67,7 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
         np.savez(opened, **arrays)
 
 
-def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
+def load_arrays(file: Path | io.BytesIO) -> dict[str, Any]:
     """Read a file of `save_arrays`, without executing its content or unpacking more bytes than the file has.
 
     Raises OSError if the file cannot be read, and ValueError if it is damaged or another file.

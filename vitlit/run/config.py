@@ -70,8 +70,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
     check_classes(f"config {path}", content)
-    renamed: dict[str, Any] = with_public_paths(content)
-    return renamed
+    return dict(with_public_paths(content))
 
 
 def check_classes(name: str, value: Any) -> None:

@@ -92,7 +92,7 @@ class RunFolder:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return Decision("begin")
         if not self.config.is_file():
-            raise UserError(f"{self.path} has no config.yaml: restore it, or give another --run.name")
+            raise UserError(f"{self.path} has no config.yaml, so it is no run: restore it, or give another --run.name")
         if self.options.overwrite:
             return Decision("begin")
         if not self.checkpoints():

@@ -67,7 +67,7 @@ class Interrupt(Callback):
         self.until = until  # time.monotonic() at which training stops
         self.received = 0
         self._handlers: dict[int, Any] = {}  # those that these replace
-        self._exchanged: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._exchanged: tuple[Tensor, torch.cuda.Event | None] = torch.zeros(1), None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A later hook is too late to set handlers: between Lightning's registration and the next hook lies a barrier,
@@ -118,12 +118,10 @@ class Interrupt(Callback):
         # Copied now, it has arrived by the next step; copied then, it would wait for all that the GPU has queued.
         host = flag.to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if flag.is_cuda else None
-        before, self._exchanged = self._exchanged, (host, copied)
-        if before is None:
-            return 0
-        if before[1] is not None:
-            before[1].synchronize()
-        return int(before[0].item())
+        (agreed, arrived), self._exchanged = self._exchanged, (host, copied)
+        if arrived is not None:
+            arrived.synchronize()
+        return int(agreed.item())
 
     def _save(self, trainer: Trainer) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -138,8 +136,7 @@ class Interrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
-        agreed = isinstance(exception, Interrupted) and exception.agreed
-        if launcher is not None and not agreed:
+        if launcher is not None and not getattr(exception, "agreed", False):
             launcher.kill(signal.SIGKILL)  # the other ranks would wait for this process forever
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
