@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-import vitlit
 from vitlit.data import workers
 from vitlit.errors import CommandParser, UserError
 from vitlit.images.decode import DECODER, PILLOW_SLOWER, WHY_NOT
 from vitlit.loggers import wandb_mode
+from vitlit.run.history import version, versions
 
 HELP = """\
 Report versions, GPUs, cores, limits and settings of this machine, and warn of what would harm a run started in this
 folder. Nothing is sent and no key is shown: add the output of --json to an issue.
 """
-PACKAGES = ("torch", "torchvision", "torchcodec", "lightning", "torchmetrics", "jsonargparse", "wandb")
 SWITCHES = ("CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 LAUNCHERS = {"torchrun": "TORCHELASTIC_RUN_ID", "SLURM": "SLURM_JOB_ID", "Kubernetes": "KUBERNETES_SERVICE_HOST"}
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "CUDA_VISIBLE_DEVICES")
@@ -47,15 +46,13 @@ def run(arguments: list[str]) -> int:
 
 def examine() -> dict[str, Any]:
     """The facts as JSON values: sizes in bytes, None for what is missing."""
-    versions: dict[str, Any] = {"python": platform.python_version(), "vitlit": vitlit.__version__}
-    versions |= {name: version(name) for name in PACKAGES}
     try:
         mode, why = wandb_mode.decide()
     except UserError as error:
         mode, why = "refused", str(error)
     return {
         "platform": platform.platform(),
-        "versions": {**versions, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+        "versions": {**versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "unmet": unmet(),
         "gpus": [gpu(number) for number in range(torch.cuda.device_count())],
         "nvidia_driver": NVIDIA.is_file(),
@@ -71,14 +68,6 @@ def examine() -> dict[str, Any]:
             "environment": {name: os.environ[name] for name in LAUNCHED if name in os.environ},
         },
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def unmet() -> list[dict[str, str | None]]:

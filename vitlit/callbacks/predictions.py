@@ -1,6 +1,7 @@
 """Predictions as a CSV file."""
 
 import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -46,15 +47,21 @@ class Predictions(Callback):
         self.written = len(rows)
         head = ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
-        with (
-            whole_file(self.out) as partial,
-            partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(head)
-            for index, *pairs in rows.tolist():
-                cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
-                table.writerow([self.index.path(int(index)), *cells])
+        write_csv(self.out, head, map(self._cells, rows.tolist()))
+
+    def _cells(self, row: list[float]) -> list[str]:
+        index, *pairs = row
+        cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
+        return [self.index.path(int(index)), *cells]
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, names that are no text as the bytes they are."""
+    with (
+        whole_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        csv.writer(file).writerows([head, *rows])
 
 
 def gather(trainer: Trainer, rows: list[Tensor]) -> Tensor:

@@ -44,6 +44,7 @@ class CommandLine:
         config: the path of the first config, which names the run.
         content: the content of the first config.
         photos: the images and folders that `predict` is given.
+        words: the command as it was given.
         exact: whether the folder of a run was given.
         launched: whether training has begun; from then on ranks may fail in different ways.
     """
@@ -55,7 +56,7 @@ class CommandLine:
             check_class_paths(content)
         self.content = contents[0] if contents else {}
         self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
-        self.exact, self.launched, self.began = exact, False, time.monotonic()
+        self.words, self.exact, self.launched, self.began = ["vitlit", command], exact, False, time.monotonic()
         names = [flag.partition("=")[0] for flag in flags]
         if PRESET in names and "--model.vit" not in names:  # the class replaces the config's, and its sizes
             first = next(i for i, name in enumerate(names) if name.startswith("--model.vit."))
@@ -99,7 +100,13 @@ class CommandLine:
             exact = True
         if others and command != "predict":
             raise UserError(f"what is {others[0]!r}? {command} takes --config CONFIG and --KEY VALUE")
-        return cls(command, configs, flags, others, exact)
+        line = cls(command, configs, flags, others, exact)
+        line.words += arguments
+        return line
+
+    def seconds(self) -> float:
+        """How long ago the command was given."""
+        return time.monotonic() - self.began
 
 
 # What must be a group of keys, or a class and its keys, in every config.

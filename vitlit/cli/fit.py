@@ -19,7 +19,7 @@ from vitlit.callbacks import ema as averaging
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, starting_weights
 from vitlit.cli.loggers import fill_loggers, keep_wandb_id, run_loggers
-from vitlit.cli.summary import print_summary
+from vitlit.cli.summary import Evaluated, best, ending, print_summary
 from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
 from vitlit.data import ImageFolderData, augment
 from vitlit.data.folder import parse_share
@@ -95,6 +95,7 @@ class Begin(Callback):
 
     def __init__(self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any]) -> None:
         self.line, self.folder, self.config = line, folder, config
+        self.begun = False  # on this rank
 
     def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.line.launched = True
@@ -110,7 +111,15 @@ class Begin(Callback):
         )
         if self.folder is not None:
             self.folder.begin(self.config)
+            self.folder.history.begin(self.line.words)
+            self.begun = True
             keep_wandb_id(trainer.loggers, self.folder)
+
+    def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.folder is not None and self.begun:
+            ended = str(exception) or type(exception).__name__
+            with suppress(OSError, UserError):  # the exception says more
+                self.folder.history.end(trainer.global_step, self.line.seconds(), ended)
 
 
 class CLI(LightningCLI):
@@ -243,6 +252,8 @@ class CLI(LightningCLI):
             self.callbacks[:0] = self.saving()
         elif self.subcommand == "predict":
             self.callbacks.append(self.predictions())
+        elif self.subcommand != "fit":
+            self.callbacks.append(self.evaluated())
         self.trainer_defaults["callbacks"] = self.callbacks
         given = self.config_init[self.subcommand].trainer.logger
         return super().instantiate_trainer(
@@ -258,6 +269,12 @@ class CLI(LightningCLI):
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
         return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
+
+    def evaluated(self) -> Evaluated:
+        """The callback that writes what was evaluated into the run's folder."""
+        out, split = self.folder.path / f"{self.subcommand}.json", "test" if self.subcommand == "test" else "val"
+        checkpoint = self.config[self.subcommand].ckpt_path
+        return Evaluated(out, self.folder.path, checkpoint, split, self.line.words)
 
     def predictions(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
@@ -286,8 +303,11 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:
-            self.folder.finish(self.trainer.global_step)
-            print_summary(self.trainer, self.folder, self.splits)
+            step = self.trainer.global_step
+            result = best(self.trainer, self.folder)
+            self.folder.history.end(step, self.line.seconds(), ending(self.trainer), best=result)
+            self.folder.finish(step)
+            print_summary(self.trainer, self.folder)
 
     def after_predict(self) -> None:
         trainer: Any = self.trainer

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ Row = dict[str, str]
 class CSV(Logger):
     """Writes FOLDER/metrics.csv: one row per step, on disk as soon as it is logged.
 
-    Numbers have full precision. An interrupted and continued run (see `cut`) leaves the same rows as an uninterrupted
-    one, except for the speed.
+    Numbers have full precision; `time` is in seconds since 1970, of when a row was last added to. An interrupted and
+    continued run (see `cut`) leaves the same rows as an uninterrupted one, except for time and speed.
     """
 
     name = version = ""
@@ -48,6 +49,7 @@ class CSV(Logger):
         at = self._last.get("step", "0") if step is None else str(step)
         same = self._last.get("step") == at
         row = {**(self._last if same else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
+        row["time"] = f"{time.time():.1f}"
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()[1]
             self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])
