@@ -35,17 +35,11 @@ RARE = 100  # times fewer images than the largest class
 
 @dataclass(frozen=True)
 class Layout:
-    """A split.
+    """A split."""
 
-    Attributes:
-        folder: relative to the root; its subfolders are the classes.
-        classes: their names, sorted; [""] for images without labels.
-        index: their images; labels are positions in classes.
-    """
-
-    folder: str
-    classes: list[str]
-    index: Index
+    folder: str  # relative to the root; its subfolders are the classes
+    classes: list[str]  # sorted; [""] for images without labels
+    index: Index  # labels are positions in classes
 
     def image(self, row: int) -> str:
         """The path of an image, relative to the root."""
@@ -59,7 +53,6 @@ class Layout:
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit data check ROOT [options]`; returns the exit code."""
     parser = CommandParser("vitlit data check", HELP)
     parser.add_argument("root", metavar="ROOT", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
@@ -80,17 +73,7 @@ def run(arguments: list[str]) -> int:
 
 
 def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
-    """Decode every image of a folder and compare its splits.
-
-    Args:
-        root: holds train/CLASS/*, val/CLASS/* and maybe test/CLASS/*, or CLASS/* where a share is held out. Images
-            without labels are in no class folders.
-        holdout: the share of the training images to cut off for validation; a val folder is then ignored.
-        workers: processes that decode.
-
-    Raises:
-        UserError: a folder cannot be listed, or a worker died.
-    """
+    """Decode every image of a folder and compare its splits; with a holdout, a val folder is ignored."""
     report = Report(root)
     try:
         folders = _find_splits(report, bool(holdout))

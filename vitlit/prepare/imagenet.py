@@ -31,15 +31,8 @@ SYNSETS, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 def unpack(tars: Path, out: Path) -> None:
     """Unpack the archives as `out/train/WNID/*.JPEG` and `out/val/WNID/*.JPEG`, byte for byte.
 
-    `out` is written as `OUT.partial`. After an interruption the same command keeps val and the classes of train that
-    are complete, which torchvision's parsers do not. Smaller archives, for a trial, may have fewer images and classes.
-
-    Args:
-        tars: the folder of the three archives.
-        out: the folder to make; it must be empty or absent.
-
-    Raises:
-        UserError: an archive is missing or damaged, the three do not belong together, or `out` cannot be written.
+    After an interruption the same command keeps val and the classes of train that are complete, which torchvision's
+    parsers do not. Smaller archives, for a trial, may have fewer images and classes.
     """
     missing = [name for name in MD5 if not (tars / name).is_file()]
     if missing:
@@ -63,7 +56,6 @@ def unpack(tars: Path, out: Path) -> None:
 
 
 def _unpack_train(file: Path, folder: Path, total: int) -> None:
-    """Write `folder/WNID/*.JPEG` for each class without a folder."""
     show = Progress()
     with _archive(file) as archive:
         for done, (name, opened) in enumerate(_members(archive, r"n[0-9]{8}\.tar"), start=1):
@@ -97,18 +89,14 @@ def _unpack_val(file: Path, folder: Path, truth: list[str]) -> None:
 
 
 def _read_truth(file: Path) -> list[str]:
-    """The WNIDs of the val images, in the order of their numbers.
-
-    `meta.mat` maps an ILSVRC2012_ID to a WNID, the ground truth has an ILSVRC2012_ID for each image. A synset with
-    children is no class. (The development kit's readme.txt.)
-    """
+    """The WNIDs of the val images, in the order of their numbers."""
     import numpy as np
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
     with _archive(file) as archive:
         files = {PurePosixPath(member.name).name: member for member in archive if member.isreg()}
         found = {name: cast(IO[bytes], archive.extractfile(member)).read() for name, member in files.items()}
-        try:
+        try:  # as the kit's readme.txt says: a synset with children is no class
             synsets = np.atleast_1d(loadmat(io.BytesIO(found[SYNSETS]), squeeze_me=True)["synsets"])
             classes = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
             return [classes[int(line)] for line in found[TRUTH].split()]

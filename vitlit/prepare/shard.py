@@ -42,7 +42,6 @@ END = bytes(2 * BLOCK)  # of a tar
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit data shard ROOT OUT [options]`; returns the exit code."""
     parser = CommandParser("vitlit data shard", HELP)
     parser.add_argument("root", metavar="ROOT", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
@@ -77,18 +76,8 @@ def write(found: Manifest, out: Path, shard_size: int, shrink: tuple[int, int] |
     """Write shards, and print one line for each split.
 
     The images are shuffled, so that a sequential reader gets mixed classes. A sample is an image and its KEY.cls, the
-    class number as text, or KEY.json, {"label": [numbers]}, where images may have several classes. Everything is
-    written to `OUT.partial`, which is renamed at the end.
-
-    Args:
-        found: the images by split.
-        out: the folder to make; it must be empty or absent.
-        shard_size: the most bytes of a tar, unless a single image is larger.
-        shrink: (shorter side in pixels that larger images are resized to, their JPEG quality); None copies all files
-            byte for byte.
-
-    Raises:
-        UserError: an image cannot be read, or `out` is not empty or cannot be written.
+    class number as text, or KEY.json, {"label": [numbers]}, where images may have several classes. A tar has at most
+    `shard_size` bytes, unless one image has more. `shrink` is (shorter side in pixels of larger images, JPEG quality).
     """
     if shard_size < 1 or (shrink and (shrink[0] < 1 or not 1 <= shrink[1] <= 100)):
         raise UserError("--shard_size and --short_side must be at least 1, and --quality from 1 to 100")

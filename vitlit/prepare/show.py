@@ -19,7 +19,6 @@ data.on_bad_image skip, the run's bad_images.csv lists the images that were repl
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit data show RUN --step N`; returns the exit code."""
     parser = CommandParser("vitlit data show", ABOUT)
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, required=True, help="counted from 0, as in metrics.csv")

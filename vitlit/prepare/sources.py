@@ -39,14 +39,7 @@ def write(name: str, out: Path) -> None:
     | pets | 3,680, the official trainval set | 3,669, the official test set | - | JPEG |
 
     Papers report Flowers on test, after training on train and val together. JPEG files are kept byte for byte; a PNG
-    is numbered by its place in the split. Everything is written to `OUT.partial`, which is renamed at the end.
-
-    Args:
-        name: one of `NAMES`; all but digits are downloaded.
-        out: the folder to make; it must be empty or absent.
-
-    Raises:
-        UserError: the name is unknown, `out` is not empty or cannot be made, or the download failed.
+    is numbered by its place in the split.
     """
     if name not in NAMES:
         raise UserError(f"there is no data set {name!r}: choose one of {' '.join(NAMES)}")

@@ -65,8 +65,8 @@ def read(source: str | Path) -> Weights:
     for reader in READERS:
         try:
             weights = reader(contents)
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             format, why = reader.__module__.rsplit(".", 1)[-1], " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{path} looks like a file of {format}, but is not whole ({why})") from error

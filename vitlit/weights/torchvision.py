@@ -33,7 +33,7 @@ def read(contents: Contents) -> Weights | None:
     if "conv_proj.weight" not in tensors or "class_token" not in tensors:
         return None
     state = translate(tensors, [*TABLE, *(TANH if "heads.pre_logits.weight" in tensors else LINEAR)])
-    config = {**architecture(state, contents.path, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
+    config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
     preprocess = {**IMAGENET, "interpolation": "bilinear"}
     origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
     return Weights(
