@@ -157,8 +157,7 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
 
 def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> None:
     """Decode all images; report the facts about each split, damaged files, and copies."""
-    first: dict[bytes, tuple[str, int]] = {}  # the split and row of the first image with these pixels
-    copies: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # further ones, by the first
+    places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)  # splits and rows of the images with these pixels
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
     for split, layout in layouts.items():
         sides = array("l")
@@ -167,13 +166,11 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> 
                 found[seen.kind or "small"][layout.image(row)] = seen.reason
             if seen.digest:
                 sides.append(seen.side)
-                place = first.setdefault(seen.digest, (split, row))
-                if place != (split, row):
-                    copies[place].append((split, row))
+                places[seen.digest].append((split, row))
         report.splits[split] = describe(layout.counts, sides)
     for kind, reasons in found.items():
         report.add(kind, list(reasons), reasons=reasons)
-    _compare_copies(report, layouts, [[place, *others] for place, others in copies.items()])
+    _compare_copies(report, layouts, [copies for copies in places.values() if len(copies) > 1])
 
 
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:

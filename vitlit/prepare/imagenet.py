@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import re
 import shutil
 import tarfile
@@ -15,6 +14,7 @@ from typing import IO, cast
 from vitlit.data.progress import Progress
 from vitlit.errors import UserError
 from vitlit.files import whole_folder
+from vitlit.prepare.sources import print_counts
 
 TRAIN = "ILSVRC2012_img_train.tar"  # 138 GiB: 1,000 archives WNID.tar with 1,281,167 images
 VAL = "ILSVRC2012_img_val.tar"  # 6.3 GiB: 50,000 images
@@ -50,9 +50,7 @@ def unpack(tars: Path, out: Path) -> None:
         if not (partial / "val").is_dir():
             _unpack_val(tars / VAL, partial / "val", truth)
         _unpack_train(tars / TRAIN, partial / "train", len(train))
-    for split in ("train", "val"):
-        images = [len(os.listdir(entry)) for entry in os.scandir(out / split) if entry.is_dir()]
-        print(f"{out / split}: {sum(images):,} images, {len(images):,} classes")
+    print_counts(out, ("train", "val"))
 
 
 def _unpack_train(file: Path, folder: Path, total: int) -> None:
@@ -82,9 +80,9 @@ def _unpack_val(file: Path, folder: Path, truth: list[str]) -> None:
                 _copy(reader, partial / wnids[name] / name)
             show(f"val: {len(found):,} of {len(truth):,} images")
         if found != wnids.keys():
+            those = f"the classes of {len(truth):,}, numbered from 1"
             raise UserError(
-                f"{file} holds {len(found):,} images, but {DEVKIT} the classes of {len(truth):,}, numbered from 1: "
-                f"download both again from {PAGE}"
+                f"{file} holds {len(found):,} images, but {DEVKIT} {those}: download both again from {PAGE}"
             )
 
 

@@ -45,25 +45,28 @@ def write(name: str, out: Path) -> None:
         raise UserError(f"there is no data set {name!r}: choose one of {' '.join(NAMES)}")
     with whole_folder(out) as partial, tempfile.TemporaryDirectory(dir=partial) as root:
         splits = _digits() if name == "digits" else _download(name, root)
-        counts = {split: _write_split(pairs, partial / split) for split, pairs in splits.items()}
-    for split, (images, classes) in counts.items():
-        print(f"{out / split}: {images:,} images, {classes} classes")
+        for split, pairs in splits.items():
+            _write_split(pairs, partial / split)
+    print_counts(out, splits)
 
 
-def _write_split(pairs: Split, folder: Path) -> tuple[int, int]:
-    """Write a split as `folder/CLASS/FILE`, moving its files; returns the numbers of (images, classes)."""
+def print_counts(out: Path, splits: Iterable[str]) -> None:
+    for split in splits:
+        images = [len(list(folder.iterdir())) for folder in (out / split).iterdir()]
+        print(f"{out / split}: {sum(images):,} images, {len(images):,} classes")
+
+
+def _write_split(pairs: Split, folder: Path) -> None:
+    """Write a split as `folder/CLASS/FILE`, moving its files."""
     from PIL import Image
 
-    count = 0
-    for name, image in pairs:
+    for number, (name, image) in enumerate(pairs):
         class_folder = folder / re.sub(r"[^\w-]+", "_", name).strip("_")
         class_folder.mkdir(parents=True, exist_ok=True)
         if isinstance(image, Path):
             image.rename(class_folder / image.name)
         else:
-            Image.fromarray(image).save(class_folder / f"{count:05d}.png")
-        count += 1
-    return count, len(list(folder.iterdir()))
+            Image.fromarray(image).save(class_folder / f"{number:05d}.png")
 
 
 def _digits() -> dict[str, Split]:
@@ -83,36 +86,31 @@ def _digits() -> dict[str, Split]:
 
 
 def _download(name: str, root: str) -> dict[str, Split]:
-    """Fetch a data set into root; a failure is a UserError of one line."""
+    """Fetch a data set with torchvision; a failure is a UserError of one line."""
+    splits = ("train", "val", "test") if name == "flowers102" else ("train", "val")
     try:
-        return _fetch(name, root)
+        return {split: _fetch_split(name, split, root) for split in splits}
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: torchvision's for a wrong checksum
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{name} could not be downloaded from {HOSTS[name]} ({reason}): "
-            "try again with a network, or use `vitlit data digits OUT`, which needs none"
-        ) from error
+        remedy = "try again with a network, or use `vitlit data digits OUT`, which needs none"
+        raise UserError(f"{name} could not be downloaded from {HOSTS[name]} ({reason}): {remedy}") from error
 
 
-def _fetch(name: str, root: str) -> dict[str, Split]:
-    """Fetch a data set with torchvision."""
+def _fetch_split(name: str, split: str, root: str) -> Split:
     from torchvision import datasets
 
-    splits: dict[str, Split] = {}
-    for split in ("train", "val", "test") if name == "flowers102" else ("train", "val"):
-        first = split == "train"
-        part: Any
-        match name:
-            case "imagenette":
-                part = pairs = datasets.Imagenette(root, split, size="320px", download=first, loader=Path)
-            case "flowers102":
-                part = pairs = datasets.Flowers102(root, split, download=first, loader=Path)
-            case "pets":
-                part = datasets.OxfordIIITPet(root, "trainval" if first else "test", download=first)
-                pairs = zip(part._images, part._labels, strict=True)  # the files; the public access decodes
-            case _:
-                part = getattr(datasets, name.upper())(root, first, download=first)
-                pairs = zip(part.data, part.targets, strict=True)
-        classes = [kind if isinstance(kind, str) else kind[0] for kind in part.classes]  # Imagenette's have synonyms
-        splits[split] = [(classes[label], image) for image, label in pairs]
-    return splits
+    first = split == "train"
+    part: Any
+    match name:
+        case "imagenette":
+            part = pairs = datasets.Imagenette(root, split, size="320px", download=first, loader=Path)
+        case "flowers102":
+            part = pairs = datasets.Flowers102(root, split, download=first, loader=Path)
+        case "pets":
+            part = datasets.OxfordIIITPet(root, "trainval" if first else "test", download=first)
+            pairs = zip(part._images, part._labels, strict=True)  # the files; the public access decodes
+        case _:
+            part = getattr(datasets, name.upper())(root, first, download=first)
+            pairs = zip(part.data, part.targets, strict=True)
+    classes = [kind if isinstance(kind, str) else kind[0] for kind in part.classes]  # Imagenette's have synonyms
+    return [(classes[label], image) for image, label in pairs]

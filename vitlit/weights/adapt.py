@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -24,15 +25,13 @@ def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collect
         return
     kind, fits = weights.config.get("position", "learned"), True
     if kind.startswith("sincos2d") and vit.position == "learned":
-        state["pos_embed"] = prepend_zeros(sincos2d(vit.grid, vit.width, kind), vit.positioned)
+        state["pos_embed"] = F.pad(sincos2d(vit.grid, vit.width, kind), (0, 0, vit.positioned, 0))
     elif kind != "learned":
         fits = kind == vit.position
     elif state.get("pos_embed", torch.empty(0)).ndim == 3:
         fits = adapt_table(state, weights, vit)
     if not fits:
-        raise UserError(
-            f"{weights.path} does not fit the model: position is {kind} in the file and {vit.position} in the model"
-        )
+        raise UserError(f"{weights.path}: position is {kind} in the file and {vit.position} in the model")
 
 
 def other_channels(stem: Tensor, channels: int) -> Tensor:
@@ -65,15 +64,12 @@ def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
                 state[name] = state[name] + table[:, i : i + 1]
         table = table[:, count:]
     elif vit.positioned == len(special) > count:
-        table = prepend_zeros(table, vit.positioned)
-    state["pos_embed"] = table
-    if vit.position != "learned":
+        table = F.pad(table, (0, 0, vit.positioned, 0))
+    if vit.position == "learned":
+        state["pos_embed"] = table
+    else:
         del state["pos_embed"]
     return True
-
-
-def prepend_zeros(table: Tensor, count: int) -> Tensor:
-    return torch.cat([table.new_zeros(1, count, table.shape[2]), table], dim=1)
 
 
 def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
@@ -82,16 +78,12 @@ def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
         return vit.grid
     size = weights.config.get("image_size")
     if size is not None:
-        height, width = (
-            side // weights.config["patch_size"] for side in ([size, size] if isinstance(size, int) else size)
-        )
+        sides = (size, size) if isinstance(size, int) else size
+        height, width = (side // weights.config["patch_size"] for side in sides)
         if height * width == patches:
             return height, width
-    shape = list(weights.state["pos_embed"].shape)
-    raise UserError(
-        f"{weights.path}: pos_embed is {shape} in the file, and {patches} positions are not a grid; the model's has "
-        f"{vit.grid[0]} x {vit.grid[1]}"
-    )
+    ours = "{} x {}".format(*vit.grid)
+    raise UserError(f"{weights.path}: the {patches} patches of pos_embed are not a grid; the model's are {ours}")
 
 
 def set_numerics(vit: ViT, config: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from vitlit.weights.weights import Weights, usual_heads
 
 MOST_PATCHES = 1 << 18  # of an image: no file holds a sin-cos table, so its image_size could ask for any memory
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
-FILL = "and vitlit.load_weights(vit, path) fills it"
+BUILD = "build the ViT with its image_size and heads, and call load_weights"
 
 
 class LoadReport(NamedTuple):
@@ -179,7 +179,7 @@ def load(source: str | Path) -> ViT:
     vit = empty(weights)
     vit.to_empty(device="cpu")
     load_weights(vit, weights)
-    vit.classes, vit.preprocess = weights.classes, preprocess(weights)
+    vit.classes, vit.preprocess = weights.classes, preprocess(weights, vit)
     return vit.eval()
 
 
@@ -204,27 +204,22 @@ def network(weights: Weights, **changes: Any) -> dict[str, Any]:
     """The options of a ViT for these weights, with changes; UserError if not all of them are known."""
     config, patch = {**weights.config, **changes}, weights.config["patch_size"]
     if "heads" not in config:
-        raise UserError(
-            f"{weights.path} does not show how many heads a ViT of width {config['width']} has; build it, {FILL}"
-        )
+        raise UserError(f"{weights.path} does not show how many heads a ViT of width {config['width']} has; {BUILD}")
     if config.get("image_size") is None:
         if "pos_embed" in weights.state:
             shape = list(weights.state["pos_embed"].shape)
-            raise UserError(
-                f"{weights.path}: pos_embed {shape} is not a square grid; build the ViT with its image_size, {FILL}"
-            )
+            raise UserError(f"{weights.path}: pos_embed {shape} is not a square grid; {BUILD}")
         config["image_size"] = 224 // patch * patch or patch
     return config
 
 
-def preprocess(weights: Weights) -> Preprocess | None:
-    """The preprocessing at the weights' own resolution; None if it is unknown."""
-    channels, known = weights.config.get("in_channels", 3), {**weights.preprocess}
+def preprocess(weights: Weights, vit: ViT) -> Preprocess | None:
+    """The preprocessing of the weights, at the ViT's resolution if they state none; None if it is unknown."""
+    known: dict[str, Any] = {"image_size": vit.config.sides, **weights.preprocess}
+    channels = vit.config.in_channels
     if channels == 1:
         known |= {name: [sum(known[name]) / len(known[name])] for name in ("mean", "std") if known.get(name)}
     if len(known.get("mean", ())) != channels:
         return None
-    size = network(weights)["image_size"]
-    known["image_size"] = known.get("image_size") or ([size, size] if isinstance(size, int) else size)
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
     return Preprocess(**options)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
@@ -225,7 +226,7 @@ def to_dinov2(vit: ViT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if mlp_dim != ((width * 4 * 2 // 3 + 7) // 8 * 8 if swiglu else mlp_dim // width * width):
         raise UserError(f"transformers' DINOv2 has no mlp_dim {mlp_dim} at width {width}")
     if not vit.positioned:
-        state["pos_embed"] = torch.cat([state["pos_embed"].new_zeros(1, 1, width), state["pos_embed"]], dim=1)
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
     ones = {f"blocks.{i}.ls{j}.gamma": torch.ones(width) for i in range(vit.config.depth) for j in (1, 2)}
     return {**ones, **state, "embeddings.mask_token": torch.zeros(1, width)}
 

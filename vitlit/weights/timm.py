@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -95,7 +96,7 @@ def write(vit: ViT) -> dict[str, Tensor]:
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
         special = 0 if registers else vit.prefix  # timm's table covers the whole prefix or nothing of it
-        state["pos_embed"] = torch.cat([vit.pos_embed.new_zeros(1, special, vit.width), vit.pos_embed], dim=1)
+        state["pos_embed"] = F.pad(vit.pos_embed, (0, 0, special, 0))
     if registers and vit.positioned:
         table = state["pos_embed"]
         state["pos_embed"] = table[:, vit.positioned :]
