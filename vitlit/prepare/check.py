@@ -42,12 +42,10 @@ class Layout:
     index: Index  # labels are positions in classes
 
     def image(self, row: int) -> str:
-        """The path of an image, relative to the root."""
         return join(self.folder, self.index.files.names.text(int(self.index.rows[row])))
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images by class."""
         images = np.bincount(self.index.labels, minlength=len(self.classes))
         return dict(zip(self.classes, images.tolist(), strict=True))
 
@@ -174,7 +172,6 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> 
 
 
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
-    """A Look at each image, in order."""
     end_at_exit()
     rows: Any = range(len(index))  # as good as a Dataset
     collate = partial(_look_batch, index)
@@ -186,10 +183,8 @@ def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
             yield from looks
             show(f"{split}: {done:,} of {len(index):,} images")
     except RuntimeError as error:  # look never fails, but its process may
-        raise UserError(
-            f"a process died while it read images from {index.path(min(done, len(index) - 1))} on ({error}): "
-            "give fewer --workers if memory ran out"
-        ) from error
+        where = f"from {index.path(min(done, len(index) - 1))} on ({error})"
+        raise UserError(f"a process died while it read images {where}: if memory ran out, fewer --workers") from error
 
 
 def _look_batch(index: Index, rows: list[int]) -> list[Look]:

@@ -29,11 +29,7 @@ SYNSETS, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 
 
 def unpack(tars: Path, out: Path) -> None:
-    """Unpack the archives as `out/train/WNID/*.JPEG` and `out/val/WNID/*.JPEG`, byte for byte.
-
-    After an interruption the same command keeps val and the classes of train that are complete, which torchvision's
-    parsers do not. Smaller archives, for a trial, may have fewer images and classes.
-    """
+    """Unpack the archives as `out/{train,val}/WNID/*.JPEG`, byte for byte; once interrupted, keep what is complete."""
     missing = [name for name in MD5 if not (tars / name).is_file()]
     if missing:
         raise UserError(f"{tars} lacks {', '.join(missing)}: download from {PAGE}, which needs a login")
@@ -42,10 +38,7 @@ def unpack(tars: Path, out: Path) -> None:
         train = {name.removesuffix(".tar") for name, _ in _members(archive, r"n[0-9]{8}\.tar")}
     for one, lacking, other in ((TRAIN, set(truth) - train, VAL), (VAL, train - set(truth), TRAIN)):
         if lacking:
-            raise UserError(
-                f"{one} lacks the class {min(lacking)}, which {other} has by {DEVKIT} ({len(lacking):,} in all): "
-                f"download the three archives again from {PAGE}"
-            )
+            raise UserError(f"{one} lacks the class {min(lacking)}, which {other} has by {DEVKIT}: download all again")
     with whole_folder(out, resume=True) as partial:
         if not (partial / "val").is_dir():
             _unpack_val(tars / VAL, partial / "val", truth)
@@ -80,10 +73,8 @@ def _unpack_val(file: Path, folder: Path, truth: list[str]) -> None:
                 _copy(reader, partial / wnids[name] / name)
             show(f"val: {len(found):,} of {len(truth):,} images")
         if found != wnids.keys():
-            those = f"the classes of {len(truth):,}, numbered from 1"
-            raise UserError(
-                f"{file} holds {len(found):,} images, but {DEVKIT} {those}: download both again from {PAGE}"
-            )
+            classes = f"{DEVKIT} the classes of {len(truth):,}, numbered from 1"
+            raise UserError(f"{file} holds {len(found):,} images, but {classes}: download both again")
 
 
 def _read_truth(file: Path) -> list[str]:

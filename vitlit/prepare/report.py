@@ -146,7 +146,6 @@ class Report:
             raise UserError(f"cannot write {file} ({error.strerror}): give --json another file") from error
 
     def print(self) -> None:
-        """Print the facts, warnings and faults, each with its first few paths, and the verdict."""
         console = Console(soft_wrap=True, highlight=False, markup=False)
 
         def show(text: str, style: str = "") -> None:  # on one line; not all names are UTF-8

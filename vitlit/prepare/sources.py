@@ -5,16 +5,12 @@ import tempfile
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from vitlit.errors import UserError
 from vitlit.files import whole_folder
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-Split: TypeAlias = "Iterable[tuple[str, Path | NDArray[np.uint8]]]"  # (class name, a file or 8-bit pixels)
+Split: TypeAlias = Iterable[tuple[str, Any]]  # (class name, a file or 8-bit pixels)
 
 HOSTS = {
     "cifar10": "www.cs.toronto.edu",
@@ -28,19 +24,7 @@ DIGITS = "data/digits"  # the root that `vitlit fit` makes where it is missing
 
 
 def write(name: str, out: Path) -> None:
-    """Write a data set as `out/SPLIT/CLASS/FILE` and print one line for each split.
-
-    | name | train | val | test | files |
-    |---|---|---|---|---|
-    | digits | 1,438 | 359 | - | PNG, grey, 8 x 8 pixels |
-    | cifar10, cifar100 | 50,000 | 10,000, the official test set | - | PNG, RGB, 32 x 32 pixels |
-    | imagenette | 9,469 | 3,925 | - | JPEG, shorter side 320 pixels |
-    | flowers102 | 1,020 | 1,020 | 6,149 | JPEG |
-    | pets | 3,680, the official trainval set | 3,669, the official test set | - | JPEG |
-
-    Papers report Flowers on test, after training on train and val together. JPEG files are kept byte for byte; a PNG
-    is numbered by its place in the split.
-    """
+    """Write a data set as `out/SPLIT/CLASS/FILE` and print one line for each split; docs/data.md lists their sizes."""
     if name not in NAMES:
         raise UserError(f"there is no data set {name!r}: choose one of {' '.join(NAMES)}")
     with whole_folder(out) as partial, tempfile.TemporaryDirectory(dir=partial) as root:
@@ -52,12 +36,11 @@ def write(name: str, out: Path) -> None:
 
 def print_counts(out: Path, splits: Iterable[str]) -> None:
     for split in splits:
-        images = [len(list(folder.iterdir())) for folder in (out / split).iterdir()]
+        images = [len(list(folder.iterdir())) for folder in (out / split).iterdir() if folder.is_dir()]
         print(f"{out / split}: {sum(images):,} images, {len(images):,} classes")
 
 
 def _write_split(pairs: Split, folder: Path) -> None:
-    """Write a split as `folder/CLASS/FILE`, moving its files."""
     from PIL import Image
 
     for number, (name, image) in enumerate(pairs):

@@ -19,8 +19,9 @@ from vitlit.weights.weights import STEM, Weights
 def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collection[str]) -> None:
     """Bring tensors to the ViT's channels, image size and kind of positions, in place; UserError if that cannot be."""
     stem, channels = state.get(STEM), vit.config.in_channels
-    if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:
-        state[STEM] = other_channels(stem, channels)
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:  # as timm: the sum for one, else repeated
+        repeated = stem.repeat(1, -(-channels // stem.shape[1]), 1, 1)[:, :channels] * (stem.shape[1] / channels)
+        state[STEM] = stem.sum(dim=1, keepdim=True) if channels == 1 else repeated
     if "pos_embed" in skipped:
         return
     kind, fits = weights.config.get("position", "learned"), True
@@ -34,14 +35,6 @@ def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collect
         raise UserError(f"{weights.path}: position is {kind} in the file and {vit.position} in the model")
 
 
-def other_channels(stem: Tensor, channels: int) -> Tensor:
-    """The patch embedding's kernel for other channels, as timm makes it: one gets the sum, more repeat the file's."""
-    if channels == 1:
-        return stem.sum(dim=1, keepdim=True)
-    repeated = stem.repeat(1, -(-channels // stem.shape[1]), 1, 1)[:, :channels]
-    return repeated * (stem.shape[1] / channels)
-
-
 def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
     """Bring a learned table to the ViT's grid, and to whether its prefix has positions; False if the ViT's differs."""
     table = state["pos_embed"]
@@ -51,12 +44,11 @@ def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
         count = vit.positioned  # as long as the ViT's table
     if table.shape[2] != vit.width or any(state[name].shape[2:] != table.shape[2:] for name in special):
         return True  # another width, which load_weights refuses
-    source = grid_of(table.shape[1] - count, weights, vit)
+    patches = table[:, count:]
+    source = grid_of(patches.shape[1], weights, vit)
     if vit.position == "learned":
         table = resample(table, source, vit.grid, count, weights.config.get("resampling", vit.resampling))
-    elif (
-        vit.pos_embed is None or not (table[:, count:] - sincos2d(source, vit.width, vit.position)).abs().max() <= 1e-5
-    ):
+    elif vit.pos_embed is None or not (patches - sincos2d(source, vit.width, vit.position)).abs().max() <= 1e-5:
         return False
     if count and not vit.positioned:  # the sum of token and position stays
         for i, name in enumerate(special):
@@ -88,17 +80,12 @@ def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
 
 def set_numerics(vit: ViT, config: dict[str, Any]) -> list[str]:
     """Set what weights were made with and no tensor shows: epsilon, GELU, resampling. Returns what changed."""
-    changed = []
-    for name in ("norm_eps", "mlp", "resampling"):
-        ours: Any = getattr(vit.config, name)
-        theirs: Any = config.get(name, ours)
-        if theirs == ours:
-            continue
-        vit.config = replace(vit.config, **{name: theirs})
-        changed.append(f"{name} {theirs} (was {ours})")
-        for module in vit.modules():
-            if name == "norm_eps" and isinstance(module, nn.LayerNorm):
-                module.eps = theirs
-            elif name == "mlp" and isinstance(module, MLP) and module.activation != "swiglu":
-                module.activation = theirs
-    return changed
+    ours = {name: getattr(vit.config, name) for name in ("norm_eps", "mlp", "resampling")}
+    changed = {name: config[name] for name, value in ours.items() if config.get(name, value) != value}
+    vit.config = replace(vit.config, **changed)
+    for module in vit.modules():
+        if "norm_eps" in changed and isinstance(module, nn.LayerNorm):
+            module.eps = changed["norm_eps"]
+        elif "mlp" in changed and isinstance(module, MLP) and module.activation != "swiglu":
+            module.activation = changed["mlp"]
+    return [f"{name} {value} (was {ours[name]})" for name, value in changed.items()]

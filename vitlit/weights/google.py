@@ -49,8 +49,8 @@ def read(contents: Contents) -> Weights | None:
     named = {re.sub("(kernel|scale)$", "weight", n).replace("/", "."): t for n, t in unstacked(named).items()}
     big_vision = "Transformer.encoderblock_0.MultiHeadDotProductAttention_0.query.weight" in named
     state = translate(named, table(big_vision, "pre_logits.weight" in named))
-    heads = heads_of(state)
-    state = {name: from_jax(name, t.float() if t.is_floating_point() else t) for name, t in state.items()}
+    heads = state["blocks.0.attn.q.weight"].shape[1]
+    state = {name: from_jax(name, t.float() if t.is_floating_point() else t, heads) for name, t in state.items()}
     state = fuse(fuse(state, QKV, "attn.qkv"), KV, "kv")
     learned = "pos_embed" in state or not big_vision
     config = architecture(state, "learned" if learned else "sincos2d")
@@ -59,19 +59,6 @@ def read(contents: Contents) -> Weights | None:
     if not learned:
         origins["position"] = "big_vision, if a file has no table"
     return Weights(contents.path, "google", state, config, [], HALF, unused, frozenset({"heads"}), origins)
-
-
-def heads_of(state: dict[str, Tensor]) -> int:
-    """The number of heads; UserError if the projections disagree."""
-    shapes = {name: list(tensor.shape) for name, tensor in state.items() if PER_HEAD.search(name)}
-    first = shapes.get("blocks.0.attn.q.weight", [])
-    if len(first) != 3:
-        raise UserError(f"query/kernel of the first block is {first} in the file, not 3-D")
-    for name, shape in shapes.items():
-        expected = first if name.endswith("weight") else first[1:]
-        if shape != expected:
-            raise UserError(f"{name} is {shape} in the file; the first block's query makes it {expected}")
-    return first[1]
 
 
 def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,9 +73,11 @@ def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def from_jax(name: str, tensor: Tensor) -> Tensor:
+def from_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
     """JAX's (..., in, out) as (out, in, ...), with heads and their channels as one axis."""
     if PER_HEAD.search(name):
+        if tensor.shape[-2:-1] != (heads,):
+            raise UserError(f"{name} is {list(tensor.shape)} in the file, but the first block has {heads} heads")
         tensor = tensor.flatten(-2)
     elif MERGING.search(name) and tensor.ndim == 3:
         tensor = tensor.flatten(0, 1)
@@ -112,8 +101,7 @@ def write(vit: ViT) -> dict[str, Tensor]:
     """The arrays of a ViT, in vision_transformer's layout if that has the network, else big_vision's; or UserError."""
     config = vit.config
     free = {"pool": config.pool, "position": ("learned", "sincos2d"), "class_position": config.class_position}
-    options = {**PLAIN, **free, "class_token": config.pool == "cls"}
-    require(vit, "Google's ViT", **options, qkv_bias=True, norm_eps=1e-6)
+    require(vit, "Google's ViT", **{**PLAIN, **free}, class_token=config.pool == "cls", qkv_bias=True, norm_eps=1e-6)
     if config.mlp != "gelu_tanh":
         raise UserError(f"Google's ViT computes gelu_tanh, not mlp {config.mlp}: train with --model.vit.mlp gelu_tanh")
     if vit.grid[0] != vit.grid[1] and config.position == "learned":

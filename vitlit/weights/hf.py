@@ -16,8 +16,7 @@ from vitlit.weights.weights import HALF, IMAGENET, KEEPS_ASPECT, PLAIN, Weights,
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
-# Names in a file that begin so are not part of the ViT.
-UNUSED = ("embeddings.mask_token", "pooler.", "decoder.")
+UNUSED = ("embeddings.mask_token", "pooler.", "decoder.")  # names that begin so are not part of the ViT
 
 
 def block(theirs: str, *parts: tuple[str, str]) -> Table:
@@ -66,8 +65,7 @@ TABLES: dict[str, Table] = {
     "dinov3_vit": DINOV3,
 }
 EPS = {"vit": 1e-12, "vit_mae": 1e-12, "deit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "dinov3_vit": 1e-5}
-# What both config.json and the tensors show: (theirs, ours).
-SHOWN_TWICE = {
+SHOWN_TWICE = {  # by config.json and by the tensors: (theirs, ours)
     "hidden_size": "width",
     "num_hidden_layers": "depth",
     "patch_size": "patch_size",
@@ -203,7 +201,6 @@ def type_of(config: ViTConfig) -> tuple[str, str]:
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
-    """The tensors of a transformers model of the same network; UserError if transformers has no such network."""
     config, (kind, name) = vit.config, type_of(vit.config)
     state, table = split(tensors(vit), "attn.qkv", QKV), TABLES[kind]
     if kind in ("vit", "deit"):

@@ -19,6 +19,7 @@ from vitlit.weights.weights import tensors
 
 Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]
 ENDINGS = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}  # the others' are .safetensors, .pth and .pt
+# Each gives the tensors of the format's model of the same network; UserError if there is none.
 WRITERS = {"timm": timm.write, "hf": hf.write, "torchvision": torchvision.write, "google": google.write}
 
 

@@ -16,8 +16,7 @@ from vitlit.weights.weights import HALF, IMAGENET, KEEPS_ASPECT, STEM, Weights, 
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 # The models that timm builds with act_layer gelu_tanh.
 TANH = re.compile(r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip|vit_large_patch16_siglip(_gap)?_512")
-# Networks with the same tensor names that compute something else.
-OTHERS = re.compile("_rope|_rpn|quickgelu|qwen|eva")
+OTHERS = re.compile("_rope|_rpn|quickgelu|qwen|eva")  # networks with the same tensor names that compute something else
 # Arguments of timm's models that have no effect, are shown by the tensors, or are read by `stated_by`.
 KNOWN = (
     *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "qk_norm"),
@@ -90,7 +89,6 @@ def fold_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
-    """The tensors of a timm model of the same network; UserError if timm has no such network."""
     require(vit, "timm's vit", hidden_dim=None, position=("learned", "sincos2d", "sincos2d_mae"))
     state, registers = tensors(vit), vit.config.registers
     if vit.position.startswith("sincos2d"):

@@ -17,8 +17,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **COMMON}
 KEEPS_ASPECT = ", but vitlit keeps the aspect"  # of a preprocessing that squeezes images into a square
 
 STEM = "patch_embed.proj.weight"  # identifies a ViT with timm's names
-# Heads by width: the presets, and DINOv3's largest.
-HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}
+HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by width: the presets, DINOv3's largest
 
 # The options of the ViT of 2010.11929, for `require`; ViTConfig's defaults are its.
 FEATURES = (
@@ -53,10 +52,7 @@ class Weights:
 def architecture(
     state: dict[str, Tensor], position: str = "learned", class_position: bool | None = None
 ) -> dict[str, Any]:
-    """The ViT's options, as far as tensors with its parameter names show them; UserError if they are no whole ViT.
-
-    `class_position` is whether the position table covers the class token; by default, whether that leaves a square.
-    """
+    """The ViT's options, as far as tensors with its parameter names show them; UserError if they are no whole ViT."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
@@ -101,7 +97,7 @@ def architecture(
     if position == "learned":
         length = shape("pos_embed", 3)[1]
         special = tokens["cls_token"] + tokens["dist_token"]
-        if class_position is None:
+        if class_position is None:  # the table covers the class token if that leaves a square
             class_position = special > 0 and (square(length - special) is not None or square(length) is None)
         side = square(length - special if class_position else length)
         config["class_position"], config["image_size"] = class_position, side * patch if side else None
