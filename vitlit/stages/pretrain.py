@@ -27,4 +27,4 @@ class Pretrain(Stage):
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
     ) -> None:
-        super().__init__(vit, objective, optimizer, schedule, groups, {"objective": objective})
+        super().__init__(vit, objective, optimizer, schedule, groups)

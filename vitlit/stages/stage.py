@@ -39,7 +39,7 @@ class Stage(LightningModule):
         optimizer: makes the optimizer from parameter groups.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
-        arguments: the subclass's other constructor arguments, which checkpoints record.
+        **arguments: the subclass's other constructor arguments, which checkpoints record.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Stage(LightningModule):
         optimizer: OptimizerFactory,
         schedule: Schedule,
         groups: Groups,
-        arguments: dict[str, Any],
+        **arguments: Any,
     ) -> None:
         super().__init__()
-        record = {"vit": vit, "optimizer": optimizer, "schedule": schedule, "groups": groups, **arguments}
+        record = {"vit": vit, "objective": objective, "optimizer": optimizer, "schedule": schedule, "groups": groups}
         # From these, Lightning and jsonargparse rebuild the stage: {class_path, init_args} become objects again.
         self.hparams.update(
-            {name: describe(value) for name, value in record.items()},
+            {name: describe(value) for name, value in (record | arguments).items()},
             _class_path=path_of(type(self)),
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
@@ -89,8 +89,7 @@ class Stage(LightningModule):
 
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
-        step: Step = self.objective(self.vit, Batch.of(batch), self._progress)
-        return step
+        return self.objective(self.vit, Batch.of(batch), self._progress)
 
     def configure_model(self) -> None:
         shard(self, self.vit.blocks, methods=["step"])
@@ -126,13 +125,9 @@ class Stage(LightningModule):
             self.check_data(self.data)
 
     def check_data(self, data: Any) -> None:
-        """Compare training data with the network and the objective, and prepare the objective; once for the same data.
+        """Prepare the objective with training data, once; UserError if they do not fit it or the network.
 
-        Args:
-            data: a data module, or None if training is given loaders.
-
-        Raises:
-            UserError: they do not fit.
+        `data` is a data module, or None if training is given loaders.
         """
         if self._checked == id(data):
             return
@@ -143,13 +138,12 @@ class Stage(LightningModule):
             raise no_classes(name)
         if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
-        views = getattr(data, "num_views", objective.views)
-        if views > 1 == objective.views:
+        wanted = objective.views
+        views = getattr(data, "num_views", wanted)
+        if views > 1 == wanted:
             raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
-        if views < objective.views:
-            raise UserError(
-                f"{name} needs at least {objective.views} views of an image, but the data has {views}; give data.views"
-            )
+        if views < wanted:
+            raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
         for kind in getattr(data, "views", ()):
             try:
                 self.vit.grid_of(*kind.pixels)
@@ -224,8 +218,7 @@ class Stage(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes), float32."""
         if not isinstance(self.objective, Supervised):
-            name = type(self.objective).__name__
-            raise UserError(f"{name} learns no classes to predict; finetune the weights first")
+            raise UserError(f"{type(self.objective).__name__} learns no classes to predict; finetune the weights first")
         return self.objective.probabilities(self.vit(Batch.of(batch).views[0]))
 
     # Checkpoints
@@ -283,8 +276,7 @@ class Stage(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Rebuild a stage from its checkpoint; `Stage` loads either. Nothing in the file is executed.
 
-        Raises:
-            UserError: the file cannot be read, holds another stage, or names a class outside the trusted packages.
+        UserError if it cannot be read, holds another stage, or names a class outside the trusted packages.
         """
         record = with_public_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
         check_class_paths(record)
@@ -299,8 +291,7 @@ class Stage(LightningModule):
 
 def no_classes(name: str) -> UserError:
     """The error of an objective or a stage that needs classes, on data without."""
-    remedy = "sort the images into class folders, or give data.manifest"
-    return UserError(f"the data has no classes, which {name} needs; {remedy}")
+    return UserError(f"the data has no classes, which {name} needs; sort the images into class folders")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
