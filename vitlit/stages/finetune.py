@@ -83,8 +83,9 @@ class Finetune(Stage):
         if given not in (None, num_classes):
             raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; give the latter")
         vit.set_head("finetune", num_classes)
+        super().__init__(vit, objective, optimizer, schedule, groups)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
-        super().__init__(vit, objective, optimizer, schedule, groups, num_classes=num_classes, **ways)
+        self.hparams.update(describe({"num_classes": num_classes, **ways}))
         self.init_from, self.keep_head = init_from, keep_head
         self.weights: Weights | None = None
         if lora is not None:

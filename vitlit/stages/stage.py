@@ -34,12 +34,11 @@ class Stage(LightningModule):
     """A ViT, an objective, an optimizer and a schedule: the base of `Pretrain` and `Finetune`.
 
     Args:
-        vit: the headless ViT.
-        objective: makes the objective from the ViT, and gives it a head if it needs one.
-        optimizer: makes the optimizer from parameter groups.
+        vit: the headless ViT; the objective gives it a head if it needs one.
+        objective: makes the objective from the ViT, such as partial(Supervised, num_classes=10).
+        optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
-        **arguments: the subclass's other constructor arguments, which checkpoints record.
     """
 
     def __init__(
@@ -47,15 +46,14 @@ class Stage(LightningModule):
         vit: ViT,
         objective: Callable[[ViT], Objective],
         optimizer: OptimizerFactory,
-        schedule: Schedule,
-        groups: Groups,
-        **arguments: Any,
+        schedule: Schedule = Schedule(),
+        groups: Groups = Groups(),
     ) -> None:
         super().__init__()
         record = {"vit": vit, "objective": objective, "optimizer": optimizer, "schedule": schedule, "groups": groups}
         # From these, Lightning and jsonargparse rebuild the stage: {class_path, init_args} become objects again.
         self.hparams.update(
-            {name: describe(value) for name, value in (record | arguments).items()},
+            describe(record),
             _class_path=path_of(type(self)),
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
