@@ -93,7 +93,7 @@ class ViTConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} {value} is less than {least}")
-        for name in ("dropout", "attention_dropout", "drop_path"):
+        for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
         for name, choices in CHOICES.items():
@@ -123,6 +123,7 @@ class ViTConfig:
 
 
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ViTConfig).items() if get_origin(kind) is Literal}
+DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 MINIMUM = {
     **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
     **dict.fromkeys(("num_classes", "registers"), 0),

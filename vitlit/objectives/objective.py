@@ -75,7 +75,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        """The loss of a batch in training (`self.training`) or validation; `progress` is step / total steps."""
+        """The loss of a batch, in training (`self.training`) or not; `progress` in [0, 1) is step / total steps."""
 
     def after_step(self, vit: ViT, progress: float) -> None:
         """Called after every optimiser step with the updated ViT and that step's progress, e.g. to move a teacher."""

@@ -10,10 +10,11 @@ from torch import nn
 from vitlit.errors import UserError, first_difference
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora
+from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
-from vitlit.stages.stage import DROPOUTS, Stage
+from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
 
 # Options that belong to a training run, not to the weights it starts from.

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, zero_adapters
+from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
@@ -26,8 +27,6 @@ from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights import load
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
-
-DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
 class Stage(LightningModule):
@@ -289,7 +288,8 @@ class Stage(LightningModule):
 
 def no_classes(name: str) -> UserError:
     """The error of an objective or a stage that needs classes, on data without."""
-    return UserError(f"the data has no classes, which {name} needs; sort the images into class folders")
+    remedy = "sort the images into class folders, or give data.manifest"
+    return UserError(f"the data has no classes, which {name} needs; {remedy}")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
