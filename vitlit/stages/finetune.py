@@ -82,7 +82,7 @@ class Finetune(Stage):
             raise UserError(f"finetuning needs num_classes of at least 2, not {num_classes}")
         given = getattr(objective, "keywords", {}).get("num_classes")
         if given not in (None, num_classes):
-            raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; give the latter")
+            raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; drop the former")
         vit.set_head("finetune", num_classes)
         super().__init__(vit, objective, optimizer, schedule, groups)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
