@@ -41,9 +41,22 @@ def read_manifest(file: Path, root: Path) -> Manifest:
     none; an image without a group is its own. Other columns are ignored.
     """
     rows = list(_rows(file, root))
+    if not rows:
+        raise UserError(f"{file} has a header but no rows; add one for each image")
+    if all(row.split != "train" for row in rows):
+        raise UserError(f"{file} has no row of split train; training images need one")
     multi_label = any(len(row.names) > 1 for row in rows)
-    _check(file, root, rows, multi_label)
-    classes = sorted({name for row in rows for name in row.names})
+    trained = {name for row in rows for name in row.names if row.split == "train"}
+    for row in rows:
+        if not row.names and not multi_label:
+            raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
+        if unknown := [name for name in row.names if name not in trained]:
+            where = f"{file}, line {row.line}"
+            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
+    if missing := [row for row in rows if not os.path.isfile(root / row.path)]:
+        lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
+        raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")
+    classes = sorted(trained)
     number = {name: label for label, name in enumerate(classes)}
     splits = {}
     for split in SPLITS:
@@ -107,21 +120,3 @@ def _check_header(file: Path, header: list[str]) -> None:
         if name not in header:
             lacks = f"{file} has no column {name!r}, only {', '.join(map(repr, header[:8]))}"
             raise UserError(f"{lacks}; the header must be path,label[,split][,group], with commas")
-
-
-def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:
-    if not rows:
-        raise UserError(f"{file} has a header but no rows; add one for each image")
-    if all(row.split != "train" for row in rows):
-        raise UserError(f"{file} has no row of split train; training images need one")
-    trained = {name for row in rows for name in row.names if row.split == "train"}
-    for row in rows:
-        if not row.names and not multi_label:
-            raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
-        if unknown := [name for name in row.names if name not in trained]:
-            where = f"{file}, line {row.line}"
-            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
-    missing = [row for row in rows if not os.path.isfile(root / row.path)]
-    if missing:
-        lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
-        raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")

@@ -57,8 +57,9 @@ class ImageFolderData(LightningDataModule):
         mixing: mixup and cutmix of training images; not with further views.
         repeats: how often an image comes in a batch, augmented anew; an epoch keeps its length, so has fewer images.
         balanced: draw every class equally often, instead of every image once.
-        on_bad_image: error stops at an image that cannot be read; skip trains on another of its class or predicts
-            without it, and lists it in bad_images.csv. Evaluation always stops; so does a disk or server that fails.
+        on_bad_image: error stops at an image that cannot be read; skip trains on another of the same class, leaves a
+            photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to the predictions.
+            Evaluation always stops, and so does a disk or server that fails.
         crop_ratio: the share of a side that evaluation's central crop keeps; 0.875 unless given here or by the weights.
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
         mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.

@@ -74,7 +74,6 @@ def _index_made_here(folder: Folder, served: ShardIndex | None) -> ShardIndex:
             index = search(folder, tars, classes)._replace(key=key)
             for file in files:  # the first that can be written
                 with suppress(OSError):
-                    file.parent.mkdir(parents=True, exist_ok=True)
                     save_index(file, index)
                     break
     return index
