@@ -32,8 +32,6 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         # A worker inherits torch's signal handlers, which would end it before `leave_signals` runs, and this process's
         # garbage: collecting an event or a stream of a GPU ends a worker.
-        if not self.num_workers:
-            return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         gc.freeze()
         try:
