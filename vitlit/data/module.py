@@ -129,7 +129,6 @@ class ImageFolderData(LightningDataModule):
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.on_bad_image = on_bad_image
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
-        self._resumed_step = 0
         self._trainer_done = False  # Lightning leaves it attached
 
     def split(self, name: str) -> Index:
@@ -196,7 +195,6 @@ class ImageFolderData(LightningDataModule):
         if DECODER == "Pillow":
             rank_zero_only(print)(f"torchcodec is missing, so Pillow decodes, in {PILLOW_SLOWER} times the time")
         if stage == "fit" and self.trainer is not None:
-            self._resumed_step = 0
             set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)
 
     def teardown(self, stage: str) -> None:
@@ -212,8 +210,7 @@ class ImageFolderData(LightningDataModule):
         epoch_starts = count(0, self.steps_per_epoch)
 
         def position() -> int:
-            # Lightning makes the first iterator, and workers start, before it restores the global step.
-            return next(epoch_starts) if trainer is NoTrainer else max(trainer.global_step, self._resumed_step)
+            return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
 
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         images = Images(index, self.transform, self.seed, self._bad_images(index), self._further)
@@ -289,7 +286,6 @@ class ImageFolderData(LightningDataModule):
             difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
             other = "or start another from its weights with --model.init_from RUN --run.name NEW"
             raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, {other}")
-        self._resumed_step = state_dict["step"]
 
     def _order_settings(self) -> dict[str, Any]:
         """What the order of samples depends on besides the step, and which images they are."""
