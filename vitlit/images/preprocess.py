@@ -30,7 +30,7 @@ class Preprocess:
         crop_ratio: the share of the resized image's side that the central crop keeps.
         interpolation: of the antialiased resize.
         mean: by channel, of images scaled to [0, 1].
-        std: by channel, of images scaled to [0, 1].
+        std: by channel, likewise.
 
     Raises:
         UserError: mean or std is out of range, or they have neither 3 numbers nor 1.
@@ -52,8 +52,9 @@ class Preprocess:
         """Resize to just cover image_size / crop_ratio, crop the centre: uint8 (3, H, W) -> (3, height, width)."""
         # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
         height, width = (math.floor(side / self.crop_ratio + 1e-6) for side in self.image_size)
-        size = cover((height, width), image)
-        image = F.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
+        image = F.resize(
+            image, list(cover((height, width), image)), InterpolationMode(self.interpolation), antialias=True
+        )
         return F.center_crop(image, list(self.image_size))
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
