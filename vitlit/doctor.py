@@ -4,8 +4,13 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,16 +18,17 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+import vitlit
 from vitlit.data import workers
 from vitlit.errors import CommandParser, UserError
 from vitlit.images.decode import DECODER, PILLOW_SLOWER, WHY_NOT
 from vitlit.loggers import wandb_mode
-from vitlit.run.history import version, versions
 
 HELP = """\
 Report versions, GPUs, cores, limits and settings of this machine, and warn of what would harm a run started in this
 folder. Nothing is sent and no key is shown: add the output of --json to an issue.
 """
+PACKAGES = ("torch", "torchvision", "torchcodec", "lightning", "torchmetrics", "jsonargparse", "wandb")
 SWITCHES = ("CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 LAUNCHERS = {"torchrun": "TORCHELASTIC_RUN_ID", "SLURM": "SLURM_JOB_ID", "Kubernetes": "KUBERNETES_SERVICE_HOST"}
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID", "CUDA_VISIBLE_DEVICES")
@@ -68,6 +74,43 @@ def examine() -> dict[str, Any]:
             "environment": {name: os.environ[name] for name in LAUNCHED if name in os.environ},
         },
     }
+
+
+def origin(command: list[str]) -> dict[str, Any]:
+    """What a result was made with: command, date, host, working folder, versions, and commits where there are any."""
+    folders = {"folder": Path.cwd(), "vitlit": Path(vitlit.__file__).parent.parent}
+    if not (folders["vitlit"] / ".git").exists():  # an installed package, in whatever repository its .venv lies
+        del folders["vitlit"]
+    return {
+        "command": shlex.join(command),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "folder": str(Path.cwd()),
+        "versions": versions(),
+        "commit": {name: found for name, folder in folders.items() if (found := commit(folder))},
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python, vitlit and the packages below it; None for what is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "vitlit": vitlit.__version__}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit(folder: Path) -> str:
+    """The commit checked out around a folder, with -dirty behind it if files differ; "" without one."""
+    ask = ["git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run([*ask, "--exclude=*"], capture_output=True, text=True, timeout=5).stdout.strip()
+    return ""
 
 
 def unmet() -> list[dict[str, str | None]]:

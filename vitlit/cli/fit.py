@@ -24,6 +24,7 @@ from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trai
 from vitlit.data import ImageFolderData, augment
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
+from vitlit.doctor import origin
 from vitlit.errors import UserError
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
@@ -111,7 +112,7 @@ class Begin(Callback):
         )
         if self.folder is not None:
             self.folder.begin(self.config)
-            self.folder.history.begin(self.line.words)
+            self.folder.history.begin(origin(self.line.words))
             self.begun = True
             keep_wandb_id(trainer.loggers, self.folder)
 

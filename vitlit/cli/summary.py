@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from vitlit.data import ImageFolderData
+from vitlit.doctor import origin
 from vitlit.files import whole_file
 from vitlit.loggers import Wandb
 from vitlit.prepare.sources import DIGITS
 from vitlit.run.checkpoints import Best
 from vitlit.run.folder import RunFolder
-from vitlit.run.history import origin
 from vitlit.stages import Pretrain
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -118,7 +118,7 @@ class Evaluated(Callback):
     def __init__(self, out: Path, run: Path, checkpoint: str, split: str, command: list[str]) -> None:
         self.out, self.split = out, split
         self.about: dict[str, Any] = {"run": str(run), "checkpoint": checkpoint, "split": split}
-        self.command, self.images = shlex.join(command), 0
+        self.command, self.images = command, 0
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.images += len(batch.labels)
@@ -132,7 +132,7 @@ class Evaluated(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.about |= {"step": open_checkpoint(Path(self.about["checkpoint"]))["global_step"]}
-        self.about |= {"root": data.splits.root, "images": images, "command": self.command, **origin()}
+        self.about |= {"root": data.splits.root, "images": images, **origin(self.command)}
         self.about["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         try:
             with whole_file(self.out) as partial:
