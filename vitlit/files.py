@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import socket
 import stat
@@ -13,8 +14,27 @@ from typing import Any
 
 from vitlit.errors import UserError
 
+LONGEST = 4096  # bytes of a path, in Linux
 MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
 MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
+
+
+def expand(path: str | Path) -> str:
+    """A path as the user means it: ~ and environment variables are replaced, URLs are left alone.
+
+    Raises:
+        UserError: there is no such user or variable, or no file system takes such a path.
+    """
+    text = os.fspath(path)
+    if "://" in text or text.startswith("hf:"):
+        return text
+    found = os.path.expanduser(os.path.expandvars(text))
+    missing = re.match(r"~[^/]*|.*?(\$\w+|\$\{\w+\})", found)
+    if missing and not os.path.lexists(found):
+        raise UserError(f"{text}: there is no {missing[1] or missing[0]} to put in; write the path out")
+    if "\0" in found or len(os.fsencode(found)) >= LONGEST or max(map(len, os.fsencode(found).split(b"/"))) > 255:
+        raise UserError(f"{found[:80]!r}... is no path: it is too long, or has a null character")
+    return found
 
 
 @contextmanager

@@ -87,4 +87,8 @@ class EMA(WeightAveraging):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["state_dict"] = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)
+        checkpoint["state_dict"] = average = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)
+        trained = checkpoint.get("current_model_state", {})
+        for name, parameter in pl_module.named_parameters():
+            if not parameter.requires_grad and name in average and name in trained:
+                average[name] = trained[name]  # equal, and torch.save writes one tensor once

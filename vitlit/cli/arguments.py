@@ -15,6 +15,7 @@ from vitlit.callbacks import ema as averaging
 from vitlit.cli.configs import find_config
 from vitlit.data import augment
 from vitlit.errors import UserError
+from vitlit.files import expand
 from vitlit.model import Size
 from vitlit.objectives import Objective
 from vitlit.run.config import read_config
@@ -55,7 +56,7 @@ class CommandLine:
         for content in contents:
             check_class_paths(content)
         self.content = contents[0] if contents else {}
-        self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
+        self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(expand(p)) for p in photos]
         self.words, self.exact, self.launched, self.began = ["vitlit", command], exact, False, time.monotonic()
         names = [flag.partition("=")[0] for flag in flags]
         if PRESET in names and "--model.vit" not in names:  # the class replaces the config's, and its sizes
@@ -89,7 +90,7 @@ class CommandLine:
             else:
                 others.append(part)
         if command != "fit" and not configs and others:
-            folder = Path(others.pop(0))
+            folder = Path(expand(others.pop(0)))
             if not (folder / "config.yaml").is_file():
                 raise UserError(f"{folder} is not the folder of a run: it holds no config.yaml")
             configs = [str(folder / "config.yaml")]
@@ -107,6 +108,20 @@ class CommandLine:
     def seconds(self) -> float:
         """How long ago the command was given."""
         return time.monotonic() - self.began
+
+
+# The last parts of keys that are paths, also in other libraries' loggers, callbacks and profilers.
+PATHS = ("root", "manifest", "init_from", "teacher", "ckpt_path", "out", "save_dir", "dirpath", "root_dir", "log_dir")
+
+
+def expand_paths(config: Any) -> None:
+    """Replace ~ and environment variables in all paths of a config, before anything reads or records them."""
+    for key, value in config.items() if isinstance(config, dict) else vars(config).items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Namespace | dict):
+                expand_paths(part)
+        if key in PATHS and isinstance(value, str):
+            config[key] = expand(value)
 
 
 # What must be a group of keys, or a class and its keys, in every config.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import vitlit
 from vitlit.errors import UserError
+from vitlit.files import expand
 
 CLUSTER = "cluster"  # the folder of scripts among the configs
 
@@ -46,6 +47,7 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: there is no such config.
     """
+    name = expand(name)
     known = name.removeprefix("configs/").removesuffix(".yaml")
     for path in (Path(name), configs() / f"{known}.yaml"):
         if path.is_file():

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
 from vitlit.callbacks import ema as averaging
-from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
+from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups, expand_paths
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, starting_weights
 from vitlit.cli.loggers import fill_loggers, keep_wandb_id, run_loggers
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
@@ -31,7 +31,7 @@ from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
-from vitlit.run.ranks import inherited, rank, share_decision
+from vitlit.run.ranks import check_environment, inherited, rank, share_decision
 from vitlit.stages import Finetune, Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
@@ -57,13 +57,17 @@ def run(command: str, arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", message=message)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    set_parsing_settings(
-        import_path_denylist=["*"],
-        # The name that jsonargparse gives to the base class if a callback's keys come without a class.
-        import_path_allowlist=[*trusted(), "lightning.Callback"],
-        # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
-        docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
-    )
+    check_environment()
+    try:
+        set_parsing_settings(
+            import_path_denylist=["*"],
+            # The name that jsonargparse gives to the base class if a callback's keys come without a class.
+            import_path_allowlist=[*trusted(), "lightning.Callback"],
+            # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
+            docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
+        )
+    except ValueError as error:  # of JSONARGPARSE_DEBUG
+        raise UserError(f"{error}; unset it, or give true or false") from error
     load = get_loader("yaml")
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
     line = CommandLine.read(command, arguments)
@@ -153,6 +157,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        expand_paths(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")

@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISIO
 from vitlit.callbacks import EMA
 from vitlit.errors import UserError
 from vitlit.run.checkpoints import Files
+from vitlit.run.ranks import launched
 from vitlit.stages import Stage
 from vitlit.stages.fsdp import FSDP2
 from vitlit.weights.checkpoint import open_checkpoint
@@ -123,6 +124,10 @@ def check_trainer(config: Namespace) -> None:
     for key, (default, why) in FIXED.items():
         if config[key] != default:
             raise UserError(f"trainer.{key} is not for a config: {why}")
+    if config.num_nodes > 1 and not launched():
+        raise UserError(
+            f"trainer.num_nodes is {config.num_nodes}: start each node with torchrun or srun, or leave it out"
+        )
     ends = (config.max_epochs, config.max_steps)
     if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")

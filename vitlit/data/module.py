@@ -108,6 +108,8 @@ class ImageFolderData(LightningDataModule):
                 raise UserError(f"data.{name} {value} is less than {least}")
             if value is not None and value >= 2**63:
                 raise UserError(f"data.{name} {value} does not fit in 64 bits")
+        if (num_workers or 0) > (most := max(64, 8 * workers.cores())):
+            raise UserError(f"data.num_workers {num_workers} is more than {most}, all that could be of use here")
         check_scale("data.crop_scale", crop_scale)
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip {flip} is not a probability")

@@ -11,13 +11,14 @@ from vitlit.data.index import Index
 from vitlit.data.manifest import Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
 from vitlit.errors import UserError
+from vitlit.files import expand
 
 
 class Splits:
     """The images of each split, found when first needed. Classes that are set before are the weights'."""
 
     def __init__(self, root: str, holdout: float, manifest: str | None) -> None:
-        self.root, self.holdout, self.manifest = root, holdout, manifest
+        self.root, self.holdout, self.manifest = expand(root), holdout, manifest and expand(manifest)
         self.classes: list[str] = []
         self.multi_label = False
         self.photos: list[Path] = []

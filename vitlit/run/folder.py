@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, whole_file
+from vitlit.files import check_archive, expand, whole_file
 from vitlit.run.config import read_config
 from vitlit.run.history import History
 from vitlit.run.lock import Lock
@@ -81,11 +81,12 @@ class RunFolder:
         if name in ("", ".", "..") or {"/", "\0"} & set(name) or len(os.fsencode(name)) > MAX_NAME_BYTES:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
         self.name, self.options = name, options
-        self.path = Path(options.root) / name
+        self.path = Path(expand(options.root)) / name
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
+        expand(self.best)  # refuses a root that is too long for what will be in it
         self.lock, self.history = Lock(self.path / LOCK), History(self.path / "run.json")
         self._wandb_id = self.path / "wandb" / "run-id"
 
@@ -190,7 +191,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{key}."))
         elif value is not None:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.files import MOST_UNPACKED, check_archive, damaged
+from vitlit.files import MOST_UNPACKED, check_archive, damaged, expand
 
 WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")  # the first that is there has the state dict
 # Plain values that training scripts leave in checkpoints and that torch does not allow by itself; the last is
@@ -48,7 +48,7 @@ class Contents(NamedTuple):
 
 def locate(source: str | Path) -> Path:
     """The weight file that is `source`, or is in the folder of a run (its best checkpoint, else its last) or model."""
-    source = Path(source).expanduser()
+    source = Path(expand(source))
     if source.is_file():
         return source
     names = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "model.safetensors", "model.safetensors.index.json")
