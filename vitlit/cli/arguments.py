@@ -89,16 +89,11 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
     return configs, flags, others
 
 
-# What must be a group of keys, or a class and its keys, in every config.
-GROUPS = (
-    *("run", "trainer", "data", "data.erasing", "data.mixing"),
-    *(f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")),
-)
-
-
 def check_groups(config: Namespace) -> None:
     """Refuse a number, null or a function in place of a group, which jsonargparse accepts."""
-    for key in GROUPS:
+    groups = ["run", "trainer", "data", "data.erasing", "data.mixing"]
+    groups += [f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")]
+    for key in groups:
         value = config.get(key)
         if not isinstance(value, Namespace):
             given = "null" if value is None else getattr(value, "__name__", value)

@@ -125,17 +125,10 @@ def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
     return found
 
 
-# Groups of settings that do nothing while these are all 0.
-SWITCHES = {"mixing": (Mixing, ("mixup", "cutmix")), "erasing": (Erasing, ("prob",))}
-
-
 def check_idle(data: Namespace, source: dict[str, Any]) -> None:
-    """Refuse settings of what is off: `--data.mixing.prob 0.5` alone mixes nothing.
-
-    `source` is the content of the config file: a flag may switch off what the file had on.
-    """
-    written = flatten(source)
-    for group, (kind, switches) in SWITCHES.items():
+    """Refuse settings of what is off: `--data.mixing.prob 0.5` alone mixes nothing."""
+    written = flatten(source)  # without flags, of which one may switch off what the file has on
+    for group, kind, switches in (("mixing", Mixing, ("mixup", "cutmix")), ("erasing", Erasing, ("prob",))):
         names = [f"data.{group}.{switch}" for switch in switches]
         if any(data[group][switch] for switch in switches) or any(written.get(name) for name in names):
             continue

@@ -251,6 +251,7 @@ class CLI(LightningCLI):
         if self.keeps:
             check_monitors(self.trainer, self.model)
             start = Path(self.config.fit.ckpt_path or self.folder.last)
+            # Its own may be at the end, if the run was stopped just before it was marked as complete.
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)

@@ -37,7 +37,6 @@ FIXED = {
     "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
     "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
 }
-FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
 
 
 class Trainer(LightningTrainer):
@@ -70,7 +69,7 @@ class Trainer(LightningTrainer):
             raise UserError(f"trainer: {error}") from error
         for callback in self.callbacks:  # type: ignore[attr-defined]
             name = type(callback).__name__
-            if isinstance(callback, FINDERS):
+            if isinstance(callback, BatchSizeFinder | GradientAccumulationScheduler | LearningRateFinder):
                 remedy = "give data.batch_size, data.micro_batch and the optimizer's lr"
                 raise UserError(f"trainer.callbacks: {name} would change what the config says; {remedy}")
             averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
@@ -126,10 +125,7 @@ def monitor(stage: Stage, given: str | None) -> str:
 
 
 def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, start: Path | None) -> None:
-    """Refuse a training that is too short for its schedule, or that ends where another run's checkpoint `start` is.
-
-    This run's own may be at the end, if the run was stopped just before it was marked as complete.
-    """
+    """Refuse a training that is too short for its schedule, or that the checkpoint `start` has finished."""
     limits = (trainer.max_steps, (trainer.max_epochs or -1) * steps_per_epoch)
     end = min(limit for limit in limits if limit > 0)
     stage.schedule.over(end, steps_per_epoch)

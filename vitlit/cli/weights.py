@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
 def describe(weights: Weights) -> dict[str, str]:
     """What is in a weight file: rows of text by name."""
-    config, origins = weights.config, weights.origins
+    config = weights.config
     complete = "heads" in config and config.get("image_size") is not None
     if complete or "pos_embed" not in weights.state:
         vit = empty(weights)
@@ -66,7 +66,7 @@ def describe(weights: Weights) -> dict[str, str]:
     parameters = sum(tensor.numel() for tensor in weights.state.values())
     defaults = ViTConfig().plain()
     options = [f"{name} {value}" for name, value in config.items() if name not in SIZE and value != defaults[name]]
-    rows = {
+    return {
         "file": str(weights.path),
         "format": weights.format,
         "preset": f"{preset} ({shape_words}, patch {config['patch_size']})",
@@ -77,8 +77,8 @@ def describe(weights: Weights) -> dict[str, str]:
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
         "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "unnamed",
         "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "unknown",
+        **{f"  {name}": f"from {origin}" for name, origin in weights.origins.items()},
     }
-    return rows | {f"  {name}": f"from {origin}" for name, origin in origins.items()}
 
 
 def convert(source: str, out: Path, format: str) -> None:
