@@ -66,8 +66,7 @@ def ending(trainer: Trainer) -> str:
 
 def best(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
     """The metric of best.ckpt, its value and the step after which it was measured; empty if nothing was validated."""
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    kept = next(callback for callback in callbacks if isinstance(callback, Best))
+    kept = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
     if kept.best_model_score is None:
         return {}
     step = open_checkpoint(folder.best)["global_step"]
@@ -113,12 +112,13 @@ def finetune(folder: RunFolder, data: ImageFolderData) -> list[str]:
 
 
 class Evaluated(Callback):
-    """Say what validate or test evaluated, and write it with the metrics to `out`, a JSON file."""
+    """Say what `validate` or `test` evaluated, and write it and the metrics to RUN/validate.json or test.json."""
 
-    def __init__(self, out: Path, run: Path, checkpoint: str, split: str, command: list[str]) -> None:
-        self.out, self.split = out, split
+    def __init__(self, command: str, run: Path, checkpoint: str, words: list[str]) -> None:
+        split = "val" if command == "validate" else "test"
+        self.out, self.split = run / f"{command}.json", split
         self.about: dict[str, Any] = {"run": str(run), "checkpoint": checkpoint, "split": split}
-        self.command, self.images = command, 0
+        self.words, self.images = words, 0
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.images += len(batch.labels)
@@ -132,7 +132,7 @@ class Evaluated(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.about |= {"step": open_checkpoint(Path(self.about["checkpoint"]))["global_step"]}
-        self.about |= {"root": data.splits.root, "images": images, **origin(self.command)}
+        self.about |= {"root": data.splits.root, "images": images, **origin(self.words)}
         self.about["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         try:
             with whole_file(self.out) as partial:
