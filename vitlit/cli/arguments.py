@@ -75,9 +75,8 @@ class CommandLine:
 
 def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
     """The configs, the flags with their values, and all other arguments."""
-    configs: list[str] = []
-    flags: list[str] = []
-    others: list[str] = []
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    configs, flags, others = found
     rest = list(arguments)
     while rest:
         part = rest.pop(0)
@@ -92,7 +91,7 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
             flags += [part, rest.pop(0)] if follows else [part]
         else:
             others.append(part)
-    return configs, flags, others
+    return found
 
 
 # The last parts of keys that are paths, also in other libraries' loggers, callbacks and profilers.
