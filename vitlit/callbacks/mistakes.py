@@ -55,12 +55,15 @@ class Mistakes(Callback):
         counts = sorted(Counter(zip(labels, predictions, strict=True)).items())
         folder = Path(trainer.default_root_dir)
         named = [(classes[label], classes[guess], count) for (label, guess), count in counts]
-        write_csv(folder / "confusion.csv", ("label", "prediction", "count"), named)
         listed = [(m.path, classes[m.label], classes[m.prediction], f"{m.probability:.6f}") for m in mistakes]
-        write_csv(folder / "mistakes.csv", ("path", "label", "prediction", "probability"), listed)
         title = f"{len(unsure):,} of {len(rows):,} validation images are right; in red: prediction (truth)"
-        with whole_file(folder / "mistakes.png") as partial:
-            draw(title, torch.cat([worst, unsure])[:SHOWN], index, classes).save(partial, "PNG")
+        try:
+            write_csv(folder / "confusion.csv", ("label", "prediction", "count"), named)
+            write_csv(folder / "mistakes.csv", ("path", "label", "prediction", "probability"), listed)
+            with whole_file(folder / "mistakes.png") as partial:
+                draw(title, torch.cat([worst, unsure])[:SHOWN], index, classes).save(partial, "PNG")
+        except OSError as error:  # the training is complete all the same
+            print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
                 logger.log_mistakes(classes, labels, predictions, mistakes[:WORST])

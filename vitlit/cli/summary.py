@@ -34,7 +34,9 @@ def print_summary(trainer: Trainer, folder: RunFolder) -> None:
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
         rows["checkpoint"] = str(folder.best)
     else:
-        rows["checkpoint"] = f"{folder.last} (nothing was validated, so none is best)"
+        validated = any(name.startswith("val/") for name in trainer.callback_metrics)
+        why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"
+        rows["checkpoint"] = f"{folder.last} ({why})"
     if (sheet := folder.path / "mistakes.png").is_file():
         rows["mistakes"] = f"{sheet}, mistakes.csv and confusion.csv"
     for logger in trainer.loggers:
@@ -65,9 +67,9 @@ def ending(trainer: Trainer) -> str:
 
 
 def best(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
-    """The metric of best.ckpt, its value and the step after which it was measured; empty if nothing was validated."""
+    """The metric of best.ckpt, its value and the step after which it was measured; empty if this run has none."""
     kept = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
-    if kept.best_model_score is None:
+    if kept.best_model_score is None or not folder.best.is_file():
         return {}
     step = open_checkpoint(folder.best)["global_step"]
     return {"metric": kept.monitor, "value": float(kept.best_model_score), "step": step}
@@ -103,7 +105,9 @@ def finetune(folder: RunFolder, data: ImageFolderData) -> list[str]:
         command += ["--data.root", root, "--run.name", f"{folder.name}-finetuned"]
     if (splits.root, sides) != (DIGITS, (32, 32)):  # configs/finetune.yaml is for the digits of configs/pretrain.yaml
         size = str(sides[0]) if sides[0] == sides[1] else f"[{sides[0]},{sides[1]}]"
-        command += ["--data.image_size", size, "--data.batch_size", str(data.batch_size)]
+        command += ["--data.image_size", size]
+        if data.batch_size < 64:  # the recipe's may be more than there are images
+            command += ["--data.batch_size", str(data.batch_size)]
     if splits.manifest:
         command += ["--data.manifest", splits.manifest]
     if splits.holdout:
