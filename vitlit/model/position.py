@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Resampling = Literal["antialias", "bicubic", "offset"]
+Resampling = Literal["antialias", "bicubic", "bilinear", "offset"]
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -21,15 +21,17 @@ def resample(
     prefix: int = 1,
     resampling: Resampling = "antialias",
 ) -> Tensor:
-    """Resample a learned position table to another grid (2010.11929, section 3.2), bicubic in float32.
+    """Resample a learned position table to another grid (2010.11929, section 3.2), in float32.
 
     Args:
         table: positions, (1, prefix + rows * columns, D).
         source: the table's grid.
         target: the new grid.
         prefix: how many leading positions belong to no patch (class token); they are kept.
-        resampling: antialias is timm's convention. bicubic does not antialias (transformers' DINOv2). offset does not
-            either, and scales by (target + 0.1) / source (facebookresearch/dinov2, `vision_transformer.py`).
+        resampling: antialias is timm's convention, bicubic with antialiasing. bicubic is without (transformers'
+            DINOv2). offset is too, and scales by (target + 0.1) / source (facebookresearch/dinov2,
+            `vision_transformer.py`). bilinear keeps the corners in place (scipy.ndimage.zoom of order 1, which
+            google-research's vision_transformer and big_vision call).
 
     Returns:
         (1, prefix + rows * columns, D) for the new grid, in the table's dtype.
@@ -47,6 +49,8 @@ def resample(
     if resampling == "offset":
         scale = ((target[0] + 0.1) / source[0], (target[1] + 0.1) / source[1])
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    elif resampling == "bilinear":
+        grid = F.interpolate(grid, size=target, mode="bilinear", align_corners=True)
     else:
         grid = F.interpolate(grid, size=target, mode="bicubic", antialias=resampling == "antialias")
     return torch.cat([table[:, :prefix], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
