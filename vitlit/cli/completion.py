@@ -187,7 +187,7 @@ def value_at(source: Any, key: str) -> Any:
 
 
 def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> None:
-    """Take mean, std, interpolation and crop ratio from the weights, for as many channels as the ViT has."""
+    """Take mean, std, interpolation, crop ratio and squash from the weights, for as many channels as the ViT has."""
     if channels not in (1, 3):
         raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
     known = dict(weights.preprocess) if weights is not None else {}
@@ -195,12 +195,12 @@ def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> 
         if name in known and len(known[name]) != channels:
             known[name] = (sum(known[name]) / len(known[name]),) * channels
         known.setdefault(name, (0.5,) * channels)
-    for name in ("mean", "std", "interpolation", "crop_ratio"):
+    for name in ("mean", "std", "interpolation", "crop_ratio", "squash"):
         made_with = tuple(known[name]) if isinstance(known.get(name), list) else known.get(name)
         given = tuple(data[name]) if isinstance(data[name], list) else data[name]
         if name in ("mean", "std") and given is not None and len(given) != channels:
             raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
-        fixed = weights is not None and name in weights.preprocess and name != "crop_ratio"
+        fixed = weights is not None and name in weights.preprocess and name not in ("crop_ratio", "squash")
         if fixed and given is not None and given != made_with:
             assert weights is not None
             source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
