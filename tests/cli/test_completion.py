@@ -151,12 +151,14 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
 
 
 @pytest.mark.parametrize("given", [None, False, True])
-def test_squash_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
-    data = Namespace(mean=None, std=None, interpolation=None, crop_ratio=None, squash=given)
+def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
+    how = {} if given is None else {"interpolation": "bicubic", "crop_ratio": 0.5}
+    data = Namespace(**{"mean": None, "std": None, "interpolation": None, "crop_ratio": None, "squash": given, **how})
     known = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
     fill_preprocess(data, Weights(Path("file"), "test", {}, {}, preprocess=known), channels=3)
     assert data.squash is (given is not False)
-    assert (data.interpolation, data.crop_ratio) == ("bilinear", 1.0)
+    expected = ("bilinear", 1.0) if given is None else ("bicubic", 0.5)
+    assert (data.interpolation, data.crop_ratio) == expected
 
 
 def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, work: Path) -> None:

@@ -200,7 +200,7 @@ def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> 
         given = tuple(data[name]) if isinstance(data[name], list) else data[name]
         if name in ("mean", "std") and given is not None and len(given) != channels:
             raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
-        fixed = weights is not None and name in weights.preprocess and name not in ("crop_ratio", "squash")
+        fixed = weights is not None and name in weights.preprocess and name in ("mean", "std")
         if fixed and given is not None and given != made_with:
             assert weights is not None
             source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
