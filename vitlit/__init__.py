@@ -14,17 +14,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LoadReport", "UserError", "ViT", "load", "load_weights", "save_weights"]
 
-_HOMES = {
-    "ViT": "vitlit.model",
-    "LoadReport": "vitlit.weights",
-    "load": "vitlit.weights",
-    "load_weights": "vitlit.weights",
-    "save_weights": "vitlit.weights",
-    "UserError": "vitlit.errors",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'vitlit' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'vitlit' has no attribute {name!r}")
+    home = {"UserError": "errors", "ViT": "model"}.get(name, "weights")
+    return getattr(import_module(f"vitlit.{home}"), name)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
 from math import ceil
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,12 +47,6 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments or ["--help"])
     if min(given.image_size, given.batch_size, given.images) < 1:
         parser.error("--image_size, --batch_size and --images must be at least 1")
-    report(given)
-    return 0
-
-
-def report(given: Any) -> None:
-    """Time the stages, the loader and the model, and print the results with advice."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # First, so that mistakes are refused before anything is timed.
     vit = None if given.model == "none" else ViT.from_preset(given.model, image_size=given.image_size, num_classes=1000)
@@ -78,6 +71,7 @@ def report(given: Any) -> None:
         needed = time_model(vit, given.batch_size, device)
         print(f"ViT-{given.model:<8} {needed:,.0f} images/s, forward and backward on {device.type}")
         print(advice(needed, 1 / (total - seconds["transfer"]), loaded, workers, slowest))
+    return 0
 
 
 def time_stages(
@@ -148,15 +142,7 @@ def time_model(vit: ViT, batch_size: int, device: torch.device) -> float:
 
 
 def advice(needed: float, one: float, loaded: float, workers: int, slowest: str) -> str:
-    """How many workers suffice, or the remedy where none do.
-
-    Args:
-        needed: images per second that the model takes.
-        one: images per second of one worker.
-        loaded: images per second of all workers.
-        workers: their number.
-        slowest: the slowest stage of loading.
-    """
+    """How many workers suffice, or the remedy where none do, by images/s: the model's, one worker's, all workers'."""
     if needed <= loaded:
         enough = min(workers, max(1, ceil(1.2 * needed / one)))  # a fifth more, for what was not timed
         return f"\nthe model is slower than the loader: --data.num_workers {enough} suffice"
@@ -168,6 +154,5 @@ def advice(needed: float, one: float, loaded: float, workers: int, slowest: str)
     }
     if slowest == "decode" and DECODER == "Pillow":
         remedies["decode"] = f"install torchcodec, which decodes {PILLOW_SLOWER} times as fast"
-    return (
-        f"\nthe model would wait {1 - loaded / needed:.0%} of its time, most of it for {slowest}: {remedies[slowest]}"
-    )
+    wait = 1 - loaded / needed
+    return f"\nthe model would wait {wait:.0%} of its time, most of it for {slowest}: {remedies[slowest]}"

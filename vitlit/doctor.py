@@ -92,8 +92,8 @@ def unmet() -> list[dict[str, str | None]]:
 def gpu(number: int) -> dict[str, Any]:
     """Name, memory and compute capability of a GPU, and whether its hardware computes in bf16."""
     gpu = torch.cuda.get_device_properties(number)
-    capability, bf16 = f"{gpu.major}.{gpu.minor}", gpu.major >= 8
-    return {"name": gpu.name, "memory": gpu.total_memory, "capability": capability, "bf16": bf16}
+    capability = f"{gpu.major}.{gpu.minor}"
+    return {"name": gpu.name, "memory": gpu.total_memory, "capability": capability, "bf16": gpu.major >= 8}
 
 
 def disk(folder: Path) -> dict[str, Any]:
@@ -107,10 +107,8 @@ def warnings(facts: dict[str, Any]) -> Iterator[str]:
     for lack in facts["unmet"]:
         yield f"vitlit needs {lack['needs']}, but {lack['has'] or 'none'} is installed: pip install '{lack['needs']}'"
     if facts["decoder"]["name"] == "Pillow":
-        yield (
-            f"torchcodec does not load ({facts['decoder']['why']}), and Pillow takes {PILLOW_SLOWER} times as long to "
-            "decode: pip install torchcodec, in the version that fits torch's"
-        )
+        why = f"torchcodec does not load ({facts['decoder']['why']}), and Pillow is {PILLOW_SLOWER} times slower"
+        yield f"{why}: pip install torchcodec, in the version that fits torch's"
     if not facts["gpus"] and facts["nvidia_driver"]:
         yield (
             f"there is an NVIDIA driver, but torch finds no GPU (built for CUDA {facts['versions']['cuda']}): unset "

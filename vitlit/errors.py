@@ -11,17 +11,9 @@ class UserError(ValueError):
     is rebuilt from its text.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-
 
 class CommandParser(ArgumentParser):
-    """An argument parser that raises `UserError`.
-
-    Args:
-        command: such as "vitlit data shard".
-        about: its description, printed unchanged.
-    """
+    """An argument parser that raises `UserError`, and prints its description unchanged."""
 
     def __init__(self, command: str, about: str) -> None:
         super().__init__(command, None, about, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
@@ -32,7 +24,5 @@ class CommandParser(ArgumentParser):
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:
     """The first class name of weights that differs from the data's, in words; "" if one list begins the other."""
-    for their, our in zip(theirs, ours, strict=False):
-        if their != our:
-            return f"{their!r} instead of {our!r}"
-    return ""
+    pairs = zip(theirs, ours, strict=False)
+    return next((f"{their!r} instead of {our!r}" for their, our in pairs if their != our), "")

@@ -9,12 +9,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vitlit.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
 MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
@@ -24,11 +21,7 @@ MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bom
 def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `path` after the block, once its content is on the disk.
 
-    A block that fails leaves the old file, and so does a killed process.
-
-    Args:
-        path: of the file.
-        partial: the path to write to, in the same folder; by default a hidden name.
+    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder.
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
@@ -42,14 +35,9 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
-    """A folder to write into, `OUT.partial`, renamed to `out` after the block.
+    """A folder to write into, `OUT.partial`, renamed to `out`, which must be empty or absent, after the block.
 
-    Args:
-        out: the folder to make; it must be empty or absent.
-        resume: keep the content of `OUT.partial`, both from before the block and when the block fails.
-
-    Raises:
-        UserError: `out` is not empty or cannot be made.
+    To `resume` is to keep the content of `OUT.partial`, both from before the block and when the block fails.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
@@ -79,12 +67,10 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
         np.savez(opened, **arrays)
 
 
-def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
+def load_arrays(file: Path | io.BytesIO) -> dict[str, Any]:
     """Read a file of `save_arrays`, without executing its content or unpacking more bytes than the file has.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged, or another file.
+    Raises OSError if the file cannot be read, and ValueError if it is damaged or another file.
     """
     import numpy as np
 
@@ -103,11 +89,7 @@ def load_arrays(file: Path | io.BytesIO) -> "dict[str, np.ndarray]":
 
 
 def read_file(path: str | Path) -> bytes:
-    """The content of an image file.
-
-    Raises:
-        UserError: it cannot be read, is not a regular file, or has more than `MOST_BYTES`.
-    """
+    """The content of an image file; UserError if it is not a regular file of at most `MOST_BYTES`."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
@@ -120,7 +102,6 @@ def read_file(path: str | Path) -> bytes:
 
 
 def refuse_large(path: str | Path, size: int) -> None:
-    """Refuse an image file of more than `MOST_BYTES` with a UserError."""
     if size > MOST_BYTES:
         raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,21 @@ LARGEST = 2**64 - 1
 
 def mix(*values: int | np.ndarray) -> np.ndarray:
     """Hash integers to uint64 (splitmix64, broadcasting), the same on every machine and in every version."""
-    mixed = np.zeros(1, np.uint64)
-    for value in values:
-        mixed = (mixed ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
+    mixed: np.ndarray = splitmix(np.zeros(1, np.uint64), [np.asarray(value).astype(np.uint64) for value in values])
     return mixed
 
 
 def mix_one(*values: int) -> int:
     """`mix` for single numbers, in an eighth of the time."""
-    mixed = 0
-    for value in values:
-        mixed = ((mixed ^ (value & LARGEST)) + 0x9E3779B97F4A7C15) & LARGEST
+    return int(splitmix(0, [value & LARGEST for value in values]))
+
+
+def splitmix(mixed: Any, words: list[Any]) -> Any:
+    for word in words:
+        mixed = ((mixed ^ word) + 0x9E3779B97F4A7C15) & LARGEST
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & LARGEST
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & LARGEST
-        mixed ^= mixed >> 31
+        mixed = mixed ^ (mixed >> 31)
     return mixed
 
 

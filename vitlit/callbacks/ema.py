@@ -28,6 +28,8 @@ class EMA(WeightAveraging):
         UserError: the decay is not in [0, 1), or the trained weights are not float32.
     """
 
+    _average_model: Any
+
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"EMA: decay {decay} is not at least 0 and below 1")
@@ -37,22 +39,16 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.precision in ("bf16-true", "16-true"):
-            raise UserError(
-                f"an EMA cannot average weights of trainer.precision {trainer.precision}, which are too coarse for its "
-                "steps; use bf16-mixed"
-            )
+            raise UserError(f"an EMA cannot average weights of trainer.precision {trainer.precision}; use bf16-mixed")
         if stage == "fit":
             average = get_ema_multi_avg_fn(self.decay)
             self._average_model = AveragedModel(pl_module, pl_module.device, multi_avg_fn=average)
-            copy: Any = self._average_model.module
-            copy.configure_model()  # sharded weights cannot be copied, so the copy is sharded separately
+            self._average_model.module.configure_model()  # sharded weights cannot be copied, only sharded again
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average: Any = self._average_model
-        stage: Any = pl_module
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         # The copy was made before the module had its device and precision, and before weights set its numerics.
-        average.to(stage.device, stage.dtype)
-        set_numerics(average.module.vit, stage.vit.config.plain())
+        self._average_model.to(pl_module.device, pl_module.dtype)
+        set_numerics(self._average_model.module.vit, pl_module.vit.config.plain())
         steps = trainer.estimated_stepping_batches
         if 5 / (1 - self.decay) > steps:
             # A tenth of the training, rounded; fewer than 50 steps are too few for an average.
@@ -70,20 +66,16 @@ class EMA(WeightAveraging):
         if self._average_model is not None and "averaging_state" not in checkpoint:
             rank_zero_only(print)("the checkpoint has no EMA of weights; it begins with the weights", flush=True)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # swaps the two
         if self._average_model is not None and not trainer.sanity_checking:
-            stage: Any = pl_module
             self._average_model.module.eval()
-            self._raw = stage.new_metrics().to(stage.device)
+            self._raw = pl_module.new_metrics().to(pl_module.device)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if self._raw is not None:
-            average: Any = self._average_model
             with trainer.precision_plugin.forward_context():
-                step = average.module.step(batch)
+                step = self._average_model.module.step(batch)
             update(self._raw, step.loss, step.logits, Batch.of(batch).labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

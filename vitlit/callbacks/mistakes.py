@@ -21,9 +21,7 @@ class Mistakes(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rows.clear()
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if outputs is not None and batch.labels.ndim == 1:  # one class an image
             probability, prediction = outputs["probabilities"].max(-1)
             columns = (batch.indices, batch.labels, prediction, probability)

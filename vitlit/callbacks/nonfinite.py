@@ -31,12 +31,10 @@ class NonFinite(Callback):
 
     def __init__(self) -> None:
         self._first = torch.full((2,), NEVER)  # step whose LOSS, and whose GRADIENT, is not finite
-        self._step = 0
-        self._first_loss: Tensor | None = None  # that this training logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first = torch.full((2,), NEVER, device=pl_module.device)
-        self._first_loss = None
+        self._first_loss: Tensor | None = None  # that this training logged
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -47,20 +45,17 @@ class NonFinite(Callback):
         if trainer.precision != "16-mixed":
             self._note(GRADIENT, [p.grad for p in pl_module.parameters() if p.grad is not None])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note(LOSS, [outputs["loss"]])
         if step_ends(trainer, batch_idx) and logs_now(trainer):
             self._check(trainer)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
             return
         if not trainer.sanity_checking:
             self._check(trainer)
-        measures: Any = pl_module.measures
-        loss = measures["val"]["loss"].compute().item()
+        loss = pl_module.measures["val"]["loss"].compute().item()
         if not math.isfinite(loss):
             raise nonfinite_error(trainer, f"the validation loss is {loss} after step {trainer.global_step}")
 
@@ -80,13 +75,12 @@ class NonFinite(Callback):
             rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
 
     def _note(self, kind: int, values: list[Tensor]) -> None:
-        if values:
-            first = torch.where(all_finite(values), NEVER, self._step)
-            self._first[kind] = torch.minimum(self._first[kind], first)
+        first = torch.where(all_finite(values), NEVER, self._step)
+        self._first[kind] = torch.minimum(self._first[kind], first)
 
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if trainer.world_size > 1:
             torch.distributed.all_reduce(self._first, torch.distributed.ReduceOp.MIN)
         steps = self._first.tolist()
         if (step := min(steps)) == NEVER:

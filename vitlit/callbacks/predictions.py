@@ -15,13 +15,7 @@ from vitlit.files import whole_file
 
 
 class Predictions(Callback):
-    """Write class probabilities as CSV: path, class, probability, then the next four classes of the top five.
-
-    Args:
-        out: the file.
-        index: the images to predict.
-        classes: names in the order of the probabilities.
-    """
+    """Write class probabilities as CSV: path, class, probability, then the next four classes of the top five."""
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
         if out.is_dir():
@@ -39,9 +33,7 @@ class Predictions(Callback):
         except OSError as error:
             raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
         rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
         self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))

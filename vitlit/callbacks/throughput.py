@@ -34,21 +34,20 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._interrupted:
             self._restart()
-        now = self._now()
-        if isinstance(self._ended, float):
-            self._waited += now - self._ended
-        else:
-            self._gaps.append((self._ended, now))
+        self._gaps.append((self._ended, self._now()))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._ended = self._now()
         self._images += len(Batch.of(batch).labels) * trainer.world_size
         if step_ends(trainer, batch_idx) and logs_now(trainer):
-            speed, waited = self._lap()
+            if self._on_gpu:
+                self._gaps[-1][1].synchronize()
+            elapsed = time.perf_counter() - self._began
+            waits = (ended.elapsed_time(begun) / 1000 if self._on_gpu else begun - ended for ended, begun in self._gaps)
+            speed, wait = self._images / elapsed, min(1.0, sum(waits) / elapsed)
+            self._begin_lap()
             pl_module.log("train/images_per_second", speed, prog_bar=True)
-            pl_module.log("train/data_wait", waited, prog_bar=True)
+            pl_module.log("train/data_wait", wait, prog_bar=True)
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -63,15 +62,5 @@ class Throughput(Callback):
         self._ended, self._interrupted = self._now(), False
 
     def _begin_lap(self) -> None:
-        self._began, self._images, self._waited = time.perf_counter(), 0, 0.0
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def _lap(self) -> tuple[float, float]:
-        """(images per second, share of the time waited for data) since the last lap; waits for a GPU."""
-        if self._gaps:
-            self._gaps[-1][1].synchronize()
-        elapsed = time.perf_counter() - self._began
-        waited = self._waited + sum(ended.elapsed_time(begun) / 1000 for ended, begun in self._gaps)
-        speed = self._images / elapsed
-        self._begin_lap()
-        return speed, min(1.0, waited / elapsed)
+        self._began, self._images = time.perf_counter(), 0
+        self._gaps: list[tuple[Any, Any]] = []  # from the end of a batch to the beginning of the next

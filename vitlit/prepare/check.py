@@ -35,31 +35,22 @@ RARE = 100  # times fewer images than the largest class
 
 @dataclass(frozen=True)
 class Layout:
-    """A split.
+    """A split."""
 
-    Attributes:
-        folder: relative to the root; its subfolders are the classes.
-        classes: their names, sorted; [""] for images without labels.
-        index: their images; labels are positions in classes.
-    """
-
-    folder: str
-    classes: list[str]
-    index: Index
+    folder: str  # relative to the root; its subfolders are the classes
+    classes: list[str]  # sorted; [""] for images without labels
+    index: Index  # labels are positions in classes
 
     def image(self, row: int) -> str:
-        """The path of an image, relative to the root."""
         return join(self.folder, self.index.files.names.text(int(self.index.rows[row])))
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images by class."""
         images = np.bincount(self.index.labels, minlength=len(self.classes))
         return dict(zip(self.classes, images.tolist(), strict=True))
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit data check ROOT [options]`; returns the exit code."""
     parser = CommandParser("vitlit data check", HELP)
     parser.add_argument("root", metavar="ROOT", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
@@ -80,17 +71,7 @@ def run(arguments: list[str]) -> int:
 
 
 def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
-    """Decode every image of a folder and compare its splits.
-
-    Args:
-        root: holds train/CLASS/*, val/CLASS/* and maybe test/CLASS/*, or CLASS/* where a share is held out. Images
-            without labels are in no class folders.
-        holdout: the share of the training images to cut off for validation; a val folder is then ignored.
-        workers: processes that decode.
-
-    Raises:
-        UserError: a folder cannot be listed, or a worker died.
-    """
+    """Decode every image of a folder and compare its splits; with a holdout, a val folder is ignored."""
     report = Report(root)
     try:
         folders = _find_splits(report, bool(holdout))
@@ -174,8 +155,7 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
 
 def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> None:
     """Decode all images; report the facts about each split, damaged files, and copies."""
-    first: dict[bytes, tuple[str, int]] = {}  # the split and row of the first image with these pixels
-    copies: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # further ones, by the first
+    places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)  # splits and rows of the images with these pixels
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
     for split, layout in layouts.items():
         sides = array("l")
@@ -184,17 +164,14 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> 
                 found[seen.kind or "small"][layout.image(row)] = seen.reason
             if seen.digest:
                 sides.append(seen.side)
-                place = first.setdefault(seen.digest, (split, row))
-                if place != (split, row):
-                    copies[place].append((split, row))
+                places[seen.digest].append((split, row))
         report.splits[split] = describe(layout.counts, sides)
     for kind, reasons in found.items():
         report.add(kind, list(reasons), reasons=reasons)
-    _compare_copies(report, layouts, [[place, *others] for place, others in copies.items()])
+    _compare_copies(report, layouts, [copies for copies in places.values() if len(copies) > 1])
 
 
 def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
-    """A Look at each image, in order."""
     end_at_exit()
     rows: Any = range(len(index))  # as good as a Dataset
     collate = partial(_look_batch, index)
@@ -206,10 +183,8 @@ def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
             yield from looks
             show(f"{split}: {done:,} of {len(index):,} images")
     except RuntimeError as error:  # look never fails, but its process may
-        raise UserError(
-            f"a process died while it read images from {index.path(min(done, len(index) - 1))} on ({error}): "
-            "give fewer --workers if memory ran out"
-        ) from error
+        where = f"from {index.path(min(done, len(index) - 1))} on ({error})"
+        raise UserError(f"a process died while it read images {where}: if memory ran out, fewer --workers") from error
 
 
 def _look_batch(index: Index, rows: list[int]) -> list[Look]:

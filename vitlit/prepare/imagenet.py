@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import re
 import shutil
 import tarfile
@@ -15,6 +14,7 @@ from typing import IO, cast
 from vitlit.data.progress import Progress
 from vitlit.errors import UserError
 from vitlit.files import whole_folder
+from vitlit.prepare.sources import print_counts
 
 TRAIN = "ILSVRC2012_img_train.tar"  # 138 GiB: 1,000 archives WNID.tar with 1,281,167 images
 VAL = "ILSVRC2012_img_val.tar"  # 6.3 GiB: 50,000 images
@@ -29,18 +29,7 @@ SYNSETS, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 
 
 def unpack(tars: Path, out: Path) -> None:
-    """Unpack the archives as `out/train/WNID/*.JPEG` and `out/val/WNID/*.JPEG`, byte for byte.
-
-    `out` is written as `OUT.partial`. After an interruption the same command keeps val and the classes of train that
-    are complete, which torchvision's parsers do not. Smaller archives, for a trial, may have fewer images and classes.
-
-    Args:
-        tars: the folder of the three archives.
-        out: the folder to make; it must be empty or absent.
-
-    Raises:
-        UserError: an archive is missing or damaged, the three do not belong together, or `out` cannot be written.
-    """
+    """Unpack the archives as `out/{train,val}/WNID/*.JPEG`, byte for byte; once interrupted, keep what is complete."""
     missing = [name for name in MD5 if not (tars / name).is_file()]
     if missing:
         raise UserError(f"{tars} lacks {', '.join(missing)}: download from {PAGE}, which needs a login")
@@ -49,21 +38,15 @@ def unpack(tars: Path, out: Path) -> None:
         train = {name.removesuffix(".tar") for name, _ in _members(archive, r"n[0-9]{8}\.tar")}
     for one, lacking, other in ((TRAIN, set(truth) - train, VAL), (VAL, train - set(truth), TRAIN)):
         if lacking:
-            raise UserError(
-                f"{one} lacks the class {min(lacking)}, which {other} has by {DEVKIT} ({len(lacking):,} in all): "
-                f"download the three archives again from {PAGE}"
-            )
+            raise UserError(f"{one} lacks the class {min(lacking)}, which {other} has by {DEVKIT}: download all again")
     with whole_folder(out, resume=True) as partial:
         if not (partial / "val").is_dir():
             _unpack_val(tars / VAL, partial / "val", truth)
         _unpack_train(tars / TRAIN, partial / "train", len(train))
-    for split in ("train", "val"):
-        images = [len(os.listdir(entry)) for entry in os.scandir(out / split) if entry.is_dir()]
-        print(f"{out / split}: {sum(images):,} images, {len(images):,} classes")
+    print_counts(out, ("train", "val"))
 
 
 def _unpack_train(file: Path, folder: Path, total: int) -> None:
-    """Write `folder/WNID/*.JPEG` for each class without a folder."""
     show = Progress()
     with _archive(file) as archive:
         for done, (name, opened) in enumerate(_members(archive, r"n[0-9]{8}\.tar"), start=1):
@@ -90,25 +73,19 @@ def _unpack_val(file: Path, folder: Path, truth: list[str]) -> None:
                 _copy(reader, partial / wnids[name] / name)
             show(f"val: {len(found):,} of {len(truth):,} images")
         if found != wnids.keys():
-            raise UserError(
-                f"{file} holds {len(found):,} images, but {DEVKIT} the classes of {len(truth):,}, numbered from 1: "
-                f"download both again from {PAGE}"
-            )
+            classes = f"{DEVKIT} the classes of {len(truth):,}, numbered from 1"
+            raise UserError(f"{file} holds {len(found):,} images, but {classes}: download both again")
 
 
 def _read_truth(file: Path) -> list[str]:
-    """The WNIDs of the val images, in the order of their numbers.
-
-    `meta.mat` maps an ILSVRC2012_ID to a WNID, the ground truth has an ILSVRC2012_ID for each image. A synset with
-    children is no class. (The development kit's readme.txt.)
-    """
+    """The WNIDs of the val images, in the order of their numbers."""
     import numpy as np
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
     with _archive(file) as archive:
         files = {PurePosixPath(member.name).name: member for member in archive if member.isreg()}
         found = {name: cast(IO[bytes], archive.extractfile(member)).read() for name, member in files.items()}
-        try:
+        try:  # as the kit's readme.txt says: a synset with children is no class
             synsets = np.atleast_1d(loadmat(io.BytesIO(found[SYNSETS]), squeeze_me=True)["synsets"])
             classes = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
             return [classes[int(line)] for line in found[TRUTH].split()]

@@ -107,31 +107,17 @@ def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
 
 @dataclass
 class Finding:
-    """Something wrong.
+    """Something wrong."""
 
-    Attributes:
-        kind: a key of `FAULTS` or `WARNINGS`.
-        message: what it is, with the remedy.
-        paths: where it is, relative to the root.
-        reasons: by path, where they differ.
-    """
-
-    kind: str
+    kind: str  # a key of `FAULTS` or `WARNINGS`
     message: str
-    paths: Paths
-    reasons: dict[str, str]
+    paths: Paths  # relative to the root
+    reasons: dict[str, str]  # by path, where they differ
 
 
 @dataclass
 class Report:
-    """Everything found in a folder.
-
-    Attributes:
-        root: the folder.
-        faults: findings that make training, or its numbers, wrong.
-        warnings: findings that may be intended.
-        splits: facts about each split.
-    """
+    """Everything found in a folder, and the facts about each split."""
 
     root: Path
     faults: list[Finding] = field(default_factory=list)
@@ -152,11 +138,7 @@ class Report:
             (self.faults if kind in FAULTS else self.warnings).append(finding)
 
     def write(self, file: Path) -> None:
-        """Write JSON.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write JSON; UserError if the file cannot be written."""
         content = {**asdict(self), "root": str(self.root), "ok": self.ok}
         try:
             file.write_text(json.dumps(content, indent=1) + "\n")
@@ -164,7 +146,6 @@ class Report:
             raise UserError(f"cannot write {file} ({error.strerror}): give --json another file") from error
 
     def print(self) -> None:
-        """Print the facts, warnings and faults, each with its first few paths, and the verdict."""
         console = Console(soft_wrap=True, highlight=False, markup=False)
 
         def show(text: str, style: str = "") -> None:  # on one line; not all names are UTF-8

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -37,19 +37,17 @@ Files keep their bytes, unless --short_side makes smaller ones. That changes a c
 difference, on photographs at quality 90 and of 255 levels, of
   1.4 with --short_side 400, 2.1 with 320, 2.8 and a visible blur with 256
 """
+Shrink: TypeAlias = "tuple[int, int] | None"  # the shorter side in pixels that larger images get, and JPEG quality
 CHUNK = 64  # images read ahead of what is written
 END = bytes(2 * BLOCK)  # of a tar
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit data shard ROOT OUT [options]`; returns the exit code."""
     parser = CommandParser("vitlit data shard", HELP)
     parser.add_argument("root", metavar="ROOT", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--shard_size", type=int, default=256, metavar="MB", help="the most of a tar; default 256")
-    parser.add_argument(
-        "--short_side", type=int, metavar="N", help="resize larger images to this shorter side in pixels"
-    )
+    parser.add_argument("--short_side", type=int, metavar="N", help="shrink larger images to this shorter side, pixels")
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="of the JPEGs made; default 90")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="a CSV file of paths and labels")
     given = parser.parse_args(arguments or ["--help"])
@@ -73,23 +71,8 @@ def _splits(root: Path, manifest: Path | None) -> Manifest:
     return Manifest(classes, splits, False)
 
 
-def write(found: Manifest, out: Path, shard_size: int, shrink: tuple[int, int] | None = None) -> None:
-    """Write shards, and print one line for each split.
-
-    The images are shuffled, so that a sequential reader gets mixed classes. A sample is an image and its KEY.cls, the
-    class number as text, or KEY.json, {"label": [numbers]}, where images may have several classes. Everything is
-    written to `OUT.partial`, which is renamed at the end.
-
-    Args:
-        found: the images by split.
-        out: the folder to make; it must be empty or absent.
-        shard_size: the most bytes of a tar, unless a single image is larger.
-        shrink: (shorter side in pixels that larger images are resized to, their JPEG quality); None copies all files
-            byte for byte.
-
-    Raises:
-        UserError: an image cannot be read, or `out` is not empty or cannot be written.
-    """
+def write(found: Manifest, out: Path, shard_size: int, shrink: Shrink = None) -> None:
+    """Write shards of at most `shard_size` bytes, shuffled so that a sequential reader gets mixed classes."""
     if shard_size < 1 or (shrink and (shrink[0] < 1 or not 1 <= shrink[1] <= 100)):
         raise UserError("--shard_size and --short_side must be at least 1, and --quality from 1 to 100")
     shards: list[str] = []
@@ -110,9 +93,7 @@ def write(found: Manifest, out: Path, shard_size: int, shrink: tuple[int, int] |
         print(f"{out}: {split}, {len(index):,} images in {tars:,} shards")
 
 
-def _write_split(
-    folder: Path, split: str, index: Index, limit: int, shrink: tuple[int, int] | None, shards: list[str]
-) -> np.ndarray:
+def _write_split(folder: Path, split: str, index: Index, limit: int, shrink: Shrink, shards: list[str]) -> np.ndarray:
     """Write the tars of a split and add their names to `shards`; returns the parts of `ShardFiles`."""
     parts, keys = np.empty((len(index), 4), np.int64), _keys(index.names())
     first, show = len(shards), Progress()
@@ -147,7 +128,7 @@ def _keys(names: list[bytes]) -> list[str]:
     return list(keys)
 
 
-def _contents(index: Index, shrink: tuple[int, int] | None) -> Iterator[tuple[int, bytes, str]]:
+def _contents(index: Index, shrink: Shrink) -> Iterator[tuple[int, bytes, str]]:
     """Row, content and file ending of each image, shuffled."""
 
     def load(row: int) -> tuple[int, bytes, str]:

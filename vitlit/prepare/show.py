@@ -3,13 +3,9 @@
 import csv
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vitlit.errors import CommandParser, UserError
 from vitlit.run.config import read_config
-
-if TYPE_CHECKING:
-    from vitlit.data import ImageFolderData
 
 ABOUT = """\
 Print the images of an optimiser step as CSV: row of the global batch, index, path, label, and repeat, which tells the
@@ -19,14 +15,26 @@ data.on_bad_image skip, the run's bad_images.csv lists the images that were repl
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit data show RUN --step N`; returns the exit code."""
     parser = CommandParser("vitlit data show", ABOUT)
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, required=True, help="counted from 0, as in metrics.csv")
     given = parser.parse_args(arguments)
     if given.step < 0:
         raise UserError(f"step {given.step} is less than 0")
-    data = stored(given.run / "config.yaml")
+    file = given.run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml")
+    config = read_config(file)
+    stored = config.get("data")
+    if not isinstance(stored, dict):
+        raise UserError(f"{file} is not a run's config: it has no data")
+    if stored.get("seed") is None:
+        stored["seed"] = config.get("seed_everything", 0)
+    from vitlit.data import ImageFolderData  # loads torch and Lightning, which a mistake need not wait for
+
+    # These decide the order of samples.
+    options = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
+    data = ImageFolderData(**{name: stored[name] for name in options if name in stored})
     index = data.split("train")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["row", "index", "path", "label", "repeat"])
@@ -36,19 +44,3 @@ def run(arguments: list[str]) -> int:
         names = [data.classes[int(number)] for number in numbers]
         table.writerow([row, sample.index, index.path(sample.index), "|".join(names), sample.repeat])
     return 0
-
-
-def stored(file: Path) -> "ImageFolderData":
-    """The data of a run's config, with the options that decide the order of samples."""
-    if not file.is_file():
-        raise UserError(f"{file.parent} is not a run's folder: it has no config.yaml")
-    config = read_config(file)
-    given = config.get("data")
-    if not isinstance(given, dict):
-        raise UserError(f"{file} is not a run's config: it has no data")
-    if given.get("seed") is None:
-        given["seed"] = config.get("seed_everything", 0)
-    from vitlit.data import ImageFolderData  # loads torch and Lightning, which a mistake need not wait for
-
-    names = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
-    return ImageFolderData(**{name: given[name] for name in names if name in given})

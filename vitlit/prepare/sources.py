@@ -5,16 +5,12 @@ import tempfile
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from vitlit.errors import UserError
 from vitlit.files import whole_folder
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-Split: TypeAlias = "Iterable[tuple[str, Path | NDArray[np.uint8]]]"  # (class name, a file or 8-bit pixels)
+Split: TypeAlias = Iterable[tuple[str, Any]]  # (class name, a file or 8-bit pixels)
 
 HOSTS = {
     "cifar10": "www.cs.toronto.edu",
@@ -28,49 +24,32 @@ DIGITS = "data/digits"  # the root that `vitlit fit` makes where it is missing
 
 
 def write(name: str, out: Path) -> None:
-    """Write a data set as `out/SPLIT/CLASS/FILE` and print one line for each split.
-
-    | name | train | val | test | files |
-    |---|---|---|---|---|
-    | digits | 1,438 | 359 | - | PNG, grey, 8 x 8 pixels |
-    | cifar10, cifar100 | 50,000 | 10,000, the official test set | - | PNG, RGB, 32 x 32 pixels |
-    | imagenette | 9,469 | 3,925 | - | JPEG, shorter side 320 pixels |
-    | flowers102 | 1,020 | 1,020 | 6,149 | JPEG |
-    | pets | 3,680, the official trainval set | 3,669, the official test set | - | JPEG |
-
-    Papers report Flowers on test, after training on train and val together. JPEG files are kept byte for byte; a PNG
-    is numbered by its place in the split. Everything is written to `OUT.partial`, which is renamed at the end.
-
-    Args:
-        name: one of `NAMES`; all but digits are downloaded.
-        out: the folder to make; it must be empty or absent.
-
-    Raises:
-        UserError: the name is unknown, `out` is not empty or cannot be made, or the download failed.
-    """
+    """Write a data set as `out/SPLIT/CLASS/FILE` and print one line for each split; docs/data.md lists their sizes."""
     if name not in NAMES:
         raise UserError(f"there is no data set {name!r}: choose one of {' '.join(NAMES)}")
     with whole_folder(out) as partial, tempfile.TemporaryDirectory(dir=partial) as root:
         splits = _digits() if name == "digits" else _download(name, root)
-        counts = {split: _write_split(pairs, partial / split) for split, pairs in splits.items()}
-    for split, (images, classes) in counts.items():
-        print(f"{out / split}: {images:,} images, {classes} classes")
+        for split, pairs in splits.items():
+            _write_split(pairs, partial / split)
+    print_counts(out, splits)
 
 
-def _write_split(pairs: Split, folder: Path) -> tuple[int, int]:
-    """Write a split as `folder/CLASS/FILE`, moving its files; returns the numbers of (images, classes)."""
+def print_counts(out: Path, splits: Iterable[str]) -> None:
+    for split in splits:
+        images = [len(list(folder.iterdir())) for folder in (out / split).iterdir() if folder.is_dir()]
+        print(f"{out / split}: {sum(images):,} images, {len(images):,} classes")
+
+
+def _write_split(pairs: Split, folder: Path) -> None:
     from PIL import Image
 
-    count = 0
-    for name, image in pairs:
+    for number, (name, image) in enumerate(pairs):
         class_folder = folder / re.sub(r"[^\w-]+", "_", name).strip("_")
         class_folder.mkdir(parents=True, exist_ok=True)
         if isinstance(image, Path):
             image.rename(class_folder / image.name)
         else:
-            Image.fromarray(image).save(class_folder / f"{count:05d}.png")
-        count += 1
-    return count, len(list(folder.iterdir()))
+            Image.fromarray(image).save(class_folder / f"{number:05d}.png")
 
 
 def _digits() -> dict[str, Split]:
@@ -90,36 +69,31 @@ def _digits() -> dict[str, Split]:
 
 
 def _download(name: str, root: str) -> dict[str, Split]:
-    """Fetch a data set into root; a failure is a UserError of one line."""
+    """Fetch a data set with torchvision; a failure is a UserError of one line."""
+    splits = ("train", "val", "test") if name == "flowers102" else ("train", "val")
     try:
-        return _fetch(name, root)
+        return {split: _fetch_split(name, split, root) for split in splits}
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: torchvision's for a wrong checksum
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{name} could not be downloaded from {HOSTS[name]} ({reason}): "
-            "try again with a network, or use `vitlit data digits OUT`, which needs none"
-        ) from error
+        remedy = "try again with a network, or use `vitlit data digits OUT`, which needs none"
+        raise UserError(f"{name} could not be downloaded from {HOSTS[name]} ({reason}): {remedy}") from error
 
 
-def _fetch(name: str, root: str) -> dict[str, Split]:
-    """Fetch a data set with torchvision."""
+def _fetch_split(name: str, split: str, root: str) -> Split:
     from torchvision import datasets
 
-    splits: dict[str, Split] = {}
-    for split in ("train", "val", "test") if name == "flowers102" else ("train", "val"):
-        first = split == "train"
-        part: Any
-        match name:
-            case "imagenette":
-                part = pairs = datasets.Imagenette(root, split, size="320px", download=first, loader=Path)
-            case "flowers102":
-                part = pairs = datasets.Flowers102(root, split, download=first, loader=Path)
-            case "pets":
-                part = datasets.OxfordIIITPet(root, "trainval" if first else "test", download=first)
-                pairs = zip(part._images, part._labels, strict=True)  # the files; the public access decodes
-            case _:
-                part = getattr(datasets, name.upper())(root, first, download=first)
-                pairs = zip(part.data, part.targets, strict=True)
-        classes = [kind if isinstance(kind, str) else kind[0] for kind in part.classes]  # Imagenette's have synonyms
-        splits[split] = [(classes[label], image) for image, label in pairs]
-    return splits
+    first = split == "train"
+    part: Any
+    match name:
+        case "imagenette":
+            part = pairs = datasets.Imagenette(root, split, size="320px", download=first, loader=Path)
+        case "flowers102":
+            part = pairs = datasets.Flowers102(root, split, download=first, loader=Path)
+        case "pets":
+            part = datasets.OxfordIIITPet(root, "trainval" if first else "test", download=first)
+            pairs = zip(part._images, part._labels, strict=True)  # the files; the public access decodes
+        case _:
+            part = getattr(datasets, name.upper())(root, first, download=first)
+            pairs = zip(part.data, part.targets, strict=True)
+    classes = [kind if isinstance(kind, str) else kind[0] for kind in part.classes]  # Imagenette's have synonyms
+    return [(classes[label], image) for image, label in pairs]

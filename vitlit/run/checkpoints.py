@@ -25,11 +25,6 @@ class Files(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: it cannot be written, for example because the disk is full; the old file is untouched.
-        """
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +37,8 @@ class Files(TorchCheckpointIO):
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            raise UserError(
-                f"cannot write {path}: {cause.strerror}; earlier checkpoints are whole: make room, and the same "
-                "command continues from them"
-            ) from error
+            remedy = "make room, and the same command continues from an earlier checkpoint"
+            raise UserError(f"cannot write {path}: {cause.strerror}; {remedy}") from error
 
 
 def link(path: Path, other: Path) -> None:

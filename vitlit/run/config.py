@@ -58,11 +58,7 @@ class Loader(yaml.SafeLoader):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The content of a config file.
-
-    Raises:
-        UserError: it cannot be read, is not YAML of plain values, or has a class that is not {class_path, init_args}.
-    """
+    """The content of a config file; UserError if it is not YAML of plain values and {class_path, init_args}."""
     try:
         content = yaml.load(Path(path).read_text(), Loader)
     except OSError as error:
@@ -74,8 +70,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
     check_classes(f"config {path}", content)
-    renamed: dict[str, Any] = with_public_paths(content)
-    return renamed
+    return dict(with_public_paths(content))
 
 
 def check_classes(name: str, value: Any) -> None:

@@ -58,13 +58,7 @@ class RunOptions:
 
 
 class Decision(NamedTuple):
-    """What to do with a run.
-
-    Attributes:
-        action: begin it, continue it, or nothing, as it is finished or refused.
-        checkpoint: the path to continue from, else empty.
-        config: a digest of the config.
-    """
+    """What to do with a run, the checkpoint to continue it from, and a digest of its config."""
 
     action: Literal["begin", "continue", "finished", "refused"]
     checkpoint: str = ""
@@ -72,15 +66,9 @@ class Decision(NamedTuple):
 
 
 class RunFolder:
-    """The folder of a run.
+    """The folder of a run, by default named by its config's path.
 
-    Args:
-        options: the run's.
-        config: the path of its config, which names the run by default.
-        exact: use the name as it is; else the id of a W&B sweep's trial is appended.
-
-    Raises:
-        UserError: the name is not a folder name.
+    In a W&B sweep the id of the trial is appended, unless the name is `exact`.
     """
 
     def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
@@ -94,24 +82,17 @@ class RunFolder:
         self.path = Path(options.root) / name
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
-        self.last, self.previous, self.best = (
-            self.path / "checkpoints" / f"{which}.ckpt" for which in ("last", "previous", "best")
-        )
+        checkpoints = self.path / "checkpoints"
+        self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
         self.lock = Lock(self.path.parent / f".{name}.lock")
         self._wandb_id = self.path / "wandb" / "run-id"
 
     def decide(self, config: dict[str, Any]) -> Decision:
-        """Compare a config with what is in the folder.
-
-        Raises:
-            UserError: the folder holds a run of another config, or is not a run.
-        """
+        """Compare a config with what is in the folder; UserError if that is another run, or none."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return Decision("begin")
         if not self.config.is_file():
-            raise UserError(
-                f"{self.path} has no config.yaml, so it is not a run; restore it or give another --run.name"
-            )
+            raise UserError(f"{self.path} has no config.yaml, so it is no run: restore it, or give another --run.name")
         if self.options.overwrite:
             return Decision("begin")
         if not self.checkpoints():
@@ -140,11 +121,7 @@ class RunFolder:
         return [path for path in (self.last, self.previous, *kept) if path.is_file()]
 
     def newest(self) -> Path:
-        """The newest checkpoint that is not damaged, with a warning if it is not last.ckpt.
-
-        Raises:
-            UserError: all are damaged.
-        """
+        """The newest checkpoint that is not damaged, with a warning if it is not last.ckpt."""
         wrong = [] if self.last.is_file() else [f"{self.last} is missing"]
         for path in self.checkpoints():
             try:
@@ -158,11 +135,7 @@ class RunFolder:
         raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Lock the folder, delete it if the run is overwritten, and write the config into it.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Lock the folder, delete it if the run is overwritten, and write the config into it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.take(f"the run {self.path}")
@@ -172,21 +145,17 @@ class RunFolder:
             self.marker.unlink(missing_ok=True)
             self._write(self.config, yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
-            raise UserError(
-                f"cannot write into {self.path}: {error.strerror or error}; give another --run.root"
-            ) from error
+            why = error.strerror or error
+            raise UserError(f"cannot write into {self.path}: {why}; give another --run.root") from error
 
     def wandb_id(self) -> str | None:
-        """The id of this run's W&B run, if there is one."""
         return self._wandb_id.read_text() if self._wandb_id.is_file() else None
 
     def keep_wandb_id(self, name: str) -> None:
-        """Store the id of this run's W&B run, which continues with this run."""
         self._wandb_id.parent.mkdir(exist_ok=True)
         self._write(self._wandb_id, name)
 
     def finish(self, step: int) -> None:
-        """Mark the run as finished at a step."""
         self._write(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:

@@ -1,6 +1,5 @@
 """Stopping a run cleanly: on a signal, or at its time limit."""
 
-import math
 import os
 import signal
 import subprocess
@@ -23,11 +22,9 @@ AGAIN = 75  # the exit code of a run to be continued: EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(Exception):
-    """A signal or the time limit ended the run; in training, a checkpoint was saved first.
+    """A signal or the time limit ended the run; `code` is the exit code, and `agreed` is whether all ranks stop.
 
-    Attributes:
-        code: the exit code of the process: 75 if the run is to be continued, else 128 + the signal.
-        agreed: whether all ranks stop, as they do in training.
+    They do in training, where a checkpoint was saved first.
     """
 
     def __init__(self, number: int, step: int | None = None) -> None:
@@ -63,18 +60,14 @@ class Interrupt(Callback):
     act on them at the start of the next, so nothing waits for the GPU. A second SIGINT stops at once.
 
     This replaces Lightning's handling, which saves nothing, exits 0, and hangs if only one rank gets a signal.
-
-    Args:
-        last: the callback that saves.
-        until: time.monotonic() at which training stops; None for no limit.
-        save_minutes: minutes after a checkpoint until the next one within an epoch.
     """
 
-    def __init__(self, last: Last, until: float | None = None, save_minutes: float = math.inf) -> None:
-        self.last, self.until, self.save_seconds = last, until, 60 * save_minutes
+    def __init__(self, last: Last, until: float | None, save_minutes: float) -> None:
+        self.last, self.save_seconds = last, 60 * save_minutes
+        self.until = until  # time.monotonic() at which training stops
         self.received = 0
         self._handlers: dict[int, Any] = {}  # those that these replace
-        self._exchanged: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._exchanged: tuple[Tensor, torch.cuda.Event | None] = torch.zeros(1), None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A later hook is too late to set handlers: between Lightning's registration and the next hook lies a barrier,
@@ -125,12 +118,10 @@ class Interrupt(Callback):
         # Copied now, it has arrived by the next step; copied then, it would wait for all that the GPU has queued.
         host = flag.to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if flag.is_cuda else None
-        before, self._exchanged = self._exchanged, (host, copied)
-        if before is None:
-            return 0
-        if before[1] is not None:
-            before[1].synchronize()
-        return int(before[0].item())
+        (agreed, arrived), self._exchanged = self._exchanged, (host, copied)
+        if arrived is not None:
+            arrived.synchronize()
+        return int(agreed.item())
 
     def _save(self, trainer: Trainer) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -145,14 +136,12 @@ class Interrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
-        agreed = isinstance(exception, Interrupted) and exception.agreed
-        if launcher is not None and not agreed:
+        if launcher is not None and not getattr(exception, "agreed", False):
             launcher.kill(signal.SIGKILL)  # the other ranks would wait for this process forever
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers.clear()
 
 
 def requeue() -> None:

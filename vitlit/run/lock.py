@@ -31,12 +31,7 @@ class Lock:
         self._released = threading.Event()
 
     def take(self, what: str) -> None:
-        """Hold the lock until `release` or the end of the process; `what` is locked, for the message.
-
-        Raises:
-            UserError: another process holds it.
-            OSError: the file cannot be written.
-        """
+        """Hold the lock on `what` until `release` or the end of the process; UserError if another process holds it."""
         newest = max(self._numbers(), default=0)
         holder = self._holder(self._file(newest)) if newest else None
         if holder or not self._create(self._file(newest + 1)):
@@ -72,18 +67,18 @@ class Lock:
                 content = held.read()
                 try:
                     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    alive, locks = False, True
+                    alive: bool | None = False
                 except BlockingIOError:
-                    alive, locks = True, True
+                    alive = True
                 except OSError:  # a network file system without locks: the heartbeat decides
-                    alive, locks = False, False
+                    alive = None
             age = self._age(file)
         except FileNotFoundError:  # a faster process has replaced the holder
             return JUST_BEGUN
         if content == RELEASED:
             return None
         about = json.loads(content) if content.endswith("\n") else {}  # it is about to write it, or was killed
-        ended = locks and about.get("host") == socket.gethostname()
+        ended = alive is False and about.get("host") == socket.gethostname()
         restarted = about.get("job") is not None and about["job"] == os.environ.get("SLURM_JOB_ID")
         if not alive and (ended or restarted or age > STALE):
             return None

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from torch import distributed
 
 from vitlit.errors import UserError
 from vitlit.run.folder import Decision, flatten
@@ -30,9 +31,6 @@ def share_decision(decision: Decision | None, run: Path, config: dict[str, Any])
     """Give rank 0's decision to every rank; the others pass None and wait for it.
 
     Ranks that Lightning starts inherit it. Under torchrun and SLURM it goes through a store.
-
-    Raises:
-        UserError: rank 0 refuses the run or has another config, or a rank does not come before the store's timeout.
     """
     digest = hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
     others = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) - 1
@@ -58,8 +56,6 @@ def share_decision(decision: Decision | None, run: Path, config: dict[str, Any])
 
 def connect(host: bool) -> Any:
     """A client of the store at which torch's process group will meet; torchrun's agent or else rank 0 is its server."""
-    from torch.distributed import TCPStore
-
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         host &= os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True"
@@ -67,7 +63,7 @@ def connect(host: bool) -> Any:
         address = SLURMEnvironment().main_address, SLURMEnvironment().main_port
     else:
         raise UserError("several processes need a launcher: use torchrun, SLURM or trainer.devices")
-    STORES.append(TCPStore(*address, is_master=host, wait_for_workers=False, multi_tenant=True))
+    STORES.append(distributed.TCPStore(*address, is_master=host, wait_for_workers=False, multi_tenant=True))
     return STORES[-1]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -18,29 +19,20 @@ from vitlit.weights.weights import STEM, Weights
 def adapt(state: dict[str, Tensor], weights: Weights, vit: ViT, skipped: Collection[str]) -> None:
     """Bring tensors to the ViT's channels, image size and kind of positions, in place; UserError if that cannot be."""
     stem, channels = state.get(STEM), vit.config.in_channels
-    if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:
-        state[STEM] = other_channels(stem, channels)
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:  # as timm: the sum for one, else repeated
+        repeated = stem.repeat(1, -(-channels // stem.shape[1]), 1, 1)[:, :channels] * (stem.shape[1] / channels)
+        state[STEM] = stem.sum(dim=1, keepdim=True) if channels == 1 else repeated
     if "pos_embed" in skipped:
         return
     kind, fits = weights.config.get("position", "learned"), True
     if kind.startswith("sincos2d") and vit.position == "learned":
-        state["pos_embed"] = prepend_zeros(sincos2d(vit.grid, vit.width, kind), vit.positioned)
+        state["pos_embed"] = F.pad(sincos2d(vit.grid, vit.width, kind), (0, 0, vit.positioned, 0))
     elif kind != "learned":
         fits = kind == vit.position
     elif state.get("pos_embed", torch.empty(0)).ndim == 3:
         fits = adapt_table(state, weights, vit)
     if not fits:
-        raise UserError(
-            f"{weights.path} does not fit the model: position is {kind} in the file and {vit.position} in the model"
-        )
-
-
-def other_channels(stem: Tensor, channels: int) -> Tensor:
-    """The patch embedding's kernel for other channels, as timm makes it: one gets the sum, more repeat the file's."""
-    if channels == 1:
-        return stem.sum(dim=1, keepdim=True)
-    repeated = stem.repeat(1, -(-channels // stem.shape[1]), 1, 1)[:, :channels]
-    return repeated * (stem.shape[1] / channels)
+        raise UserError(f"{weights.path}: position is {kind} in the file and {vit.position} in the model")
 
 
 def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
@@ -52,12 +44,11 @@ def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
         count = vit.positioned  # as long as the ViT's table
     if table.shape[2] != vit.width or any(state[name].shape[2:] != table.shape[2:] for name in special):
         return True  # another width, which load_weights refuses
-    source = grid_of(table.shape[1] - count, weights, vit)
+    patches = table[:, count:]
+    source = grid_of(patches.shape[1], weights, vit)
     if vit.position == "learned":
         table = resample(table, source, vit.grid, count, weights.config.get("resampling", vit.resampling))
-    elif (
-        vit.pos_embed is None or not (table[:, count:] - sincos2d(source, vit.width, vit.position)).abs().max() <= 1e-5
-    ):
+    elif vit.pos_embed is None or not (patches - sincos2d(source, vit.width, vit.position)).abs().max() <= 1e-5:
         return False
     if count and not vit.positioned:  # the sum of token and position stays
         for i, name in enumerate(special):
@@ -65,15 +56,12 @@ def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
                 state[name] = state[name] + table[:, i : i + 1]
         table = table[:, count:]
     elif vit.positioned == len(special) > count:
-        table = prepend_zeros(table, vit.positioned)
-    state["pos_embed"] = table
-    if vit.position != "learned":
+        table = F.pad(table, (0, 0, vit.positioned, 0))
+    if vit.position == "learned":
+        state["pos_embed"] = table
+    else:
         del state["pos_embed"]
     return True
-
-
-def prepend_zeros(table: Tensor, count: int) -> Tensor:
-    return torch.cat([table.new_zeros(1, count, table.shape[2]), table], dim=1)
 
 
 def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
@@ -82,31 +70,22 @@ def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
         return vit.grid
     size = weights.config.get("image_size")
     if size is not None:
-        height, width = (
-            side // weights.config["patch_size"] for side in ([size, size] if isinstance(size, int) else size)
-        )
+        sides = (size, size) if isinstance(size, int) else size
+        height, width = (side // weights.config["patch_size"] for side in sides)
         if height * width == patches:
             return height, width
-    shape = list(weights.state["pos_embed"].shape)
-    raise UserError(
-        f"{weights.path}: pos_embed is {shape} in the file, and {patches} positions are not a grid; the model's has "
-        f"{vit.grid[0]} x {vit.grid[1]}"
-    )
+    ours = "{} x {}".format(*vit.grid)
+    raise UserError(f"{weights.path}: the {patches} patches of pos_embed are not a grid; the model's are {ours}")
 
 
 def set_numerics(vit: ViT, config: dict[str, Any]) -> list[str]:
     """Set what weights were made with and no tensor shows: epsilon, GELU, resampling. Returns what changed."""
-    changed = []
-    for name in ("norm_eps", "mlp", "resampling"):
-        ours: Any = getattr(vit.config, name)
-        theirs: Any = config.get(name, ours)
-        if theirs == ours:
-            continue
-        vit.config = replace(vit.config, **{name: theirs})
-        changed.append(f"{name} {theirs} (was {ours})")
-        for module in vit.modules():
-            if name == "norm_eps" and isinstance(module, nn.LayerNorm):
-                module.eps = theirs
-            elif name == "mlp" and isinstance(module, MLP) and module.activation != "swiglu":
-                module.activation = theirs
-    return changed
+    ours = {name: getattr(vit.config, name) for name in ("norm_eps", "mlp", "resampling")}
+    changed = {name: config[name] for name, value in ours.items() if config.get(name, value) != value}
+    vit.config = replace(vit.config, **changed)
+    for module in vit.modules():
+        if "norm_eps" in changed and isinstance(module, nn.LayerNorm):
+            module.eps = changed["norm_eps"]
+        elif "mlp" in changed and isinstance(module, MLP) and module.activation != "swiglu":
+            module.activation = changed["mlp"]
+    return [f"{name} {value} (was {ours[name]})" for name, value in changed.items()]

@@ -13,7 +13,7 @@ from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights.files import Contents, load_torch
-from vitlit.weights.weights import Weights, tensors
+from vitlit.weights.weights import Weights, count_blocks, tensors
 
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
@@ -29,19 +29,20 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
 def read(contents: Contents) -> Weights | None:
     if not {"vitlit", "crc32"} & contents.rest.keys():  # one may be damaged, and it is still not another's file
         return None
-    path, about, state = contents.path, contents.rest.get("vitlit", ""), contents.tensors
+    about, state = contents.rest.get("vitlit", ""), contents.tensors
     if contents.kind == "safetensors":
         if contents.rest.get("crc32") != str(checksum(about, state)):
-            raise UserError(f"{path} is damaged: its checksum is wrong")
+            raise UserError("the file is damaged: its checksum is wrong")
         about = json.loads(about)
     else:
         state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
     unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
-    config = about["vit"]
-    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    config, blocks = about["vit"], count_blocks(state)
     if config["depth"] != blocks:  # a huge depth would take all memory
-        raise UserError(f"{path} states a depth of {config['depth']!r}, but holds {blocks} blocks")
-    return Weights(path, "vitlit", state, config, about["classes"], about["preprocess"], unused, frozenset(config))
+        raise UserError(f"the file states a depth of {config['depth']!r}, but holds {blocks} blocks")
+    return Weights(
+        contents.path, "vitlit", state, config, about["classes"], about["preprocess"], unused, frozenset(config)
+    )
 
 
 def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:

@@ -20,31 +20,20 @@ from vitlit.weights.weights import Weights, usual_heads
 
 MOST_PATCHES = 1 << 18  # of an image: no file holds a sin-cos table, so its image_size could ask for any memory
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
-FILL = "and vitlit.load_weights(vit, path) fills it"
+BUILD = "build the ViT with its image_size and heads, and call load_weights"
 
 
 class LoadReport(NamedTuple):
-    """What `load_weights` did.
+    """What `load_weights` did with each tensor, by name, and what it set on the ViT."""
 
-    Attributes:
-        matched: tensors loaded unchanged, by name.
-        resampled: tensors loaded after a change of resolution, channels or class position.
-        new: skipped tensors that only the ViT has; they stay as they were.
-        skipped: skipped tensors that the file has.
-        unexpected: tensors in the file that are not part of a ViT, such as a decoder.
-        format: the file's format.
-        settings: what was set on the ViT because the weights were made with it, such as norm_eps.
-        origins: where settings that the tensors do not show come from, by name.
-    """
-
-    matched: list[str]
-    resampled: list[str]
-    new: list[str]
-    skipped: list[str]
-    unexpected: list[str]
-    format: str
-    settings: list[str]
-    origins: dict[str, str]
+    matched: list[str]  # loaded unchanged
+    resampled: list[str]  # loaded after a change of resolution, channels or class position
+    new: list[str]  # skipped, and only the ViT has them; they stay as they were
+    skipped: list[str]  # skipped, and the file has them
+    unexpected: list[str]  # in the file, but not part of a ViT, such as a decoder
+    format: str  # of the file
+    settings: list[str]  # what was set on the ViT because the weights were made with it, such as norm_eps
+    origins: dict[str, str]  # where settings that no tensor shows come from, by name
 
     def __str__(self) -> str:
         counts = [f"{len(names)} {kind}" for kind, names in zip(self._fields[:5], self[:5], strict=True) if names]
@@ -55,18 +44,14 @@ class LoadReport(NamedTuple):
 
 
 def read(source: str | Path) -> Weights:
-    """The weights in the folder of a run or a model, in a file of any known format, or in hf:OWNER/NAME[@REVISION].
-
-    Raises:
-        UserError: there is no such file, or it is damaged or of no known format.
-    """
+    """The weights of a run's or model's folder, of a file of any known format or of hf:OWNER/NAME[@REVISION]."""
     path = hub.fetch(str(source)) if str(source).startswith("hf:") else locate(source)
     contents, weights = open_file(path), None
     for reader in READERS:
         try:
             weights = reader(contents)
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             format, why = reader.__module__.rsplit(".", 1)[-1], " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{path} looks like a file of {format}, but is not whole ({why})") from error
@@ -104,8 +89,7 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
         skip: shell patterns of tensor names to leave alone, one or several, such as `head*`.
 
     Raises:
-        UserError: the file cannot be read, or a tensor is missing, unexpected, not finite or of another shape; the
-            message names the first such tensor.
+        UserError: the file cannot be read, or the named tensor is missing, unexpected, not finite or of another shape.
     """
     weights = path if isinstance(path, Weights) else read(path)
     own = vit.state_dict()
@@ -166,11 +150,7 @@ def differences(vit: ViT, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
 def load(source: str | Path) -> ViT:
     """The ViT of a run (its best checkpoint), of a file of any known format or of hf:OWNER/NAME, in evaluation mode.
 
-    `vit.classes` are the class names in the order of the logits; `vit.preprocess(paths)` makes its input.
-
-        vit = vitlit.load("runs/finetune")
-        probabilities = vit(vit.preprocess(["a.png", "b.png"])).softmax(-1)
-        names = [vit.classes[i] for i in probabilities.argmax(-1)]
+    `vit.classes` are the class names in the order of the logits, and `vit(vit.preprocess(paths))` the logits of images.
 
     Raises:
         UserError: there is no such run or file, it cannot be read, or it does not show the whole architecture.
@@ -179,7 +159,7 @@ def load(source: str | Path) -> ViT:
     vit = empty(weights)
     vit.to_empty(device="cpu")
     load_weights(vit, weights)
-    vit.classes, vit.preprocess = weights.classes, preprocess(weights)
+    vit.classes, vit.preprocess = weights.classes, preprocess(weights, vit)
     return vit.eval()
 
 
@@ -204,27 +184,22 @@ def network(weights: Weights, **changes: Any) -> dict[str, Any]:
     """The options of a ViT for these weights, with changes; UserError if not all of them are known."""
     config, patch = {**weights.config, **changes}, weights.config["patch_size"]
     if "heads" not in config:
-        raise UserError(
-            f"{weights.path} does not show how many heads a ViT of width {config['width']} has; build it, {FILL}"
-        )
+        raise UserError(f"{weights.path} does not show how many heads a ViT of width {config['width']} has; {BUILD}")
     if config.get("image_size") is None:
         if "pos_embed" in weights.state:
             shape = list(weights.state["pos_embed"].shape)
-            raise UserError(
-                f"{weights.path}: pos_embed {shape} is not a square grid; build the ViT with its image_size, {FILL}"
-            )
+            raise UserError(f"{weights.path}: pos_embed {shape} is not a square grid; {BUILD}")
         config["image_size"] = 224 // patch * patch or patch
     return config
 
 
-def preprocess(weights: Weights) -> Preprocess | None:
-    """The preprocessing at the weights' own resolution; None if it is unknown."""
-    channels, known = weights.config.get("in_channels", 3), {**weights.preprocess}
+def preprocess(weights: Weights, vit: ViT) -> Preprocess | None:
+    """The preprocessing of the weights, at the ViT's resolution if they state none; None if it is unknown."""
+    known: dict[str, Any] = {"image_size": vit.config.sides, **weights.preprocess}
+    channels = vit.config.in_channels
     if channels == 1:
         known |= {name: [sum(known[name]) / len(known[name])] for name in ("mean", "std") if known.get(name)}
     if len(known.get("mean", ())) != channels:
         return None
-    size = network(weights)["image_size"]
-    known["image_size"] = known.get("image_size") or ([size, size] if isinstance(size, int) else size)
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
     return Preprocess(**options)

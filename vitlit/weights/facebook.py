@@ -25,7 +25,7 @@ def read(contents: Contents) -> Weights | None:
     kind = model_of({name.removeprefix(prefix) for name in contents.tensors}, contents.wrapper)
     if kind is None:
         return None
-    named, unused = strip(contents.tensors, prefix, contents.path, UNUSED)
+    named, unused = strip(contents.tensors, prefix, UNUSED)
     state = {}
     for name, tensor in named.items():
         for pattern, ours in NAMES:
@@ -33,7 +33,7 @@ def read(contents: Contents) -> Weights | None:
         state[name] = tensor
     state = fold_registers(state)
     stated = frozenset() if kind == "deit" else frozenset({"class_position"})
-    config = architecture(state, contents.path, class_position=True if stated else None)
+    config = architecture(state, class_position=True if stated else None)
     if kind == "dino" or (kind == "dinov2" and not config["registers"]):
         config["resampling"] = "offset"
     origins, unused = {"preprocess": kind}, [name.removeprefix(prefix) for name in unused]

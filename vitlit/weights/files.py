@@ -17,8 +17,7 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.files import MOST_UNPACKED, check_archive, damaged
 
-# The state dict of a checkpoint may be under one of these keys, the first that is there.
-WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")
+WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")  # the first that is there has the state dict
 # Plain values that training scripts leave in checkpoints and that torch does not allow by itself; the last is
 # numpy's scalar.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
@@ -38,10 +37,8 @@ class Contents(NamedTuple):
     def beside(self, name: str) -> dict[str, Any]:
         """The content of a JSON file in the same folder, empty if there is none."""
         file = self.path.parent / name
-        if not file.is_file():
-            return {}
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text()) if file.is_file() else {}
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not JSON: {error}") from error
         if not isinstance(content, dict):

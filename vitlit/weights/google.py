@@ -1,7 +1,6 @@
 """Google's `.npz` files: google-research/vision_transformer's layout, and big_vision's."""
 
 import re
-from pathlib import Path
 
 from torch import Tensor
 
@@ -43,37 +42,23 @@ def table(big_vision: bool, tanh_head: bool) -> Table:
 
 
 def read(contents: Contents) -> Weights | None:
-    path = contents.path
     prefix = next((p for p in PREFIXES if f"{p}embedding/kernel" in contents.tensors), None)
     if contents.kind != "npz" or prefix is None:
         return None
-    named, unused = strip(contents.tensors, prefix, path, UNUSED)
+    named, unused = strip(contents.tensors, prefix, UNUSED)
     named = {re.sub("(kernel|scale)$", "weight", n).replace("/", "."): t for n, t in unstacked(named).items()}
     big_vision = "Transformer.encoderblock_0.MultiHeadDotProductAttention_0.query.weight" in named
     state = translate(named, table(big_vision, "pre_logits.weight" in named))
-    heads = heads_of(state, path)
-    state = {name: from_jax(name, t.float() if t.is_floating_point() else t) for name, t in state.items()}
-    state = fuse(fuse(state, QKV, "attn.qkv", path), KV, "kv", path)
+    heads = state["blocks.0.attn.q.weight"].shape[1]
+    state = {name: from_jax(name, t.float() if t.is_floating_point() else t, heads) for name, t in state.items()}
+    state = fuse(fuse(state, QKV, "attn.qkv"), KV, "kv")
     learned = "pos_embed" in state or not big_vision
-    config = architecture(state, path, "learned" if learned else "sincos2d")
+    config = architecture(state, "learned" if learned else "sincos2d")
     config |= {"mlp": "gelu_tanh", "norm_eps": 1e-6, "heads": heads, "resampling": "bilinear"}
     origins = {"mlp": "JAX's default", "preprocess": "AugReg and SigLIP"}
     if not learned:
         origins["position"] = "big_vision, if a file has no table"
-    return Weights(path, "google", state, config, [], HALF, unused, frozenset({"heads"}), origins)
-
-
-def heads_of(state: dict[str, Tensor], path: Path) -> int:
-    """The number of heads; UserError if the projections disagree."""
-    shapes = {name: list(tensor.shape) for name, tensor in state.items() if PER_HEAD.search(name)}
-    first = shapes.get("blocks.0.attn.q.weight", [])
-    if len(first) != 3:
-        raise UserError(f"{path} is not a whole ViT: query/kernel of the first block is {first} in the file, not 3-D")
-    for name, shape in shapes.items():
-        expected = first if name.endswith("weight") else first[1:]
-        if shape != expected:
-            raise UserError(f"{path}: {name} is {shape} in the file; the first block's query makes it {expected}")
-    return first[1]
+    return Weights(contents.path, "google", state, config, [], HALF, unused, frozenset({"heads"}), origins)
 
 
 def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,9 +73,11 @@ def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def from_jax(name: str, tensor: Tensor) -> Tensor:
+def from_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
     """JAX's (..., in, out) as (out, in, ...), with heads and their channels as one axis."""
     if PER_HEAD.search(name):
+        if tensor.shape[-2:-1] != (heads,):
+            raise UserError(f"{name} is {list(tensor.shape)} in the file, but the first block has {heads} heads")
         tensor = tensor.flatten(-2)
     elif MERGING.search(name) and tensor.ndim == 3:
         tensor = tensor.flatten(0, 1)
@@ -114,13 +101,9 @@ def write(vit: ViT) -> dict[str, Tensor]:
     """The arrays of a ViT, in vision_transformer's layout if that has the network, else big_vision's; or UserError."""
     config = vit.config
     free = {"pool": config.pool, "position": ("learned", "sincos2d"), "class_position": config.class_position}
-    options = {**PLAIN, **free, "class_token": config.pool == "cls"}
-    require(vit, "Google's ViT", **options, qkv_bias=True, norm_eps=1e-6)
+    require(vit, "Google's ViT", **{**PLAIN, **free}, class_token=config.pool == "cls", qkv_bias=True, norm_eps=1e-6)
     if config.mlp != "gelu_tanh":
-        raise UserError(
-            f"Google's ViT computes gelu_tanh, and this one has mlp {config.mlp}; its readers would get other numbers. "
-            "Train with --model.vit.mlp gelu_tanh, or write another format"
-        )
+        raise UserError(f"Google's ViT computes gelu_tanh, not mlp {config.mlp}: train with --model.vit.mlp gelu_tanh")
     if vit.grid[0] != vit.grid[1] and config.position == "learned":
         raise UserError("Google's ViT takes only square images")
     big_vision = config.pool != "cls" or config.position != "learned" or not config.class_position

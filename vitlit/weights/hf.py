@@ -1,11 +1,11 @@
 """transformers: ViT, DeiT, ViTMAE, DINOv2 (with registers) and DINOv3, as `save_pretrained` writes them."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
@@ -16,8 +16,7 @@ from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture,
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
-# Names in a file that begin so are not part of the ViT.
-UNUSED = ("embeddings.mask_token", "pooler.", "decoder.")
+UNUSED = ("embeddings.mask_token", "pooler.", "decoder.")  # names that begin so are not part of the ViT
 
 
 def block(theirs: str, *parts: tuple[str, str]) -> Table:
@@ -66,8 +65,7 @@ TABLES: dict[str, Table] = {
     "dinov3_vit": DINOV3,
 }
 EPS = {"vit": 1e-12, "vit_mae": 1e-12, "deit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "dinov3_vit": 1e-5}
-# What both config.json and the tensors show: (theirs, ours).
-SHOWN_TWICE = {
+SHOWN_TWICE = {  # by config.json and by the tensors: (theirs, ours)
     "hidden_size": "width",
     "num_hidden_layers": "depth",
     "patch_size": "patch_size",
@@ -79,7 +77,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "ge
 
 
 def read(contents: Contents) -> Weights | None:
-    path, prefix = contents.path, prefix_of(contents.tensors, CLS_TOKEN)
+    prefix = prefix_of(contents.tensors, CLS_TOKEN)
     if prefix is None:
         return None
     named = {name.removeprefix(prefix): tensor for name, tensor in contents.tensors.items()}
@@ -87,7 +85,7 @@ def read(contents: Contents) -> Weights | None:
     about = about if "model_type" in about else {}
     kind = str(about.get("model_type") or model_type_of(named))
     if kind not in TABLES:
-        raise UserError(f"{path} has transformers' model type {kind}; vitlit reads {' '.join(TABLES)}")
+        raise UserError(f"transformers' model type {kind}; vitlit reads {' '.join(TABLES)}")
     origins = {"norm_eps": f"transformers' defaults for {kind}"}
 
     unused = [name for name in contents.tensors if name.removeprefix(prefix).startswith(UNUSED)]
@@ -96,9 +94,9 @@ def read(contents: Contents) -> Weights | None:
     if kind == "dinov3_vit":  # its keys have no bias
         biases = {n.replace(".q.", ".k."): torch.zeros_like(t) for n, t in state.items() if n.endswith("attn.q.bias")}
         state = biases | state
-    state = fuse(state, QKV, "attn.qkv", path)
+    state = fuse(state, QKV, "attn.qkv")
     if "blocks.0.mlp.gate.weight" in state:
-        state = fuse(state, GATED, "mlp.fc1", path)
+        state = fuse(state, GATED, "mlp.fc1")
     state = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in state.items()}
     head = state.get("head.weight")
     if kind.startswith("dinov2") and head is not None and head.shape[-1] == 2 * state["norm.weight"].shape[0]:
@@ -111,10 +109,10 @@ def read(contents: Contents) -> Weights | None:
         state["reg_token"] = state.pop("dist_token") + table[:, 1:2]
         state["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
     position = "rope" if kind == "dinov3_vit" else "learned"
-    config = {"mlp": "gelu", **architecture(state, path, position, class_position=True), "norm_eps": EPS[kind]}
+    config = {"mlp": "gelu", **architecture(state, position, class_position=True), "norm_eps": EPS[kind]}
     if kind == "dinov2":
         config["resampling"] = "offset"
-    stated = stated_by(about, config, state, path)
+    stated = stated_by(about, config, state)
     config |= stated
     origins |= dict.fromkeys(stated.keys() & {"norm_eps", "heads"}, CONFIG)
     labels = about.get("id2label") or {}
@@ -123,7 +121,7 @@ def read(contents: Contents) -> Weights | None:
         classes = []
     preprocess, origins["preprocess"] = preprocessing(contents.beside(PREPROCESSOR), kind)
     known = frozenset({"class_position", *stated})
-    return Weights(path, f"hf {kind}", state, config, classes, preprocess, unused, known, origins)
+    return Weights(contents.path, f"hf {kind}", state, config, classes, preprocess, unused, known, origins)
 
 
 def model_type_of(named: dict[str, Tensor]) -> str:
@@ -137,35 +135,32 @@ def model_type_of(named: dict[str, Tensor]) -> str:
     return "vit_mae" if any(name.startswith("decoder.") for name in named) else "vit"
 
 
-def stated_by(about: dict[str, Any], config: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:
+def stated_by(about: dict[str, Any], config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
     """The options that config.json states; UserError if the tensors contradict it or vitlit does not have them."""
-    file = path.parent / CONFIG
     stated: dict[str, Any] = {}
     activation = about.get("hidden_act", "gelu")
     if config["mlp"] != "swiglu":
         if activation not in ACTIVATIONS:
-            raise UserError(f"{file} has hidden_act {activation}; vitlit has {' '.join(ACTIVATIONS)}")
+            raise UserError(f"{CONFIG} has hidden_act {activation}; vitlit has {' '.join(ACTIVATIONS)}")
         stated["mlp"] = ACTIVATIONS[activation]
     elif about.get("model_type") == "dinov3_vit" and activation not in ("silu", "swish"):
-        raise UserError(f"{file} has hidden_act {activation} in a gated MLP; vitlit supports only silu")
+        raise UserError(f"{CONFIG} has hidden_act {activation} in a gated MLP; vitlit supports only silu")
     if about.get("rope_theta", 100.0) != 100.0:
-        raise UserError(f"{file} has rope_theta {about['rope_theta']}; vitlit has 100")
+        raise UserError(f"{CONFIG} has rope_theta {about['rope_theta']}; vitlit has 100")
     if "layer_norm_eps" in about:
         stated["norm_eps"] = float(about["layer_norm_eps"])
     if "num_attention_heads" in about:
         stated["heads"] = int(about["num_attention_heads"])
     for theirs, ours in SHOWN_TWICE.items():
         if theirs in about and about[theirs] != config[ours]:
-            raise UserError(f"{path} has {ours} {config[ours]}, but {CONFIG} beside it has {theirs} {about[theirs]}")
+            raise UserError(f"{ours} {config[ours]}, but {CONFIG} beside it has {theirs} {about[theirs]}")
     size = about.get("image_size")
     if isinstance(size, int | list):
         stated["image_size"] = size
         height, width = (side // config["patch_size"] for side in ([size, size] if isinstance(size, int) else size))
         positions = state["pos_embed"].shape[1] - 1 - config["distilled"] if "pos_embed" in state else height * width
         if positions != height * width:
-            raise UserError(
-                f"{path} has positions for {positions} patches, but {CONFIG} beside it has image_size {size}"
-            )
+            raise UserError(f"positions for {positions} patches, but {CONFIG} beside it has image_size {size}")
     return stated
 
 
@@ -207,7 +202,6 @@ def type_of(config: ViTConfig) -> tuple[str, str]:
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
-    """The tensors of a transformers model of the same network; UserError if transformers has no such network."""
     config, (kind, name) = vit.config, type_of(vit.config)
     state, table = split(tensors(vit), "attn.qkv", QKV), TABLES[kind]
     if kind in ("vit", "deit"):
@@ -230,7 +224,7 @@ def to_dinov2(vit: ViT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if mlp_dim != ((width * 4 * 2 // 3 + 7) // 8 * 8 if swiglu else mlp_dim // width * width):
         raise UserError(f"transformers' DINOv2 has no mlp_dim {mlp_dim} at width {width}")
     if not vit.positioned:
-        state["pos_embed"] = torch.cat([state["pos_embed"].new_zeros(1, 1, width), state["pos_embed"]], dim=1)
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
     ones = {f"blocks.{i}.ls{j}.gamma": torch.ones(width) for i in range(vit.config.depth) for j in (1, 2)}
     return {**ones, **state, "embeddings.mask_token": torch.zeros(1, width)}
 

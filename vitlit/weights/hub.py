@@ -17,16 +17,14 @@ def fetch(name: str) -> Path:
     try:
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=PATTERNS))
     except errors.RepositoryNotFoundError as error:
-        remedy = "then accept its terms on huggingface.co, and log in with `hf auth login`"
+        remedy = "accept its terms on huggingface.co, and log in with `hf auth login`"
         raise UserError(f"{name} does not exist, or is private or gated: {remedy}") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name}: the model has no revision {revision}") from error
     except errors.HFValidationError as error:
         raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION") from error
     except OSError as error:
-        raise UserError(
-            f"{name} is not in the cache and the hub cannot be reached; `{command}` downloads it"
-        ) from error
+        raise UserError(f"{name} is not cached and the hub cannot be reached: `{command}` downloads it") from error
     for file in FILES:
         if (folder / file).is_file():
             return folder / file

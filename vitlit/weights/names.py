@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,9 +33,7 @@ def prefix_of(tensors: Mapping[str, Tensor], anchor: str) -> str | None:
     return next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
 
 
-def strip(
-    tensors: Mapping[str, Tensor], prefix: str, path: Path, unused: str = ""
-) -> tuple[dict[str, Tensor], list[str]]:
+def strip(tensors: Mapping[str, Tensor], prefix: str, unused: str = "") -> tuple[dict[str, Tensor], list[str]]:
     """Take a prefix off the ViT's names; also returns the full names of tensors whose short names match `unused`."""
     kept, left = {}, []
     for name, tensor in tensors.items():
@@ -46,11 +43,11 @@ def strip(
         elif name.startswith(prefix):
             kept[short] = tensor
         else:
-            raise UserError(f"{path} holds {name} {list(tensor.shape)} outside the ViT in {prefix.rstrip('./')}")
+            raise UserError(f"{name} {list(tensor.shape)} lies outside the ViT in {prefix.rstrip('./')}")
     return kept, left
 
 
-def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str, path: Path) -> dict[str, Tensor]:
+def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
     """Concatenate the parts of a layer, such as attn.q, attn.k and attn.v of every block into attn.qkv."""
     pattern = re.compile(rf"(.+\.)(?:{'|'.join(map(re.escape, parts))})\.(weight|bias)")
     fused = {}
@@ -58,13 +55,9 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str, path: Pa
         match = pattern.fullmatch(name)
         if not match:
             fused[name] = tensor
-            continue
-        names = [f"{match[1]}{part}.{match[2]}" for part in parts]
-        for part in names:
-            if part not in state:
-                raise UserError(f"{path} is not a whole ViT: {part} is missing from the file")
-        if name == names[0]:  # stack, unlike cat, refuses parts of different sizes
-            fused[f"{match[1]}{whole}.{match[2]}"] = torch.stack([state[part] for part in names]).flatten(0, 1)
+        elif (new := f"{match[1]}{whole}.{match[2]}") not in fused:
+            # Stack, unlike cat, refuses parts of different sizes. A part that is missing is a KeyError.
+            fused[new] = torch.stack([state[f"{match[1]}{part}.{match[2]}"] for part in parts]).flatten(0, 1)
     return fused
 
 

@@ -1,7 +1,6 @@
 """Write a ViT's weights in any of the formats."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,7 +8,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.files import whole_file
@@ -21,20 +19,18 @@ from vitlit.weights.weights import tensors
 
 Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]
 ENDINGS = {"vitlit": (".safetensors", ".ckpt"), "google": (".npz",)}  # the others' are .safetensors, .pth and .pt
+# Each gives the tensors of the format's model of the same network; UserError if there is none.
 WRITERS = {"timm": timm.write, "hf": hf.write, "torchvision": torchvision.write, "google": google.write}
 
 
 def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
-    """Write a ViT's weights for another tool, or for vitlit itself.
+    """Write a ViT's weights for another tool, or for vitlit itself; returns the file with the weights.
 
     Args:
-        vit: the ViT, with `classes` and `preprocess` if they are known.
+        vit: with `classes` and `preprocess` if they are known.
         path: a .safetensors or .pth file (vitlit: .safetensors or .ckpt; google: .npz). For hf a folder, which gets
             model.safetensors, config.json and preprocessor_config.json.
         format: vitlit, timm, hf, torchvision or google.
-
-    Returns:
-        the file with the weights.
 
     Raises:
         UserError: the format has no such network or no such file ending, or the file cannot be written.
@@ -53,25 +49,18 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
         if isinstance(vit.preprocess, Preprocess):
             write(path / PREPROCESSOR, hf.processor(vit.preprocess))
         path = path / "model.safetensors"
+    # Contiguous copies on the CPU that share no memory, which safetensors demands.
+    state = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     if path.suffix == ".ckpt":
-        state = copied({f"vit.{name}": tensor for name, tensor in state.items()})
+        state = {f"vit.{name}": tensor for name, tensor in state.items()}
         write(path, {"vitlit": checkpoint.about(vit, vit.classes, vit.preprocess), "state_dict": state})
     else:
         write(path, state, checkpoint.metadata(vit) if format == "vitlit" else None)
     return path
 
 
-def copied(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Its tensors as contiguous copies on the CPU that share no memory, which safetensors demands."""
-    return {
-        name: value.cpu().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
-        for name, value in content.items()
-    }
-
-
-def write(path: Path, content: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+def write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Write a file in the way of its ending, and its folder, whole or not at all; UserError if that fails."""
-    content = copied(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:

@@ -1,11 +1,11 @@
 """timm's `vision_transformer` and `deit` models: their names are the ViT's own."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -16,8 +16,7 @@ from vitlit.weights.weights import HALF, IMAGENET, STEM, Weights, architecture, 
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 # The models that timm builds with act_layer gelu_tanh.
 TANH = re.compile(r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip|vit_large_patch16_siglip(_gap)?_512")
-# Networks with the same tensor names that compute something else.
-OTHERS = re.compile("_rope|_rpn|quickgelu|qwen|eva")
+OTHERS = re.compile("_rope|_rpn|quickgelu|qwen|eva")  # networks with the same tensor names that compute something else
 # Arguments of timm's models that have no effect, are shown by the tensors, or are read by `stated_by`.
 KNOWN = (
     *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "qk_norm"),
@@ -31,10 +30,10 @@ def read(contents: Contents) -> Weights | None:
     prefix = prefix_of(contents.tensors, STEM)
     if prefix is None:
         return None
-    state = fold_registers(strip(contents.tensors, prefix, contents.path)[0])
+    state = fold_registers(strip(contents.tensors, prefix)[0])
     about = contents.beside(CONFIG)
-    stated = stated_by(about, contents.path.parent / CONFIG)
-    config = {**architecture(state, contents.path), **stated}
+    stated = stated_by(about)
+    config = {**architecture(state), **stated}
     origins = {"mlp": "timm's default; the file does not say"} | dict.fromkeys(stated, CONFIG)
     cfg = about.get("pretrained_cfg")
     if isinstance(cfg, dict) and "mean" in cfg:
@@ -53,16 +52,16 @@ def read(contents: Contents) -> Weights | None:
     return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(stated), origins)
 
 
-def stated_by(about: dict[str, Any], file: Path) -> dict[str, Any]:
+def stated_by(about: dict[str, Any]) -> dict[str, Any]:
     """The options that timm's config.json states; UserError if it describes a network that vitlit does not have."""
     name, arguments = str(about.get("architecture", "")), about.get("model_args") or {}
     if not name:
         return {}
     if OTHERS.search(name):
-        raise UserError(f"{file} is of timm's {name}, which is not one of the plain ViTs that vitlit has")
+        raise UserError(f"{CONFIG} is of timm's {name}, which is not one of the plain ViTs that vitlit has")
     unknown = next((key for key in arguments if key not in KNOWN), None)
     if unknown is not None:
-        raise UserError(f"{file} has the model argument {unknown}, which vitlit does not know")
+        raise UserError(f"{CONFIG} has the model argument {unknown}, which vitlit does not know")
     stated: dict[str, Any] = {"mlp": "gelu_tanh"} if TANH.search(name) else {}
     pool, activation = arguments.get("global_pool", about.get("global_pool")), arguments.get("act_layer")
     if pool:
@@ -70,7 +69,7 @@ def stated_by(about: dict[str, Any], file: Path) -> dict[str, Any]:
     if "act_layer" in arguments:
         stated["mlp"] = activation if activation in ("gelu", "gelu_tanh") else None
     if None in stated.values():
-        raise UserError(f"{file} has global_pool {pool} and act_layer {activation}; vitlit does not have both")
+        raise UserError(f"{CONFIG} has global_pool {pool} and act_layer {activation}; vitlit does not have both")
     if "num_heads" in arguments or name.startswith("vit_base_patch16_gap"):
         stated["heads"] = int(arguments.get("num_heads", 16))
     if "img_size" in arguments:
@@ -91,13 +90,12 @@ def fold_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
-    """The tensors of a timm model of the same network; UserError if timm has no such network."""
     require(vit, "timm's vit", hidden_dim=None, position=("learned", "sincos2d", "sincos2d_mae"))
     state, registers = tensors(vit), vit.config.registers
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
         special = 0 if registers else vit.prefix  # timm's table covers the whole prefix or nothing of it
-        state["pos_embed"] = torch.cat([vit.pos_embed.new_zeros(1, special, vit.width), vit.pos_embed], dim=1)
+        state["pos_embed"] = F.pad(vit.pos_embed, (0, 0, special, 0))
     if registers and vit.positioned:
         table = state["pos_embed"]
         state["pos_embed"] = table[:, vit.positioned :]

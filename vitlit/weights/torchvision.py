@@ -33,16 +33,13 @@ def read(contents: Contents) -> Weights | None:
     if "conv_proj.weight" not in tensors or "class_token" not in tensors:
         return None
     state = translate(tensors, [*TABLE, *(TANH if "heads.pre_logits.weight" in tensors else LINEAR)])
-    config = {**architecture(state, contents.path, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
+    config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
     preprocess = {**IMAGENET, "interpolation": "bilinear"}
-    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
-    return Weights(
-        contents.path, "torchvision", state, config, [], preprocess, [], frozenset({"class_position"}), origins
-    )
+    stated, origins = frozenset({"class_position"}), {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
+    return Weights(contents.path, "torchvision", state, config, [], preprocess, [], stated, origins)
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
-    """The tensors of a torchvision model of the same network; UserError if torchvision has no such network."""
     model = "torchvision's VisionTransformer"
     require(vit, model, **PLAIN, mlp="gelu", norm_eps=1e-6, qkv_bias=True, in_channels=3)
     if vit.grid[0] != vit.grid[1]:

@@ -1,7 +1,6 @@
 """A ViT's weights as read from a file, and the architecture that its tensors show."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), **COMMO
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **COMMON}
 
 STEM = "patch_embed.proj.weight"  # identifies a ViT with timm's names
-# Heads by width: the presets, and DINOv3's largest.
-HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}
+HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by width: the presets, DINOv3's largest
 
 # The options of the ViT of 2010.11929, for `require`; ViTConfig's defaults are its.
 FEATURES = (
@@ -37,57 +35,41 @@ PLAIN: dict[str, Any] = {name: getattr(ViTConfig, name) for name in FEATURES}
 
 @dataclass
 class Weights:
-    """A ViT's weights, and what the file says about them.
-
-    Attributes:
-        path: the file.
-        format: whose format it is, such as timm.
-        state: tensors by the ViT's parameter names.
-        config: the ViT's options, as far as file and format show them; image_size is None if the position table is not
-            square.
-        classes: class names in the order of the head's outputs; empty if unknown.
-        preprocess: arguments of `vitlit.data.Preprocess`; empty if unknown.
-        unused: names in the file of tensors that are not part of a ViT, such as a decoder.
-        stated: options in `config` that the file or its format states; the others are inferred from the tensors.
-        origins: where settings that the tensors do not show come from, by name.
-    """
+    """A ViT's weights, and what the file says about them."""
 
     path: Path
-    format: str
-    state: dict[str, Tensor]
-    config: dict[str, Any]
-    classes: list[str] = field(default_factory=list)
-    preprocess: dict[str, Any] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    stated: frozenset[str] = frozenset()
-    origins: dict[str, str] = field(default_factory=dict)
+    format: str  # whose it is, such as timm
+    state: dict[str, Tensor]  # by the ViT's parameter names
+    config: dict[str, Any]  # the ViT's options, as far as known; image_size is None if the positions are no square
+    classes: list[str] = field(default_factory=list)  # in the order of the head's outputs; empty if unknown
+    preprocess: dict[str, Any] = field(default_factory=dict)  # arguments of `Preprocess`; empty if unknown
+    unused: list[str] = field(default_factory=list)  # names in the file of what is not part of a ViT, such as a decoder
+    stated: frozenset[str] = frozenset()  # options that the file or its format states; the tensors show the others
+    origins: dict[str, str] = field(default_factory=dict)  # where settings that no tensor shows come from, by name
 
 
 def architecture(
-    state: Mapping[str, Tensor], path: Path, position: str = "learned", class_position: bool | None = None
+    state: dict[str, Tensor], position: str = "learned", class_position: bool | None = None
 ) -> dict[str, Any]:
-    """The ViT's options, as far as tensors with its parameter names show them; UserError if they are no whole ViT.
-
-    `class_position` is whether the position table covers the class token; by default, whether that leaves a square.
-    """
+    """The ViT's options, as far as tensors with its parameter names show them; UserError if they are no whole ViT."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
-            raise UserError(f"{path} is not a whole ViT: {name} is missing from the file")
+            raise UserError(f"{name} is missing from the file")
         if state[name].ndim != dimensions or 0 in state[name].shape:
-            raise UserError(f"{path} is not a ViT: {name} has the shape {list(state[name].shape)}")
+            raise UserError(f"{name} has the shape {list(state[name].shape)}, which is not a ViT's")
         return tuple(state[name].shape)
 
     width, channels, patch, patch_width = shape(STEM, 4)
     if patch != patch_width:
-        raise UserError(f"{path} has patches of {patch} x {patch_width} pixels; vitlit's are square")
+        raise UserError(f"patches of {patch} x {patch_width} pixels; vitlit's are square")
     hidden, mlp_dim = shape("blocks.0.mlp.fc1.weight", 2)[0], shape("blocks.0.mlp.fc2.weight", 2)[1]
     tokens = {name: state[name].shape[1] if name in state else 0 for name in ("cls_token", "dist_token", "reg_token")}
     config: dict[str, Any] = {
         "image_size": None,
         "patch_size": patch,
         "width": width,
-        "depth": count_blocks(state, path),
+        "depth": count_blocks(state),
         "mlp_dim": mlp_dim,
         "num_classes": 0,
         "hidden_dim": None,
@@ -112,24 +94,17 @@ def architecture(
     elif any(name.startswith("head.") for name in state):
         config["num_classes"] = shape("head.weight", 2)[0]
     if position == "learned":
-        _, length, table_width = shape("pos_embed", 3)
-        if table_width != width:
-            raise UserError(f"{path}: pos_embed is {list(state['pos_embed'].shape)} in the file, its width not {width}")
+        length = shape("pos_embed", 3)[1]
         special = tokens["cls_token"] + tokens["dist_token"]
-        if class_position is None:
+        if class_position is None:  # the table covers the class token if that leaves a square
             class_position = special > 0 and (square(length - special) is not None or square(length) is None)
         side = square(length - special if class_position else length)
         config["class_position"], config["image_size"] = class_position, side * patch if side else None
     return config
 
 
-def count_blocks(state: Mapping[str, Tensor], path: Path) -> int:
-    """The number of blocks, which are numbered from 0 without a gap, or UserError."""
-    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    gap = next(i for i in range(len(blocks) + 1) if i not in blocks)
-    if gap == 0 or gap < len(blocks):
-        raise UserError(f"{path} is not a whole ViT: blocks.{gap}.norm1.weight is missing from the file")
-    return len(blocks)
+def count_blocks(state: dict[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def usual_heads(config: Mapping[str, Any]) -> int | None:
