@@ -26,10 +26,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D).
-
-    With `qk_norm`, queries and keys are normalised per head (2302.05442, section 2). `rotary` rotates them.
-    """
+    """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D)."""
 
     def __init__(self, config: "ViTConfig") -> None:
         super().__init__()
@@ -101,9 +98,6 @@ class DropPath(nn.Module):
             return x
         kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
         return x * kept.to(x.dtype) / (1 - self.p)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 class Block(nn.Module):

@@ -20,12 +20,10 @@ class LoRA:
     """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1).
 
     Args:
-        rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix.
+        rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix. UserError if it is less
+            than 1 or more than a layer's.
         alpha: the product is scaled by alpha / rank.
         layers: names within a block: attn.qkv, attn.proj, mlp.fc1, mlp.fc2.
-
-    Raises:
-        UserError: the rank is less than 1 or more than a layer's, alpha is not positive, or a layer is unknown.
     """
 
     rank: int = 8
@@ -71,11 +69,7 @@ def add_lora(vit: ViT, lora: LoRA) -> None:
 
 
 def merge(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Merge the adapters of a state dict into the weights they adapt.
-
-    Returns:
-        (the state of the network without adapters; the entries of `state` that it changes or leaves out).
-    """
+    """A state dict with its adapters merged, and the entries of `state` that this changes or leaves out."""
     merged = {name: tensor for name, tensor in state.items() if not name.endswith(TENSORS)}
     replaced: dict[str, Tensor] = {}
     for layer in [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]:

@@ -1,7 +1,4 @@
-"""Positions: a learned table and its resampling, fixed sines and cosines, rotary embeddings.
-
-A grid is (rows, columns) of patches.
-"""
+"""Positions of a grid (rows, columns) of patches: a learned table, fixed sines and cosines, rotary embeddings."""
 
 import math
 from typing import Literal
@@ -23,26 +20,13 @@ def resample(
 ) -> Tensor:
     """Resample a learned position table to another grid (2010.11929, section 3.2), in float32.
 
-    Args:
-        table: positions, (1, prefix + rows * columns, D).
-        source: the table's grid.
-        target: the new grid.
-        prefix: how many leading positions belong to no patch (class token); they are kept.
-        resampling: antialias is timm's convention, bicubic with antialiasing. bicubic is without (transformers'
-            DINOv2). offset is too, and scales by (target + 0.1) / source (facebookresearch/dinov2,
-            `vision_transformer.py`). bilinear keeps the corners in place (scipy.ndimage.zoom of order 1, which
-            google-research's vision_transformer and big_vision call).
-
-    Returns:
-        (1, prefix + rows * columns, D) for the new grid, in the table's dtype.
-
-    Raises:
-        ValueError: the table does not have prefix + rows * columns positions.
+    The table is (1, prefix + rows * columns, D); its first `prefix` positions (class token) are kept. antialias is
+    timm's convention, bicubic. bicubic does not antialias (transformers' DINOv2). offset does not either, and scales by
+    (target + 0.1) / source (facebookresearch/dinov2, `vision_transformer.py`). bilinear keeps the corners in place
+    (scipy.ndimage.zoom of order 1, which google-research's vision_transformer and big_vision call).
     """
     if table.shape[1] != prefix + math.prod(source):
-        raise ValueError(
-            f"a position table of length {table.shape[1]} is not {prefix} + {source[0]} x {source[1]} positions"
-        )
+        raise ValueError("a table of length {} is not {} + {} x {} positions".format(table.shape[1], prefix, *source))
     if source == target:
         return table
     grid = table[:, prefix:].float().reshape(1, *source, -1).permute(0, 3, 1, 2)
@@ -57,16 +41,10 @@ def resample(
 
 
 def sincos2d(grid: tuple[int, int], width: int, convention: str) -> Tensor:
-    """Fixed positions [sin x, cos x, sin y, cos y] of a grid's patches (2205.01580, section 3.1).
+    """Fixed positions [sin x, cos x, sin y, cos y] (2205.01580, section 3.1): (1, rows * columns, D), float32.
 
-    Args:
-        grid: the patch grid.
-        width: D, divisible by 4.
-        convention: how the D / 4 frequencies 10000^-e are spaced: e is i / (D / 4 - 1) in big_vision (sincos2d) and
-            i / (D / 4) in MAE (sincos2d_mae; 2111.06377, `util/pos_embed.py`). The tables differ by up to 0.05.
-
-    Returns:
-        (1, rows * columns, D), float32.
+    The conventions space the D / 4 frequencies 10000^-e differently: e is i / (D / 4 - 1) in big_vision (sincos2d),
+    i / (D / 4) in MAE (sincos2d_mae; 2111.06377, `util/pos_embed.py`). The tables differ by up to 0.05.
     """
     quarter = width // 4
     steps = quarter - 1 if convention == "sincos2d" else quarter
@@ -79,17 +57,9 @@ def sincos2d(grid: tuple[int, int], width: int, convention: str) -> Tensor:
 def rotary2d(grid: tuple[int, int], head_width: int, prefix: int, like: Tensor, keep: Tensor | None = None) -> Rotary:
     """Cosines and sines of DINOv3's axial rotary embedding, base 100 (2508.10104, section 3.2).
 
-    A patch's centre is (y, x) in [-1, 1]. Half of a head's channel pairs rotate with y, half with x.
-
-    Args:
-        grid: the patch grid.
-        head_width: channels of a head, divisible by 4.
-        prefix: the number of tokens before the patches; they do not rotate.
-        like: a tensor with the device and dtype of the result.
-        keep: indices of the only patches present, (B, K), int64.
-
-    Returns:
-        two tensors for `rotate`: (prefix + rows * columns, head_width), or (B, 1, prefix + K, head_width) with `keep`.
+    A patch's centre is (y, x) in [-1, 1]. Half of a head's channel pairs rotate with y, half with x; the `prefix`
+    tokens before the patches do not. `keep` (B, K) are the indices of the only patches present.
+    Both are (prefix + rows * columns, head_width), or (B, 1, prefix + K, head_width) with `keep`.
     """
     device = like.device
     frequencies = 100.0 ** -(torch.arange(head_width // 4, dtype=torch.float32, device=device) * (4 / head_width))

@@ -95,14 +95,11 @@ class ViTConfig:
             object.__setattr__(self, "class_token", self.pool == "cls")
         if not self.num_classes:
             object.__setattr__(self, "hidden_dim", None)
-        self._validate()
-
-    def _validate(self) -> None:
         for name, least in MINIMUM.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} {value} is less than {least}")
-        for name in ("dropout", "attention_dropout", "drop_path"):
+        for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
         for name, choices in CHOICES.items():
@@ -132,6 +129,7 @@ class ViTConfig:
 
 
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ViTConfig).items() if get_origin(kind) is Literal}
+DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 MINIMUM = {
     **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
     **dict.fromkeys(("num_classes", "registers"), 0),
@@ -141,7 +139,7 @@ MINIMUM = {
 class ViT(nn.Module):
     """The Vision Transformer: images (B, C, H, W) -> logits (B, num_classes), or features (B, D) without a head.
 
-    The forward pass is `embed` -> `encode` -> `pool` -> `head`. Each can be called on its own.
+    The forward pass is `embed` -> `encode` -> `pool` -> `head`, each callable alone.
 
     Args:
         *values, **options: the fields of `ViTConfig`, in order or by name.
@@ -281,12 +279,11 @@ class ViT(nn.Module):
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""
-        if height % self.patch_size or width % self.patch_size:
-            near = " x ".join(str(max(1, round(side / self.patch_size)) * self.patch_size) for side in (height, width))
-            raise UserError(
-                f"patch size {self.patch_size} does not divide the image size {height} x {width}; {near} would do"
-            )
-        return height // self.patch_size, width // self.patch_size
+        patch = self.patch_size
+        if height % patch or width % patch:
+            near = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
+            raise UserError(f"patch size {patch} does not divide the image size {height} x {width}; {near} would do")
+        return height // patch, width // patch
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """The positions that `embed` adds for a patch grid, (1, positioned + N, D), or None."""

@@ -18,7 +18,7 @@ class Distillation(Supervised):
     hard: cross entropy on the teacher's most probable class (2012.12877, equation 3). soft: the Kullback-Leibler
     divergence of the softened probabilities, times temperature^2 (1503.02531, section 2). A ViT with `distilled: true`
     learns from the teacher with its distillation token and from the labels with its class token; any other ViT learns
-    both with its one head.
+    both with its one head. Options out of range raise UserError.
 
     Args:
         vit: the headless ViT; it gets its head here.
@@ -29,9 +29,6 @@ class Distillation(Supervised):
         share: weight of the teacher's loss; the labels' loss has the rest.
         temperature: temperature of soft.
         **options: those of `Supervised`.
-
-    Raises:
-        UserError: as `Supervised`, or a number is out of range.
     """
 
     def __init__(
@@ -60,11 +57,7 @@ class Distillation(Supervised):
         self._teacher = [teacher.requires_grad_(False).eval()]
 
     def prepare(self, data: Any) -> None:
-        """Compare the teacher with the data, and adapt it to their normalisation.
-
-        Raises:
-            UserError: the teacher has other classes than the data, or its patch size does not divide the images.
-        """
+        """Adapt the teacher to the data's normalisation; UserError if it has other classes or cannot see the images."""
         super().prepare(data)
         teacher: ViT = self._teacher[0]
         classes = teacher.config.num_classes
@@ -73,9 +66,7 @@ class Distillation(Supervised):
         if classes != self.num_classes:
             raise UserError(f"the teacher {self.teacher} has {classes} classes, the data {self.num_classes}")
         if difference := first_difference(teacher.classes, list(getattr(data, "classes", []))):
-            raise UserError(
-                f"the teacher {self.teacher} has other class names than the data, or another order: {difference}"
-            )
+            raise UserError(f"the teacher {self.teacher} has other class names than the data: {difference}")
         scale, shift = torch.ones(1), torch.zeros(1)
         theirs: Any = teacher.preprocess
         ours: Any = getattr(data, "preprocess", None)
@@ -85,8 +76,8 @@ class Distillation(Supervised):
             except UserError as error:
                 raise UserError(f"the teacher {self.teacher} cannot see the student's images: {error}") from error
         if ours is not None and theirs is not None:
-            mean, std = torch.tensor(theirs.mean), torch.tensor(theirs.std)
-            scale, shift = torch.tensor(ours.std) / std, (torch.tensor(ours.mean) - mean) / std
+            std = torch.tensor(theirs.std)
+            scale, shift = torch.tensor(ours.std) / std, (torch.tensor(ours.mean) - torch.tensor(theirs.mean)) / std
         self._teacher = [teacher, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)]
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:

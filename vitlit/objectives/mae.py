@@ -21,7 +21,8 @@ class MAE(Objective):
 
     The ViT encodes only the visible patches. A smaller transformer, the decoder, fills their gaps with mask tokens and
     predicts pixels. The paper's encoder has `position: sincos2d_mae`. In validation, an image always has the same
-    hidden patches. Parameter names are those of facebookresearch/mae.
+    hidden patches. Parameter names are those of facebookresearch/mae. Options out of range raise UserError, and so does
+    a ViT with parts that MAE does not train.
 
     Args:
         vit: the encoder; its head is removed.
@@ -30,9 +31,6 @@ class MAE(Objective):
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder; must divide its width.
         normalize_pixels: whether the target is each patch's pixels normalised by their own mean and variance.
-
-    Raises:
-        UserError: an option is out of range, or the ViT has parts that MAE does not train.
     """
 
     def __init__(
@@ -76,18 +74,13 @@ class MAE(Objective):
             xavier(layer)
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        images = batch.views[0]
         noise = None if self.training else image_noise(batch.indices, math.prod(vit.grid))
-        loss, *_ = self.reconstruct(vit, images, noise)
-        return Step(loss)
+        return Step(self.reconstruct(vit, batch.views[0], noise)[0])
 
     def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide patches, predict their pixels and compare.
+        """Hide patches of images of the ViT's own size, predict their pixels and compare.
 
-        Args:
-            vit: the encoder.
-            images: (B, C, H, W), of the ViT's own size.
-            noise: (B, N); the K patches with the lowest values stay visible. By default random.
+        The K patches with the lowest noise (B, N), by default random, stay visible.
 
         Returns:
             the loss, a scalar; the predicted pixels of all patches, (B, N, P * P * C); which are hidden, (B, N), bool.

@@ -71,18 +71,11 @@ class Objective(nn.Module, ABC):
         super().__init__()
 
     def prepare(self, data: Any) -> None:
-        """Called once before training with the data module, or None if there is none.
-
-        Raises:
-            UserError: the objective cannot learn from this data.
-        """
+        """Called once before training with the data module or None; UserError if it cannot learn from this data."""
 
     @abstractmethod
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        """Compute the loss of a batch, in training (`self.training`) or validation.
-
-        `progress` is the share of training that is done, step / total steps, in [0, 1), for schedules.
-        """
+        """The loss of a batch, in training (`self.training`) or not; `progress` in [0, 1) is step / total steps."""
 
     def after_step(self, vit: ViT, progress: float) -> None:
         """Called after every optimiser step with the updated ViT and that step's progress, e.g. to move a teacher."""

@@ -17,7 +17,8 @@ class Supervised(Objective):
 
     softmax is the usual loss. sigmoid is binary cross entropy per class, summed over the classes (2106.10270). bce is
     its mean over the classes, with every class of a mixed label counted in full (2110.00476, section 3; DeiT III).
-    Label smoothing and class weights act in training only, not in validation.
+    Label smoothing and class weights act in training only, not in validation. Options that are out of range or
+    contradict each other raise UserError.
 
     Args:
         vit: the headless ViT; it gets its head here.
@@ -32,9 +33,6 @@ class Supervised(Objective):
         class_weights: balanced multiplies an image's loss by N / (classes x images of its class), scikit-learn's
             formula. The mean over the training images is 1.
         multi_label: whether an image may have several classes; the command line fills it from the data.
-
-    Raises:
-        UserError: there are fewer than 2 classes, or options contradict each other.
     """
 
     needs_labels = True

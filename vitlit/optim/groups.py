@@ -18,7 +18,7 @@ Layers = Mapping[str, Mapping[str, nn.Parameter]]
 
 @dataclass(frozen=True)
 class Groups:
-    """How learning rate and weight decay differ between parameters.
+    """How learning rate and weight decay differ between parameters. Numbers out of range raise UserError.
 
     Patterns are shell globs of parameter names, such as `blocks.*.attn.*`. An objective's own parameters are named
     `objective.NAME`. If several patterns match a parameter, their multiples multiply; a pattern must match one.
@@ -30,9 +30,6 @@ class Groups:
         lr: further multiples of the learning rate, by pattern.
         weight_decay: multiples of the weight decay, by pattern. The default is 1 for kernels (weights of linear layers
             and convolutions) and 0 for all other parameters (big_vision, configs/vit_s16_i1k.py).
-
-    Raises:
-        UserError: layer_decay is not in (0, 1], or a multiple is negative.
     """
 
     layer_decay: float = 1.0
@@ -53,17 +50,8 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer over the trainable parameters of a module, in groups with their own lr and weight_decay.
 
-    Args:
-        make: makes an optimizer from parameter groups; the multiples apply to its lr and weight_decay.
-        layers: the parameters by layer, in the order of the forward pass (`ViT.layers`). Layer decay acts on embed and
-            blocks.N; all other layers learn at the full rate.
-        module: the module; each of its trainable parameters must be in a layer.
-        groups: the multiples.
-        lr_scale: a factor of every learning rate.
-
-    Raises:
-        UserError: a trainable parameter is in no layer, a pattern matches none, nothing is trainable, or every learning
-            rate is 0.
+    Each of these parameters must be in a layer (`ViT.layers`). Layer decay acts on embed and blocks.N; all other layers
+    learn at the full rate. `lr_scale` is a factor of every learning rate.
     """
     members = group_members(layers, module, groups)
     try:
@@ -98,9 +86,8 @@ def group_members(layers: Layers, module: nn.Module, groups: Groups) -> list[dic
     for kind in ("lr", "weight_decay"):
         for pattern in getattr(groups, kind):
             if not any(fnmatchcase(name, pattern) for name in trainable):
-                raise UserError(
-                    f"model.groups.{kind} {pattern!r} matches no trainable parameter, such as {trainable[-1]}"
-                )
+                example = trainable[-1]
+                raise UserError(f"model.groups.{kind} {pattern!r} matches no trainable parameter, such as {example}")
     linear = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     kernels = {id(parameter) for part in linear for parameter in part.parameters(recurse=False) if parameter.ndim > 1}
     depth = sum(layer.startswith("blocks.") for layer in layers)

@@ -14,7 +14,7 @@ class Schedule:
     """Linear warm-up, a decay, and a linear cool-down to zero (big_vision, utils.py).
 
     A length is a number of steps, or text such as "5 epochs" or "10%" of the training. Steps count from 0, so with a
-    warm-up the first update has a learning rate of `start`.
+    warm-up the first update has a learning rate of `start`. What is out of range raises UserError.
 
     Args:
         warmup: length of the rise from `start` to the peak.
@@ -29,9 +29,6 @@ class Schedule:
         interval: how often the rate changes. epoch is facebookresearch/deit's (`main.py`): timm's scheduler, stepped
             after an epoch with its number. Epochs 0 and 1 have the first rate, epoch n that of n - 1, and the decay
             counts from the beginning, not from the end of the warm-up.
-
-    Raises:
-        UserError: a length has no such form, or a number is out of range.
     """
 
     warmup: int | str = 0
@@ -65,11 +62,7 @@ class Schedule:
             raise UserError(f"model.schedule.cooldown is for rsqrt and constant; for {self.decay}, give final")
 
     def over(self, total: int, epoch: int = 0) -> Callable[[int], float]:
-        """The learning rate as a multiple of the peak, by step, for `total` steps of training, `epoch` in each epoch.
-
-        Raises:
-            UserError: warm-up and cool-down do not fit into the training, or `interval` is an epoch of unknown length.
-        """
+        """The learning rate by step, as a multiple of the peak, for `total` steps with `epoch` in each epoch."""
         by_epoch = self.interval == "epoch"
         if by_epoch and not epoch:
             raise UserError("model.schedule.interval epoch: the steps of an epoch are not known here; give step")
@@ -77,13 +70,11 @@ class Schedule:
         cooldown = length("model.schedule.cooldown", self.cooldown, total, epoch)
         if warmup >= total:
             raise UserError(
-                f"model.schedule.warmup is {warmup} steps but training has only {total}; "
-                "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
+                f"model.schedule.warmup is {warmup} steps but training has only {total}; give a shorter one, such as 0"
             )
         if warmup + cooldown > total:
-            raise UserError(
-                f"model.schedule.warmup and cooldown are {warmup} and {cooldown} steps but training has only {total}"
-            )
+            both = f"{warmup} and {cooldown}"
+            raise UserError(f"model.schedule.warmup and cooldown are {both} steps but training has only {total}")
 
         def factor(step: int) -> float:
             if by_epoch:
@@ -104,11 +95,7 @@ class Schedule:
 
 
 def length(name: str, value: int | str, total: int, epoch: int) -> int:
-    """A length in steps, given the steps of the training and of an epoch (0 if unknown).
-
-    Raises:
-        UserError: the value is not a length, or it is in epochs and the steps of an epoch are unknown.
-    """
+    """A length in steps, given the steps of the training and of an epoch (0 if unknown)."""
     match = re.fullmatch(r"(\d*\.?\d+(?:e\+?\d\d?)?)\s*(%|epochs?|)", str(value).strip())
     if not match or (not match[2] and float(match[1]) % 1):
         raise UserError(f'{name} {value!r} is not a number of steps, nor text such as "5 epochs" or "10%"')

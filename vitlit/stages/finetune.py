@@ -10,10 +10,11 @@ from torch import nn
 from vitlit.errors import UserError, first_difference
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.lora import LoRA, add_lora
+from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
-from vitlit.stages.stage import DROPOUTS, Stage
+from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
 
 # Options that belong to a training run, not to the weights it starts from.
@@ -49,9 +50,8 @@ class Finetune(Stage):
         weights: the weights of init_from, if they have been read already.
 
     Raises:
-        UserError: neither vit nor init_from is given, or both vit and image_size; more than one of freeze, last_blocks
-            and lora; a pattern of freeze matches no parameter; the ViT has fewer blocks. At the start of training: the
-            weights do not fit, or have no head to keep.
+        UserError: options contradict each other or do not fit the ViT. At the start of training: the weights do not
+            fit, or have no head to keep.
     """
 
     def __init__(
@@ -83,13 +83,11 @@ class Finetune(Stage):
             raise UserError(f"finetuning needs num_classes of at least 2, not {num_classes}")
         given = getattr(objective, "keywords", {}).get("num_classes")
         if given not in (None, num_classes):
-            raise UserError(
-                f"the objective has num_classes {given}, but the stage {num_classes}; give the latter alone"
-            )
+            raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; drop the former")
         vit.set_head("finetune", num_classes)
+        super().__init__(vit, objective, optimizer, schedule, groups)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
-        arguments = {"objective": objective, "num_classes": num_classes, **ways}
-        super().__init__(vit, objective, optimizer, schedule, groups, arguments)
+        self.hparams.update(describe({"num_classes": num_classes, **ways}))
         self.init_from, self.keep_head = init_from, keep_head
         self.weights: Weights | None = None
         if lora is not None:
@@ -99,19 +97,15 @@ class Finetune(Stage):
         elif freeze:
             freeze_matching(self.vit, freeze)
         if not keep_head and frozen(self.vit.head):
-            raise UserError(
-                f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out of it"
-            )
+            raise UserError(f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             weights = self.weights or read(self.init_from)
-            fresh = ["*.lora_*"]
             if self.keep_head:
                 self.check_head(weights)
-            else:
-                fresh.append("head*")
+            fresh = ["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"]
             if weights.config.get("norm", "tokens") != self.vit.config.norm:
                 fresh += ["norm.*", "fc_norm.*"]
             if weights.config.get("pool", "cls") != self.vit.config.pool:
@@ -126,17 +120,15 @@ class Finetune(Stage):
             self.init_from = self.weights = None  # a second fit continues
 
     def check_head(self, weights: Weights) -> None:
-        """Raise UserError unless the weights' head is one linear layer for the data's classes."""
+        """UserError unless the weights' head is one linear layer for the data's classes."""
         classes = self.vit.config.num_classes
         count, hidden = weights.config.get("num_classes"), weights.config.get("hidden_dim")
         difference = first_difference(weights.classes, list(getattr(self.data, "classes", [])))
         if count != classes or hidden or difference:
             has = "no head" if not count else "a head with a hidden layer" if hidden else f"a head for {count} classes"
             has += f", {difference}" if difference else ""
-            raise UserError(
-                f"model.keep_head needs one linear layer for the data's {classes} classes, in their order, but "
-                f"{weights.path} has {has}; leave it out"
-            )
+            needs = f"needs one linear layer for the data's {classes} classes, in their order"
+            raise UserError(f"model.keep_head {needs}, but {weights.path} has {has}; leave it out")
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -159,9 +151,8 @@ def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
     patterns = [freeze] if isinstance(freeze, str) else [] if isinstance(freeze, bool) else list(freeze)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise UserError(
-                f"model.freeze {pattern!r} matches no parameter of the ViT, such as {next(iter(parameters))}"
-            )
+            example = next(iter(parameters))
+            raise UserError(f"model.freeze {pattern!r} matches no parameter of the ViT, such as {example}")
     for name, parameter in parameters.items():
         trained = not any(fnmatchcase(name, p) for p in patterns) if patterns else name.startswith("head")
         parameter.requires_grad_(trained)

@@ -32,18 +32,15 @@ class FSDP2(ModelParallelStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Adafactor | LBFGS):
-                raise UserError(
-                    f"trainer.strategy fsdp2 does not work with {type(optimizer).__name__}, which needs full weights; "
-                    "use AdamW, LAMB or SGD, or trainer.strategy ddp"
-                )
+                name = type(optimizer).__name__
+                raise UserError(f"trainer.strategy fsdp2 does not work with {name}, which needs full weights; use ddp")
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = gather_full(optimizer.state_dict(), keep=self.is_global_zero)
-        return state
+        return gather_full(optimizer.state_dict(), keep=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -75,10 +72,7 @@ StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parall
 def shard(module: LightningModule, parts: Iterable[nn.Module], methods: Iterable[str]) -> None:
     """Shard a module's weights over the devices, one group per part and one for the rest. A second call does nothing.
 
-    Args:
-        module: the module, with the same weights on every rank.
-        parts: submodules whose weights are gathered one after another.
-        methods: methods of the module, besides forward, that compute with the weights.
+    `methods` are those that compute with the weights, besides forward.
     """
     if module.device_mesh is None or isinstance(module, FSDPModule):
         return

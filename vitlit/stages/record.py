@@ -20,11 +20,7 @@ def trusted() -> list[str]:
 
 
 def describe(value: Any) -> Any:
-    """Turn an object into plain values: a ViT, a class or a `functools.partial` of one into {class_path, init_args}.
-
-    Raises:
-        UserError: it is something else, such as a lambda, or an abstract class.
-    """
+    """Turn an object into plain values: a ViT, a class or a `functools.partial` of one into {class_path, init_args}."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -44,10 +40,7 @@ def describe(value: Any) -> Any:
         classes = [item for item in (value.func, *value.args) if inspect.isclass(item)]
         if len(classes) == 1:
             return {**describe(classes[0]), "init_args": describe(dict(value.keywords))}
-    raise UserError(
-        f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one, such as "
-        "partial(torch.optim.AdamW, lr=1e-3)"
-    )
+    raise UserError(f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one")
 
 
 def check_class_paths(value: Any) -> None:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import merge, zero_adapters
+from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
@@ -27,19 +28,16 @@ from vitlit.weights import load
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
 
-DROPOUTS = ("dropout", "attention_dropout", "drop_path")
-
 
 class Stage(LightningModule):
     """A ViT, an objective, an optimizer and a schedule: the base of `Pretrain` and `Finetune`.
 
     Args:
-        vit: the headless ViT.
-        objective: makes the objective from the ViT, and gives it a head if it needs one.
-        optimizer: makes the optimizer from parameter groups.
+        vit: the headless ViT; the objective gives it a head if it needs one.
+        objective: makes the objective from the ViT, such as partial(Supervised, num_classes=10).
+        optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
-        arguments: the subclass's other constructor arguments, which checkpoints record.
     """
 
     def __init__(
@@ -47,15 +45,14 @@ class Stage(LightningModule):
         vit: ViT,
         objective: Callable[[ViT], Objective],
         optimizer: OptimizerFactory,
-        schedule: Schedule,
-        groups: Groups,
-        arguments: dict[str, Any],
+        schedule: Schedule = Schedule(),
+        groups: Groups = Groups(),
     ) -> None:
         super().__init__()
-        record = {"vit": vit, "optimizer": optimizer, "schedule": schedule, "groups": groups, **arguments}
+        record = {"vit": vit, "objective": objective, "optimizer": optimizer, "schedule": schedule, "groups": groups}
         # From these, Lightning and jsonargparse rebuild the stage: {class_path, init_args} become objects again.
         self.hparams.update(
-            {name: describe(value) for name, value in record.items()},
+            describe(record),
             _class_path=path_of(type(self)),
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
@@ -89,8 +86,7 @@ class Stage(LightningModule):
 
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
-        step: Step = self.objective(self.vit, Batch.of(batch), self._progress)
-        return step
+        return self.objective(self.vit, Batch.of(batch), self._progress)
 
     def configure_model(self) -> None:
         shard(self, self.vit.blocks, methods=["step"])
@@ -126,13 +122,9 @@ class Stage(LightningModule):
             self.check_data(self.data)
 
     def check_data(self, data: Any) -> None:
-        """Compare training data with the network and the objective, and prepare the objective; once for the same data.
+        """Prepare the objective with training data, once; UserError if they do not fit it or the network.
 
-        Args:
-            data: a data module, or None if training is given loaders.
-
-        Raises:
-            UserError: they do not fit.
+        `data` is a data module, or None if training is given loaders.
         """
         if self._checked == id(data):
             return
@@ -143,13 +135,12 @@ class Stage(LightningModule):
             raise no_classes(name)
         if objective.needs_labels and found != classes:
             raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
-        views = getattr(data, "num_views", objective.views)
-        if views > 1 == objective.views:
+        wanted = objective.views
+        views = getattr(data, "num_views", wanted)
+        if views > 1 == wanted:
             raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
-        if views < objective.views:
-            raise UserError(
-                f"{name} needs at least {objective.views} views of an image, but the data has {views}; give data.views"
-            )
+        if views < wanted:
+            raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
         for kind in getattr(data, "views", ()):
             try:
                 self.vit.grid_of(*kind.pixels)
@@ -224,8 +215,7 @@ class Stage(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes), float32."""
         if not isinstance(self.objective, Supervised):
-            name = type(self.objective).__name__
-            raise UserError(f"{name} learns no classes to predict; finetune the weights first")
+            raise UserError(f"{type(self.objective).__name__} learns no classes to predict; finetune the weights first")
         return self.objective.probabilities(self.vit(Batch.of(batch).views[0]))
 
     # Checkpoints
@@ -283,8 +273,7 @@ class Stage(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Rebuild a stage from its checkpoint; `Stage` loads either. Nothing in the file is executed.
 
-        Raises:
-            UserError: the file cannot be read, holds another stage, or names a class outside the trusted packages.
+        UserError if it cannot be read, holds another stage, or names a class outside the trusted packages.
         """
         record = with_public_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
         check_class_paths(record)
