@@ -3,7 +3,6 @@
 import math
 import random
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats  # type: ignore[import-untyped]
@@ -79,7 +78,7 @@ def test_slices_are_erased_as_the_whole_is(fill: str, slices: int) -> None:
         for first in range(0, 8, share):
             rows = range(first, first + share)
             assert torch.equal(erase(images[first : first + share].clone(), erasing, 3, step, rows), whole[rows])
-        picked = np.array([5, 0, 6])
+        picked = [5, 0, 6]
         assert torch.equal(erase(images[picked], erasing, 3, step, picked), whole[picked])
 
 

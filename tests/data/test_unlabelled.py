@@ -5,16 +5,17 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import small_stage
 import torch
 import yaml
 from conftest import REPOSITORY, SMALL, Result
 from lightning.pytorch import Trainer
+from small_stage import TINY
 
-from vitlit.data import ImageFolderData, cache
+from vitlit.data import cache
 from vitlit.data.folder import scan_classes, scan_split, scan_train
 from vitlit.errors import UserError
 from vitlit.model import ViT
@@ -40,26 +41,12 @@ class Mean(Objective):
         return Step(vit(batch.views[0]).pow(2).mean())
 
 
-def fit(data: ImageFolderData, objective: Callable[[ViT], Objective]) -> Trainer:
-    vit = ViT(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=32)
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=1,
-    )
-    trainer.fit(Pretrain(vit, objective, partial(torch.optim.SGD, lr=0.1)), data)
-    return trainer
-
-
-def folder_data(root: Path, **options: Any) -> ImageFolderData:
-    return ImageFolderData(str(root), **{"image_size": 16, "batch_size": 8, "num_workers": 0, **options})
+def fit(root: Path, objective: Callable[[ViT], Objective]) -> Trainer:
+    return small_stage.fit(Pretrain(ViT(**TINY), objective, partial(torch.optim.SGD, lr=0.1)), root)
 
 
 def test_a_folder_without_class_folders_is_data_without_labels(loose: Path) -> None:
-    data = folder_data(loose)
+    data = small_stage.data(loose)
     assert data.split("train").names() == sorted(map(os.fsencode, os.listdir(loose / "train")))
     assert len(data.split("val")) == 11
     assert data.classes == data.class_counts == []
@@ -78,7 +65,7 @@ def test_a_holdout_is_cut_by_image(loose: Path, below: str) -> None:
     assert held is not None
     assert (classes, len(train), len(held)) == ([], 32, 8)
     assert not set(train.names()) & set(held.names())
-    assert folder_data(root, holdout="20%").split("val").names() == held.names()
+    assert small_stage.data(root, holdout="20%").split("val").names() == held.names()
 
 
 def test_beside_class_folders_loose_images_are_no_data(few: Path, loose: Path) -> None:
@@ -86,12 +73,12 @@ def test_beside_class_folders_loose_images_are_no_data(few: Path, loose: Path) -
     classes, index, _ = scan_train(loose)
     assert (classes, index.labels.tolist()) == (["part"], [0] * 10)
     with pytest.raises(UserError, match="holds images but no class folders"):
-        folder_data(loose).check("fit", 1)
+        small_stage.data(loose).check("fit", 1)
 
 
 def test_classes_that_only_val_has_are_refused(few: Path, loose: Path) -> None:
     (loose / "val" / "0").symlink_to(few / "val" / "0")
-    data = folder_data(loose)
+    data = small_stage.data(loose)
     with pytest.raises(UserError, match="has the class '0', which the training images lack"):
         data.split("val")
 
@@ -122,16 +109,17 @@ def test_a_kept_scan_knows_a_new_image(loose: Path, name: str, monkeypatch: pyte
 
 
 def test_an_objective_without_labels_learns_from_it(loose: Path) -> None:
-    trainer = fit(folder_data(loose), Mean)
+    trainer = fit(loose, Mean)
     assert trainer.global_step == 5
-    assert set(trainer.callback_metrics) == {"train/loss", "train/lr", "val/loss"}
+    watched = {"train/images_per_second", "train/data_wait"}
+    assert set(trainer.callback_metrics) == {"train/loss", "train/lr", "val/loss", *watched}
 
 
 def test_what_needs_labels_refuses_it(loose: Path) -> None:
     with pytest.raises(UserError, match="the data has no classes, which Supervised needs; sort the images"):
-        fit(folder_data(loose), partial(Supervised, num_classes=4))
+        fit(loose, partial(Supervised, num_classes=4))
     with pytest.raises(UserError, match=r"data\.balanced needs one label an image, but the data has none"):
-        folder_data(loose, balanced=True).check("fit", 1)
+        small_stage.data(loose, balanced=True).check("fit", 1)
 
 
 @pytest.mark.parametrize("holdout", [[], ["--data.holdout", "20%"]])

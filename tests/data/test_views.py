@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_stage
 import torch
 import yaml
 from conftest import SMALL, Result
 from lightning.pytorch import Trainer
 from PIL import Image
+from small_stage import TINY
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
@@ -32,8 +34,7 @@ SHAPES = [(16, 16), (16, 16), (16, 16), (8, 24), (8, 24), (8, 24)]
 
 
 def folder_data(root: Path, **options: Any) -> ImageFolderData:
-    given = {"image_size": 16, "batch_size": 8, "num_workers": 0, "seed": 3, "views": VIEWS, **options}
-    return ImageFolderData(str(root), **given)
+    return small_stage.data(root, **{"seed": 3, "views": VIEWS, **options})
 
 
 def batches(root: Path, step: int = 0, rank: int = 0, world: int = 1, **options: Any) -> list[Batch]:
@@ -158,16 +159,8 @@ class Pair(Objective):
 
 
 def fit(data: ImageFolderData, objective: Callable[[ViT], Objective]) -> Trainer:
-    vit = ViT(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=32)
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_steps=2,
-    )
-    trainer.fit(Pretrain(vit, objective, partial(torch.optim.SGD, lr=0.1)), data)
+    trainer = small_stage.trainer(max_steps=2)
+    trainer.fit(Pretrain(ViT(**TINY), objective, partial(torch.optim.SGD, lr=0.1)), data)
     return trainer
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_stage
 import torch
 from conftest import randomized, user_error
-from lightning.pytorch import Trainer
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 import vitlit
-from vitlit.data import ImageFolderData, Preprocess
+from vitlit.data import Preprocess
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
@@ -61,16 +61,8 @@ def run(few: Path, tmp_path: Path) -> Path:
     """The folder of a short run."""
     stage = Pretrain(ViT(**TINY), partial(Supervised, num_classes=4), partial(torch.optim.AdamW, lr=1e-3))
     randomized(stage.vit).train()
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_steps=1,
-    )
-    data = ImageFolderData(str(few), image_size=32, batch_size=8, num_workers=0, crop_ratio=0.9, mean=(0.1, 0.2, 0.3))
-    trainer.fit(stage, data)
+    data = {"image_size": 32, "crop_ratio": 0.9, "mean": (0.1, 0.2, 0.3)}
+    trainer = small_stage.fit(stage, few, data, max_steps=1)
     trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
     return tmp_path / "run"
 

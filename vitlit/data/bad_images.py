@@ -1,7 +1,6 @@
 """The list of images that a run skips because they cannot be read."""
 
 import csv
-import io
 import os
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from vitlit.errors import UserError
 
 SHARE = 0.01  # of the images may be bad; with more, the data itself is wrong
 LEAST = 10
-HEADER = "path,reason\n"
 
 
 class BadImages:
@@ -20,7 +18,6 @@ class BadImages:
         self._known: set[str] = set()
 
     def note(self, path: str, reason: str) -> None:
-        """List an image once; UserError if there are too many, or the list cannot be written."""
         if path in self._known:
             return
         try:
@@ -29,15 +26,12 @@ class BadImages:
                 self._known |= {row[0] for row in csv.reader(file) if row} - {"path"}  # two workers may write a header
                 if path not in self._known:
                     self._known.add(path)
-                    line = io.StringIO()
-                    csv.writer(line, lineterminator="\n").writerow([path, reason])
-                    # One write at the end of the file stays whole between those of other processes.
-                    header = HEADER if not os.fstat(file.fileno()).st_size else ""
-                    os.write(file.fileno(), (header + line.getvalue()).encode(errors="surrogateescape"))
+                    # Buffered, and so one write, which stays whole at the end of the file between other processes'.
+                    if not os.fstat(file.fileno()).st_size:
+                        file.write("path,reason\n")
+                    csv.writer(file, lineterminator="\n").writerow([path, reason])
         except OSError as error:
             raise UserError(f"cannot write {self.file}: {error.strerror}") from error
         if len(self._known) > self.most:
-            raise UserError(
-                f"{len(self._known)} images cannot be read, more than the {self.most} that may be skipped; "
-                f"see {self.file}, or `vitlit data check` for all of them"
-            )
+            bad = f"{len(self._known)} images cannot be read, more than the {self.most} that may be skipped"
+            raise UserError(f"{bad}; see {self.file}, or `vitlit data check` for all of them")

@@ -1,7 +1,4 @@
-"""A scan of a large folder, kept in ROOT/.vitlit: train.npz of ROOT/train, root.npz of ROOT/CLASS.
-
-Adding, removing or renaming a file changes its folder's modification time. Only these, few, times are checked.
-"""
+"""Scans of large folders, kept in ROOT/.vitlit and valid until the modification time of one of its folders changes."""
 
 import os
 from collections.abc import Iterable
@@ -19,14 +16,14 @@ TICK = 2.0  # seconds; a change this soon before the scan might leave the folder
 
 
 def kept_at(folder: Path) -> Path:
-    """The file for a folder's scan: beside a split's folder, within any other, where hidden folders are no classes."""
+    """ROOT/.vitlit/train.npz for ROOT/train, FOLDER/.vitlit/root.npz for any other; what is hidden is no class."""
     if folder.name in SPLITS:
         return folder.parent / ".vitlit" / f"{folder.name}.npz"
     return folder / ".vitlit" / "root.npz"
 
 
 def load(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray] | None:
-    """The kept names of a split's images and the number in each class; None if there are none or the folder changed."""
+    """The kept names of the images, and how many each class has; None if there are none or the folder changed."""
     try:
         scan = load_arrays(kept_at(folder))
         times = _times(folder, Names(scan["folders"], scan["folder_ends"]))
@@ -37,10 +34,9 @@ def load(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray] | None:
 
 
 def save(
-    folder: Path, classes: list[str], found: tuple[Names, np.ndarray], folders: list[bytes], scanned: float
+    folder: Path, classes: list[str], names: Names, counts: np.ndarray, folders: list[bytes], scanned: float
 ) -> None:
-    """Keep a scan of `folders`, this one first, that began at `scanned`, if it is large and the folder writable."""
-    names, counts = found
+    """Keep a scan of `folders`, this one first, that began at `scanned` (s), if it is large and the folder writable."""
     if len(names) < WORTH:
         return
     with suppress(OSError):  # read-only data is scanned each time

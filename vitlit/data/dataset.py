@@ -1,6 +1,6 @@
 """Images of an index as samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,9 @@ from vitlit.seeds import REPLACE, mix, seeded_sample
 class Images(Dataset[tuple[Any, ...]]):
     """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
-    Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. An item is an index in
-    evaluation, and in training a Sample, which seeds the transforms. A label is an int, or float (classes,) of zeros
-    and ones if an image may have several. `bad` lists images that cannot be read: in training another of the same
-    class, always the same one, replaces each; in prediction (`photos`) it is black, with the index -1. Without `bad`
-    they are an error.
+    Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. `bad` lists images that
+    cannot be read, which are an error without it: in training another of the same class, always the same one, replaces
+    each; in prediction (`photos`) it is black, with the index -1.
     """
 
     index: Index
@@ -67,21 +65,18 @@ class Images(Dataset[tuple[Any, ...]]):
             return None
 
     def _sample(self, item: Sample) -> tuple[Tensor, int]:
-        """A training image and its index: the sample's own if it can be read."""
-        for index in self._candidates(item):
-            image = self._decode(index, "--data.on_bad_image skip trains without it")
-            if image is not None:
-                return image, index
-        assert self.bad is not None
-        raise UserError(f"no image can be read of the class of {self.index.path(item.index)}; see {self.bad.file}")
-
-    def _candidates(self, item: Sample) -> Iterator[int]:
-        """The sample's image, then those of the same class in drawn order."""
-        yield item.index
+        """A training image and its index: the sample's own, or the first in drawn order with its label."""
+        remedy = "--data.on_bad_image skip trains without it"
+        if (image := self._decode(item.index, remedy)) is not None:
+            return image, item.index
         labels = self.index.labels.reshape(len(self), -1)
         alike = np.flatnonzero((labels == labels[item.index]).all(1))
         drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, alike), kind="stable")
-        yield from alike[drawn].tolist()
+        for index in alike[drawn].tolist():
+            if (image := self._decode(index, remedy)) is not None:
+                return image, index
+        assert self.bad is not None
+        raise UserError(f"no image can be read of the class of {self.index.path(item.index)}; see {self.bad.file}")
 
     def _label(self, index: int) -> int | Tensor:
         label = self.index.labels[index]

@@ -13,7 +13,6 @@ from vitlit.data.mixing import Box
 from vitlit.errors import UserError
 from vitlit.seeds import ERASING, mix
 
-Fill = Literal["noise", "mean"]
 ATTEMPTS = 10
 
 
@@ -26,15 +25,12 @@ class Erasing:
         area: range of the box's area as a share of the image's.
         aspect: height / width of the box is drawn between this and its inverse.
         fill: noise is N(0, 1) by pixel and channel (timm's "pixel"), mean is 0 (timm's "const").
-
-    Raises:
-        UserError: a value is out of its range.
     """
 
     prob: float = 0.0
     area: tuple[float, float] = (0.02, 1 / 3)
     aspect: float = 0.3
-    fill: Fill = "noise"
+    fill: Literal["noise", "mean"] = "noise"
 
     def __post_init__(self) -> None:
         if not 0 <= self.prob <= 1:
@@ -45,10 +41,8 @@ class Erasing:
             raise UserError(f"data.erasing.aspect {self.aspect} must be above 0 and at most 1")
 
 
-def boxes(
-    erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray, height: int, width: int
-) -> list[Box | None]:
-    """The box erased in each of these rows of a step's global batch, if any: the first of 10 smaller than the image."""
+def boxes(erasing: Erasing, seed: int, step: int, rows: Sequence[int], height: int, width: int) -> list[Box | None]:
+    """The box erased in each of these rows of a step's global batch: the first that fits of `ATTEMPTS`, if any."""
     numbers = np.arange(4 * ATTEMPTS + 1)
     bits = mix(ERASING, seed, step, np.asarray(rows, np.int64)[:, None], numbers)
     uniform = (bits >> np.uint64(11)) * 2.0**-53  # [0, 1), (rows, numbers)
@@ -63,11 +57,9 @@ def boxes(
     return [Box(*box) if row else None for box, row in zip(edges.tolist(), erased.tolist(), strict=True)]
 
 
-def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int] | np.ndarray) -> Tensor:
-    """Erase normalised images (B, C, H, W), these rows of a step's global batch, in place; returns them.
-
-    A row's noise has its own generator: the same however the batch is sliced, but not the same on a CPU and a GPU.
-    """
+def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int]) -> Tensor:
+    """Erase normalised images (B, C, H, W), these rows of a step's global batch, in place; returns them."""
+    # Seeded for each row, so that its noise is the same however the batch is sliced, if not on a CPU and a GPU.
     generator = torch.Generator(images.device)
     seeds = mix(ERASING, seed, step, np.asarray(rows, np.int64)).tolist()
     for image, box, row_seed in zip(images, boxes(erasing, seed, step, rows, *images.shape[-2:]), seeds, strict=True):

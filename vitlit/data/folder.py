@@ -13,8 +13,6 @@ from vitlit.data.index import ENDINGS, EXTENSIONS, FolderFiles, Index, Names
 from vitlit.errors import UserError
 from vitlit.seeds import mix
 
-HIDDEN = ord(".")
-
 
 def _folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if is_folder(entry) and not entry.name.startswith("."))
@@ -37,10 +35,9 @@ class Tree(NamedTuple):
 
 
 def walk(root: bytes, folder: bytes = b"") -> Tree:
-    """List ROOT/FOLDER to any depth, with paths relative to the root; OSError if a folder cannot be listed.
+    """List ROOT/FOLDER to any depth, without what is hidden, with paths relative to the root.
 
-    Hidden files and folders are left out. A folder counts once, however many links lead to it. A link to a folder that
-    contains the link is not followed: it would give a class the images of all classes.
+    A folder counts once. A link to a folder around it is not followed, or a class would have the images of all classes.
     """
     found, seen = Tree([], [], []), set()
     above: tuple[bytes, ...] = (os.path.realpath(root),) if folder else ()
@@ -56,7 +53,7 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
         prefix, inner = below and below + b"/", []
         for entry in os.scandir(here):
             name = entry.name
-            if name[0] == HIDDEN:
+            if name.startswith(b"."):
                 continue
             if is_folder(entry):
                 inner.append(prefix + name)
@@ -78,25 +75,24 @@ def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
         images += tree.images
         folders += [below for below in tree.folders if below]
         counts.append(len(tree.images))
-    found = Names.pack(images), np.array(counts, np.int64)
-    cache.save(folder, classes, found, folders, scanned)
-    return found
+    names, sizes = Names.pack(images), np.array(counts, np.int64)
+    cache.save(folder, classes, names, sizes, folders, scanned)
+    return names, sizes
 
 
 def scan_photos(photos: list[Path]) -> Index:
-    """The images at these paths, files or folders of any depth, without labels; UserError if there are none."""
+    """The images at these paths, files or folders of any depth, each once, without labels."""
     if not photos:
         raise UserError("predict needs images: files, or folders of them")
-    found: list[str] = []
+    unique: dict[str, None] = {}
     for photo in photos:
         if not photo.exists():
             raise UserError(f"{photo} does not exist; give images or folders of images")
         names = map(os.fsdecode, walk(os.fsencode(photo)).images) if photo.is_dir() else [""]
-        found += [str(photo / name) for name in names]
-    found = list(dict.fromkeys(found))
-    if not found:
+        unique |= dict.fromkeys(str(photo / name) for name in names)
+    if not unique:
         raise UserError(f"no image under {', '.join(map(str, photos))} (known: {' '.join(EXTENSIONS)})")
-    return Index.of("", found, np.full(len(found), -1))
+    return Index.of("", unique, np.full(len(unique), -1))
 
 
 def train_folder(root: Path, holdout: float) -> Path:
@@ -106,14 +102,11 @@ def train_folder(root: Path, holdout: float) -> Path:
     folder = root / "train"
     if not folder.is_dir():
         if not holdout:
-            raise UserError(
-                f"{root} has no folder train; lay it out as train/CLASS/* and val/CLASS/*, "
-                "or give --data.holdout 10% if class folders or images are in the root itself"
-            )
+            remedy = "lay it out as train/CLASS/* and val/CLASS/*, or give --data.holdout 10% if it holds the classes"
+            raise UserError(f"{root} has no folder train; {remedy}")
         folder = root
-    if not _folders(folder) and not any(
-        name.lower().endswith(EXTENSIONS) and name[0] != "." for name in os.listdir(folder)
-    ):
+    loose = (name for name in os.listdir(folder) if name.lower().endswith(EXTENSIONS) and name[0] != ".")
+    if not _folders(folder) and not any(loose):
         raise UserError(f"{folder} holds no class folders; images belong in {folder}/CLASS/")
     return folder
 
@@ -145,10 +138,7 @@ def scan_classes(folder: Path) -> tuple[list[str], Index]:
 
 
 def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Index | None]:
-    """The classes (none without class folders), the training images, and those held out, if any.
-
-    The holdout is the same for every seed, so a run never trains on images that the run it starts from is validated on.
-    """
+    """The classes (none without class folders), the training images, and those held out, if any."""
     classes, index = scan_classes(train_folder(root, holdout))
     return classes, *(hold_out(index, holdout, classes) if holdout else (index, None))
 
@@ -156,8 +146,8 @@ def scan_train(root: Path, holdout: float = 0.0) -> tuple[list[str], Index, Inde
 def hold_out(index: Index, share: float, classes: list[str]) -> tuple[Index, Index]:
     """Split a share off for validation: (the rest, the share). UserError if the groups are too large.
 
-    Each class loses this share, at least one image and never all. Images with several classes, or none, count as one
-    class. The draw depends on the names of images alone, or of groups, which are held out whole or not at all.
+    Each class loses this share, at least one image and never all; images of several classes, or none, are one class.
+    Only names are drawn by: a run never trains on images that the run it starts from is validated on.
     """
     labels = index.labels if classes and index.labels.ndim == 1 else np.zeros(len(index), np.int64)
     counts = np.bincount(labels, minlength=len(classes))
@@ -191,7 +181,6 @@ def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wan
 
 
 def brief(names: list[str]) -> str:
-    """The first few class names, and how many there are."""
     return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
 

@@ -28,7 +28,6 @@ class Names:
 
     @classmethod
     def pack(cls, names: Iterable[str | bytes]) -> "Names":
-        """Pack strings; text is encoded like a path."""
         encoded = [name.encode(errors="surrogateescape") if isinstance(name, str) else name for name in names]
         ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -48,8 +47,6 @@ class Names:
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Image files at paths relative to a folder."""
-
     root: str
     names: Names
 
@@ -57,7 +54,7 @@ class FolderFiles:
         return os.path.join(self.root, self.names.text(row))
 
     def read(self, row: int) -> bytes:
-        """The content; UserError if the image is bad, StorageUserError if its storage is."""
+        """UserError if the image is bad, StorageUserError if its storage is."""
         return read_file(self.path(row))
 
 
@@ -65,8 +62,8 @@ class FolderFiles:
 class Index:
     """Images of one split: their `rows` in `files`.
 
-    `labels` are class numbers, int64 (N,), -1 for none; or bool (N, classes) if an image may have several. `groups`,
-    int64 (N,) if any, are equal for images that a holdout must keep together.
+    `labels` are class numbers, int64 (N,), -1 for none; or bool (N, classes) if an image may have several. A holdout
+    keeps images of equal `groups`, int64 (N,) if any, together.
     """
 
     files: FolderFiles
@@ -85,11 +82,9 @@ class Index:
         return len(self.rows)
 
     def names(self) -> list[bytes]:
-        """The images' names within their split."""
         return [self.files.names[row] for row in self.rows.tolist()]
 
     def digest(self) -> str:
-        """A hash of the images' names and labels, in order."""
         digest = hashlib.blake2b(digest_size=8)
         for part in (self.files.names.packed, self.files.names.ends, self.rows, self.labels):
             digest.update(np.ascontiguousarray(part).data)
@@ -102,7 +97,6 @@ class Index:
         return self.files.read(int(self.rows[index]))
 
     def take(self, indices: np.ndarray) -> "Index":
-        """The images at these positions."""
         groups = None if self.groups is None else self.groups[indices]
         return Index(self.files, self.rows[indices], self.labels[indices], groups)
 

@@ -36,14 +36,27 @@ class _Row(NamedTuple):
 def read_manifest(file: Path, root: Path) -> Manifest:
     """Read a CSV file, UTF-8, with a header of the columns path, label and, optionally, split and group.
 
-    Paths are absolute or relative to root; a split is train, val or test. If any label is several, separated by |,
-    every image may have several, or none (an empty label). Images of one group, such as one patient's, must be in one
-    split, and a holdout takes all or none; an image without a group is its own. Other columns are ignored.
+    Paths are absolute or relative to root. If any label is several, separated by |, every image may have several, or
+    none (an empty label). Images of one group, such as one patient's, must be in one split, and a holdout takes all or
+    none; an image without a group is its own. Other columns are ignored.
     """
     rows = list(_rows(file, root))
+    if not rows:
+        raise UserError(f"{file} has a header but no rows; add one for each image")
+    if all(row.split != "train" for row in rows):
+        raise UserError(f"{file} has no row of split train; training images need one")
     multi_label = any(len(row.names) > 1 for row in rows)
-    _check(file, root, rows, multi_label)
-    classes = sorted({name for row in rows for name in row.names})
+    trained = {name for row in rows for name in row.names if row.split == "train"}
+    for row in rows:
+        if not row.names and not multi_label:
+            raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
+        if unknown := [name for name in row.names if name not in trained]:
+            where = f"{file}, line {row.line}"
+            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
+    if missing := [row for row in rows if not os.path.isfile(root / row.path)]:
+        lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
+        raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")
+    classes = sorted(trained)
     number = {name: label for label, name in enumerate(classes)}
     splits = {}
     for split in SPLITS:
@@ -57,7 +70,6 @@ def read_manifest(file: Path, root: Path) -> Manifest:
 
 
 def _rows(file: Path, root: Path) -> Iterator[_Row]:
-    """The rows of a manifest, each checked against those before it."""
     lines: dict[str, int] = {}
     groups: dict[str, _Row] = {}
     for line, fields in _read(file):
@@ -74,15 +86,11 @@ def _rows(file: Path, root: Path) -> Iterator[_Row]:
             raise UserError(f"{file}, line {line}: {row.path} is in line {first}, too; remove one")
         if row.group and (other := groups.setdefault(row.group, row)).split != split:
             both = f"the group {row.group!r} is in {split}, and in {other.split} by line {other.line}"
-            raise UserError(
-                f"{file}, line {line}: {both}; keep it in one, or give --data.holdout 10% instead of splits"
-            )
+            raise UserError(f"{file}, line {line}: {both}; keep it in one, or give --data.holdout 10%")
         yield row
 
 
 def _read(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with their line numbers."""
-    reader = None
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.DictReader(opened, strict=True)
@@ -98,7 +106,7 @@ def _read(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8; save it as CSV UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.reader.line_num if reader else 1}: not valid CSV ({error})") from error
+        raise UserError(f"{file}, line {reader.reader.line_num}: not valid CSV ({error})") from error
 
 
 def _check_header(file: Path, header: list[str]) -> None:
@@ -112,22 +120,3 @@ def _check_header(file: Path, header: list[str]) -> None:
         if name not in header:
             lacks = f"{file} has no column {name!r}, only {', '.join(map(repr, header[:8]))}"
             raise UserError(f"{lacks}; the header must be path,label[,split][,group], with commas")
-
-
-def _check(file: Path, root: Path, rows: list[_Row], multi_label: bool) -> None:
-    """Raise UserError if the rows do not fit together, or a file is missing."""
-    if not rows:
-        raise UserError(f"{file} has a header but no rows; add one for each image")
-    if all(row.split != "train" for row in rows):
-        raise UserError(f"{file} has no row of split train; training images need one")
-    trained = {name for row in rows for name in row.names if row.split == "train"}
-    for row in rows:
-        if not row.names and not multi_label:
-            raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
-        if unknown := [name for name in row.names if name not in trained]:
-            where = f"{file}, line {row.line}"
-            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
-    missing = [row for row in rows if not os.path.isfile(root / row.path)]
-    if missing:
-        lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
-        raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")

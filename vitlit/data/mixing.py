@@ -1,7 +1,4 @@
-"""mixup and cutmix of a batch, drawn once for a step's global batch, on any number of devices.
-
-Rows 2k and 2k + 1 are mixed with each other, so a slice of whole pairs is mixed as within the global batch.
-"""
+"""mixup and cutmix of rows 2k and 2k + 1, drawn once a global batch, of which any device mixes its slice of pairs."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from vitlit.seeds import MIXING, mix
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels: rows top to bottom, columns left to right, the ends excluded."""
+    """A part of an image, in pixels; bottom and right are excluded."""
 
     top: int
     bottom: int
@@ -29,7 +26,6 @@ class Box(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Index of the last two dimensions of images."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
@@ -52,9 +48,6 @@ class Mixing:
         cutmix: lam is drawn from Beta(cutmix, cutmix); the box's area before clipping is 1 - lam; 0 for no cutmix.
         prob: the probability that a batch is mixed.
         switch: the probability of cutmix rather than mixup, if both are on.
-
-    Raises:
-        UserError: a number is out of its range.
     """
 
     mixup: float = 0.0
@@ -121,7 +114,6 @@ def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _partners(rows: Tensor) -> Tensor:
-    """A copy with row i ^ 1 in place of row i."""
     if len(rows) % 2:
         raise UserError(f"mixing takes pairs of images, not {len(rows)}; give an even batch")
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

@@ -1,5 +1,6 @@
 """Image folders and shards as a LightningDataModule."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -19,8 +20,8 @@ from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
+from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, split_batch
-from vitlit.data.trainer import BatchLoader, NoTrainer, set_accumulation
 from vitlit.data.transforms import CropName, check_augment, check_scale, train_transform
 from vitlit.data.views import Views
 from vitlit.errors import UserError
@@ -34,11 +35,10 @@ Loader = DataLoader[Any] | BatchLoader
 class ImageFolderData(LightningDataModule):
     """Images in class folders, ROOT/{train,val[,test]}/CLASS/* or ROOT/CLASS/* with a holdout, or in shards.
 
-    Images outside of class folders, ROOT/{train,val}/* or ROOT/* with a holdout, are data without labels.
-
-    A batch is a `vitlit.objectives.Batch`, normalised on the device. Its labels are float (B, classes) if images have
-    several classes or training mixes them, and -1 without labels. Without a Trainer the loaders serve one device and
-    yield finished batches, float32 on the CPU; each iteration over the training loader is the next epoch.
+    Images outside of class folders, ROOT/{train,val}/* or ROOT/* with a holdout, are data without labels. A batch is a
+    `vitlit.objectives.Batch`, normalised on the device. Its labels are float (B, classes) if images have several
+    classes or training mixes them, and -1 without labels. Without a Trainer the loaders serve one device and yield
+    finished batches, float32 on the CPU; each iteration over the training loader is the next epoch.
 
     Args:
         root: the folder, or the URL of shards.
@@ -47,9 +47,8 @@ class ImageFolderData(LightningDataModule):
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
         holdout: share of the training images, 10% or 0.1, that replaces val: by class, the same in every run.
-        crop: for training: random_resized is torchvision's, inception TensorFlow's, simple DeiT III's (resize, mirrored
-            border), pad CIFAR's (black border), resmall big_vision's for transfer (evaluation's resize, a random crop),
-            center that of evaluation.
+        crop: in training: random_resized (torchvision's), inception (TensorFlow's), simple (DeiT III's), pad (CIFAR's),
+            resmall (big_vision's for transfer: evaluation's resize, cropped anywhere) or center (evaluation's).
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
         augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2.
@@ -60,7 +59,7 @@ class ImageFolderData(LightningDataModule):
         balanced: draw every class equally often, instead of every image once.
         on_bad_image: error stops at an image that cannot be read; skip trains on another of the same class, leaves a
             photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to the predictions.
-            Evaluation always stops, since its numbers would be for other images; so does a disk or server that fails.
+            Evaluation always stops, and so does a disk or server that fails.
         crop_ratio: the share of a side that evaluation's central crop keeps; 0.875 unless given here or by the weights.
         squash: evaluation resizes to the model's aspect whatever the image's; by default as the weights, else false.
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
@@ -132,7 +131,6 @@ class ImageFolderData(LightningDataModule):
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.on_bad_image = on_bad_image
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
-        self._resumed_step = 0
         self._trainer_done = False  # Lightning leaves it attached
 
     def split(self, name: str) -> Index:
@@ -155,7 +153,6 @@ class ImageFolderData(LightningDataModule):
 
     @property
     def num_views(self) -> int:
-        """Views of a training image."""
         return 1 + len(self._further)
 
     @property
@@ -200,7 +197,6 @@ class ImageFolderData(LightningDataModule):
         if DECODER == "Pillow":
             rank_zero_only(print)(f"torchcodec is missing, so Pillow decodes, in {PILLOW_SLOWER} times the time")
         if stage == "fit" and self.trainer is not None:
-            self._resumed_step = 0
             set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)
 
     def teardown(self, stage: str) -> None:
@@ -216,8 +212,7 @@ class ImageFolderData(LightningDataModule):
         epoch_starts = count(0, self.steps_per_epoch)
 
         def position() -> int:
-            # Lightning makes the first iterator, and workers start, before it restores the global step.
-            return next(epoch_starts) if trainer is NoTrainer else max(trainer.global_step, self._resumed_step)
+            return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
 
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         images = Images(index, self.transform, self.seed, self._bad_images(index), self._further)
@@ -287,19 +282,36 @@ class ImageFolderData(LightningDataModule):
             return
         before = {"repeats": 1, "balanced": False, **state_dict}  # older checkpoints lack these
         for name, value in self._order_settings().items():
-            had = before.get(name, value)
-            if had == value:
+            if (had := before.get(name, value)) == value:
                 continue
             remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
             difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
-            raise UserError(
-                f"the checkpoint's run had {difference}: {remedy} to continue it, or start another from its weights "
-                "with --model.init_from RUN --run.name NEW"
-            )
-        self._resumed_step = state_dict["step"]
+            other = "or start another from its weights with --model.init_from RUN --run.name NEW"
+            raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, {other}")
 
     def _order_settings(self) -> dict[str, Any]:
         """What the order of samples depends on besides the step, and which images they are."""
         index = self.split("train")
         settings = {"images": len(index), "batch_size": self.batch_size, "seed": self.seed}
         return {**settings, "repeats": self.repeats, "balanced": self.balanced, "names": index.digest()}
+
+
+def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
+    """Accumulate so many micro-batches in each of an epoch's steps, unless a setting of the Trainer contradicts."""
+    if trainer.overfit_batches:  # Lightning would replace the sampler
+        raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
+    if trainer.accumulate_grad_batches not in (1, micro_batches):
+        raise UserError("trainer.accumulate_grad_batches follows from data.batch_size and micro_batch; leave it out")
+    trainer.accumulate_grad_batches = micro_batches
+    limit, batches = trainer.limit_train_batches, micro_batches * steps
+    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    if batches < 1:
+        raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
+        most = f"is more than the {batches} batches of an epoch; give less, or trainer.check_val_every_n_epoch null"
+        raise UserError(f"trainer.val_check_interval {interval} {most}")
+    if batches % micro_batches:
+        raise UserError(f"trainer.limit_train_batches must be a multiple of a step's {micro_batches} micro-batches")
+    # Lightning does not know that the loader starts at the run's position.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

@@ -1,4 +1,4 @@
-"""Progress of long work, in lines that suit a terminal and a log alike."""
+"""Progress of long work: a line at most every ten seconds, for a terminal and a log alike."""
 
 import time
 
@@ -6,8 +6,6 @@ SECONDS = 10.0  # between two lines
 
 
 class Progress:
-    """Prints a line, at most every ten seconds."""
-
     def __init__(self) -> None:
         self._last = time.monotonic()
 

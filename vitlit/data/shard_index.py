@@ -20,10 +20,9 @@ BLOCK = 512  # bytes of a file's header in a tar
 
 @dataclass(frozen=True)
 class ShardFiles(FolderFiles):
-    """Image files within tars, in a folder at a path or a URL.
+    """Image files within tars; `parts`, int64 (N, 4), are the shard's number, first byte, size and the header's CRC-32.
 
-    `parts`, int64 (N, 4): number of the shard, first byte, size, and CRC-32 of the file's header in the tar, read with
-    the file, so that a replaced shard is noticed.
+    The header is read with the file, so that a replaced shard is noticed.
     """
 
     shards: tuple[str, ...]
@@ -58,7 +57,8 @@ def save_index(file: Path, index: ShardIndex) -> None:
         assert isinstance(images.files, ShardFiles)
         names[f"{split}_names"] = images.files.names
         arrays |= {f"{split}_parts": images.files.parts, f"{split}_labels": images.labels}
-        arrays |= {} if images.groups is None else {f"{split}_groups": images.groups}
+        if images.groups is not None:
+            arrays[f"{split}_groups"] = images.groups
     for name, packed in names.items():
         arrays |= {name: packed.packed, f"{name}_ends": packed.ends}
     save_arrays(file, arrays)

@@ -1,12 +1,12 @@
-"""Sets of images in tars (shards), as WebDataset has them, each image read by itself.
+"""Sets of images in tars (shards), as WebDataset has them: index.npz next to them says where each image lies.
 
-index.npz next to the tars says where each image lies. `vitlit data shard` writes it, in the order of the folder; for a
-set made elsewhere it is made at first use and kept there, or in the user's cache.
+`vitlit data shard` writes it; for a set made elsewhere it is made at first use and kept there, or in the user's cache.
 """
 
+import fcntl
 import hashlib
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vitlit.data.manifest import Manifest
@@ -28,15 +28,14 @@ def is_shards(root: str) -> bool:
 
 def read_shards(root: str) -> Manifest:
     """The classes and splits of the shards at a path or URL; a set made elsewhere may lack the split train."""
-    folder, index = connect(root), None
+    folder = connect(root)
     try:
-        index = load_index(folder.filesystem.cat_file(join(folder.path, INDEX)), root, join(root, INDEX))
+        served = folder.filesystem.cat_file(join(folder.path, INDEX))
     except FileNotFoundError:
-        pass
-    except UserError:
-        raise
+        served = None
     except Exception as error:  # each filesystem raises its own
         raise UserError(f"cannot read {join(root, INDEX)}: {reason(error)}") from error
+    index = None if served is None else load_index(served, root, join(root, INDEX))
     if index is None or index.key:
         return _index_made_here(folder, index).manifest
     for shard, size in zip(index.shards, index.sizes.tolist(), strict=True) if "://" not in root else ():
@@ -64,27 +63,17 @@ def _index_made_here(folder: Folder, served: ShardIndex | None) -> ShardIndex:
         return next(filter(fresh, indices), None)
 
     index = served if served and fresh(served) else kept()
-    if index is None:
-        with _one_process(cached.with_suffix(".lock")):
-            index = kept()  # by the process that had the lock
-            if index is None:
-                index = search(folder, tars, classes)._replace(key=key)
-                for file in files:  # the first that can be written
-                    with suppress(OSError):
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        save_index(file, index)
-                        break
+    if index is not None:
+        return index
+    with ExitStack() as stack:
+        with suppress(OSError):  # without a writable cache each process searches
+            cache.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(cached.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        index = kept()  # by the process that had the lock
+        if index is None:
+            index = search(folder, tars, classes)._replace(key=key)
+            for file in files:  # the first that can be written
+                with suppress(OSError):
+                    save_index(file, index)
+                    break
     return index
-
-
-def _one_process(lock: Path) -> AbstractContextManager[object]:
-    """Lets one process of this machine in; each, if a file cannot be locked (Windows, no writable cache)."""
-    try:
-        import fcntl
-
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.open("w")
-        fcntl.flock(held, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        return nullcontext()
-    return held

@@ -67,26 +67,22 @@ class Splits:
         self._found |= found
 
     def _scan_folder(self, name: str) -> Index:
-        """The images of ROOT/NAME."""
         remedy = "--data.holdout 10% takes it from train" if name == "val" else "`vitlit validate` evaluates on val"
         if self._listed is not None:
             lacks = f"{self.manifest} has no row" if self.manifest else f"{self.root} has no shard"
             raise UserError(f"{lacks} of split {name}; {remedy}")
-        root = Path(self.root)
-        if not root.is_dir():
-            raise UserError(f"data.root {root} is not a folder; give --data.root a folder of images")
-        if not (root / name).is_dir():
-            raise UserError(f"{root} has no folder {name}; {remedy}")
-        index = scan_split(root / name, self.classes)
+        folder = Path(self.root, name)
+        if not folder.is_dir():
+            raise UserError(f"data.root {self.root} has no folder {name}; {remedy}")
+        index = scan_split(folder, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):
             lacks = f"{len(missing)} of the {len(self.classes)} classes, such as {self.classes[missing[0]]!r}"
-            rank_zero_only(print)(f"{root / name} has no image of {lacks}")
+            rank_zero_only(print)(f"{folder} has no image of {lacks}")
         return index
 
     @property
     def class_counts(self) -> list[int]:
-        """Training images of each class."""
         labels = self["train"].labels
         if labels.ndim == 2:
             return labels.sum(0).tolist()

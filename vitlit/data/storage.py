@@ -15,8 +15,6 @@ NO_RANGES = "range requests"  # in fsspec's error for a server without them
 
 
 class Folder(NamedTuple):
-    """A folder: as the user names it, and as a path in an fsspec filesystem."""
-
     root: str
     filesystem: Any
     path: str
@@ -26,18 +24,14 @@ _folders: dict[tuple[int, str], Folder] = {}
 
 
 def join(root: str, name: str) -> str:
-    """The path or URL of a file in a folder."""
     return f"{root.rstrip('/')}/{name}"
 
 
 def connect(root: str) -> Folder:
-    """A folder in a new filesystem."""
     try:
         # Every fork closes the connections of an instance in fsspec's own cache.
         return Folder(root, *url_to_fs(root, skip_instance_cache=True))
-    except ImportError as error:
-        raise UserError(f"{root} cannot be read without another package: {error}") from error
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # no package for its kind, or no such kind
         raise UserError(f"{root} cannot be read ({error}): give a folder, or a URL such as s3://BUCKET/SET") from error
 
 
@@ -83,7 +77,6 @@ def _read_once(root: str, name: str, start: int, end: int) -> bytes:
 
 
 def reason(error: Exception) -> str:
-    """Why a filesystem failed, in one line."""
     status, text = getattr(error, "status", None), " ".join(str(error).split())
     if isinstance(status, int):
         return f"the server answers with HTTP status {status}"

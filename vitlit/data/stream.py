@@ -1,11 +1,7 @@
-"""Which sample comes when: a pure function of (seed, epoch, index), never of hidden state.
+"""Which sample comes when: with S global batches in the data, step t takes slice t % S of the order of epoch t // S.
 
-Training is one endless stream of global batches, numbered by the optimiser step. With S whole global batches in the
-data, step t lies in epoch t // S and takes slice t % S of that epoch's order; images that do not fill a batch are left
-out of that epoch. So one integer is the position of a run, and a step's global batch is the same set on any number of
-devices.
-
-Rows 2k and 2k + 1 of a global batch are partners, which vitlit.data.mixing mixes.
+So the step is a run's position, and its global batch is the same set on any number of devices. Rows 2k and 2k + 1 of
+one are partners, which vitlit.data.mixing mixes.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,10 +16,7 @@ from vitlit.seeds import BALANCE, ORDER, mix
 
 
 class Sample(NamedTuple):
-    """One item of the training stream.
-
-    Each repeat of an image in an epoch is augmented differently. `position` is step * batch_size + row in the batch.
-    """
+    """One item of the training stream; `position` is step * batch_size + row in the batch."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # not tuple's method
@@ -32,10 +25,8 @@ class Sample(NamedTuple):
 
 
 def order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(length), int64.
-
-    Each random key's number replaces its lowest bits, which hold the order once sorted, in a fifth of argsort's time.
-    """
+    """The order of an epoch: a permutation of range(length), int64."""
+    # Each number replaces the lowest bits of its random key, which is sorted in a fifth of argsort's time.
     numbers = np.arange(length, dtype=np.uint64)
     low_bits = np.uint64((1 << max(length - 1, 0).bit_length()) - 1)
     keys = (mix(ORDER, seed, epoch, numbers) & ~low_bits) | numbers
@@ -44,10 +35,9 @@ def order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(image of each draw, how often it was drawn before), int64 (count,) each: every class equally often, within one.
+    """(image of each draw, how often it was drawn before), int64 (count,) each, for labels int64 (N,).
 
-    A class's images are all drawn once before any is drawn again. Over the epochs the classes take turns at the extra
-    draw. `labels` are class numbers, int64 (N,).
+    Classes are drawn equally often, within one, and an image again once all of its class have been.
     """
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
@@ -62,18 +52,13 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tup
 
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """(samples of a device's micro-batch, micro-batches accumulated in a step), from a global batch.
-
-    Devices take at most `micro_batch` samples at a time; None: their whole share. UserError if it does not divide.
-    """
-
-    def accumulation(size: int) -> int:
-        return 1 if micro_batch is None else -(-size // (world_size * micro_batch))
+    """(samples of a device's micro-batch, at most `micro_batch` if given; micro-batches accumulated in a step)."""
+    most = world_size * (micro_batch or batch_size)
 
     def divides(size: int) -> bool:
-        return size % (world_size * accumulation(size)) == 0
+        return size % (world_size * -(-size // most)) == 0
 
-    accumulate = accumulation(batch_size)
+    accumulate = -(-batch_size // most)
     if not divides(batch_size):
         sizes = filter(divides, range(1, 2 * batch_size + world_size))
         nearest = min(sizes, key=lambda size: abs(size - batch_size))
@@ -86,8 +71,7 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     """The sample that each row of a batch takes from a list by image, so that partners are different images.
 
     Even rows take the first half in order, odd rows the second half in strides of `repeats`, so that the copies of an
-    image have different partners. Partners are at least `repeats` apart in the list: a sample s before the end of the
-    first half meets place repeats - s of the second half, or a later one.
+    image have different partners, at least `repeats` apart in the list.
     """
     if repeats == 1:
         return np.arange(batch_size)
@@ -107,10 +91,9 @@ class TrainStream(DistributedSampler[Any]):
     """One rank's share of the stream of samples, for an epoch's number of steps from the run's position on.
 
     It is a DistributedSampler so that Lightning does not replace it. With repeated augmentation (1901.09335, section
-    3.2; 2012.12877, section 6) an epoch keeps its length and has fewer images. An image's repeats are in one global
-    batch, unless they lie across the border of two. Partners are never repeats of one draw; with `labels`, int64
-    (length,), an image that is drawn twice may meet itself. `position` returns the number of optimiser steps done,
-    whenever an iterator is made: at the start of an epoch, or in the middle of one when a run is resumed.
+    3.2; 2012.12877, section 6) an epoch keeps its length and has fewer images; an image's repeats are in one global
+    batch, or in two neighbours. With `labels`, int64 (length,), classes are balanced, and an image that is drawn twice
+    may meet itself. `position` returns the number of optimiser steps done, whenever an iterator is made.
     """
 
     length: int
@@ -132,15 +115,13 @@ class TrainStream(DistributedSampler[Any]):
         return self.steps * self.share
 
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images of an epoch, and how often each was drawn before in it."""
         if self.labels is None:
             return order(self.seed, epoch, self.length), np.zeros(self.length, np.int64)
         # No more draws than are used: leaving some out would unbalance the classes.
         return balanced_order(self.seed, epoch, self.labels, -(-self.steps * self.batch_size // self.repeats))
 
     def __iter__(self) -> Iterator[Sample]:
-        first = self.position()
-        epoch, indices, before = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        first, epoch = self.position(), -1
         for step in range(first, first + self.steps):
             if step // self.steps != epoch:
                 epoch = step // self.steps

@@ -34,17 +34,13 @@ class TrainTransform:
 
 
 def train_transform(
-    preprocess: Preprocess,
-    crop: CropName,
-    crop_scale: tuple[float, float],
-    flip: float,
-    augment: Sequence[Transform] = (),
+    preprocess: Preprocess, crop: CropName, scale: tuple[float, float], flip: float, augment: Sequence[Transform] = ()
 ) -> TrainTransform:
-    """The transform for ImageFolderData's options of the same names, with evaluation's image size and interpolation."""
+    """The transform for ImageFolderData's options, with evaluation's image size and interpolation."""
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[CropName, Callable[[], Transform]] = {
-        "random_resized": lambda: RandomResizedCrop(size, crop_scale, how),
-        "inception": lambda: InceptionCrop(size, crop_scale, how),
+        "random_resized": lambda: RandomResizedCrop(size, scale, how),
+        "inception": lambda: InceptionCrop(size, scale, how),
         "simple": lambda: SimpleCrop(size, how),
         "pad": lambda: PadCrop(size, how),
         "resmall": lambda: ResmallCrop(size, how, crop_ratio=preprocess.crop_ratio, squash=preprocess.squash),
@@ -56,7 +52,6 @@ def train_transform(
 
 
 def check_scale(name: str, scale: tuple[float, float]) -> None:
-    """Raise UserError unless this is a range of a crop's area as a share of the image's."""
     if not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(f"{name} {list(scale)} is not a range of shares between 0 and 1")
 

@@ -16,9 +16,6 @@ class Views:
         count: how many.
         size: pixels, an int or (height, width).
         scale: the range of the crop's area, as a share of the image's.
-
-    Raises:
-        UserError: a value is out of range.
     """
 
     count: int
@@ -34,10 +31,8 @@ class Views:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """(height, width)."""
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
     def transforms(self, preprocess: Preprocess, flip: float, augment: Sequence[Transform]) -> list[Transform]:
-        """A transform for each view: uint8 (3, H, W) -> uint8 (3, height, width)."""
         preprocess = replace(preprocess, image_size=self.pixels)
         return [train_transform(preprocess, "random_resized", self.scale, flip, augment)] * self.count

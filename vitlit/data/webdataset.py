@@ -72,7 +72,6 @@ class _Sample(NamedTuple):
 
 
 def search(folder: Folder, tars: dict[str, str], classes: list[str] | None) -> ShardIndex:
-    """Find the images in the tars that `list_tars` listed, and print how many there are."""
     progress, root = Progress(), folder.root
     samples: dict[str, list[_Sample]] = {split: [] for split in SPLITS if split in tars.values()}
     shards, sizes = tuple(tars), []
@@ -156,7 +155,6 @@ def _read_label(text: str, ending: str, name: str) -> tuple[tuple[str, ...], str
 def _number(
     root: str, samples: dict[str, list[_Sample]], named: list[str] | None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The classes, and the labels of each split by their numbers."""
     for split, own in samples.items():
         if not own:
             raise UserError(f"{root}: the tars of {split} hold no image (known: {' '.join(EXTENSIONS)})")

@@ -20,10 +20,9 @@ LOG_RATIO = torch.log(torch.tensor(RATIO, device="cpu")).tolist()  # rounded as 
 
 @dataclass(frozen=True)
 class BoxCrop(ABC):
-    """Crop a box of random area (`scale`, shares of the image's) and aspect, then resize it with antialiasing.
+    """Crop a box of random area (`scale`, shares of the image's) and aspect, then resize it with antialiasing."""
 
-    Not a torchvision transform: its search for images among the arguments takes half as long as a resize.
-    """
+    # Not a torchvision transform, whose search for images among the arguments takes half as long as a resize.
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.05, 1.0)
@@ -31,10 +30,9 @@ class BoxCrop(ABC):
 
     @abstractmethod
     def draw(self, rows: int, columns: int) -> Box:
-        """Draw a box within an image."""
+        """A random box within an image."""
 
     def cut(self, image: Tensor, box: Box) -> Tensor:
-        """Resize a box of an image to `size`."""
         # torch resizes a dense channels-last uint8 copy in three quarters of the time that it needs for a view.
         # torchvision ends in the same call, with the same bits on AVX2, but takes longer to get there.
         top, left, height, width = box
@@ -49,11 +47,9 @@ class BoxCrop(ABC):
 class InceptionCrop(BoxCrop):
     """The crop of big_vision and of Google's ViTs.
 
-    It draws as `inception_crop` in big_vision/pp/ops_image.py: TensorFlow's sample_distorted_bounding_box (see
-    GenerateRandomCrop in tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc) with no object to cover.
-    Unlike in torchvision's crop the aspect is uniform, not its logarithm; the height, not the area, is uniform; and a
-    box never touches the last row or column unless it has all of them. big_vision's ImageNet configs resize without
-    antialiasing.
+    It draws as `inception_crop` in big_vision/pp/ops_image.py: TensorFlow's sample_distorted_bounding_box with no
+    object to cover. Unlike in torchvision's crop the aspect is uniform, not its logarithm; the height, not the area, is
+    uniform; and a box never touches the last row or column unless it has all of them.
     """
 
     ratio: tuple[float, float] = (0.75, 1.33)  # width / height; TensorFlow and big_vision write 1.33, not 4/3
@@ -122,10 +118,7 @@ class PadCrop:
 
 @dataclass(frozen=True)
 class SimpleCrop(PadCrop):
-    """Resize until the image covers the result, mirror its border, crop: DeiT III's simple random crop.
-
-    2204.07118, section 3; `--src` of facebookresearch/deit, augment.py. The resize is antialiased, as Pillow's is.
-    """
+    """Resize to cover the size, mirror the border, crop: DeiT III's simple random crop (2204.07118, section 3)."""
 
     mode: ClassVar = "reflect"
 

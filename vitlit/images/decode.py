@@ -24,27 +24,25 @@ JPEG_TABLES = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # markers that may c
 PILLOW_SLOWER = 1.7  # times torchcodec's decoding time on photographs, for the same pixels
 
 DECODERS: dict[str, Callable[..., Any]] = {}  # torchcodec's, except decode_gif, which decodes every frame
+WHY_NOT = ""
 try:
     from torchcodec.decoders import decode_jpeg, decode_png, decode_webp
+
+    DECODERS = {"JPEG": decode_jpeg, "PNG": decode_png, "WEBP": decode_webp}
 except (ImportError, OSError, RuntimeError) as error:  # no wheel for the platform, or a library that does not load
     WHY_NOT = str(error).strip().partition("\n")[0] or type(error).__name__
-else:
-    WHY_NOT = ""
-    DECODERS = {"JPEG": decode_jpeg, "PNG": decode_png, "WEBP": decode_webp}
 DECODER = "torchcodec" if DECODERS else "Pillow"
 
 
 def decode(path: str | Path) -> Tensor:
-    """Read an image file; see `decode_bytes`."""
     return decode_bytes(read_file(path), path)
 
 
 def decode_bytes(data: bytes, path: str | Path) -> Tensor:
     """Decode an image file's content as RGB, upright by its EXIF orientation: (3, H, W), uint8, memory (H, W, 3).
 
-    More than `MOST_PIXELS` by the header are refused before anything is decoded. torchcodec decodes JPEG, PNG and WebP.
-    Pillow decodes the other formats, the first frame of animations, and everything if torchcodec is missing. 16 bits
-    are scaled to 8, 32 bits are refused, transparency is dropped. A UserError names the path.
+    torchcodec decodes JPEG, PNG and WebP; Pillow the other formats, the first frame of animations, and everything if
+    torchcodec is missing. 16 bits are scaled to 8, 32 bits are refused, transparency is dropped.
     """
     try:
         if not data:

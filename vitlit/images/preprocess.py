@@ -30,7 +30,7 @@ class Preprocess:
         crop_ratio: the share of the resized image's side that the central crop keeps.
         interpolation: of the antialiased resize.
         mean: by channel, of images scaled to [0, 1].
-        std: by channel, of images scaled to [0, 1].
+        std: by channel, likewise.
         squash: resize to a size of the model's aspect whatever the image's, so that no side is cropped more than the
             other (timm's crop_mode squash); by default the aspect is kept.
 

@@ -22,33 +22,26 @@ class Draw(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """The factor of a blend; 1 changes nothing."""
         return 0.1 + 1.8 * self.level
 
 
 class BigVisionRandAugment(v2.Transform):
     """RandAugment (1909.13719) as big_vision's `randaug(ops, magnitude)` does it.
 
-    Each of `ops` is one of 16, with replacement, and is always applied: the source draws a probability, but does not
-    use it. All have the same magnitude. What moves into view is grey (128). A translation is 10 pixels times the
-    magnitude and a cutout 8 pixels square times the magnitude, at any image size (the source's was 224).
+    Each of `ops` is one of 16, with replacement, and is always applied. What moves into view is grey (128). A
+    translation is 10 pixels times the magnitude and a cutout 8 pixels square times it, at any image size.
 
-    Two known mistakes of the source stay, since the published results have them (google-research/big_vision issues 109
-    and 110, May 2025). Contrast blends with a grey of height * width / 256 (196 at 224 pixels), not with the image's
-    mean. Solarize's threshold of 25.6 times the magnitude wraps around at 256: at magnitude 10 it inverts the image, at
-    15 it is the usual 128.
+    Two known mistakes of the source stay, since the published results have them (big_vision issues 109 and 110).
+    Contrast blends with a grey of height * width / 256 (196 at 224 pixels), not with the image's mean. Solarize's
+    threshold of 25.6 times the magnitude wraps around at 256: at 10 it inverts the image, at 15 it is the usual 128.
 
     Two ops differ from the source. Sharpness rounds its mean of 3 x 3 pixels down exactly, where the source's floats
-    fall short for up to 1.5 % of pixels, and leaves images below 3 pixels as they are, where the source fails.
-    Posterize does nothing above magnitude 22, where the source shifts by a negative number.
+    fall short for up to 1.5 % of pixels, and leaves images below 3 pixels. Posterize does nothing above magnitude 22.
 
     Args:
         ops: the number of ops applied to an image, in turn.
-        magnitude: the strength of them all. It is not always more change: Color, Contrast, Brightness and Sharpness
-            change nothing at 5, and Posterize is strongest at 0.
-
-    Raises:
-        UserError: an argument is out of range.
+        magnitude: their strength, at least 0. Color, Contrast, Brightness and Sharpness change nothing at 5, and
+            Posterize is strongest at 0.
     """
 
     def __init__(self, ops: int = 2, magnitude: int = 10) -> None:
@@ -59,12 +52,11 @@ class BigVisionRandAugment(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         sides = flat_inputs[0].shape[-2:]
-        names = [list(OPS)[index] for index in torch.randint(len(OPS), (self.ops,))]
-        return {"ops": [(name, self._draw(*sides)) for name in names]}
-
-    def _draw(self, height: int, width: int) -> Draw:
-        sign, row, column = (int(torch.randint(count, ())) for count in (2, height, width))
-        return Draw(self.magnitude / 10, 2 * sign - 1, (row, column))
+        ops = []
+        for index in torch.randint(len(OPS), (self.ops,)):
+            sign, row, column = (int(torch.randint(count, ())) for count in (2, *sides))
+            ops.append((list(OPS)[index], Draw(self.magnitude / 10, 2 * sign - 1, (row, column))))
+        return {"ops": ops}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         for name, draw in params["ops"]:
@@ -95,7 +87,6 @@ def solarize(image: Tensor, threshold: int) -> Tensor:
 
 
 def solarize_add(image: Tensor, addition: int) -> Tensor:
-    """Add to values below 128."""
     added = (_VALUES.int() + addition).clamp(max=255).to(torch.uint8)
     return look_up(torch.where(_VALUES < 128, added, _VALUES), image)
 
@@ -137,17 +128,13 @@ def affine(image: Tensor, x: tuple[float, float, float], y: tuple[float, float, 
     framed[1:-1, 1:-1] = image.permute(1, 2, 0)
     rows = torch.arange(height, dtype=torch.float32).view(-1, 1)
     columns = torch.arange(width, dtype=torch.float32)
-    # Positions outside are clamped to the frame.
-    column, row = (
-        _nearest((a * columns + b * rows + c).clamp(-1, side)) + 1 for (a, b, c), side in ((x, width), (y, height))
-    )
-    places = (row * (width + 2) + column).view(-1)
+
+    def nearest(a: float, b: float, c: float, side: int) -> Tensor:
+        position = (a * columns + b * rows + c).clamp(-1, side)  # to the frame, if outside
+        return (position + 0.5 * position.sign()).int() + 1  # halves away from zero, as C++'s std::round does
+
+    places = (nearest(*y, height) * (width + 2) + nearest(*x, width)).view(-1)
     return framed.view(-1, channels).index_select(0, places).view(height, width, channels).permute(2, 0, 1)
-
-
-def _nearest(position: Tensor) -> Tensor:
-    """Round halves away from zero, as C++'s std::round does."""
-    return (position + 0.5 * position.sign()).int()  # truncates
 
 
 def rotate(image: Tensor, degrees: float) -> Tensor:

@@ -17,14 +17,9 @@ class ThreeAugment(v2.Transform):
     """One of grey, solarise and blur, then colour jitter (2204.07118, section 3).
 
     Solarising inverts values from 128 on; the blur is Pillow's Gaussian with a standard deviation in [0.1, 2] pixels.
-    The jitter is torchvision's, of brightness, contrast and saturation in random order. Images go through Pillow, as in
-    the source.
 
     Args:
-        jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter; 0 leaves them.
-
-    Raises:
-        UserError: jitter is below 0.
+        jitter: brightness, contrast and saturation are multiplied, in random order, by 1 - jitter to 1 + jitter.
     """
 
     def __init__(self, jitter: float = 0.3) -> None:

@@ -17,7 +17,7 @@ _RESAMPLING = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 
 
 class Draw(NamedTuple):
-    """The draws of one op, most of which use only some: level is magnitude / 10, sign is 1 or -1."""
+    """Of one op: level is magnitude / 10, sign is 1 or -1."""
 
     level: float
     sign: int
@@ -26,7 +26,6 @@ class Draw(NamedTuple):
     increasing: bool
 
     def moved(self, most: float) -> float:
-        """How far an op moves the image, of `most` to either side."""
         return self.sign * most * self.level
 
     def kept(self, most: int) -> int:
@@ -44,9 +43,8 @@ class TimmRandAugment(v2.Transform):
     """RandAugment (1909.13719) as timm does it; with the defaults, DeiT's `rand-m9-mstd0.5-inc1`.
 
     Each of `ops` is one of 15, with replacement, and is applied with probability `prob` at a magnitude of its own, a
-    Gaussian clipped to [0, 10]. Translations are up to 0.45 of a side: timm's transforms_imagenet_train sets
-    `translate_const`, but these ops do not read it. Images go through Pillow, as in the source. A Posterize that keeps
-    no bits (increasing, at magnitude 10) gives black; Pillow 13 refuses it, and timm then fails.
+    Gaussian clipped to [0, 10]. Translations are up to 0.45 of a side: timm's `translate_const` has no effect on them.
+    A Posterize that keeps no bits (increasing, at magnitude 10) gives black, also where Pillow 13 refuses it.
 
     Args:
         magnitude: the mean strength, in [0, 10].
@@ -56,9 +54,6 @@ class TimmRandAugment(v2.Transform):
         prob: of applying an op that was drawn.
         interpolation: of ops that move the image; "random" draws bilinear or bicubic for each op.
         fill: RGB in [0, 255] of what moves into view; timm's is 255 times the normalisation's mean, here ImageNet's.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     def __init__(
@@ -73,12 +68,8 @@ class TimmRandAugment(v2.Transform):
     ) -> None:
         super().__init__()
         # To timm a std above 100 means another distribution.
-        limits = {
-            "magnitude": (magnitude, 0, 10),
-            "ops": (ops, 1, math.inf),
-            "std": (std, 0, 100),
-            "prob": (prob, 0, 1),
-        }
+        limits = {"magnitude": (magnitude, 0, 10), "ops": (ops, 1, math.inf)}
+        limits |= {"std": (std, 0, 100), "prob": (prob, 0, 1)}
         for name, (value, least, most) in limits.items():
             if not least <= value <= most:
                 raise UserError(f"{name} {value} must be in [{least}, {most}]")
@@ -116,7 +107,6 @@ def posterize(image: Image, bits: int) -> Image:
 
 
 def solarize_add(image: Image, addition: int) -> Image:
-    """Add to values below 128."""
     return image.point([min(255, value + addition) if value < 128 else value for value in range(256)] * 3)
 
 
