@@ -71,7 +71,7 @@ MISTAKES = {
     ],
     "--trainer.callbacks [3]": ["trainer.callbacks: expected Callback, not [3]"],
     "--model.schedule 3": ["model.schedule: expected its keys, not 3"],
-    "stray": ["what is 'stray'?"],
+    "stray": ["unexpected argument 'stray'"],
     "--config": ["--config needs a config"],
     "--config pretrian": ["config pretrian does not exist; did you mean pretrain?"],
     "--config configs/pretrian.yaml": ["config configs/pretrian.yaml does not exist; did you mean pretrain?"],

@@ -171,7 +171,7 @@ def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, wo
 def test_two_ways_of_balancing_are_warned_of(vitlit: Command, few: Path) -> None:
     both = "--data.balanced true --model.objective.init_args.class_weights balanced"
     said = done(vitlit("fit", *SMALL, "--data.root", few, *both.split()))
-    assert "class_weights also weigh them more; give one" in said
+    assert "data.balanced and class_weights both favour rare classes; give one" in said
 
 
 @pytest.mark.parametrize(
