@@ -289,7 +289,7 @@ class CLI(LightningCLI):
             step, result = self.trainer.global_step, best(self.trainer, self.folder)
             self.folder.history.end(step, self.line.seconds(), ending(self.trainer), best=result)
             self.folder.finish(step)
-            print_summary(self.trainer, self.folder)
+            print_summary(self.trainer, self.folder, self.datamodule)
 
     def after_predict(self) -> None:
         writer = self.predictions

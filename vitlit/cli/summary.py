@@ -24,7 +24,7 @@ from vitlit.stages import Pretrain
 from vitlit.weights.checkpoint import open_checkpoint
 
 
-def print_summary(trainer: Trainer, folder: RunFolder) -> None:
+def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) -> None:
     """Print steps, best metric, checkpoint, W&B run and the next command, and close the W&B run."""
     rows = {"steps": f"{trainer.global_step:,}"}
     if (ended := ending(trainer)) != COMPLETE:
@@ -32,6 +32,7 @@ def print_summary(trainer: Trainer, folder: RunFolder) -> None:
     if result := best(trainer, folder):
         value = f"{result['value']:.4f}" if "loss" in result["metric"] else f"{100 * result['value']:.2f} %"
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
+    if folder.best.is_file():
         rows["checkpoint"] = str(folder.best)
     else:
         validated = any(name.startswith("val/") for name in trainer.callback_metrics)
@@ -43,7 +44,6 @@ def print_summary(trainer: Trainer, folder: RunFolder) -> None:
         if isinstance(logger, Wandb):
             rows["W&B"] = logger.closing_line() or "disabled"
             logger.close()
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     pretrained = isinstance(trainer.lightning_module, Pretrain)
     rows["next"] = shlex.join([program(), *(finetune(folder, data) if pretrained else predict(folder, data))])
     console = Console(soft_wrap=True, highlight=False)  # a command must stay on one line
