@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
+from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
 from vitlit.cli.summary import print_summary
 from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
 from vitlit.data import ImageFolderData
@@ -30,7 +30,7 @@ from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
 from vitlit.run.ranks import inherited, rank, share_decision
-from vitlit.stages import Finetune, Stage
+from vitlit.stages import Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
 
@@ -157,7 +157,9 @@ class CLI(LightningCLI):
             self.decide(recorded)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
+        fill_labels(config)
+        data = config.data
+        self.splits = Splits(data.root, parse_share(data.holdout), data.manifest, data.labels)
         self.weights = starting_weights(config, fitting)
         fill_config(config, self.weights, self.splits)
         self.splits.photos = self.line.photos
@@ -211,8 +213,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
-        if isinstance(self.model, Finetune):
-            self.model.weights = self.weights
+        self.model.weights = self.weights
         trainer = self.config[self.subcommand].trainer
         bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
         if bar:
@@ -234,7 +235,7 @@ class CLI(LightningCLI):
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
+        return [Interrupt(last, until, options.save_minutes), Best(folder, *monitor(self.model, options.monitor)), last]
 
     def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""

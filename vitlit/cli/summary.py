@@ -36,8 +36,8 @@ def _best(trainer: Trainer, folder: RunFolder) -> dict[str, str]:
     best = next(callback for callback in callbacks if isinstance(callback, Best))
     if best.best_model_score is None:
         return {"checkpoint": f"{folder.last} (nothing was validated, so none is best)"}
-    score, is_loss = float(best.best_model_score), "loss" in str(best.monitor)
-    shown = f"{score:.4f}" if is_loss else f"{100 * score:.2f} %"
+    score, name = float(best.best_model_score), str(best.monitor).removeprefix("val/")
+    shown = f"{100 * score:.2f} %" if name.startswith(("top", "map")) else f"{score:.4f}"
     return {f"best {best.monitor}": shown, "checkpoint": str(folder.best)}
 
 
