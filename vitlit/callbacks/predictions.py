@@ -56,8 +56,9 @@ class Predictions(Callback):
             table = csv.writer(file)
             table.writerow(head)
             for index, *pairs in rows.tolist():
-                named = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
-                cells = named if len(pairs) > 1 else [f"{pairs[0]:.6g}"]
+                cells = [f"{pairs[0]:.7g}"]  # a number
+                if len(pairs) > 1:
+                    cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
                 table.writerow([self.index.path(int(index)), *cells])
 
 

@@ -98,8 +98,8 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
         splits.scan()
         several = splits.multi_label
     classes, objective = splits.classes, model.objective.init_args
-    if "num_classes" in objective and not classes and not splits.numbers:
-        raise no_classes(model.objective.class_path.rsplit(".", 1)[-1])
+    if "num_classes" in objective and not classes:
+        raise no_classes(model.objective.class_path.rsplit(".", 1)[-1], splits.numbers)
     if "num_classes" in model and model.num_classes is None:
         model.num_classes = len(classes) or None
     if "num_classes" in objective and objective.num_classes is None:

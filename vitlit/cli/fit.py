@@ -1,6 +1,7 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
 import logging
+import os
 import sys
 import warnings
 from contextlib import suppress
@@ -53,6 +54,8 @@ def run(command: str, arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", message=message)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    if "VITLIT_TRUST" in os.environ and "" not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: a file here must not replace a module that is installed
     set_parsing_settings(
         import_path_denylist=["*"],
         # The name that jsonargparse gives to the base class if a callback's keys come without a class.
@@ -92,7 +95,7 @@ class Begin(Callback):
         data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
-        labels = f"{len(data.classes)} classes" if data.classes else "no labels"
+        labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
         print(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "

@@ -16,6 +16,7 @@ from vitlit.errors import UserError
 SPLITS = ("train", "val", "test")
 REQUIRED = ("path", "label")
 COLUMNS = (*REQUIRED, "split", "group")
+AS_NUMBERS = "--data.labels numbers, with the objective Regression, takes the labels as numbers"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -50,9 +51,8 @@ def read_manifest(file: Path, root: Path, kind: str | None = None) -> Manifest:
         raise UserError(f"{file} has no row of split train; training images need one")
     multi_label = any(len(row.names) > 1 for row in rows)
     names = {name for row in rows for name in row.names}
-    if kind is None and not multi_label and all(map(NUMBER.fullmatch, names)):
-        kind = "classes" if all(float(name).is_integer() for name in names) else "numbers"
-    numbers = kind == "numbers"
+    numeric = not multi_label and all(map(NUMBER.fullmatch, names))
+    numbers = kind == "numbers" or (kind is None and numeric and not all(float(name).is_integer() for name in names))
     trained = {name for row in rows for name in row.names if numbers or row.split == "train"}
     for row in rows:
         if numbers and not NUMBER.fullmatch("|".join(row.names)):
@@ -61,8 +61,8 @@ def read_manifest(file: Path, root: Path, kind: str | None = None) -> Manifest:
         if not row.names and not multi_label:
             raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
         if unknown := [name for name in row.names if name not in trained]:
-            where = f"{file}, line {row.line}"
-            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
+            where, offer = f"{file}, line {row.line}", f"; {AS_NUMBERS}" if numeric else ""
+            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack{offer}")
     if missing := [row for row in rows if not os.path.isfile(root / row.path)]:
         lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
         raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit.data.folder import brief, hold_out, scan_photos, scan_split, scan_train
 from vitlit.data.index import Index
-from vitlit.data.manifest import NUMBER, Manifest, read_manifest
+from vitlit.data.manifest import AS_NUMBERS, NUMBER, Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
 from vitlit.errors import UserError
 
@@ -46,10 +46,8 @@ class Splits:
             raise UserError(f"data.manifest is for folders, but {self.root} holds labelled shards; leave it out")
         found = read_manifest(Path(self.manifest), Path(self.root), self.labels)
         if self.labels is None and found.classes and all(map(NUMBER.fullmatch, found.classes)):
-            taken = f"{self.manifest}: the labels, which are integers, are taken as {len(found.classes)} classes"
-            rank_zero_only(print)(
-                f"{taken}; --data.labels numbers, with the objective Regression, takes them as numbers"
-            )
+            taken = f"the labels, which are integers, are taken as {len(found.classes)} classes"
+            rank_zero_only(print)(f"{self.manifest}: {taken}; {AS_NUMBERS}")
         return found
 
     @property

@@ -14,8 +14,7 @@ def check_labels(objective: Objective, data: Any) -> None:
     if objective.numbers and not numbers:
         raise UserError(f"{name} learns numbers: give data.manifest with numbers as labels, and data.labels numbers")
     if numbers and objective.needs_labels and not objective.numbers:
-        instead = "--model.objective Regression learns numbers, --data.labels classes makes each a class"
-        raise UserError(f"{name} learns classes, but the manifest's labels are numbers; {instead}")
+        raise no_classes(name, numbers)
     if objective.needs_labels and not numbers and not getattr(data, "classes", True):
         raise no_classes(name)
     mixing = getattr(data, "mixing", None)
@@ -41,7 +40,10 @@ def check_images(objective: Objective, vit: ViT, data: Any) -> None:
         raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
 
 
-def no_classes(name: str) -> UserError:
-    """The error of an objective that needs classes, on data without."""
+def no_classes(name: str, numbers: bool = False) -> UserError:
+    """The error of an objective that needs classes, on data without: without labels, or with numbers."""
+    if numbers:
+        instead = "--model.objective Regression learns numbers, --data.labels classes makes each a class"
+        return UserError(f"{name} learns classes, but the manifest's labels are numbers; {instead}")
     remedy = "sort the images into class folders, or give data.manifest"
     return UserError(f"the data has no classes, which {name} needs; {remedy}")

@@ -202,23 +202,27 @@ class Stage(LightningModule):
 
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
+    @not_compiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate("test", batch)
+        return self._measure("val", batch, self.step(batch))
 
     @not_compiled
-    def _evaluate(self, split: str, batch: Any) -> dict[str, Tensor] | None:
-        step, labels = self.step(batch), Batch.of(batch).labels
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        return self._measure("test", batch, self.step(batch))
+
+    @torch.compiler.disable
+    def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Tensor] | None:
+        labels = Batch.of(batch).labels
         measures: Any = self.measures[split]
         update(measures, step, labels)
         first = next(iter(self.measured)).removeprefix("val/")
         for name, value in {**step.logs, **measures}.items():
             of_rank = name not in measures  # torchmetrics gather by themselves
             self.log(f"{split}/{name}", value, prog_bar=name == first, batch_size=len(labels), sync_dist=of_rank)
-        predicted = None if step.logits is None else self.objective.predictions(step.logits)
-        return None if predicted is None or predicted.ndim < 2 else {"probabilities": predicted}
+        if step.logits is None or step.logits.ndim < 2:
+            return None
+        predicted = self.objective.predictions(step.logits)
+        return None if predicted is None else {"probabilities": predicted}
 
     @not_compiled
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
