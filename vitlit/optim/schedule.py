@@ -56,7 +56,8 @@ class Schedule:
         cooldown = length("model.schedule.cooldown", self.cooldown, total, epoch)
         if warmup >= total:
             raise UserError(
-                f"model.schedule.warmup is {warmup} steps but training has only {total}; give a shorter one, such as 0"
+                f"model.schedule.warmup is {warmup} steps but training has only {total}; "
+                "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
             )
         if warmup + cooldown > total:
             both = f"{warmup} and {cooldown}"
