@@ -51,17 +51,18 @@ def read_manifest(file: Path, root: Path, kind: str | None = None) -> Manifest:
         raise UserError(f"{file} has no row of split train; training images need one")
     multi_label = any(len(row.names) > 1 for row in rows)
     names = {name for row in rows for name in row.names}
-    numeric = not multi_label and all(map(NUMBER.fullmatch, names))
-    numbers = kind == "numbers" or (kind is None and numeric and not all(float(name).is_integer() for name in names))
+    numeric = {name for name in names if NUMBER.fullmatch(name)}
+    fractions = any(not float(name).is_integer() for name in numeric)
+    numbers = kind == "numbers" or (kind is None and not multi_label and fractions and 2 * len(numeric) > len(names))
     trained = {name for row in rows for name in row.names if numbers or row.split == "train"}
     for row in rows:
-        if numbers and not NUMBER.fullmatch("|".join(row.names)):
-            given = f"the label {'|'.join(row.names)!r} of {row.path} is not a number"
-            raise UserError(f"{file}, line {row.line}: {given} such as 3.5; mend it, or give --data.labels classes")
         if not row.names and not multi_label:
             raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
+        if numbers and not (len(row.names) == 1 and row.names[0] in numeric):
+            given = f"the label {'|'.join(row.names)!r} of {row.path} is not a number"
+            raise UserError(f"{file}, line {row.line}: {given} such as 3.5; mend it, or give --data.labels classes")
         if unknown := [name for name in row.names if name not in trained]:
-            where, offer = f"{file}, line {row.line}", f"; {AS_NUMBERS}" if numeric else ""
+            where, offer = f"{file}, line {row.line}", f"; {AS_NUMBERS}" if numeric == names else ""
             raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack{offer}")
     if missing := [row for row in rows if not os.path.isfile(root / row.path)]:
         lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"

@@ -52,8 +52,8 @@ class Splits:
 
     @property
     def numbers(self) -> bool:
-        """Whether the labels found are numbers, not classes."""
-        return any(index.labels.dtype.kind == "f" for index in self._found.values())
+        """Whether labels are numbers, not classes."""
+        return self.manifest is not None and self["train"].labels.dtype.kind == "f"
 
     def expect(self, classes: list[str]) -> None:
         """Take these classes if none are known; UserError if others are, or are found later."""

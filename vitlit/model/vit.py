@@ -307,8 +307,7 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden = (self.width if hidden_dim is None else hidden_dim) if kind == "pretrain" else None
         self.config = replace(self.config, num_classes=num_classes, hidden_dim=hidden)
-        if len(self.classes) != num_classes:
-            self.classes = []
+        self.classes = []
 
         def head() -> nn.Module:
             if num_classes == 0:
