@@ -38,20 +38,33 @@ def test_finetuning_takes_the_preprocessing_of_its_weights(weights: Path, few: P
     runner.save_checkpoint(tmp_path / "a.ckpt")
     assert vitlit.load(tmp_path / "a.ckpt").preprocess == MADE_WITH
     assert torch.equal(next(iter(folder.val_dataloader())).views[0][0], MADE_WITH(folder.split("val").path(0))[0])
-    larger = fit(finetune(weights, image_size=24), few, {"image_size": 24, "crop_ratio": 1.0}, max_steps=1)
-    assert larger.datamodule.preprocess == replace(MADE_WITH, image_size=(24, 24), crop_ratio=1.0)  # type: ignore[attr-defined]
+    larger: Any = fit(
+        finetune(weights, image_size=24),
+        few,
+        {"image_size": 24, "crop_ratio": 1.0, "interpolation": "bicubic"},
+        max_steps=1,
+    )
+    assert larger.datamodule.preprocess == replace(
+        MADE_WITH, image_size=(24, 24), crop_ratio=1.0, interpolation="bicubic"
+    )
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"mean": (0.5, 0.5, 0.5)}, {"std": (0.5, 0.5, 0.5)}, {"interpolation": "bicubic"}],
-    ids=lambda given: next(iter(given)),
-)
+@pytest.mark.parametrize("given", [{"mean": (0.5, 0.5, 0.5)}, {"std": (0.5, 0.5, 0.5)}], ids=["mean", "std"])
 def test_what_contradicts_the_weights_is_refused(given: dict[str, Any], weights: Path, few: Path) -> None:
     [name] = given
     words = rf"data\.{name} is .*, but {weights} was made with .*; leave it out"
     user_error(words, partial(fit, max_steps=1), finetune(weights), few, given)
     fit(finetune(weights), few, {name: getattr(MADE_WITH, name)}, max_steps=1)
+
+
+@pytest.mark.parametrize("given", [None, False, True])
+def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
+    how: dict[str, Any] = {} if given is None else {"interpolation": "bicubic", "crop_ratio": 0.5, "squash": given}
+    vit, folder = ViT(**TINY), data(Path("folder"), **how)
+    vit.preprocess = Preprocess((16, 16), 1.0, "bilinear", squash=True)
+    folder.follow(vit)
+    assert folder.preprocess == replace(vit.preprocess, **how)
+    assert folder.transform.crop.interpolation.value == ("bilinear" if given is None else "bicubic")  # type: ignore[attr-defined]
 
 
 def test_a_loaded_vit_brings_its_preprocessing_and_classes(weights: Path, few: Path, tmp_path: Path) -> None:
