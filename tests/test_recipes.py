@@ -200,9 +200,12 @@ def built(name: str) -> Built:
     config = parser().parse_object({key: recipe[key] for key in ("seed_everything", "model", "data")})
     config.ckpt_path = None
     splits: Any = SimpleNamespace(scan=lambda: None, classes=[str(i) for i in range(classes)], multi_label=False)
-    vitlit.cli.completion.fill_config(config, begins(name), splits)
+    weights = begins(name)
+    vitlit.cli.completion.fill_config(config, weights, splits)
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))
+    made.model.weights = weights
+    made.model.lead(made.data)
     return Built(made.model, made.data, config.model.init_args.as_dict(), images)
 
 

@@ -18,7 +18,7 @@ from vitlit.errors import UserError
 from vitlit.files import expand
 from vitlit.model import Size
 from vitlit.objectives import Objective
-from vitlit.run.config import read_config
+from vitlit.run.config import read_config, told_to_trust
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
@@ -62,7 +62,7 @@ class CommandLine:
             flags[first:first] = ["--model.vit", "vitlit.ViT.from_preset"]
         paths = [str(find_config(name)) for name in configs]
         contents = [read_config(path) for path in paths]
-        check_class_paths(contents)
+        check_class_paths(contents, next(filter(None, map(told_to_trust, paths)), ""))
         self.config: str | None = paths[0] if paths else None  # names the run
         self.content = contents[0] if contents else {}
         self.photos = [Path(expand(other)) for other in others]

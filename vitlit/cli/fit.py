@@ -1,6 +1,7 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
 import logging
+import os
 import sys
 import warnings
 from contextlib import suppress
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups, expand_paths
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
+from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
 from vitlit.cli.loggers import harmless
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
 from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
@@ -32,7 +33,7 @@ from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
 from vitlit.run.ranks import check_environment, inherited, rank, share_decision
-from vitlit.stages import Finetune, Stage
+from vitlit.stages import Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
 
@@ -56,6 +57,8 @@ def run(command: str, arguments: list[str]) -> int:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     check_environment()
+    if "VITLIT_TRUST" in os.environ and "" not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: a file here must not replace a module that is installed
     try:
         set_parsing_settings(
             import_path_denylist=["*"],
@@ -99,7 +102,7 @@ class Begin(Callback):
         data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
-        labels = f"{len(data.classes)} classes" if data.classes else "no labels"
+        labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
         print(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
@@ -173,7 +176,9 @@ class CLI(LightningCLI):
             self.decide(recorded)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
+        fill_labels(config)
+        data = config.data
+        self.splits = Splits(data.root, parse_share(data.holdout), data.manifest, data.labels)
         self.weights = starting_weights(config, fitting)
         fill_config(config, self.weights, self.splits)
         self.splits.photos = self.line.photos
@@ -227,8 +232,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
-        if isinstance(self.model, Finetune):
-            self.model.weights = self.weights
+        self.model.weights = self.weights
         trainer = self.config[self.subcommand].trainer
         bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
         if bar:
@@ -256,7 +260,7 @@ class CLI(LightningCLI):
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
+        return [Interrupt(last, until, options.save_minutes), Best(folder, *monitor(self.model, options.monitor)), last]
 
     def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""

@@ -30,7 +30,8 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) ->
     if (ended := ending(trainer)) != COMPLETE:
         rows["ended"] = ended
     if result := best(trainer, folder):
-        value = f"{result['value']:.4f}" if "loss" in result["metric"] else f"{100 * result['value']:.2f} %"
+        is_share = result["metric"].removeprefix("val/").startswith(("top", "map"))
+        value = f"{100 * result['value']:.2f} %" if is_share else f"{result['value']:.4f}"
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
     if folder.best.is_file():
         rows["checkpoint"] = str(folder.best)

@@ -70,7 +70,7 @@ class Images(Dataset[tuple[Any, ...]]):
         if (image := self._decode(item.index, remedy)) is not None:
             return image, item.index
         labels = self.index.labels.reshape(len(self), -1)
-        alike = np.flatnonzero((labels == labels[item.index]).all(1))
+        alike = np.flatnonzero((labels == labels[item.index]).all(1) | (labels.dtype.kind == "f"))
         drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, alike), kind="stable")
         for index in alike[drawn].tolist():
             if (image := self._decode(index, remedy)) is not None:
@@ -80,6 +80,8 @@ class Images(Dataset[tuple[Any, ...]]):
 
     def _label(self, index: int) -> int | Tensor:
         label = self.index.labels[index]
+        if label.ndim == 0 and label.dtype.kind == "f":
+            return torch.tensor(float(label))  # float32
         return int(label) if label.ndim == 0 else torch.from_numpy(label).float()
 
 

@@ -62,8 +62,8 @@ class FolderFiles:
 class Index:
     """Images of one split: their `rows` in `files`.
 
-    `labels` are class numbers, int64 (N,), -1 for none; or bool (N, classes) if an image may have several. A holdout
-    keeps images of equal `groups`, int64 (N,) if any, together.
+    `labels` are class numbers, int64 (N,), -1 for none; bool (N, classes) if an image may have several; or numbers,
+    float64 (N,). A holdout keeps images of equal `groups`, int64 (N,) if any, together.
     """
 
     files: FolderFiles

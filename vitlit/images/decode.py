@@ -54,7 +54,7 @@ def decode_bytes(data: bytes, path: str | Path) -> Tensor:
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
         decoder = DECODERS.get(str(picture.format))
         if not decoder or getattr(picture, "is_animated", False):
-            return _decode_with_pillow(picture)
+            return decode_picture(picture)
         image: Tensor = decoder(data, mode="RGB")
         return image if image.ndim == 3 else image[0]  # the only frame of an animation
     except UnidentifiedImageError as error:
@@ -83,7 +83,7 @@ def _format_of_simple_header(data: bytes) -> str:
     return ""
 
 
-def _decode_with_pillow(picture: Image.Image) -> Tensor:
+def decode_picture(picture: Image.Image) -> Tensor:
     if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
         raise ValueError("numbers of 32 bits, whose white is unknown; convert it to 8 or 16 bits")
     picture = ImageOps.exif_transpose(picture)

@@ -59,7 +59,10 @@ def run(arguments: list[str]) -> int:
 def _splits(root: Path, manifest: Path | None) -> Manifest:
     """The images of a manifest, of ROOT/{train,val,test}/CLASS/*, or of ROOT/CLASS/*, by split."""
     if manifest:
-        return read_manifest(manifest, root)
+        found = read_manifest(manifest, root)
+        if not found.classes:
+            raise UserError(f"the labels of {manifest} are numbers, but shards hold classes; train on the manifest")
+        return found
     folder = train_folder(root, holdout=1.0)  # with a holdout the root will do
     classes, train = scan_classes(folder)
     if not classes:
