@@ -86,7 +86,7 @@ def test_the_list_has_each_image_once_with_its_reason(broken: Path, tmp_path: Pa
     assert head == ["path", "reason"]
     found = dict(listed)
     assert set(found) == {str(path) for path in sorted((broken / "train" / "1").iterdir())[:2]}
-    assert all(reason.startswith(f"cannot read the image {path}: ") for path, reason in found.items())
+    assert all(reason and path not in reason for path, reason in found.items())
     assert len(listed) <= 4  # two workers may meet one at the same moment
 
 

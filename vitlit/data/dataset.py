@@ -14,7 +14,7 @@ from vitlit.data.index import Index, StorageUserError
 from vitlit.data.stream import Sample
 from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
-from vitlit.images.decode import decode_bytes
+from vitlit.images.decode import GROUND, decode_bytes, reason
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
@@ -33,6 +33,7 @@ class Images(Dataset[tuple[Any, ...]]):
     bad: BadImages | None = None
     further: Sequence[Transform] = ()
     photos: bool = False
+    ground: str = GROUND
 
     def __len__(self) -> int:
         return len(self.index)
@@ -55,13 +56,13 @@ class Images(Dataset[tuple[Any, ...]]):
         """An image, or None after listing it as bad."""
         path = self.index.path(index)
         try:
-            return decode_bytes(self.index.read(index), path)
+            return decode_bytes(self.index.read(index), path, self.ground)
         except StorageUserError:
             raise
         except UserError as error:
             if self.bad is None:
                 raise UserError(f"{error}; {remedy}") from error
-            self.bad.note(path, str(error))
+            self.bad.note(path, reason(error, path))
             return None
 
     def _sample(self, item: Sample) -> tuple[Tensor, int]:

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
 from vitlit.images.crops import cover
-from vitlit.images.decode import decode
+from vitlit.images.decode import GROUND, colour, decode
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -31,9 +31,10 @@ class Preprocess:
         interpolation: of the antialiased resize.
         mean: by channel, of images scaled to [0, 1].
         std: by channel, likewise.
+        ground: the colour under what is transparent in a file: a CSS name, or #rrggbb.
 
     Raises:
-        UserError: mean or std is out of range, or they have neither 3 numbers nor 1.
+        UserError: mean or std is out of range, or they have neither 3 numbers nor 1; or the ground is no colour.
     """
 
     image_size: tuple[int, int]
@@ -41,12 +42,14 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    ground: str = GROUND
 
     def __post_init__(self) -> None:
         if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
             raise UserError(f"mean {self.mean} must be finite and std {self.std} above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
+        colour(self.ground)
 
     def crop(self, image: Tensor) -> Tensor:
         """Resize to just cover image_size / crop_ratio, crop the centre: uint8 (3, H, W) -> (3, height, width)."""
@@ -71,5 +74,5 @@ class Preprocess:
     def __call__(self, images: str | Path | Tensor | Sequence[str | Path | Tensor]) -> Tensor:
         if isinstance(images, str | Path | Tensor):
             images = [images]
-        tensors = [image if isinstance(image, Tensor) else decode(image) for image in images]
+        tensors = [image if isinstance(image, Tensor) else decode(image, self.ground) for image in images]
         return self.normalise(torch.stack([self.crop(tensor) for tensor in tensors]))
