@@ -1,12 +1,15 @@
 """Image files to uint8 tensors."""
 
 import io
+import os
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,29 @@ def decode_bytes(data: bytes, path: str | Path, ground: str = GROUND) -> Tensor:
 def reason(error: Exception, path: str | Path) -> str:
     """Why an image cannot be read, without its path."""
     return str(error).removeprefix(f"cannot read the image {path}: ")
+
+
+@contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Lines that C libraries print in the block, there after it: the only sign that libjpeg filled up an image."""
+    lines: list[str] = []
+    file, own = _scratch(os.getpid()), os.dup(2)
+    os.dup2(file, 2)
+    try:
+        yield lines
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        if size := os.lseek(file, 0, os.SEEK_CUR):
+            lines += os.pread(file, size, 0).decode(errors="replace").splitlines()
+            os.lseek(file, 0, os.SEEK_SET)
+
+
+@cache
+def _scratch(process: int) -> int:
+    """A file of this process, not of the one that it was forked from, which would share the position in it."""
+    with TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _format_of_opaque_header(data: bytes) -> str:

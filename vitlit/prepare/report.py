@@ -5,13 +5,12 @@ import json
 import os
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from operator import sub
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, decode
+from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode
 from vitlit.images.decode import reason as why_unread
 
 Paths: TypeAlias = "list[str | list[str]]"  # files, or sets of files with the same pixels
@@ -71,7 +70,7 @@ class Look(NamedTuple):
 
 def look(path: str, ground: str = GROUND) -> Look:
     """Decode an image file. Never raises: whatever is wrong is in the Look."""
-    with warnings.catch_warnings(), _stderr() as complaints:
+    with warnings.catch_warnings(), captured_stderr() as said:
         warnings.simplefilter("ignore")  # Pillow's, about what is found here anyway
         try:
             image = decode(path, ground).permute(1, 2, 0).contiguous()
@@ -80,9 +79,8 @@ def look(path: str, ground: str = GROUND) -> Look:
                 return Look("too_large")
             reason = why_unread(error, path) or type(error).__name__
             return Look("unreadable", reason.split(";")[0].rstrip("."))  # without the remedy
-        complaints.seek(0)
-        said = complaints.read().lower()
-    kind = "truncated" if b"premature end of" in said else "corrupt" if b"corrupt jpeg data" in said else ""
+    complaint = " ".join(said).lower()
+    kind = "truncated" if "premature end of" in complaint else "corrupt" if "corrupt jpeg data" in complaint else ""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.numpy().data)
     why = "" if kind else _why_uniform(path, image, ground)
@@ -103,19 +101,6 @@ def _why_uniform(path: str, image: Tensor, ground: str) -> str:
         if picture.has_transparency_data:
             return f"it is drawn in the colour of the ground, {ground}; give another data.ground"
     return f"every pixel is nearly {low}" if levels <= UNIFORM else ""
-
-
-@contextmanager
-def _stderr() -> Iterator[IO[bytes]]:
-    """What C libraries print: the only sign that libjpeg filled up an image."""
-    with TemporaryFile() as file:
-        own = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield file
-        finally:
-            os.dup2(own, 2)
-            os.close(own)
 
 
 def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
