@@ -69,9 +69,8 @@ class CommandLine:
 
 def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
     """The configs, the flags with their values, and all other arguments."""
-    configs: list[str] = []
-    flags: list[str] = []
-    others: list[str] = []
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    configs, flags, others = found
     rest = list(arguments)
     while rest:
         part = rest.pop(0)
@@ -86,7 +85,7 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
             flags += [part, rest.pop(0)] if follows else [part]
         else:
             others.append(part)
-    return configs, flags, others
+    return found
 
 
 def check_groups(config: Namespace) -> None:

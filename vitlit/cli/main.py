@@ -117,10 +117,8 @@ def explain(error: BaseException) -> str | None:
     """The message of a user's mistake, wherever it is in the chain of causes; None for a bug."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, UserError):
+        if isinstance(seen, UserError) or type(seen).__name__ == "MisconfigurationException":
             # A data worker passes on its whole traceback as text.
             return " ".join(str(seen).rsplit("UserError: ", 1)[-1].split())
-        if type(seen).__name__ == "MisconfigurationException":
-            return " ".join(str(seen).split())
         seen = seen.__cause__ or seen.__context__
     return None

@@ -63,7 +63,6 @@ def describe(weights: Weights) -> dict[str, str]:
     shape = (config["width"], config["depth"], config["mlp_dim"])
     preset = next((f"{name}/{config['patch_size']}" for name, row in SIZES.items() if row[:3] == shape), "no preset")
     shape_words = "width {}, depth {}, heads {}, mlp {}".format(*shape[:2], config.get("heads", "unknown"), shape[2])
-    parameters = sum(tensor.numel() for tensor in weights.state.values())
     defaults = ViTConfig().plain()
     options = [f"{name} {value}" for name, value in config.items() if name not in SIZE and value != defaults[name]]
     return {
@@ -73,7 +72,7 @@ def describe(weights: Weights) -> dict[str, str]:
         "options": ", ".join(options) or "all at their defaults",
         "resolution": size,
         "tensors": f"{len(weights.state):,} in the ViT; {len(weights.unused):,} others in the file",
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(tensor.numel() for tensor in weights.state.values()):,}",
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
         "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "unnamed",
         "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "unknown",

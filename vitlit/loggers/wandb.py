@@ -156,7 +156,7 @@ class Wandb(WandbLogger):
         if self.pictures:
             columns = ["image", *columns]
             rows = [[_picture(mistake.path), *row] for mistake, row in zip(worst, rows, strict=True)]
-        counts: list[Any] = confusion_rows(classes, labels, predictions)
+        counts = confusion_rows(classes, labels, predictions)
         confusion = wandb.Table(columns=["label", "prediction", "count"], data=counts)
         self.experiment.log({"mistakes": wandb.Table(columns=columns, data=rows), "confusion": confusion})
 
