@@ -154,6 +154,7 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
 def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
     how = {} if given is None else {"interpolation": "bicubic", "crop_ratio": 0.5}
     data = Namespace(**{"mean": None, "std": None, "interpolation": None, "crop_ratio": None, "squash": given, **how})
+    data.ground = None
     known = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
     fill_preprocess(data, Weights(Path("file"), "test", {}, {}, preprocess=known), channels=3)
     assert data.squash is (given is not False)
