@@ -106,7 +106,7 @@ class Begin(Callback):
         print(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{labels}; {data.steps_per_epoch:,} steps an epoch",
+            f"{labels}; {data.epoch}",
             flush=True,
         )
         if self.folder is not None:

@@ -11,7 +11,8 @@ import numpy as np
 from vitlit.errors import UserError
 from vitlit.files import read_file
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp")
+EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".jpx")
 ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)  # of paths as bytes
 
 

@@ -69,6 +69,7 @@ class ImageFolderData(LightningDataModule):
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
         mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.
         std: by channel, likewise.
+        ground: the colour under transparency, a CSS name or '#rrggbb'; white unless given here or by the weights.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
         pin_memory: whether batches are put into pinned memory; by default if there is a GPU.
@@ -102,6 +103,7 @@ class ImageFolderData(LightningDataModule):
         interpolation: Interpolation | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        ground: str | None = None,
         num_workers: int | None = None,
         prefetch: int = 2,
         pin_memory: bool | None = None,
@@ -127,7 +129,7 @@ class ImageFolderData(LightningDataModule):
         self.splits = Splits(root, parse_share(holdout), manifest, labels)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
-        given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
+        given |= {"mean": mean and tuple(mean), "std": std and tuple(std), "ground": ground}
         self._given = {name: value for name, value in given.items() if value is not None}
         self.views, augment = tuple(views or ()), (augment,) if callable(augment) else tuple(augment or ())
         self._train_options = crop, crop_scale, flip, augment
@@ -190,6 +192,16 @@ class ImageFolderData(LightningDataModule):
         """Whole global batches in the training set."""
         return len(self.split("train")) // self.batch_size
 
+    @property
+    def epoch(self) -> str:
+        """The steps of an epoch under the Trainer, with what it leaves out, in words."""
+        steps, limit = self.steps_per_epoch, self._active_trainer.limit_train_batches
+        most = limit // self._active_trainer.accumulate_grad_batches if isinstance(limit, int) else int(limit * steps)
+        if most < steps:
+            return f"{most:,} steps an epoch, of the {steps:,} that the images fill, by trainer.limit_train_batches"
+        left = 0 if self.balanced else len(self.split("train")) - steps * self.batch_size // self.repeats
+        return f"{steps:,} steps an epoch" + (f", each time without {left:,} other images" if left else "")
+
     def plan(self, world_size: int) -> tuple[int, int]:
         """(images of a device's micro-batch, micro-batches accumulated); UserError if the batch does not allow it."""
         micro, accumulate = split_batch(self.batch_size, self.micro_batch, world_size)
@@ -247,7 +259,8 @@ class ImageFolderData(LightningDataModule):
             return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
 
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
-        images = Images(index, self.transform, self.seed, self._bad_images(index), self._further)
+        ground = self.preprocess.ground
+        images = Images(index, self.transform, self.seed, self._bad_images(index), self._further, ground=ground)
         return self._loader(images, stream, micro)
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
@@ -269,7 +282,7 @@ class ImageFolderData(LightningDataModule):
         most = -(-self.batch_size // trainer.world_size)
         batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
         bad = self._bad_images(index, photos) if photos else None
-        images = Images(index, self.preprocess.crop, bad=bad, photos=photos)
+        images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
         return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:

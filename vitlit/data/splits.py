@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from vitlit.data.folder import brief, hold_out, scan_photos, scan_split, scan_train
+from vitlit.data.folder import brief, hold_out, no_folder, scan_photos, scan_split, scan_train
 from vitlit.data.index import Index
 from vitlit.data.manifest import AS_NUMBERS, NUMBER, Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
@@ -93,7 +93,7 @@ class Splits:
             raise UserError(f"{lacks} of split {name}; {remedy}")
         folder = Path(self.root, name)
         if not folder.is_dir():
-            raise UserError(f"data.root {self.root} has no folder {name}; {remedy}")
+            raise no_folder(Path(self.root), name, remedy)
         index = scan_split(folder, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):

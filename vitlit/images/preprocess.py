@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
 from vitlit.images.crops import enlarged
-from vitlit.images.decode import decode, decode_bytes, decode_picture
+from vitlit.images.decode import GROUND, colour, decode, decode_bytes, decode_picture
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -36,9 +36,10 @@ class Preprocess:
         std: by channel, likewise.
         squash: resize to a size of the model's aspect whatever the image's, so that no side is cropped more than the
             other (timm's crop_mode squash); by default the aspect is kept.
+        ground: the colour under what is transparent in a file: a CSS name, or #rrggbb.
 
     Raises:
-        UserError: mean or std is out of range, or they have neither 3 numbers nor 1.
+        UserError: mean or std is out of range, or they have neither 3 numbers nor 1; or the ground is no colour.
     """
 
     image_size: tuple[int, int]
@@ -47,12 +48,14 @@ class Preprocess:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     squash: bool = False
+    ground: str = GROUND
 
     def __post_init__(self) -> None:
         if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
             raise UserError(f"mean {self.mean} must be finite and std {self.std} above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
+        colour(self.ground)
 
     def crop(self, image: Tensor) -> Tensor:
         """Resize to image_size / crop_ratio, or just to cover it, crop the centre: uint8 (3, H, W) -> (3, h, w)."""
@@ -76,15 +79,15 @@ class Preprocess:
         many = list(images) if batches or isinstance(images, list | tuple) else [images]
         if not many:
             raise UserError("there is no image to preprocess")
-        return self.normalise(torch.stack([self.crop(pixels(image)) for image in many]))
+        return self.normalise(torch.stack([self.crop(pixels(image, self.ground)) for image in many]))
 
 
-def pixels(image: Any) -> Tensor:
+def pixels(image: Any, ground: str = GROUND) -> Tensor:
     """An image of any kind that `Preprocess` takes as uint8 (3, H, W), else UserError."""
     if isinstance(image, str | PathLike):
-        return decode(Path(image))
+        return decode(Path(image), ground)
     if isinstance(image, bytes):
-        return decode_bytes(image, "that was given as bytes")
+        return decode_bytes(image, "that was given as bytes", ground)
     if isinstance(image, np.ndarray | Tensor):
         of_torch, shape = isinstance(image, Tensor), list(image.shape)
         channels = shape[0 if of_torch else -1] if len(shape) == 3 else 1 if len(shape) == 2 and not of_torch else 0
@@ -100,6 +103,6 @@ def pixels(image: Any) -> Tensor:
         kinds = "a path, bytes, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
         raise UserError(f"an image is {kinds}, not a {type(image).__name__}")
     try:
-        return decode_picture(image)
+        return decode_picture(image, ground)
     except (OSError, ValueError) as error:  # Pillow reads a file when its pixels are needed
         raise UserError(f"cannot read the PIL image: {error}") from error

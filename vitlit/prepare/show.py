@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from vitlit.errors import CommandParser, UserError
@@ -35,7 +36,8 @@ def run(arguments: list[str]) -> int:
     # These decide the order of samples.
     options = ("root", "manifest", "labels", "holdout", "batch_size", "repeats", "balanced", "seed")
     data = ImageFolderData(**{name: stored[name] for name in options if name in stored})
-    index = data.split("train")
+    with redirect_stdout(sys.stderr):  # what is said of the folder is no CSV
+        index = data.split("train")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["row", "index", "path", "label", "repeat"])
     for row, sample in enumerate(data.samples(given.step)):
