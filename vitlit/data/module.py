@@ -122,10 +122,6 @@ class ImageFolderData(LightningDataModule):
         check_scale("data.crop_scale", crop_scale)
         if views and mixing.on:
             raise UserError("data.mixing works on one view of an image, but data.views adds more; leave one out")
-        if labels is not None and manifest is None:
-            raise UserError(
-                "data.labels says what a manifest's labels are, but there is no data.manifest; leave it out"
-            )
         self.splits = Splits(root, parse_share(holdout), manifest, labels)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
