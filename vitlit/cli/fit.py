@@ -7,10 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import lightning.pytorch
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -19,7 +21,16 @@ from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups,
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
 from vitlit.cli.loggers import harmless
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
-from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
+from vitlit.cli.trainer import (
+    Trainer,
+    check_length,
+    check_monitors,
+    check_trainer,
+    fill_folders,
+    fill_modes,
+    listed,
+    monitor,
+)
 from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -53,8 +64,7 @@ def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    show_asked()
     check_environment()
     try:
         set_parsing_settings(
@@ -85,6 +95,17 @@ def run(command: str, arguments: list[str]) -> int:
             requeue()
         return stop.code
     return 0
+
+
+def show_asked() -> None:
+    """Print what callbacks and profilers of Lightning say, which were asked for; of the rest, only warnings."""
+    asked = logging.StreamHandler(sys.stdout)
+    folders = tuple(str(Path(lightning.pytorch.__path__[0], name)) for name in ("callbacks", "profilers"))
+    asked.addFilter(lambda record: record.levelno < logging.WARNING and record.pathname.startswith(folders))
+    for library in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
+        for handler in library.handlers:
+            handler.setLevel(logging.WARNING)
+        library.addHandler(asked)
 
 
 class Begin(Callback):
@@ -167,10 +188,15 @@ class CLI(LightningCLI):
         self.parser.add_instantiator(build, object)  # after Lightning's own, of model and data
         config, fitting = self.config[self.subcommand], self.subcommand == "fit"
         check_groups(config)
+        fill_modes(config.trainer.callbacks, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
         recorded = self.plain()
+        if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
+            own = self.folder.last.with_name(f"{config.ckpt_path}.ckpt")
+            config.ckpt_path = str(own) if own.is_file() or config.ckpt_path in ("best", "last") else config.ckpt_path
         if fitting:
             self.decide(recorded)
+            fill_folders(config.trainer, self.folder)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
         self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
@@ -183,8 +209,6 @@ class CLI(LightningCLI):
             self.callbacks += [callbacks.NonFinite(), callbacks.Throughput(), Begin(self.line, folder, recorded)]
         if self.keeps:
             check_idle(config.data, self.line.content)
-            for warning in config_warnings(config, self.line.content):
-                rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
             self.callbacks += [callbacks.Tracking(self.plain()), callbacks.Mistakes()]
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
@@ -204,17 +228,13 @@ class CLI(LightningCLI):
         """Begin the run, continue it, or say that it is complete. Rank 0 decides for all."""
         config = self.config.fit
         check_trainer(config.trainer)
-        if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
-            write("digits", Path(config.data.root))
-        decision = Decision("begin")
-        if self.keeps:
-            try:
-                decided = None if rank() else self.folder.decide(recorded)
-            except UserError:
-                with suppress(UserError):  # the other ranks, which end too, may not have started
-                    share_decision(Decision("refused"), self.folder.path, recorded)
-                raise
-            decision = share_decision(decided, self.folder.path, recorded)
+        try:
+            decided = None if rank() else self.decided(recorded)
+        except UserError:
+            with suppress(UserError):  # the other ranks, which end too, may not have started
+                share_decision(Decision("refused"), self.folder.path, recorded)
+            raise
+        decision = share_decision(decided, self.folder.path, recorded)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -225,13 +245,32 @@ class CLI(LightningCLI):
         if config.ckpt_path:
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
+    def decided(self, recorded: dict[str, Any]) -> Decision:
+        """What rank 0 decides about the run; it writes the digits if they are trained on."""
+        config = self.config.fit
+        root = str(config.data.root)
+        try:
+            decision = self.folder.decide(recorded) if self.keeps else Decision("begin")
+        except UserError as error:
+            if root == DIGITS or "://" in root or Path(root).exists():
+                raise
+            raise UserError(f"{error}; data.root {root} does not exist") from error
+        if root == DIGITS and decision.action != "finished" and not Path(root).exists():
+            if decision.action == "begin":
+                starting_weights(config, fitting=True)  # nothing is written if they are missing
+            write("digits", Path(root))
+        return decision
+
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
         if isinstance(self.model, Finetune):
             self.model.weights = self.weights
         trainer = self.config[self.subcommand].trainer
         bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
-        if bar:
+        own = listed(self.config_init[self.subcommand].trainer.callbacks)
+        if any(isinstance(callback, ProgressBar) for callback in own):
+            terminal = True  # the user's bar, off a terminal too, in place of vitlit's
+        elif bar:
             self.callbacks.insert(0, callbacks.Bar() if terminal else callbacks.Lines())
         if self.keeps:
             self.callbacks[:0] = self.checkpoint_callbacks()
@@ -277,6 +316,8 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
+            for warning in config_warnings(self.config.fit, self.line.content):
+                rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def _set_seed(self) -> None:
         try:

@@ -21,6 +21,7 @@ from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import seed_step
+from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.fsdp import shard
 from vitlit.stages.metrics import metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
@@ -119,6 +120,8 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            trainer: Any = self.trainer
+            check_callbacks(trainer.callbacks)
             self.check_data(self.data)
 
     def check_data(self, data: Any) -> None:
