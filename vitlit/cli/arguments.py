@@ -19,7 +19,7 @@ from vitlit.errors import UserError
 from vitlit.files import expand
 from vitlit.model import Size
 from vitlit.objectives import Objective
-from vitlit.run.config import read_config
+from vitlit.run.config import read_config, with_public_paths
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
@@ -94,7 +94,8 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
                 raise UserError(f"{name} needs a config: its path, or a name that `vitlit config` lists")
             configs.append(value)
         elif part.startswith("-"):
-            flags.append(f"{part}={rest.pop(0)}" if follows else part)
+            value = with_public_paths(rest.pop(0) if follows else value)
+            flags.append(f"{name}={value}" if follows or equals else part)
         else:
             others.append(part)
     return configs, flags, others
@@ -175,7 +176,7 @@ class Parser(LightningArgumentParser):
             run = "" if command == "fit" else " or the folder of a run"
             raise UserError(f"{command} needs --config CONFIG{run}; `vitlit config` lists the shipped ones") from ex
         for name, remedy in INSTEAD.items():
-            if re.search(rf"\b{name}'|: {name}$", message):
+            if re.search(rf"are required(?s:.*)class_path[ =]'[\w.]+\.{name}'|value: (?:[\w.]+\.)?{name}$", message):
                 raise UserError(f"{name}: {remedy}") from ex
         if unknown := UNKNOWN_KEY.match(message):
             key, parser = ".".join(filter(None, unknown.groups())), getattr(ex, "subcommand_parser", self)

@@ -247,8 +247,8 @@ def fill_loggers(config: Namespace, folder: RunFolder) -> None:
                 options.save_dir = str(folder.path)
             options.name = options.get("name") or folder.name
             options.id = options.get("id") or (folder.wandb_id() if config.ckpt_path else None)
-        elif name == "TensorBoardLogger" and options.save_dir == "":  # RUN/tensorboard, of a continued run too
-            options.update(Namespace(save_dir=str(folder.path), name="tensorboard", version=""))
+        elif name == "TensorBoard":
+            options.save_dir = options.get("save_dir") or str(folder.path)
         elif name == "MLFlowLogger":
             options.run_name = options.get("run_name") or folder.name
         logger.init_args = options
