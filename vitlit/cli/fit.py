@@ -56,6 +56,7 @@ QUIET = (
     r".*The dirpath has changed.*",  # the run was moved
     r".*callbacks used to create the checkpoint.*",  # evaluation has no callbacks
     r".*WeightAveraging callback with a model that overrides.*",  # only fsdp2 needs the override
+    r".*PyTorch Profiler default schedule will be overridden.*",  # of the sanity check
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 
@@ -99,13 +100,12 @@ def run(command: str, arguments: list[str]) -> int:
 
 def show_asked() -> None:
     """Print what callbacks and profilers of Lightning say, which were asked for; of the rest, only warnings."""
-    asked = logging.StreamHandler(sys.stdout)
+    asked, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler()
     folders = tuple(str(Path(lightning.pytorch.__path__[0], name)) for name in ("callbacks", "profilers"))
     asked.addFilter(lambda record: record.levelno < logging.WARNING and record.pathname.startswith(folders))
+    warned.setLevel(logging.WARNING)
     for library in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
-        for handler in library.handlers:
-            handler.setLevel(logging.WARNING)
-        library.addHandler(asked)
+        library.handlers, library.propagate = [asked, warned], False
 
 
 class Begin(Callback):
