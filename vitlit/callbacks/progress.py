@@ -36,10 +36,11 @@ class Lines(Callback):
             self._print(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            last = trainer.global_step >= trainer.estimated_stepping_batches
-            if last or time.monotonic() - self._last >= 60:
-                self._print(trainer)
+        if not trainer.sanity_checking and trainer.state.fn == "fit" and time.monotonic() - self._last >= 60:
+            self._print(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print(trainer)
 
     def _print(self, trainer: Trainer) -> None:
         self._last = time.monotonic()

@@ -275,11 +275,15 @@ def shortened(message: str) -> str:
     text = (said or [f"expected {' or '.join(dict.fromkeys(choices)) or 'null'}"])[0]
     value = str(given[0]) if given else ""
     if given and not said and not value.startswith(("Namespace(", "NestedArg(")):
-        text += f", not {'null' if value == 'None' else value or repr(value)}"
+        nullable = value == "None" and "NoneType" in message  # None is YAML's word for a text
+        text += f", not {'null' if value == 'None' and not nullable else value or repr(value)}"
+        text += "; write null" if nullable else ""
         if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
             text += f"; write [{value}{', ...' if choices == ['tuple'] else ''}]"
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
         text += suggestion(unknown[1], class_names())
+        if "did you mean" not in text and key and key[1].endswith("objective"):
+            text += f"; give one of {', '.join(sorted(kind.__name__ for kind in Objective.__subclasses__()))}"
     if key:
         text = key[1] + ("." if re.match(r"[\w.]+: ", text) else ": ") + text
     text = " ".join(text.split())

@@ -323,7 +323,8 @@ class CLI(LightningCLI):
         try:
             super()._set_seed()
         except ValueError as error:
-            raise UserError(f"seed_everything: {error}") from error
+            given = self.config[self.subcommand].seed_everything
+            raise UserError(f"seed_everything {given} is not from 0 to {2**32 - 1}") from error
 
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:

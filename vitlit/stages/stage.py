@@ -118,10 +118,15 @@ class Stage(LightningModule):
 
     # Training
 
+    def configure_callbacks(self) -> list[Any]:
+        """None; here, before their own setup, the Trainer's are checked."""
+        trainer: Any = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_callbacks(trainer.callbacks)
+        return []
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            trainer: Any = self.trainer
-            check_callbacks(trainer.callbacks)
             self.check_data(self.data)
 
     def check_data(self, data: Any) -> None:
