@@ -1,17 +1,13 @@
 """Every callback, logger and profiler of Lightning that a config can name works, or is refused in a line."""
 
-
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import SMALL, Result, command, done, refused, user_error
+from conftest import SMALL, Result, refused, user_error
 from lightning.pytorch import Trainer, callbacks, loggers, profilers
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small_stage import data, pretrain
 
 FIT = ("fit", *SMALL, "--trainer.max_steps", "3")
@@ -79,7 +75,12 @@ def named(module: Any, base: type) -> set[str]:
 
 def test_the_sweep_is_over_all_of_lightnings() -> None:
     assert set(CALLBACKS) == named(callbacks, callbacks.Callback)
-    assert set(LOGGERS) == named(loggers, loggers.Logger) | {"CometLogger", "MLFlowLogger", "TensorBoardLogger", "LitLogger"}
+    assert set(LOGGERS) == named(loggers, loggers.Logger) | {
+        "CometLogger",
+        "MLFlowLogger",
+        "TensorBoardLogger",
+        "LitLogger",
+    }
     assert set(PROFILERS) == named(profilers, profilers.Profiler) | {"simple"}
 
 

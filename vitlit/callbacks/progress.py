@@ -40,15 +40,15 @@ class Lines(Callback):
             self._print(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print(trainer)
+        self._print(trainer, ended=True)
 
-    def _print(self, trainer: Trainer) -> None:
+    def _print(self, trainer: Trainer, ended: bool = False) -> None:
         self._last = time.monotonic()
         if not trainer.is_global_zero:
             return
         step, end = trainer.global_step, int(trainer.estimated_stepping_batches)
-        parts = [f"epoch {trainer.current_epoch + 1:,}", f"step {step:,} of {end:,}"]
-        if self._from < step < end:
+        parts = [f"epoch {trainer.fit_loop.epoch_progress.current.ready:,}", f"step {step:,} of {end:,}"]
+        if self._from < step < end and not ended:
             left = (self._last - self._began) / (step - self._from) * (end - step)
             parts.append(f"{timedelta(seconds=round(left))} left")
         print("  ".join([*parts, *(f"{name} {value}" for name, value in progress(trainer).items())]), flush=True)

@@ -1,5 +1,6 @@
 """The arguments of fit, validate, test and predict: their order and their error messages."""
 
+import inspect
 import re
 import time
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
+from vitlit import objectives
 from vitlit.callbacks import ema as averaging
 from vitlit.cli.configs import find_config
 from vitlit.data import augment
@@ -65,6 +67,7 @@ class CommandLine:
         trainers = [dict(content["trainer"]) for content in contents if isinstance(content.get("trainer"), dict)]
         insert(flags, "--model.vit", "vitlit.ViT.from_preset", only="--model.vit.preset")  # for the config's class
         if not any(isinstance(trainer.get("logger"), str | dict | list) for trainer in trainers):
+            flags = [flag for flag in flags if flag != "--trainer.logger=true"]  # the default
             insert(flags, "--trainer.logger", "vitlit.loggers.Wandb")
         written = [trainer.get("callbacks") for trainer in trainers] + [f for f in flags if "callbacks" in f]
         self.gives_mode = re.search(r"\bmode\b", str(written)) is not None  # of a callback, whose default is min
@@ -232,11 +235,16 @@ def suggestion(wrong: str, names: dict[str, str]) -> str:
     return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong else ""
 
 
+# The objectives that a config can name.
+OBJECTIVES = [c.__name__ for c in vars(objectives).values() if inspect.isclass(c) and issubclass(c, Objective)]
+OBJECTIVES.remove(Objective.__name__)
+
+
 def class_names() -> dict[str, str]:
     """The classes that a config usually names."""
     # The modules are imported for jsonargparse too, which finds only classes that are loaded.
     names = [name for module in (optim, callbacks, averaging, augment) for name in dir(module)]
-    names += [c.__name__ for base in (Stage, Objective) for c in base.__subclasses__()]
+    names += [*OBJECTIVES, *(stage.__name__ for stage in Stage.__subclasses__())]
     return {name: name for name in names if name[0].isupper()}
 
 
@@ -283,7 +291,7 @@ def shortened(message: str) -> str:
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
         text += suggestion(unknown[1], class_names())
         if "did you mean" not in text and key and key[1].endswith("objective"):
-            text += f"; give one of {', '.join(sorted(kind.__name__ for kind in Objective.__subclasses__()))}"
+            text += f"; give one of {', '.join(OBJECTIVES)}"
     if key:
         text = key[1] + ("." if re.match(r"[\w.]+: ", text) else ": ") + text
     text = " ".join(text.split())

@@ -254,7 +254,7 @@ class CLI(LightningCLI):
         except UserError as error:
             if root == DIGITS or "://" in root or Path(root).exists():
                 raise
-            raise UserError(f"{error}; data.root {root} does not exist") from error
+            raise UserError(f"data.root {root} does not exist, and {error}") from error
         if root == DIGITS and decision.action != "finished" and not Path(root).exists():
             if decision.action == "begin":
                 starting_weights(config, fitting=True)  # nothing is written if they are missing
