@@ -10,12 +10,13 @@ from conftest import SMALL, Result, refused, user_error
 from lightning.pytorch import Trainer, callbacks, loggers, profilers
 from small_stage import data, pretrain
 
+from vitlit.stages.callbacks import check_callbacks
+
 FIT = ("fit", *SMALL, "--trainer.max_steps", "3")
 OWN = {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "previous.ckpt"}
 
-WORKS = dict[str, Any]
-# Callbacks with the arguments that they need, and what is printed or the file that is left; None is refused.
-CALLBACKS: dict[str, tuple[str, str] | str | None] = {
+# Callbacks with the arguments that they need, and what is printed or the file that is left; words alone are those of its refusal.
+CALLBACKS: dict[str, tuple[str, str] | str] = {
     "BackboneFinetuning": "use model.freeze",
     "BaseFinetuning": "is a base class",
     "BasePredictionWriter": "is a base class",
@@ -49,7 +50,7 @@ NEEDED = {
     "OnExceptionCheckpoint": "dirpath: x",
     "StochasticWeightAveraging": "swa_lrs: 0.01",
 }
-LOGGERS: dict[str, tuple[str, str] | str | None] = {
+LOGGERS: dict[str, tuple[str, str] | str] = {
     "CSVLogger": "metrics.csv is written in any case",
     "CometLogger": "pip install",
     "LitLogger": "litlogger",
@@ -58,7 +59,7 @@ LOGGERS: dict[str, tuple[str, str] | str | None] = {
     "TensorBoardLogger": ("", "tensorboard/events"),
     "WandbLogger": ("offline: true", "wandb/offline-run"),
 }
-PROFILERS: dict[str, tuple[str, str] | str | None] = {
+PROFILERS: dict[str, tuple[str, str] | str] = {
     "AdvancedProfiler": ("", "Profile stats for"),
     "PassThroughProfiler": ("", "is complete"),
     "Profiler": "one of",
@@ -69,22 +70,23 @@ PROFILERS: dict[str, tuple[str, str] | str | None] = {
 }
 
 
-def named(module: Any, base: type) -> set[str]:
+def named(module: Any) -> set[str]:
     return {name for name in module.__all__ if isinstance(getattr(module, name), type)}
 
 
 def test_the_sweep_is_over_all_of_lightnings() -> None:
-    assert set(CALLBACKS) == named(callbacks, callbacks.Callback)
-    assert set(LOGGERS) == named(loggers, loggers.Logger) | {
+    assert set(CALLBACKS) == named(callbacks)
+    # Some are listed only where their package is installed.
+    assert set(LOGGERS) == named(loggers) | {"CometLogger", "MLFlowLogger", "TensorBoardLogger", "LitLogger"}
         "CometLogger",
         "MLFlowLogger",
         "TensorBoardLogger",
         "LitLogger",
     }
-    assert set(PROFILERS) == named(profilers, profilers.Profiler) | {"simple"}
+    assert set(PROFILERS) == named(profilers) | {"simple"}
 
 
-def check(result: Result, expected: tuple[str, str] | str | None, run: Path) -> None:
+def check(result: Result, expected: tuple[str, str] | str, run: Path) -> None:
     """It is refused with these words, or it worked and printed, logged or left this."""
     if not isinstance(expected, tuple):
         refused(result, expected)
@@ -142,3 +144,93 @@ def test_callback_in_python(name: str, few: Path, tmp_path: Path) -> None:
         assert trainer.global_step == 5
     else:
         user_error(expected, trainer.fit, pretrain(), data(few))
+
+
+def stop(monitor: str, **more: str) -> list[str]:
+    words = ", ".join(f"{name}: {value}" for name, value in {"monitor": monitor, **more}.items())
+    return ["--trainer.callbacks", f"[{{class_path: EarlyStopping, init_args: {{{words}}}}}]"]
+
+
+def test_the_mode_follows_from_the_metric_and_a_contradiction_is_refused(
+    vitlit: Callable[..., Result], few: Path, run: Path
+) -> None:
+    out = done(vitlit("fit", *SMALL, "--data.root", few, *stop("val/top1", patience="1"), "--trainer.max_steps", 40))
+    assert "mode: max" in (run / "config.yaml").read_text()
+    values = [float(row.split(",")[column]) for row, column in top1(run)]
+    epoch = len(values)
+    assert values[-1] <= max(values[:-1])  # it rose, or there was no end
+    assert all(values[i] > max(values[:i]) for i in range(1, epoch - 1))
+    assert re.search(rf"ended +early, in epoch {epoch}: .*val/top1 did not improve", out)
+    refused(vitlit("fit", *SMALL, "--data.root", few, *stop("val/top1", mode="min")), "the highest val/top1 is best")
+    refused(vitlit("fit", *SMALL, "--data.root", few, *stop("train/loss", mode="max")), "the lowest train/loss is best")
+    keep = ModelCheckpoint(monitor="val/top1_macro_raw")
+    user_error("give mode max", Trainer(callbacks=[keep], accelerator="cpu", logger=False).fit, pretrain(), data(few))
+
+
+def top1(run: Path) -> list[tuple[str, int]]:
+    """The rows of metrics.csv that validation wrote, each with the column of its accuracy."""
+    head, *rows = (run / "metrics.csv").read_text().splitlines()
+    column = head.split(",").index("val/top1")
+    return [(row, column) for row in rows if row.split(",")[column]]
+
+
+def test_a_model_checkpoint_leaves_the_runs_own_alone(vitlit: Callable[..., Result], few: Path, run: Path) -> None:
+    arguments = "save_last: true, save_weights_only: true, every_n_train_steps: 1"
+    keep = f"[{{class_path: ModelCheckpoint, init_args: {{{arguments}}}}}]"
+    done(vitlit(*FIT, "--data.root", few, "--trainer.callbacks", keep))
+    assert {path.name for path in (run / "checkpoints").iterdir()} <= OWN
+    assert (run / "kept" / "last.ckpt").is_file()
+    assert "optimizer_states" in torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    more = ("fit", *SMALL, "--data.root", few, "--trainer.max_steps", "5", "--trainer.callbacks")
+    assert "complete" in done(vitlit(*more, keep))
+    into = keep.replace("save_last", "dirpath: runs/pretrain/checkpoints, save_last")
+    refused(vitlit(*more, into, "--run.overwrite", "true"), "is for best.ckpt and last.ckpt; leave dirpath out")
+
+
+@pytest.mark.parametrize(
+    ("filename", "insert", "name"),
+    [
+        ("{epoch}-{val/top1:.2f}", True, "epoch=1-val_top1=0.50"),
+        ("e{epoch:02d}/{val/top1:.2f}", False, "e01_0.50"),
+    ],
+)
+def test_a_slash_in_a_filename_makes_no_folder(filename: str, insert: bool, name: str) -> None:
+    keep = ModelCheckpoint(filename=filename, auto_insert_metric_name=insert)
+    for _ in range(2):  # a second fit checks again
+        check_callbacks([keep])
+    assert keep.format_checkpoint_name({"epoch": 1, "val/top1": torch.tensor(0.5)}) == f"{name}.ckpt"
+
+
+def test_a_timer_and_a_spike_end_in_a_line(vitlit: Callable[..., Result], few: Path) -> None:
+    timer = "[{class_path: Timer, init_args: {duration: '00:00:00:01'}}]"
+    refused(vitlit(*FIT, "--data.root", few, "--trainer.callbacks", timer), "use run.time_limit")
+    spike = "[{class_path: SpikeDetection, init_args: {rtol: 0.0001, mode: max}}]"
+    result = vitlit(*FIT, "--data.root", few, "--trainer.callbacks", spike)
+    refused(result, "Training spike detected")
+
+
+def test_options_of_a_logger_without_its_name_are_the_default_ones(
+    vitlit: Callable[..., Result], few: Path, run: Path
+) -> None:
+    without = [word for word in SMALL if word not in ("--trainer.logger", "false")]
+    project = ("--trainer.logger.project", "mine", "--trainer.logger.mode", "disabled")
+    out = done(vitlit("fit", *without, "--data.root", few, "--trainer.logger", "true", *project))
+    assert "W&B: disabled" in out
+    assert "project: mine" in (run / "config.yaml").read_text()
+
+
+def test_best_and_last_are_the_runs_own(vitlit: Callable[..., Result], finished: Path) -> None:
+    for which in ("best", "last"):
+        out = done(vitlit("validate", "runs/pretrain", "--ckpt_path", which))
+        assert f"checkpoints/{which}.ckpt (step" in out
+    refused(vitlit("validate", "runs/pretrain", "--ckpt_path", "bets"), "checkpoint bets does not exist")
+    given = "runs/pretrain/checkpoints/best.ckpt"
+    refused(vitlit("validate", given), "give runs/pretrain --ckpt_path best")
+
+
+def test_what_was_asked_for_is_shown_and_nothing_else(vitlit: Callable[..., Result], few: Path) -> None:
+    out = done(vitlit(*FIT, "--data.root", few, "--trainer.enable_model_summary", "true"))
+    assert "Trainable params" in out
+    assert "Tip:" not in out
+    assert re.search(r"^epoch 2  step 3 of 3  loss \d", out, re.MULTILINE)
+    assert not re.search(r"step .* $", out, re.MULTILINE)

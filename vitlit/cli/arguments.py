@@ -105,7 +105,7 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
 
 
 def insert(flags: list[str], key: str, value: str, only: str = "") -> None:
-    """Give `key` a class before the first option of it, if it has options (or `only` this one), but no class."""
+    """Give `key` this class before its first option, if it has options (or `only` this one), but no class."""
     names = [flag.partition("=")[0] for flag in flags]
     options = [i for i, name in enumerate(names) if name.startswith(f"{key}.")]
     if options and key not in names and (not only or only in names):
@@ -184,7 +184,7 @@ class Parser(LightningArgumentParser):
         if unknown := UNKNOWN_KEY.match(message):
             key, parser = ".".join(filter(None, unknown.groups())), getattr(ex, "subcommand_parser", self)
             raise UserError("no key {}{}".format(*parser.nearest(key))) from ex
-        raise UserError(shortened(message)) from ex
+        raise UserError(shortened(message, getattr(ex, "subcommand_parser", self).get_defaults())) from ex
 
     def nearest(self, wrong: str) -> tuple[str, str]:
         """The wrong part of a key, and words that suggest the nearest of its group, or of any if it has none."""
@@ -266,7 +266,7 @@ WORDING = (
 )
 
 
-def shortened(message: str) -> str:
+def shortened(message: str, defaults: Namespace) -> str:
     """A message of jsonargparse on one line: the key, what is wrong, what was given, and the nearest class."""
     key = re.match(r"Parser key \"([\w.]+)\":", message)
     values = r"\n *Given value: " if "\n  Given value: " in message else r"\.+ Got value: "
@@ -287,7 +287,9 @@ def shortened(message: str) -> str:
         text += f", not {'null' if value == 'None' and not nullable else value or repr(value)}"
         text += "; write null" if nullable else ""
         if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
-            text += f"; write [{value}{', ...' if choices == ['tuple'] else ''}]"
+            default = defaults.get(key[1]) if key else None
+            several = isinstance(default, tuple | list) and len(default) > 1
+            text += f"; write a list, such as {list(default)}" if several else f"; write [{value}]"
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
         text += suggestion(unknown[1], class_names())
         if "did you mean" not in text and key and key[1].endswith("objective"):
