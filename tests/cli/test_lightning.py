@@ -15,7 +15,7 @@ from vitlit.stages.callbacks import check_callbacks
 FIT = ("fit", *SMALL, "--trainer.max_steps", "3")
 OWN = {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "previous.ckpt"}
 
-# Callbacks with the arguments that they need, and what is printed or the file that is left; words alone are those of its refusal.
+# The arguments of each, and what it prints or the file that it leaves; words alone are those of its refusal.
 CALLBACKS: dict[str, tuple[str, str] | str] = {
     "BackboneFinetuning": "use model.freeze",
     "BaseFinetuning": "is a base class",
@@ -78,11 +78,6 @@ def test_the_sweep_is_over_all_of_lightnings() -> None:
     assert set(CALLBACKS) == named(callbacks)
     # Some are listed only where their package is installed.
     assert set(LOGGERS) == named(loggers) | {"CometLogger", "MLFlowLogger", "TensorBoardLogger", "LitLogger"}
-        "CometLogger",
-        "MLFlowLogger",
-        "TensorBoardLogger",
-        "LitLogger",
-    }
     assert set(PROFILERS) == named(profilers) | {"simple"}
 
 
