@@ -159,8 +159,9 @@ def test_the_mode_follows_from_the_metric_and_a_contradiction_is_refused(
     assert values[-1] <= max(values[:-1])  # it rose, or there was no end
     assert all(values[i] > max(values[:i]) for i in range(1, epoch - 1))
     assert re.search(rf"ended +early, in epoch {epoch}: .*val/top1 did not improve", out)
-    refused(vitlit("fit", *SMALL, "--data.root", few, *stop("val/top1", mode="min")), "the highest val/top1 is best")
-    refused(vitlit("fit", *SMALL, "--data.root", few, *stop("train/loss", mode="max")), "the lowest train/loss is best")
+    another = ("fit", *SMALL, "--data.root", few, "--run.name", "another")
+    refused(vitlit(*another, *stop("val/top1", mode="min")), "the highest val/top1 is best")
+    refused(vitlit(*another, *stop("train/loss", mode="max")), "the lowest train/loss is best")
     keep = ModelCheckpoint(monitor="val/top1_macro_raw")
     user_error("give mode max", Trainer(callbacks=[keep], accelerator="cpu", logger=False).fit, pretrain(), data(few))
 

@@ -65,9 +65,10 @@ class CommandLine:
         contents = [read_config(path) for path in paths]
         check_class_paths(contents)
         trainers = [dict(content["trainer"]) for content in contents if isinstance(content.get("trainer"), dict)]
+        wandb = "--trainer.logger=vitlit.loggers.Wandb"  # the default, whose options may follow
+        flags = [wandb if flag.lower() == "--trainer.logger=true" else flag for flag in flags]
         insert(flags, "--model.vit", "vitlit.ViT.from_preset", only="--model.vit.preset")  # for the config's class
         if not any(isinstance(trainer.get("logger"), str | dict | list) for trainer in trainers):
-            flags = [flag for flag in flags if flag != "--trainer.logger=true"]  # the default
             insert(flags, "--trainer.logger", "vitlit.loggers.Wandb")
         written = [trainer.get("callbacks") for trainer in trainers] + [f for f in flags if "callbacks" in f]
         self.gives_mode = re.search(r"\bmode\b", str(written)) is not None  # of a callback, whose default is min
