@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, Result, done, refused, user_error
 from lightning.pytorch import Trainer, callbacks, loggers, profilers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_stage import data, pretrain
+from small_stage import data, pretrain, trainer
 
 from vitlit.stages.callbacks import check_callbacks
 
@@ -136,12 +136,12 @@ def test_callback_in_python(name: str, few: Path, tmp_path: Path) -> None:
     callback = getattr(callbacks, name)(**PYTHON.get(name, {}))
     run = partial(Trainer, default_root_dir=tmp_path, max_epochs=1, logger=loggers.CSVLogger(tmp_path))
     quiet = {"enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
-    trainer = run(callbacks=[callback], enable_progress_bar=isinstance(callback, callbacks.ProgressBar), **quiet)
+    runner = run(callbacks=[callback], enable_progress_bar=isinstance(callback, callbacks.ProgressBar), **quiet)
     if isinstance(expected, tuple) or name in ONLY_CLI:
-        trainer.fit(pretrain(), data(few))
-        assert trainer.global_step == 5
+        runner.fit(pretrain(), data(few))
+        assert runner.global_step == 5
     else:
-        user_error(expected, trainer.fit, pretrain(), data(few))
+        user_error(expected, runner.fit, pretrain(), data(few))
 
 
 def stop(monitor: str, **more: str) -> list[str]:
@@ -163,7 +163,7 @@ def test_the_mode_follows_from_the_metric_and_a_contradiction_is_refused(
     refused(vitlit(*another, *stop("val/top1", mode="min")), "the highest val/top1 is best")
     refused(vitlit(*another, *stop("train/loss", mode="max")), "the lowest train/loss is best")
     keep = ModelCheckpoint(monitor="val/top1_macro_raw")
-    user_error("give mode max", Trainer(callbacks=[keep], accelerator="cpu", logger=False).fit, pretrain(), data(few))
+    user_error("give mode max", trainer(callbacks=[keep], enable_checkpointing=True).fit, pretrain(), data(few))
 
 
 def top1(run: Path) -> list[tuple[str, int]]:
