@@ -222,7 +222,7 @@ def test_the_check_sees_what_is_forbidden(file: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("model/vit.py", "import math\nfrom torch import nn\nfrom vitlit.model.heads import tanh_head"),
+        ("model/vit.py", "import math\nfrom torch import nn\nfrom vitlit.model.heads import new_head"),
         ("model/vit.py", "from vitlit.errors import UserError\n" + "\n" * 300),
         ("data/module.py", "from vitlit.objectives import Batch"),
         ("stages/stage.py", "from vitlit import seeds\nfrom vitlit.seeds import seed_step"),

@@ -84,9 +84,8 @@ class CommandLine:
 
 def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
     """The configs, the flags with their values, and all other arguments."""
-    configs: list[str] = []
-    flags: list[str] = []
-    others: list[str] = []
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    configs, flags, others = found
     rest = list(arguments)
     while rest:
         part = rest.pop(0)
@@ -102,7 +101,7 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
             flags.append(f"{name}={value}" if follows or equals else part)
         else:
             others.append(part)
-    return configs, flags, others
+    return found
 
 
 def insert(flags: list[str], key: str, value: str, only: str = "") -> None:

@@ -142,11 +142,11 @@ def check_idle(data: Namespace, source: dict[str, Any]) -> None:
 
 
 def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> None:
-    """Take mean, std, interpolation and crop ratio from the weights, for as many channels as the ViT has."""
+    """Take mean, std, interpolation, crop ratio and squash from the weights, for as many channels as the ViT has."""
     if channels not in (1, 3):
         raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
     known = weights.preprocess if weights is not None else {}
-    for name in ("mean", "std", "interpolation", "crop_ratio"):
+    for name in ("mean", "std", "interpolation", "crop_ratio", "squash"):
         made_with, given = known.get(name), data[name]
         if name in ("mean", "std"):
             made_with = made_with or [0.5]
@@ -155,7 +155,7 @@ def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> 
             if given is not None and len(given) != channels:
                 raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
         made_with, given = (tuple(value) if isinstance(value, list) else value for value in (made_with, given))
-        if weights is not None and given not in (None, made_with) and name in known.keys() - {"crop_ratio"}:
+        if weights is not None and given not in (None, made_with) and name in known.keys() & {"mean", "std"}:
             source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
             raise UserError(
                 f"data.{name} is {given}, but {weights.path} was made with {made_with}{source}; leave it out"

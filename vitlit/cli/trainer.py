@@ -173,10 +173,9 @@ def check_trainer(config: Namespace) -> None:
 
 def monitor(stage: Stage, given: str | None) -> str:
     """The metric of the best checkpoint: run.monitor, else accuracy, else the loss; UserError if nothing logs it."""
-    measured = stage.measured
-    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in measured)
-    if name not in measured:
-        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
+    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in stage.measured)
+    if name not in stage.measured:
+        raise UserError(f"run.monitor {name} is not among {' '.join(stage.measured)}")
     return name
 
 
