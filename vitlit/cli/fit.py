@@ -1,13 +1,10 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
-import logging
 import sys
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-import lightning.pytorch
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule
@@ -20,6 +17,7 @@ from vitlit import callbacks
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups, expand_paths
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
 from vitlit.cli.loggers import harmless
+from vitlit.cli.messages import show_asked
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
 from vitlit.cli.trainer import (
     Trainer,
@@ -47,24 +45,9 @@ from vitlit.stages import Finetune, Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
 
-QUIET = (
-    r".*LeafSpec.*",  # lightning 2.6 with torch 2.15
-    r".*does not have many workers.*",
-    r".*smaller than the logging interval.*",
-    r".*exists and is not empty.*",
-    r".*could not find the monitored key.*",  # the metric is known, so nothing was validated; the summary says so
-    r".*The dirpath has changed.*",  # the run was moved
-    r".*callbacks used to create the checkpoint.*",  # evaluation has no callbacks
-    r".*WeightAveraging callback with a model that overrides.*",  # only fsdp2 needs the override
-    r".*PyTorch Profiler default schedule will be overridden.*",  # of the sanity check
-    r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
-)
-
 
 def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
     show_asked()
     check_environment()
     try:
@@ -96,16 +79,6 @@ def run(command: str, arguments: list[str]) -> int:
             requeue()
         return stop.code
     return 0
-
-
-def show_asked() -> None:
-    """Print what callbacks and profilers of Lightning say, which were asked for; of the rest, only warnings."""
-    asked, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler()
-    folders = tuple(str(Path(lightning.pytorch.__path__[0], name)) for name in ("callbacks", "profilers"))
-    asked.addFilter(lambda record: record.levelno < logging.WARNING and record.pathname.startswith(folders))
-    warned.setLevel(logging.WARNING)
-    for library in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
-        library.handlers, library.propagate = [asked, warned], False
 
 
 class Begin(Callback):
