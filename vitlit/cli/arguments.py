@@ -288,8 +288,8 @@ def shortened(message: str, defaults: Namespace) -> str:
         text += "; write null" if nullable else ""
         if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
             default = defaults.get(key[1]) if key else None
-            several = isinstance(default, tuple | list) and len(default) > 1
-            text += f"; write a list, such as {list(default)}" if several else f"; write [{value}]"
+            example = list(default) if isinstance(default, tuple | list) else []
+            text += f"; write a list, such as {example}" if len(example) > 1 else f"; write [{value}]"
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
         text += suggestion(unknown[1], class_names())
         if "did you mean" not in text and key and key[1].endswith("objective"):

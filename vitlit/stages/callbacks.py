@@ -20,12 +20,13 @@ REFUSED = {
 # The best value of each metric that vitlit logs.
 BEST = dict.fromkeys(("top1", "top1_macro", "top5", "map", "r2", "knn", "probe", "images_per_second", "mfu"), "max")
 BEST |= dict.fromkeys(("loss", "mae", "data_wait"), "min")
+BEST |= {f"{name}_raw": mode for name, mode in BEST.items()}  # beside an EMA
 
 
 def best_mode(monitor: Any) -> str | None:
     """Which value of a metric is best, min or max; None of a metric that vitlit does not log."""
     split, _, name = str(monitor).partition("/")
-    return BEST.get(name.removesuffix("_raw")) if split in ("train", "val", "test") else None
+    return BEST.get(name) if split in ("train", "val", "test") else None
 
 
 def refuse(name: str) -> None:
