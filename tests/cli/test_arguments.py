@@ -290,7 +290,6 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
             "Gaussian",
         ),
         ("--data.augment", "[torchvision.transforms.v2.MixUp]", "data.augment: MixUp fails on an image"),
-        ("--data.augment", "torchvision.transforms.v2.AugMix", "; write [torchvision.transforms.v2.AugMix]"),
         ("--data.mean", "0.5", "data.mean: expected tuple, not 0.5; write [0.5]"),
         ("--run.keep_every", "0", "run.keep_every 0"),
         ("--run.save_minutes", ".nan", "run.save_minutes nan"),

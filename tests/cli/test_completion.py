@@ -7,13 +7,10 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, Result, done, refused
-from jsonargparse import Namespace
 from test_arguments import shipped
 from test_predict import measured
 
 from vitlit import load
-from vitlit.cli.completion import fill_preprocess
-from vitlit.weights import Weights
 
 Command = Callable[..., Result]
 FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
@@ -148,17 +145,6 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
     assert result.code == 2  # for the warm-up
     doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
     assert (doubt in result.out) == (not answer)
-
-
-@pytest.mark.parametrize("given", [None, False, True])
-def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
-    how = {} if given is None else {"interpolation": "bicubic", "crop_ratio": 0.5}
-    data = Namespace(**{"mean": None, "std": None, "interpolation": None, "crop_ratio": None, "squash": given, **how})
-    known = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
-    fill_preprocess(data, Weights(Path("file"), "test", {}, {}, preprocess=known), channels=3)
-    assert data.squash is (given is not False)
-    expected = ("bilinear", 1.0) if given is None else ("bicubic", 0.5)
-    assert (data.interpolation, data.crop_ratio) == expected
 
 
 def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, work: Path) -> None:

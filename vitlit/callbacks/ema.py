@@ -76,7 +76,7 @@ class EMA(WeightAveraging):
         if self._raw is not None:
             with trainer.precision_plugin.forward_context():
                 step = self._average_model.module.step(batch)
-            update(self._raw, step.loss, step.logits, Batch.of(batch).labels)
+            update(self._raw, step, Batch.of(batch).labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raw: Any = self._raw or {}

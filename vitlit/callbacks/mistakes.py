@@ -55,18 +55,22 @@ class Mistakes(Callback):
         counts = sorted(Counter(zip(labels, predictions, strict=True)).items())
         folder = Path(trainer.default_root_dir)
         named = [(classes[label], classes[guess], count) for (label, guess), count in counts]
-        write_csv(folder / "confusion.csv", ("label", "prediction", "count"), named)
         listed = [(m.path, classes[m.label], classes[m.prediction], f"{m.probability:.6f}") for m in mistakes]
-        write_csv(folder / "mistakes.csv", ("path", "label", "prediction", "probability"), listed)
         title = f"{len(unsure):,} of {len(rows):,} validation images are right; in red: prediction (truth)"
-        with whole_file(folder / "mistakes.png") as partial:
-            draw(title, torch.cat([worst, unsure])[:SHOWN], index, classes).save(partial, "PNG")
+        sheet = draw(title, torch.cat([worst, unsure])[:SHOWN], index, classes, data.preprocess.ground)
+        try:
+            write_csv(folder / "confusion.csv", ("label", "prediction", "count"), named)
+            write_csv(folder / "mistakes.csv", ("path", "label", "prediction", "probability"), listed)
+            with whole_file(folder / "mistakes.png") as partial:
+                sheet.save(partial, "PNG")
+        except OSError as error:  # the training is complete all the same
+            print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
                 logger.log_mistakes(classes, labels, predictions, mistakes[:WORST])
 
 
-def draw(title: str, rows: Tensor, index: Index, classes: list[str]) -> Image.Image:
+def draw(title: str, rows: Tensor, index: Index, classes: list[str], ground: str) -> Image.Image:
     """A sheet of images with their predictions; one that cannot be read is left grey."""
     cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
     lines = -(-len(rows) // ACROSS)
@@ -82,7 +86,7 @@ def draw(title: str, rows: Tensor, index: Index, classes: list[str]) -> Image.Im
                 words = words.rstrip("…")[:-1] + "…"
             pen.text((left, top + line * TEXT), words, "black" if right else "firebrick", font)
         try:
-            image = Image.fromarray(decode_bytes(index.read(int(number)), "").permute(1, 2, 0).numpy())
+            image = Image.fromarray(decode_bytes(index.read(int(number)), "", ground).permute(1, 2, 0).numpy())
         except UserError:  # it was read before, so its storage fails
             image = Image.new("RGB", (SIDE, SIDE), "lightgrey")
         resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS

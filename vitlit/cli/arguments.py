@@ -21,7 +21,7 @@ from vitlit.errors import UserError
 from vitlit.files import expand
 from vitlit.model import Size
 from vitlit.objectives import Objective
-from vitlit.run.config import read_config, with_public_paths
+from vitlit.run.config import read_config, told_to_trust, with_public_paths
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
@@ -63,7 +63,7 @@ class CommandLine:
             raise UserError(f"unexpected argument {others[0]!r}; {command} takes --config CONFIG and --KEY VALUE")
         paths = [str(find_config(name)) for name in configs]
         contents = [read_config(path) for path in paths]
-        check_class_paths(contents)
+        check_class_paths(contents, next(filter(None, map(told_to_trust, paths)), ""))
         trainers = [dict(content["trainer"]) for content in contents if isinstance(content.get("trainer"), dict)]
         wandb = "--trainer.logger=vitlit.loggers.Wandb"  # the default, whose options may follow
         flags = [wandb if flag.lower() == "--trainer.logger=true" else flag for flag in flags]

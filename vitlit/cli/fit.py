@@ -1,5 +1,6 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups, expand_paths
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
+from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
 from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
@@ -41,7 +42,7 @@ from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
 from vitlit.run.ranks import check_environment, inherited, rank, share_decision
-from vitlit.stages import Finetune, Stage
+from vitlit.stages import Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
 
@@ -50,6 +51,8 @@ def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
     show_asked()
     check_environment()
+    if "VITLIT_TRUST" in os.environ and "" not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: a file here must not replace a module that is installed
     try:
         set_parsing_settings(
             import_path_denylist=["*"],
@@ -93,11 +96,11 @@ class Begin(Callback):
         data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
-        labels = f"{len(data.classes)} classes" if data.classes else "no labels"
+        labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
         print(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{labels}; {data.steps_per_epoch:,} steps an epoch",
+            f"{labels}; {data.epoch}",
             flush=True,
         )
         if self.folder is not None:
@@ -172,7 +175,9 @@ class CLI(LightningCLI):
             fill_folders(config.trainer, self.folder)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
+        fill_labels(config)
+        data = config.data
+        self.splits = Splits(data.root, parse_share(data.holdout), data.manifest, data.labels)
         self.weights = starting_weights(config, fitting)
         fill_config(config, self.weights, self.splits)
         self.splits.photos = self.line.photos
@@ -236,8 +241,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
-        if isinstance(self.model, Finetune):
-            self.model.weights = self.weights
+        self.model.weights = self.weights
         trainer = self.config[self.subcommand].trainer
         bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
         own = listed(self.config_init[self.subcommand].trainer.callbacks)
@@ -268,7 +272,7 @@ class CLI(LightningCLI):
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
+        return [Interrupt(last, until, options.save_minutes), Best(folder, *monitor(self.model, options.monitor)), last]
 
     def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
@@ -304,7 +308,7 @@ class CLI(LightningCLI):
             step, result = self.trainer.global_step, best(self.trainer, self.folder)
             self.folder.history.end(step, self.line.seconds(), ending(self.trainer), best=result)
             self.folder.finish(step)
-            print_summary(self.trainer, self.folder)
+            print_summary(self.trainer, self.folder, self.datamodule)
 
     def after_predict(self) -> None:
         writer = self.predictions

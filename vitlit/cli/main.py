@@ -33,7 +33,8 @@ validate, test and predict take --config CONFIG in RUN's place.
   vitlit fit --model.help Finetune      the keys of a stage: Pretrain, Finetune
   vitlit fit --config CONFIG --print_config=skip_default
 
-VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a config name classes of your own.
+VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE,... lets a config name classes of your own, which
+may be in the current folder.
 """
 
 LIGHTNING = ("MisconfigurationException", "TrainingSpikeException")  # its errors that are one line

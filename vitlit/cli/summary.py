@@ -24,24 +24,27 @@ from vitlit.stages import Pretrain
 from vitlit.weights.checkpoint import open_checkpoint
 
 
-def print_summary(trainer: Trainer, folder: RunFolder) -> None:
+def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) -> None:
     """Print steps, best metric, checkpoint, W&B run and the next command, and close the W&B run."""
     rows = {"steps": f"{trainer.global_step:,}"}
     if (ended := ending(trainer)) != COMPLETE:
         rows["ended"] = ended
     if result := best(trainer, folder):
-        value = f"{result['value']:.4f}" if "loss" in result["metric"] else f"{100 * result['value']:.2f} %"
+        is_share = result["metric"].removeprefix("val/").startswith(("top", "map"))
+        value = f"{100 * result['value']:.2f} %" if is_share else f"{result['value']:.4f}"
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
+    if folder.best.is_file():
         rows["checkpoint"] = str(folder.best)
     else:
-        rows["checkpoint"] = f"{folder.last} (nothing was validated, so none is best)"
+        validated = any(name.startswith("val/") for name in trainer.callback_metrics)
+        why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"
+        rows["checkpoint"] = f"{folder.last} ({why})"
     if (sheet := folder.path / "mistakes.png").is_file():
         rows["mistakes"] = f"{sheet}, mistakes.csv and confusion.csv"
     for logger in trainer.loggers:
         if isinstance(logger, Wandb):
             rows["W&B"] = logger.closing_line() or "disabled"
             logger.close()
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     pretrained = isinstance(trainer.lightning_module, Pretrain)
     rows["next"] = shlex.join([program(), *(finetune(folder, data) if pretrained else predict(folder, data))])
     console = Console(soft_wrap=True, highlight=False)  # a command must stay on one line
@@ -65,9 +68,9 @@ def ending(trainer: Trainer) -> str:
 
 
 def best(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
-    """The metric of best.ckpt, its value and the step after which it was measured; empty if nothing was validated."""
+    """The metric of best.ckpt, its value and the step after which it was measured; empty if this run has none."""
     kept = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
-    if kept.best_model_score is None:
+    if kept.best_model_score is None or not folder.best.is_file():
         return {}
     step = open_checkpoint(folder.best)["global_step"]
     return {"metric": kept.monitor, "value": float(kept.best_model_score), "step": step}
@@ -103,7 +106,9 @@ def finetune(folder: RunFolder, data: ImageFolderData) -> list[str]:
         command += ["--data.root", root, "--run.name", f"{folder.name}-finetuned"]
     if (splits.root, sides) != (DIGITS, (32, 32)):  # configs/finetune.yaml is for the digits of configs/pretrain.yaml
         size = str(sides[0]) if sides[0] == sides[1] else f"[{sides[0]},{sides[1]}]"
-        command += ["--data.image_size", size, "--data.batch_size", str(data.batch_size)]
+        command += ["--data.image_size", size]
+        if data.batch_size < 64:  # the recipe's may be more than there are images
+            command += ["--data.batch_size", str(data.batch_size)]
     if splits.manifest:
         command += ["--data.manifest", splits.manifest]
     if splits.holdout:

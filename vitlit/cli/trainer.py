@@ -27,6 +27,7 @@ from vitlit.run.ranks import launched
 from vitlit.stages import Stage
 from vitlit.stages.callbacks import best_mode, check_callbacks, refuse
 from vitlit.stages.fsdp import FSDP2
+from vitlit.stages.metrics import direction
 from vitlit.weights.checkpoint import open_checkpoint
 
 # Settings of the Trainer that a config must leave at their defaults, and why.
@@ -135,7 +136,7 @@ def fill_folders(trainer: Namespace, folder: RunFolder) -> None:
 def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
     """Refuse a callback whose metric nothing logs: it would end the run after its first epoch."""
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    known = stage.measured
+    known = [*stage.measured]
     if any(isinstance(callback, EMA) for callback in callbacks):
         known += [f"{name}_raw" for name in known]
     known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
@@ -171,12 +172,14 @@ def check_trainer(config: Namespace) -> None:
         raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
 
 
-def monitor(stage: Stage, given: str | None) -> str:
-    """The metric of the best checkpoint: run.monitor, else accuracy, else the loss; UserError if nothing logs it."""
-    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in stage.measured)
-    if name not in stage.measured:
-        raise UserError(f"run.monitor {name} is not among {' '.join(stage.measured)}")
-    return name
+def monitor(stage: Stage, given: str | None) -> tuple[str, str]:
+    """The metric of the best checkpoint, run.monitor or the objective's first, and which value is best: min or max."""
+    measured = stage.measured
+    name = given or next(iter(measured))
+    own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
+    if name not in measured and not (own and name.startswith("val/")):
+        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
+    return name, measured.get(name, direction(name))
 
 
 def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, start: Path | None) -> None:

@@ -23,7 +23,7 @@ class CSV(Logger):
     """Writes FOLDER/metrics.csv: one row per step, on disk as soon as it is logged, at full precision.
 
     A run that was interrupted and continued (see `cut`) leaves the rows of an uninterrupted one, but for the speed and
-    the column `time`, seconds since 1970 when the row was last added to.
+    the column `unix_seconds`, the time at which the row was last added to.
     """
 
     name = version = ""
@@ -50,7 +50,7 @@ class CSV(Logger):
         at = self._last.get("step", "0") if step is None else str(step)
         same = self._last.get("step") == at
         row = {**(self._last if same else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
-        row["time"] = f"{time.time():.1f}"
+        row["unix_seconds"] = f"{time.time():.1f}"
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()[1]
             self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])

@@ -314,8 +314,7 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden = (self.width if hidden_dim is None else hidden_dim) if kind == "pretrain" else None
         self.config = replace(self.config, num_classes=num_classes, hidden_dim=hidden)
-        if len(self.classes) != num_classes:
-            self.classes = []
+        self.classes = []
         sizes, like = (self.width, hidden, num_classes), self.patch_embed.proj.weight  # for device and dtype
         self.head = new_head(*sizes).to(like)
         self.head_dist = new_head(*sizes).to(like) if self.dist_token is not None else None

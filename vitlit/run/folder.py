@@ -12,7 +12,7 @@ import yaml
 
 from vitlit.errors import UserError
 from vitlit.files import check_archive, expand, whole_file
-from vitlit.run.config import read_config
+from vitlit.run.config import TRUST, read_config
 from vitlit.run.history import History
 from vitlit.run.lock import Lock
 
@@ -145,7 +145,8 @@ class RunFolder:
             if self.options.overwrite:
                 self._empty()
             self.marker.unlink(missing_ok=True)
-            self._write(self.config, yaml.safe_dump(config, sort_keys=False))
+            trust = ",".join(os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())
+            self._write(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot write into {self.path}: {why}; give another --run.root") from error
