@@ -47,7 +47,7 @@ MISTAKES = {
     "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats, 8 or less"],
     "--lr 3": ["no key lr; did you mean model.optimizer.lr?"],
     "--weight-decay 3": ["no key weight-decay; did you mean model.optimizer.weight_decay?"],
-    "--model.objective Foo": ["model.objective: expected class, not Foo; give one of Distillation, MAE, Supervised"],
+    "--model.objective Foo": ["model.objective: expected class, not Foo; give one of Distillation, MAE, Regression, Supervised"],
     "--seed_everything true": ["seed_everything: expected int, not true"],
     "--seed_everything -1": ["seed_everything -1 is not from 0 to 4294967295"],
     "--data.holdout -5%": ["data.holdout -5% is not a share"],
