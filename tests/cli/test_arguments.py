@@ -47,7 +47,9 @@ MISTAKES = {
     "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats, 8 or less"],
     "--lr 3": ["no key lr; did you mean model.optimizer.lr?"],
     "--weight-decay 3": ["no key weight-decay; did you mean model.optimizer.weight_decay?"],
-    "--model.objective Foo": ["model.objective: expected class, not Foo; give one of Distillation, MAE, Regression, Supervised"],
+    "--model.objective Foo": [
+        "model.objective: expected class, not Foo; give one of Distillation, MAE, Regression, Supervised"
+    ],
     "--seed_everything true": ["seed_everything: expected int, not true"],
     "--seed_everything -1": ["seed_everything -1 is not from 0 to 4294967295"],
     "--data.holdout -5%": ["data.holdout -5% is not a share"],
@@ -313,3 +315,19 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
 )
 def test_values_that_make_no_sense_are_refused(vitlit: Command, few: Path, flag: str, value: str, words: str) -> None:
     refused(vitlit("fit", *SMALL, "--data.root", few, flag, value), words)
+
+
+def test_a_config_of_ones_own_is_found_first_and_a_folder_is_called_one(
+    vitlit: Command, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "finetune_folder.yaml").write_text("data: {batch_sise: 8}\n")
+    refused(vitlit("fit", "--config", "recipes/finetune_folder"), "did you mean data.batch_size?")
+    refused(vitlit("fit", "--config", "recipes"), "config recipes is a folder")
+    changed = shipped(tmp_path, "\nmodel:", "\nmodle:")
+    refused(vitlit("fit", "--config", changed), "no key modle; did you mean model?")
+
+
+def test_nothing_is_written_before_the_weights_are_found(vitlit: Command, tmp_path: Path) -> None:
+    refused(vitlit("fit", "--config", "finetune"), "does not exist")
+    assert not (tmp_path / "data").exists()
