@@ -46,10 +46,10 @@ def test_a_run_says_what_worked_on_it_and_which_step_was_best(vitlit: Command, f
 
 
 def test_an_early_stop_says_why_and_a_damaged_record_is_named(vitlit: Command, few: Path, run: Path) -> None:
-    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/loss, mode: max, patience: 1, min_delta: 9}}]"
+    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/loss, patience: 1, min_delta: 9}}]"
     out = done(vitlit(*FIT, "--data.root", few, "--trainer.callbacks", stop))
     ended = history(run)["commands"][0]["ended"]
-    assert ended.startswith("early, in epoch 1: Monitored metric val/loss did not improve")
+    assert ended.startswith("early, in epoch 2: Monitored metric val/loss did not improve")
     assert ended in out
     (run / "run.json").write_text("{")
     refused(vitlit(*FIT, "--data.root", few, "--run.overwrite", "false", "--trainer.callbacks", stop,

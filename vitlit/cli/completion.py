@@ -174,7 +174,7 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
     vit.image_size = size
     preset = model.vit.class_path.endswith("from_preset")
     if weights is not None and (new or "init_from" in model):
-        kept = (*SIZE, *TRAINING, *(Size._fields if preset else ()))
+        kept = (*SIZE, *TRAINING, *((*Size._fields, "patch_size") if preset else ()))
         for name, value in weights.config.items():
             if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):
                 vit[name] = value
@@ -220,14 +220,20 @@ def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:
 
 
 def fill_loggers(config: Namespace, folder: RunFolder) -> None:
-    """Make trainer.logger a list, by default of one W&B logger; W&B's files go to the run's folder."""
+    """Make trainer.logger a list, by default of one W&B logger; each logs under the run's name, files in its folder."""
     given = config.trainer.logger
     if given in (None, True):
         given = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())
     config.trainer.logger = given if isinstance(given, list) else [given] if given else []
     for logger in config.trainer.logger:
-        if logger.class_path.endswith(".Wandb"):
-            options = logger.init_args
-            options.save_dir = options.get("save_dir") or str(folder.path)
+        name, options = logger.class_path.rpartition(".")[2], logger.get("init_args") or Namespace()
+        if name in ("Wandb", "WandbLogger"):
+            if options.get("save_dir") in (None, "."):
+                options.save_dir = str(folder.path)
             options.name = options.get("name") or folder.name
             options.id = options.get("id") or (folder.wandb_id() if config.ckpt_path else None)
+        elif name == "TensorBoard":
+            options.save_dir = options.get("save_dir") or str(folder.path)
+        elif name == "MLFlowLogger":
+            options.run_name = options.get("run_name") or folder.name
+        logger.init_args = options

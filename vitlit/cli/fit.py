@@ -1,9 +1,7 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
-import logging
 import os
 import sys
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +10,7 @@ import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -19,8 +18,18 @@ from vitlit import callbacks
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups, expand_paths
 from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
 from vitlit.cli.loggers import harmless
+from vitlit.cli.messages import show_asked
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
-from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
+from vitlit.cli.trainer import (
+    Trainer,
+    check_length,
+    check_monitors,
+    check_trainer,
+    fill_folders,
+    fill_modes,
+    listed,
+    monitor,
+)
 from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -37,25 +46,10 @@ from vitlit.stages import Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
 
-QUIET = (
-    r".*LeafSpec.*",  # lightning 2.6 with torch 2.15
-    r".*does not have many workers.*",
-    r".*smaller than the logging interval.*",
-    r".*exists and is not empty.*",
-    r".*could not find the monitored key.*",  # the metric is known, so nothing was validated; the summary says so
-    r".*The dirpath has changed.*",  # the run was moved
-    r".*callbacks used to create the checkpoint.*",  # evaluation has no callbacks
-    r".*WeightAveraging callback with a model that overrides.*",  # only fsdp2 needs the override
-    r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
-)
-
 
 def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    show_asked()
     check_environment()
     if "VITLIT_TRUST" in os.environ and "" not in sys.path:
         sys.path.append(os.getcwd())  # at the end: a file here must not replace a module that is installed
@@ -170,10 +164,15 @@ class CLI(LightningCLI):
         self.parser.add_instantiator(build, object)  # after Lightning's own, of model and data
         config, fitting = self.config[self.subcommand], self.subcommand == "fit"
         check_groups(config)
+        fill_modes(config.trainer.callbacks, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
         recorded = self.plain()
+        if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
+            own = self.folder.last.with_name(f"{config.ckpt_path}.ckpt")
+            config.ckpt_path = str(own) if own.is_file() or config.ckpt_path in ("best", "last") else config.ckpt_path
         if fitting:
             self.decide(recorded)
+            fill_folders(config.trainer, self.folder)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
         fill_labels(config)
@@ -188,8 +187,6 @@ class CLI(LightningCLI):
             self.callbacks += [callbacks.NonFinite(), callbacks.Throughput(), Begin(self.line, folder, recorded)]
         if self.keeps:
             check_idle(config.data, self.line.content)
-            for warning in config_warnings(config, self.line.content):
-                rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
             self.callbacks += [callbacks.Tracking(self.plain()), callbacks.Mistakes()]
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
@@ -209,17 +206,13 @@ class CLI(LightningCLI):
         """Begin the run, continue it, or say that it is complete. Rank 0 decides for all."""
         config = self.config.fit
         check_trainer(config.trainer)
-        if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
-            write("digits", Path(config.data.root))
-        decision = Decision("begin")
-        if self.keeps:
-            try:
-                decided = None if rank() else self.folder.decide(recorded)
-            except UserError:
-                with suppress(UserError):  # the other ranks, which end too, may not have started
-                    share_decision(Decision("refused"), self.folder.path, recorded)
-                raise
-            decision = share_decision(decided, self.folder.path, recorded)
+        try:
+            decided = None if rank() else self.decided(recorded)
+        except UserError:
+            with suppress(UserError):  # the other ranks, which end too, may not have started
+                share_decision(Decision("refused"), self.folder.path, recorded)
+            raise
+        decision = share_decision(decided, self.folder.path, recorded)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -230,12 +223,31 @@ class CLI(LightningCLI):
         if config.ckpt_path:
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
+    def decided(self, recorded: dict[str, Any]) -> Decision:
+        """What rank 0 decides about the run; it writes the digits if they are trained on."""
+        config = self.config.fit
+        root = str(config.data.root)
+        try:
+            decision = self.folder.decide(recorded) if self.keeps else Decision("begin")
+        except UserError as error:
+            if root == DIGITS or "://" in root or Path(root).exists():
+                raise
+            raise UserError(f"data.root {root} does not exist, and {error}") from error
+        if root == DIGITS and decision.action != "finished" and not Path(root).exists():
+            if decision.action == "begin":
+                starting_weights(config, fitting=True)  # nothing is written if they are missing
+            write("digits", Path(root))
+        return decision
+
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
         self.model.weights = self.weights
         trainer = self.config[self.subcommand].trainer
         bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
-        if bar:
+        own = listed(self.config_init[self.subcommand].trainer.callbacks)
+        if any(isinstance(callback, ProgressBar) for callback in own):
+            terminal = True  # the user's bar, off a terminal too, in place of vitlit's
+        elif bar:
             self.callbacks.insert(0, callbacks.Bar() if terminal else callbacks.Lines())
         if self.keeps:
             self.callbacks[:0] = self.checkpoint_callbacks()
@@ -281,12 +293,15 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
+            for warning in config_warnings(self.config.fit, self.line.content):
+                rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def _set_seed(self) -> None:
         try:
             super()._set_seed()
         except ValueError as error:
-            raise UserError(f"seed_everything: {error}") from error
+            given = self.config[self.subcommand].seed_everything
+            raise UserError(f"seed_everything {given} is not from 0 to {2**32 - 1}") from error
 
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:

@@ -63,7 +63,7 @@ def ending(trainer: Trainer) -> str:
         # A run that was made longer remembers the early stop before.
         why = stop.stopping_reason_message if isinstance(stop, EarlyStopping) else None
         if why and trainer.current_epoch - stop.stopped_epoch <= 1:
-            return f"early, in epoch {stop.stopped_epoch}: {why.removesuffix(' Signaling Trainer to stop.')}"
+            return f"early, in epoch {stop.stopped_epoch + 1}: {why.removesuffix(' Signaling Trainer to stop.')}"
     return COMPLETE
 
 

@@ -201,10 +201,14 @@ class ViT(nn.Module):
             **options: the other fields of `ViTConfig`, such as num_classes.
 
         Raises:
-            UserError: the preset is not of that form or the size is unknown.
+            UserError: the preset is not of that form, the size is unknown, or an option is the preset's.
         """
         # Written out, so that jsonargparse sees which fields are left for **options.
         (width, depth, mlp_dim, heads), patch = parse_preset(preset)
+        if given := {"patch_size", "width", "depth", "mlp_dim", "heads"} & options.keys():
+            raise UserError(
+                f"{' '.join(sorted(given))} follows from the preset {preset}; leave it out, or make a ViT(...)"
+            )
         return ViT(
             image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )

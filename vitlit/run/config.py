@@ -18,6 +18,9 @@ RENAMED = {
     "vitlit.optim.lamb.LAMB": "vitlit.optim.LAMB",
     "vitlit.stages.finetune.Finetune": "vitlit.stages.Finetune",
     "vitlit.stages.pretrain.Pretrain": "vitlit.stages.Pretrain",
+    # Lightning's needs a save_dir, which here is the run's folder.
+    "TensorBoardLogger": "vitlit.loggers.TensorBoard",
+    "lightning.pytorch.loggers.TensorBoardLogger": "vitlit.loggers.TensorBoard",
 }
 
 

@@ -22,6 +22,7 @@ from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import global_seed, seed_step
+from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_images, check_labels
 from vitlit.stages.metrics import direction, metrics, update
@@ -129,6 +130,13 @@ class Stage(LightningModule):
         return float(batch) / self.schedule.lr_per
 
     # Training
+
+    def configure_callbacks(self) -> list[Any]:
+        """None; here, before their own setup, the Trainer's are checked."""
+        trainer: Any = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_callbacks(trainer.callbacks)
+        return []
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
