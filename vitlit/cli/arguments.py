@@ -124,7 +124,7 @@ def expand_paths(config: Any) -> None:
                 expand_paths(part)
         if key in PATHS and isinstance(value, str):
             config[key] = expand(value)
-        elif isinstance(value, Enum):  # a default of a library's class
+        elif isinstance(value, str) and isinstance(value, Enum):  # a default that its class calls a str
             config[key] = value.value
 
 
