@@ -53,7 +53,7 @@ MISTAKES = {
     "--seed_everything true": ["seed_everything: expected int, not true"],
     "--seed_everything -1": ["seed_everything -1 is not from 0 to 4294967295"],
     "--data.holdout -5%": ["data.holdout -5% is not a share"],
-    "--data.crop_scale 0.5": ["data.crop_scale: expected tuple, not 0.5; write a list, such as [0.25, 1.0]"],
+    "--data.crop_scale 0.5": ["data.crop_scale: expected tuple, not 0.5; write a list, such as [0.05, 1.0]"],
     "--data.batch_size -3": ["data.batch_size -3 is less than 1"],
     "--data.seed=None": ["data.seed: expected int, not None; write null"],
     "--data.batch_size=None": ["data.batch_size: expected int, not null"],

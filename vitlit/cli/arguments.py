@@ -284,7 +284,10 @@ def shortened(message: str, defaults: Namespace) -> str:
     value = str(given[0]) if given else ""
     if given and not said and not value.startswith(("Namespace(", "NestedArg(")):
         nullable = value == "None" and "NoneType" in message  # None is YAML's word for a text
-        text += f", not {'null' if value == 'None' and not nullable else value or repr(value)}"
+        shown = (
+            value if nullable else {"None": "null", "True": "true", "False": "false"}.get(value, value or repr(value))
+        )
+        text += f", not {shown}"
         text += "; write null" if nullable else ""
         if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
             default = defaults.get(key[1]) if key else None
