@@ -21,11 +21,16 @@ MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bom
 def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `path` after the block, once its content is on the disk.
 
-    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder.
+    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder. The
+    file's permissions are those of the user's umask, whatever a library gave it (safetensors: 0600).
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
