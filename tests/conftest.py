@@ -160,7 +160,7 @@ def prepare() -> None:
     for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config"):
         import_module(name)
     with redirect_stdout(StringIO()), suppress(SystemExit):
-        CLI(CommandLine.read("fit", [*SMALL, "--print_config"]))
+        CLI(CommandLine("fit", [*SMALL, "--print_config"]))
 
 
 def launched(

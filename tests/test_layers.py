@@ -31,7 +31,7 @@ LIGHT = ("objectives", "model", "optim")  # load, by whatever path, torch and nu
 WITHOUT_LIGHTNING = ("images", "weights", "evaluation")
 VAGUE = ("utils", "util", "common", "misc", "helpers", "helper")
 CORE = ("model", "objectives", "optim", "stages")
-LOOSE, LONGEST_FILE, LONGEST_FUNCTION, LARGEST_CORE, LARGEST = 7, 350, 60, 2800, 11_600
+LOOSE, LONGEST_FILE, LONGEST_FUNCTION, LARGEST_CORE, LARGEST = 7, 350, 60, 2800, 10_800
 
 
 def imports(source: str) -> Iterator[tuple[str, ...]]:
@@ -222,7 +222,7 @@ def test_the_check_sees_what_is_forbidden(file: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("model/vit.py", "import math\nfrom torch import nn\nfrom vitlit.model.heads import tanh_head"),
+        ("model/vit.py", "import math\nfrom torch import nn\nfrom vitlit.model.heads import new_head"),
         ("model/vit.py", "from vitlit.errors import UserError\n" + "\n" * 300),
         ("data/module.py", "from vitlit.objectives import Batch"),
         ("stages/stage.py", "from vitlit import seeds\nfrom vitlit.seeds import seed_step"),
@@ -259,4 +259,4 @@ def test_the_checks_over_the_package_see_what_is_forbidden() -> None:
     assert too_large({f"{name}.py": "" for name in "abcdefg"} | {"__init__.py": ""}) == []
     assert too_large({f"{name}.py": "" for name in "abcdefgh"}) == ["loose modules: 8 of 7"]
     assert too_large({"optim/a.py": "\n" * 2801}) == ["core: 2801 of 2800"]
-    assert too_large({"data/a.py": "\n" * 11_601}) == ["package: 11601 of 11600"]
+    assert too_large({"data/a.py": "\n" * 10_801}) == ["package: 10801 of 10800"]

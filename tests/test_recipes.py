@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -28,12 +29,12 @@ RECIPES = {path.stem: path for path in sorted((REPOSITORY / "configs" / "recipes
 # Full size, by recipe, literal numbers of its source. parameters: those of 2010.11929's table 1 and of the published
 # files, less what the recipe has not, with the head; decayed: those under weight decay. Steps of ImageNet-1k are of
 # 1,281,167 images. peak and last: of the learning rate; quarter: what is left of it after a quarter of the decay,
-# 0.8536 for a cosine, 0.75 for a line.
+# 0.8536 for a cosine, 0.75 for a line; dashes where the rate changes by epoch, which BY_EPOCH holds.
 FACTS = """
                           parameters     decayed  size batch   steps warmup  peak   last quarter decay clip
 vit_b16_imagenet1k        87_158_248  86_882_304   224  4096   93600  10000  3e-3      0  0.8536   0.3    1
 vit_b16_imagenet1k_384    86_859_496           0   384   512   20000    500  3e-2      0  0.8536     0    1
-vit_b16_imagenet21k      103_186_515 102_889_728   224  4096  310680  10000  1e-3      0  0.75    0.03    1
+vit_b16_imagenet21k      103_186_515 102_889_728   224  4096  310680  10000  1e-3   1e-5  0.75    0.03    1
 vit_b16_transfer          86_098_186           0   384   512     500     50  3e-2      0  0.8536     0    1
 augreg_ti16_imagenet1k     5_754_280   5_684_736   224  4096   93835  10000  1e-3      0  0.8536   0.1    1
 augreg_s16_imagenet1k     22_198_120  22_060_032   224  4096   93835  10000  1e-3      0  0.8536   0.1    1
@@ -42,18 +43,28 @@ augreg_imagenet1k_384     22_196_200           0   384   512   20000    500  1e-
 vit_s16_imagenet1k_90ep   22_122_472  22_060_032   224  1024  112603  10000  1e-3      0  0.8536   0.1    1
 vit_s16_imagenet1k_150ep  22_122_472  22_060_032   224  1024  187671  10000  1e-3      0  0.8536   0.1    1
 vit_s16_imagenet1k_300ep  22_122_472  22_060_032   224  1024  375342  10000  1e-3      0  0.8536   0.1    1
-deit_s16                  22_050_664  21_912_576   224  1024  375300   6255  1e-3   1e-5  0.8536  0.05    0
-deit_b16                  86_567_656  86_292_480   224  1024  375300   6255  1e-3   1e-5  0.8536  0.05    0
-deit_s16_distilled        22_436_432  22_296_576   224  1024  375300   6255  1e-3   1e-5  0.8536  0.05    0
-deit_b16_distilled        87_338_192  87_060_480   224  1024  375300   6255  1e-3   1e-5  0.8536  0.05    0
-deit3_s16                 22_059_496  21_912_576   224  2048  500000   3125  4e-3   1e-5  0.8536  0.05    0
-deit3_b16                 86_545_384  86_292_480   192  2048  500000   3125  3e-3   1e-5  0.8536  0.05    0
-deit3_b16_224             86_585_320  86_292_480   224   512   50040  12510  1e-5   1e-5  1        0.1    0
+deit_s16                  22_050_664  21_912_576   224  1024  375300      -  1e-3      -       -  0.05    0
+deit_b16                  86_567_656  86_292_480   224  1024  375300      -  1e-3      -       -  0.05    0
+deit_s16_distilled        22_436_432  22_296_960   224  1024  375300      -  1e-3      -       -  0.05    0
+deit_b16_distilled        87_338_192  87_061_248   224  1024  375300      -  1e-3      -       -  0.05    0
+deit3_s16                 22_059_496  21_912_576   224  2048  500000      -  4e-3      -       -  0.05    0
+deit3_b16                 86_545_384  86_292_480   192  2048  500000      -  3e-3      -       -  0.05    0
+deit3_b16_224             86_585_320  86_292_480   224   512   50040      -  1e-5      -       -   0.1    0
 mae_b16_finetune          86_567_656  86_292_480   224  1024  125100   6255  2e-3   1e-6  0.8536  0.05    0
 mae_l16_finetune         304_326_632 303_800_320   224  1024   62550   6255  4e-3   1e-6  0.8536  0.05    0
 small_cifar10              2_692_426   2_692_426    32   128  117100  11710  1e-3   1e-6  0.8536  0.05    0
 dinov2_linear_probe       22_013_800           0   224  1024   12500      0  4e-2      0  0.8536     0    0
 """
+
+# The epochs, and the learning rates of the first, by facebookresearch/deit's main.py with timm's scheduler: epoch n has
+# the rate of n - 1, and the cosine has begun when the warm-up ends.
+DEIT = (300, [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4, 9.990e-4])
+BY_EPOCH: dict[str, tuple[int, list[float]]] = {
+    **dict.fromkeys(("deit_s16", "deit_b16", "deit_s16_distilled", "deit_b16_distilled"), DEIT),
+    "deit3_s16": (800, [1e-6, 1e-6, 8.008e-4, 1.6006e-3, 2.4004e-3, 3.2002e-3, 3.9996e-3]),
+    "deit3_b16": (800, [1e-6, 1e-6, 6.008e-4, 1.2006e-3, 1.8004e-3, 2.4002e-3, 2.9997e-3]),
+    "deit3_b16_224": (20, [1e-6, 1e-6, 2.8e-6, 4.6e-6, 6.4e-6, 8.2e-6, 1e-5, 1e-5]),
+}
 
 # What the sources regularise with. path: stochastic depth; smooth: label smoothing; mixed: the share of batches that
 # are; lowest: the smallest crop's area; ratio: of the crop at evaluation. A dash is not compared.
@@ -62,10 +73,10 @@ REGULARISED = """
 vit_b16_imagenet1k            0.1     0      0     0      0     1     0       1   0.05 0.875
 vit_b16_imagenet1k_384        0.1     0      0     0      0     1     0       1   0.05     1
 vit_b16_imagenet21k           0.1     0      0     0      0     1     0       1   0.05 0.875
-vit_b16_transfer              0.1     0      0     0      0     1     0       1   0.05     1
+vit_b16_transfer                0     0      0     0      0     1     0       1   0.05     1
 augreg_ti16_imagenet1k          0     0      0     0      0     1     0       1   0.05 0.875
 augreg_s16_imagenet1k           0     0      0   0.5      0     1     0       1   0.05 0.875
-augreg_b16_imagenet1k           0     0      0   0.5      0     1     0       1   0.05 0.875
+augreg_b16_imagenet1k         0.1   0.1      0   0.8      0     1     0       1   0.05 0.875
 augreg_imagenet1k_384           0     0      0     0      0     1     0       1   0.05     1
 vit_s16_imagenet1k_90ep         0     0      0   0.2      0     1     0       1   0.05 0.875
 vit_s16_imagenet1k_150ep        0     0      0   0.2      0     1     0       1   0.05 0.875
@@ -86,9 +97,9 @@ dinov2_linear_probe             0     0      0     0      0     1     0       1 
 # And what they train by.
 METHODS = """
                           optimizer loss     crop            augment
-vit_b16_imagenet1k        AdamW     softmax  -               -
-vit_b16_imagenet1k_384    SGD       softmax  -               -
-vit_b16_imagenet21k       AdamW     softmax  inception       -
+vit_b16_imagenet1k        AdamW     sigmoid  inception       -
+vit_b16_imagenet1k_384    SGD       softmax  inception       -
+vit_b16_imagenet21k       AdamW     sigmoid  inception       -
 vit_b16_transfer          SGD       softmax  inception       -
 augreg_ti16_imagenet1k    AdamW     sigmoid  inception       BigVisionRandAugment
 augreg_s16_imagenet1k     AdamW     sigmoid  inception       BigVisionRandAugment
@@ -224,9 +235,14 @@ def test_the_tables_have_all_recipes() -> None:
 def test_a_recipe_says_what_it_is(name: str) -> None:
     header = RECIPES[name].read_text().split("seed_everything")[0]
     fields = [line.split()[1] for line in header.splitlines() if line.startswith("# ") and line[2] != " "]
-    assert [word for word in fields if word in ("Source", "Expected", "Cost", "Differs")] == [
-        *("Source", "Expected", "Cost", "Differs")
+    assert [word for word in fields if word in ("Source", "Expected", "Run", "Cost", "Differs")] == [
+        *("Source", "Expected", "Run", "Cost", "Differs")
     ]
+    run = " ".join(line.strip("# ") for line in header.partition("# Run")[2].partition("# Cost")[0].splitlines())
+    measured = re.match(r"\d.* at ([0-9a-f]{7})\b.* [\d.]+ hours", run)
+    assert measured or run.startswith("not run")
+    row = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    assert not measured or [measured[1] in line for line in row] == [True]
     assert f"vitlit fit --config recipes/{name}" in header
     assert "MEASURED" not in header
     trainer = read(name)["trainer"]
@@ -262,26 +278,41 @@ def test_a_recipe_is_its_sources(name: str) -> None:
     optimizer, share, total = optimised(name)
     groups = optimizer.param_groups
     decays = {group["weight_decay"] for group in groups}
-    warmup = next(step for step in range(total) if share(step) == 1)
+    facts = table(FACTS)[name]
     found: dict[str, float] = {
         "parameters": sum(p.numel() for p in stage.vit.parameters()),
         "decayed": sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]),
         "size": data.preprocess.image_size[0],
         "batch": data.batch_size,
         "steps": total,
-        "warmup": warmup,
         "peak": max(group["initial_lr"] for group in groups),
-        "last": max(group["initial_lr"] for group in groups) * share(total),
         "decay": max(decays),
         "clip": read(name)["trainer"].get("gradient_clip_val", 0),
     }
-    facts = table(FACTS)[name]
-    quarter, end = share(round(warmup + (total - warmup) / 4)), share(total)
-    left = (quarter - end) / (1 - end) if end < 1 else quarter
-    assert left == pytest.approx(facts.pop("quarter"), abs=2e-3)
+    if "quarter" in facts:
+        warmup, end = next(step for step in range(total) if share(step) == 1), share(total)
+        left = (share(round(warmup + (total - warmup) / 4)) - end) / (1 - end)
+        assert left == pytest.approx(facts.pop("quarter"), abs=2e-3)
+        found |= {"warmup": warmup, "last": found["peak"] * end}
     assert found == {key: pytest.approx(fact, rel=1e-5) for key, fact in facts.items()}
-    assert share(0) == (0 if warmup else 1)
     assert decays <= {0, found["decay"]}
+
+
+@pytest.mark.parametrize("name", sorted(set(table(FACTS)) - set(BY_EPOCH)))
+def test_a_warm_up_begins_at_its_sources_rate(name: str) -> None:
+    optimizer, share, _ = optimised(name)
+    peak = max(group["initial_lr"] for group in optimizer.param_groups)
+    first = {"dinov2_linear_probe": 4e-2, "small_cifar10": 1e-6}  # of those without a warm-up from 0
+    assert peak * share(0) == pytest.approx(first.get(name, 0))
+
+
+@pytest.mark.parametrize("name", BY_EPOCH)
+def test_the_rates_of_epochs_are_the_sources(name: str) -> None:
+    (optimizer, share, total), (epochs, rates) = optimised(name), BY_EPOCH[name]
+    (peak,) = {group["initial_lr"] for group in optimizer.param_groups}
+    steps = total // epochs
+    assert [peak * share(steps * i) for i in range(len(rates))] == pytest.approx(rates, rel=1e-3)
+    assert peak * share(total - 1) == pytest.approx(1e-5, rel=0.02)  # 1.01e-5: the scheduler's last epoch is not used
 
 
 @pytest.mark.parametrize("name", table(METHODS))
@@ -349,7 +380,9 @@ def test_what_else_the_sources_say() -> None:
     for name, teacher in (("deit_s16_distilled", "runs/deit_b16"), ("deit_b16_distilled", "runs/deit3_b16_224")):
         found = [argument(name, "objective", key) for key in ("kind", "share", "teacher")]
         assert found == ["hard", 0.5, teacher]
-    magnitudes = {"augreg_ti16": 0, "augreg_s16": 15, "augreg_b16": 15, "vit_s16": 10}
+    for name in ("vit_b16_imagenet21k", "vit_b16_imagenet1k"):
+        assert argument(name, "objective", "head_bias") == -10
+    magnitudes = {"augreg_ti16": 0, "augreg_s16": 15, "augreg_b16": 20, "vit_s16": 10}
     for start, magnitude in magnitudes.items():
         for name in (name for name in RECIPES if name.startswith(start)):
             assert read(name)["data"]["augment"][0]["init_args"] == {"ops": 2, "magnitude": magnitude}
@@ -358,6 +391,63 @@ def test_what_else_the_sources_say() -> None:
     assert built("deit3_b16_224").arguments["keep_head"] is True
     probe = built("dinov2_linear_probe").stage.vit
     assert {name for name, p in probe.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+# Whose initial weights, and whether every block has the same stochastic depth, if not vision_transformer's and not.
+INITS = {
+    **dict.fromkeys(("augreg_ti16_imagenet1k", "augreg_s16_imagenet1k", "augreg_b16_imagenet1k"), "big_vision"),
+    **dict.fromkeys(("deit_s16", "deit_b16", "deit_s16_distilled", "deit_b16_distilled"), "timm"),
+    **dict.fromkeys(("deit3_s16", "deit3_b16"), "timm"),
+}
+SAME_DEPTH = ("deit3_s16", "deit3_b16", "deit3_b16_224", "small_cifar10")
+# (interpolation, squash) of evaluation, and the resampling of positions.
+SEEN = {
+    "vit_b16_imagenet21k": ("bilinear", False, "bilinear"),
+    "vit_b16_imagenet1k": ("bilinear", False, "bilinear"),
+    "vit_b16_imagenet1k_384": ("bilinear", True, "bilinear"),
+    "vit_b16_transfer": ("bilinear", True, "bilinear"),
+    "augreg_ti16_imagenet1k": ("bilinear", False, "bilinear"),
+    "augreg_s16_imagenet1k": ("bilinear", False, "bilinear"),
+    "augreg_b16_imagenet1k": ("bilinear", False, "bilinear"),
+    "augreg_imagenet1k_384": ("bicubic", False, "bilinear"),
+    **dict.fromkeys((f"vit_s16_imagenet1k_{epochs}ep" for epochs in (90, 150, 300)), ("bilinear", False, "antialias")),
+    "dinov2_linear_probe": ("bicubic", False, "offset"),
+}
+
+
+@pytest.mark.parametrize("name", table(FACTS))
+def test_a_recipe_begins_and_looks_as_its_source_does(name: str) -> None:
+    stage, data, *_ = built(name)
+    config, rate = stage.vit.config, stage.vit.config.drop_path
+    assert config.init == INITS.get(name, "vision_transformer")
+    blocks: Any = stage.vit.blocks
+    rates = [block.drop_path.p for block in blocks]
+    assert (rates[0], rates[-1]) == (rate if name in SAME_DEPTH else 0, rate)
+    found = (data.preprocess.interpolation, data.preprocess.squash, config.resampling)
+    assert found == SEEN.get(name, ("bicubic", False, "antialias"))
+    assert config.mlp == ("gelu_tanh" if name.startswith(("vit_", "augreg_")) else "gelu")
+    assert config.float32_head == (name == "dinov2_linear_probe")
+
+
+def test_what_a_recipes_source_leaves_open_stands_in_its_header() -> None:
+    """Numbers that cannot be reached, or not always, and epochs as their logs count them."""
+    said = {
+        "deit_b16": ["unstable", "79.2", "78.8", "78.6"],
+        "deit_b16_distilled": ["none that can be reached", "convnet"],
+        "deit_s16_distilled": ["none that can be reached", "convnet"],
+        "deit3_s16": ["after 6, 11, 21, 51 and 101 epochs"],
+        "deit3_b16": ["after 6, 11, 21, 51 and 101 epochs"],
+        "vit_b16_imagenet21k": ["47.88"],
+        "vit_b16_imagenet1k": ["74.79", "-10", "-6.9", "not known"],
+        "vit_b16_transfer": ["5e9b3db", "98.76", "99.02", "flips"],
+        "augreg_b16_imagenet1k": ["79.154", "81.102"],
+        "augreg_imagenet1k_384": ["81.130", "81.102", "central square"],
+        "vit_s16_imagenet1k_90ep": ["76.9 to 77.3", "5 h 41"],
+        "small_cifar10": ["100", "a pixel smaller"],
+    }
+    for name, words in said.items():
+        header = " ".join(line[1:].strip() for line in RECIPES[name].read_text().splitlines() if line.startswith("#"))
+        assert [word for word in words if word not in header] == [], name
 
 
 # Shrunken copies

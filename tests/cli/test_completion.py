@@ -7,10 +7,13 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, Result, done, refused
+from jsonargparse import Namespace
 from test_arguments import shipped
 from test_predict import measured
 
 from vitlit import load
+from vitlit.cli.completion import fill_preprocess
+from vitlit.weights import Weights
 
 Command = Callable[..., Result]
 FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
@@ -147,6 +150,17 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
     assert (doubt in result.out) == (not answer)
 
 
+@pytest.mark.parametrize("given", [None, False, True])
+def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
+    how = {} if given is None else {"interpolation": "bicubic", "crop_ratio": 0.5}
+    data = Namespace(**{"mean": None, "std": None, "interpolation": None, "crop_ratio": None, "squash": given, **how})
+    known = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
+    fill_preprocess(data, Weights(Path("file"), "test", {}, {}, preprocess=known), channels=3)
+    assert data.squash is (given is not False)
+    expected = ("bilinear", 1.0) if given is None else ("bicubic", 0.5)
+    assert (data.interpolation, data.crop_ratio) == expected
+
+
 def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, work: Path) -> None:
     command = (*FINETUNE.split(), few, "--model.init_from", "runs/pretrain", "--model.lora.rank", 2)
     doubt = "layer_decay 0.5 hardly trains LoRA's adapters near the image; give --model.groups.layer_decay 1"
@@ -157,7 +171,7 @@ def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, wo
 def test_two_ways_of_balancing_are_warned_of(vitlit: Command, few: Path) -> None:
     both = "--data.balanced true --model.objective.init_args.class_weights balanced"
     said = done(vitlit("fit", *SMALL, "--data.root", few, *both.split()))
-    assert "class_weights also weigh them more; give one" in said
+    assert "data.balanced and class_weights both favour rare classes; give one" in said
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vitlit.data.folder import scan_train
 from vitlit.data.stream import Sample, TrainStream
 from vitlit.data.transforms import train_transform
 from vitlit.errors import UserError
-from vitlit.images.crops import InceptionCrop, PadCrop, SimpleCrop
+from vitlit.images.crops import InceptionCrop, PadCrop, ResmallCrop, SimpleCrop
 
 
 def samples(root: Path, workers: int, seed: int = 0, position: int = 0) -> tuple[Tensor, Tensor]:
@@ -91,6 +91,7 @@ def test_a_crop_by_name_is_the_one_that_it_names() -> None:
         "inception": InceptionCrop(size, (0.2, 0.5), how),
         "simple": SimpleCrop(size, how),
         "pad": PadCrop(size, interpolation=how),
+        "resmall": ResmallCrop(size, how),
         "center": preprocess.crop,
     }
     for name, crop in by_hand.items():

@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
-from vitlit.images.crops import BoxCrop, InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
+from vitlit.images.crops import BoxCrop, InceptionCrop, PadCrop, RandomResizedCrop, ResmallCrop, SimpleCrop
 
 CROPS: list[BoxCrop | PadCrop] = [InceptionCrop((8, 6)), SimpleCrop((8, 6)), PadCrop((8, 6))]
 
@@ -135,12 +135,22 @@ def test_pad_crop_resizes_an_image_of_another_size() -> None:
     assert torch.equal(PadCrop((32, 32)).padded(flat)[:, 4:-4, 4:-4], flat.new_full((3, 32, 32), 9))
 
 
+def test_resmall_resizes_as_evaluation_does() -> None:
+    """`resize_small(448)|random_crop(384)`, or `resize(448)|random_crop(384)`, of big_vision's configs/transfer.py."""
+    image = noise(60, 90)
+    for squash, size in ((False, [448, 672]), (True, [448, 448])):
+        found = ResmallCrop((384, 384), crop_ratio=6 / 7, squash=squash).padded(image)
+        assert torch.equal(found, F.resize(image, size, InterpolationMode.BICUBIC, antialias=True))
+
+
 @pytest.mark.parametrize(
     ("crop", "size", "positions"),
     [
         (PadCrop((6, 4), padding=1), (6, 4), (3, 3)),
         (PadCrop((6, 4), padding=0), (6, 4), (1, 1)),
         (SimpleCrop((4, 4), padding=1), (4, 10), (3, 9)),
+        (ResmallCrop((6, 6), crop_ratio=0.75), (8, 11), (3, 6)),
+        (ResmallCrop((6, 6), crop_ratio=0.75, squash=True), (8, 8), (3, 3)),
     ],
 )
 def test_positions_are_as_likely(crop: PadCrop, size: tuple[int, int], positions: tuple[int, int]) -> None:

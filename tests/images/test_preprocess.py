@@ -67,6 +67,15 @@ def test_a_crop_that_is_not_square_keeps_the_aspect_and_the_middle(size: tuple[i
     assert column_step == pytest.approx(2 / 3 / scale, rel=0.1)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 0.875])
+def test_squash_resizes_to_the_models_aspect(photo: Image.Image, ratio: float) -> None:
+    image = v2.functional.pil_to_tensor(photo.crop((0, 0, 200, 90)))
+    resize = v2.Resize([int(32 / ratio), int(48 / ratio)], InterpolationMode.BILINEAR, antialias=True)
+    expected = v2.CenterCrop([32, 48])(resize(image))
+    assert torch.equal(Preprocess((32, 48), ratio, "bilinear", squash=True).crop(image), expected)
+    assert not torch.equal(Preprocess((32, 48), ratio, "bilinear").crop(image), expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (8, 8), (3, 40), (1, 500), (500, 1), (31, 33), (427, 640)])
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
 def test_images_of_any_shape_give_the_size_wanted(shape: tuple[int, int], size: tuple[int, int]) -> None:

@@ -50,6 +50,14 @@ def test_the_rate_of_stochastic_depth_rises_linearly_from_none() -> None:
     assert shares == pytest.approx([0, 0.2, 0.4, 0.6], abs=0.03)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_constant_rate_of_stochastic_depth_is_every_blocks(depth: int) -> None:
+    """As `dpr = [drop_path_rate for i in range(depth)]` of facebookresearch/deit, models_v2.py."""
+    vit = tiny(drop_path=0.4, drop_path_decay="constant", depth=depth)
+    shares = [(residuals(block, "attn")[0] == 0).all(dim=2).all(dim=1).float().mean().item() for block in vit.blocks]
+    assert shares == pytest.approx([0.4] * depth, abs=0.03)
+
+
 def test_the_first_block_is_never_dropped() -> None:
     x = torch.randn(50, 3, 24)
     for depth in (1, 2):

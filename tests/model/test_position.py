@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import zoom  # type: ignore[import-untyped]
 from test_family import TINY, tiny
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
@@ -44,6 +45,18 @@ def test_equals_timm(source: tuple[int, int], target: tuple[int, int], prefix: i
     assert resampled.shape == (1, prefix + target[0] * target[1], WIDTH)
     torch.testing.assert_close(resampled, expected, rtol=0, atol=1e-6)
     assert torch.equal(resampled[:, :prefix], positions[:, :prefix])
+
+
+@pytest.mark.parametrize("source", [(7, 7), (4, 9), (24, 24)])
+@pytest.mark.parametrize("target", [(12, 12), (5, 14), (3, 1)])
+def test_bilinear_is_googles_zoom(source: tuple[int, int], target: tuple[int, int]) -> None:
+    """`resample_posemb` of big_vision (models/vit.py), `interpolate_posembed` of vision_transformer (checkpoint.py)."""
+    positions = table(1 + source[0] * source[1])
+    grid = positions[0, 1:].reshape(*source, WIDTH).numpy()
+    expected = torch.from_numpy(zoom(grid, (target[0] / source[0], target[1] / source[1], 1), order=1))
+    resampled = resample(positions, source, target, resampling="bilinear")
+    torch.testing.assert_close(resampled[0, 1:].reshape(*target, WIDTH), expected, rtol=0, atol=1e-5)
+    assert torch.equal(resampled[:, :1], positions[:, :1])
 
 
 def test_prefix_is_one_by_default() -> None:

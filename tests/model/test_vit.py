@@ -433,6 +433,27 @@ def test_initial_values() -> None:
     assert set(zero) == {"cls_token", "patch_embed.proj.bias", *norms, *biases, *heads}
 
 
+def test_the_head_alone_computes_in_float32_under_mixed_precision() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for pool in ("cls", "gap", "map"):
+        vit = tiny(pool=pool, float32_head=True).eval()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            tokens, logits = vit.features(images), vit(images)
+            vit.config = replace(vit.config, float32_head=False)
+            halved = vit(images)
+        assert (logits.dtype, halved.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(logits, vit.head(vit.pool(tokens.float())))
+        assert (tokens - vit.features(images)).abs().max() > 1e-3  # the blocks are not in float32
+        assert torch.equal(vit(images), replaced(vit, float32_head=True)(images))  # nothing without autocast
+
+
+def replaced(vit: ViT, **options: Any) -> ViT:
+    """A copy with other options."""
+    copy = ViT(**{**vit.config.plain(), **options}).eval()
+    copy.load_state_dict(vit.state_dict())
+    return copy
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         vit = ViT(**TINY, num_classes=5)

@@ -4,6 +4,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch.nn import Parameter
+from torch.optim import SGD
 
 from vitlit.errors import UserError
 from vitlit.optim import Schedule
@@ -61,6 +65,41 @@ def test_a_final_rate_above_zero_is_reached_at_the_end(decay: Any) -> None:
     assert factor(30) > Schedule(5, decay).over(100)(30)
 
 
+def deits(epochs: int, peak: float, lowest: float = 1e-5) -> list[float]:
+    """The learning rate of each epoch in facebookresearch/deit, main.py, by timm's scheduler."""
+    optimizer = SGD([Parameter(torch.zeros(1))], lr=peak)
+    scheduler = CosineLRScheduler(optimizer, epochs, lowest, warmup_t=5, warmup_lr_init=1e-6)
+    rates = []
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    return rates
+
+
+@pytest.mark.parametrize(("epochs", "peak"), [(300, 1e-3), (800, 4e-3), (20, 1e-5)])
+def test_the_rates_of_epochs_are_deits(epochs: int, peak: float) -> None:
+    schedule = Schedule("5 epochs", final=1e-5 / peak, start=1e-6 / peak, interval="epoch")
+    factor, expected = schedule.over(7 * epochs, epoch=7), deits(epochs, peak)
+    assert [peak * factor(7 * i) for i in range(epochs)] == pytest.approx(expected, rel=1e-9)
+    assert all(factor(7 * i) == factor(7 * i + 6) for i in range(epochs))
+
+
+def test_the_first_rates_of_deit_b() -> None:
+    factor = Schedule("5 epochs", final=0.01, start=0.001, interval="epoch").over(375_300, epoch=1251)
+    first = [1e-3 * factor(1251 * epoch) for epoch in range(7)]
+    assert first == pytest.approx([1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4], rel=1e-4)
+
+
+def test_a_warm_up_may_begin_above_zero() -> None:
+    factor = Schedule(4, "linear", start=0.2).over(8)
+    assert [factor(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 0.75])
+
+
+def test_rates_of_epochs_need_a_known_epoch() -> None:
+    with pytest.raises(UserError, match=r"interval epoch: the steps of an epoch are not known here; give step"):
+        Schedule(interval="epoch").over(100)
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(30, 30), ("30", 30), ("5 epochs", 50), ("1 epoch", 10), ("10%", 40)])
 def test_lengths_are_steps_epochs_or_shares(warmup: int | str, steps: int) -> None:
     factor = Schedule(warmup).over(400, epoch=10)
@@ -101,6 +140,9 @@ def test_a_cool_down_that_begins_before_the_warm_up_ends_is_refused() -> None:
         {"final": 0.1, "decay": "constant"},
         {"cooldown": 5},
         {"timescale": 9},
+        {"start": 1.5, "warmup": 5},
+        {"start": 0.1},
+        {"interval": "day"},
     ],
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:

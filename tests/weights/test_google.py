@@ -183,7 +183,7 @@ def test_the_tanh_head_of_google_in_and_out(tmp_path: Path) -> None:
     ],
 )
 def test_timm_reads_the_npz_that_is_written(ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path) -> None:
-    vit, images = vit_of(mlp="gelu_tanh", mlp_dim=768, **ours), images_of(32)
+    vit, images = vit_of(mlp="gelu_tanh", mlp_dim=768, resampling="bilinear", **ours), images_of(32)
     file = vitlit.save_weights(vit, tmp_path / "ours.npz", "google")
     model: Any = timm_model("vit_tiny_patch16_224", 32, patch_size=8, **TANH, **theirs)
     model.load_pretrained(str(file))

@@ -229,7 +229,13 @@ PICTURE = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8, generator=torch.
         (
             "ViTImageProcessor",
             {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2},
-            {"crop_ratio": 1.0, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"},
+            {
+                "crop_ratio": 1.0,
+                "mean": (0.5, 0.4, 0.3),
+                "std": (0.2, 0.3, 0.4),
+                "interpolation": "bilinear",
+                "squash": True,
+            },
         ),
         (
             "BitImageProcessor",
@@ -247,10 +253,35 @@ def test_preprocessor_config_is_the_preprocessing(
     assert vit.preprocess == Preprocess((32, 32), **expected)
 
 
+@pytest.mark.parametrize(
+    ("processor", "about"),
+    [
+        ("ViTImageProcessor", {"size": 32}),
+        ("ViTImageProcessor", {"size": {"height": 32, "width": 32}, "resample": 3}),
+        ("DeiTImageProcessor", {"size": 40, "crop_size": 32}),
+        ("BitImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": 32}),
+        ("BitImageProcessor", {"size": {"height": 40, "width": 40}, "crop_size": 32}),
+    ],
+)
+def test_images_are_prepared_as_transformers_does(processor: str, about: dict[str, Any], tmp_path: Path) -> None:
+    """Squashed to a square where transformers does so: the picture has 50 x 70 pixels."""
+    family = "DeiT" if processor.startswith("DeiT") else "ViT"
+    hf_model(family, f"{family}ForImageClassification").save_pretrained(tmp_path)
+    theirs = getattr(transformers, processor)(**about)
+    theirs.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**saved, **about}))  # a number, as older files have
+    made = theirs(images=PICTURE, return_tensors="pt")["pixel_values"]
+    prepare = vitlit.load(tmp_path).preprocess
+    assert prepare is not None
+    assert_same(prepare([PICTURE]), made, 1e-6)
+
+
+@pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_written_preprocessor_makes_the_same_input(interpolation: Any, tmp_path: Path) -> None:
+def test_the_written_preprocessor_makes_the_same_input(interpolation: Any, squash: bool, tmp_path: Path) -> None:
     vit = vit_of()
-    vit.preprocess = Preprocess((32, 32), 0.8, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    vit.preprocess = Preprocess((32, 32), 0.8, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), squash)
     vitlit.save_weights(vit, tmp_path / "ours", "hf")
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
     made = theirs(images=PICTURE, return_tensors="pt")["pixel_values"]

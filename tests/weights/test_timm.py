@@ -1,5 +1,6 @@
 """Weights of timm, in and out: its output is ours."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from conftest import user_error
 from peers import assert_same, images_of, shaken, ti16, timm_model, vit_of
 from safetensors.torch import save_file
+from timm.data import create_transform
+from torchvision.transforms.v2.functional import to_pil_image
 
 import vitlit
 
@@ -82,6 +85,25 @@ def test_timm_registers_with_positions_in_the_table_fold_them(tmp_path: Path) ->
     assert_same(vit(images), theirs(images))
     file = vitlit.save_weights(vit, tmp_path / "ours.pth", "timm")
     assert_same(timm_model("vit_small_patch14_reg4_dinov2", 70, checkpoint_path=str(file))(images), theirs(images))
+
+
+@pytest.mark.parametrize("mode", ["squash", "center"])
+def test_images_are_prepared_as_timm_does(mode: str, tmp_path: Path) -> None:
+    """crop_mode squash, as SigLIP's models have it, of a picture that is not square."""
+    cfg: dict[str, Any] = {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": mode,
+    }
+    save_file(timm_model("vit_tiny_patch16_224", 64).state_dict(), tmp_path / "model.safetensors")
+    about = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    prepare: Any = vitlit.load(tmp_path).preprocess
+    ramps = torch.linspace(0, 255, 300).expand(3, 200, 300).byte()
+    theirs = create_transform((3, 64, 64), is_training=False, **cfg)(to_pil_image(ramps))
+    assert (prepare(ramps)[0] - theirs).abs().max() < 3 / 127.5  # timm resizes with Pillow
 
 
 @pytest.mark.parametrize("position", ["sincos2d", "sincos2d_mae"])

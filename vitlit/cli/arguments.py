@@ -21,10 +21,9 @@ from vitlit.run.config import read_config
 from vitlit.stages import Stage
 from vitlit.stages.record import check_class_paths
 
-PRESET = "--model.vit.preset"
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 
-# What opens the help of a command, before all keys.
+# What opens a command's help, before all keys.
 HELP = {
     "fit": {"usage": "vitlit fit --config CONFIG [--KEY VALUE ...]"},
     "validate": {"usage": "vitlit validate RUN [--KEY VALUE ...]"},
@@ -37,81 +36,63 @@ HELP = {
 
 
 class CommandLine:
-    """The arguments of a command, sorted so that flags win over config files.
+    """The arguments of a command as the parser gets them: configs first, so that flags win."""
 
-    Attributes:
-        arguments: what the parser gets, configs first.
-        config: the path of the first config, which names the run.
-        content: the content of the first config.
-        photos: the images and folders that `predict` is given.
-        exact: whether the folder of a run was given.
-        launched: whether training has begun; from then on ranks may fail in different ways.
-    """
-
-    def __init__(self, command: str, configs: list[str], flags: list[str], photos: list[str], exact: bool) -> None:
-        paths = [str(find_config(name)) for name in configs]
-        contents = [read_config(path) for path in paths]
-        for content in contents:
-            check_class_paths(content)
-        self.content = contents[0] if contents else {}
-        self.command, self.config, self.photos = command, paths[0] if paths else None, [Path(p) for p in photos]
-        self.exact, self.launched, self.began = exact, False, time.monotonic()
-        names = [flag.partition("=")[0] for flag in flags]
-        if PRESET in names and "--model.vit" not in names:  # the class replaces the config's, and its sizes
-            first = next(i for i, name in enumerate(names) if name.startswith("--model.vit."))
-            flags = [*flags[:first], "--model.vit", "vitlit.ViT.from_preset", *flags[first:]]
-        self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
-
-    @classmethod
-    def read(cls, command: str, arguments: list[str]) -> "CommandLine":
-        """Sort arguments into configs, flags and the rest.
-
-        Raises:
-            UserError: a config does not exist, or the folder of a run holds no config.
-        """
-        configs: list[str] = []
-        flags: list[str] = []
-        others: list[str] = []
-        exact = False
-        rest = list(arguments)
-        while rest:
-            part = rest.pop(0)
-            name, equals, value = part.partition("=")
-            follows = bool(rest) and not rest[0].startswith("--") and not equals and name not in BARE
-            if name in ("-c", "--config"):
-                value = rest.pop(0) if follows else value
-                if not value:
-                    raise UserError(f"{name} needs a config: its path, or a name that `vitlit config` lists")
-                configs.append(value)
-            elif part.startswith("-"):
-                flags += [part, rest.pop(0)] if follows else [part]
-            else:
-                others.append(part)
+    def __init__(self, command: str, arguments: list[str]) -> None:
+        self.command, self.began = command, time.monotonic()
+        self.launched = False  # once training has begun, ranks may fail in different ways
+        self.exact = False  # whether the folder of a run was given
+        configs, flags, others = sort_arguments(arguments)
         if command != "fit" and not configs and others:
             folder = Path(others.pop(0))
             if not (folder / "config.yaml").is_file():
                 raise UserError(f"{folder} is not the folder of a run: it holds no config.yaml")
-            configs = [str(folder / "config.yaml")]
-            where = {"run.root": folder.absolute().parent, "run.name": folder.absolute().name}
-            # The run's machine need not be this one.
-            here = {"trainer.num_nodes": 1, "trainer.strategy": "auto", "trainer.devices": 1}
-            flags = [part for key, value in {**where, **here}.items() for part in (f"--{key}", str(value))] + flags
-            exact = True
+            configs, self.exact = [str(folder / "config.yaml")], True
+            keys = {"run.root": folder.absolute().parent, "run.name": folder.absolute().name}
+            # The run may have been trained on another machine.
+            keys |= {"trainer.num_nodes": 1, "trainer.strategy": "auto", "trainer.devices": 1}
+            flags = [part for key, value in keys.items() for part in (f"--{key}", str(value))] + flags
         if others and command != "predict":
-            raise UserError(f"what is {others[0]!r}? {command} takes --config CONFIG and --KEY VALUE")
-        return cls(command, configs, flags, others, exact)
+            raise UserError(f"unexpected argument {others[0]!r}; {command} takes --config CONFIG and --KEY VALUE")
+        names = [flag.partition("=")[0] for flag in flags]
+        if "--model.vit.preset" in names and "--model.vit" not in names:  # replaces the config's class and sizes
+            first = next(i for i, name in enumerate(names) if name.startswith("--model.vit."))
+            flags[first:first] = ["--model.vit", "vitlit.ViT.from_preset"]
+        paths = [str(find_config(name)) for name in configs]
+        contents = [read_config(path) for path in paths]
+        check_class_paths(contents)
+        self.config: str | None = paths[0] if paths else None  # names the run
+        self.content = contents[0] if contents else {}
+        self.photos = [Path(other) for other in others]
+        self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
 
-# What must be a group of keys, or a class and its keys, in every config.
-GROUPS = (
-    *("run", "trainer", "data", "data.erasing", "data.mixing"),
-    *(f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")),
-)
+def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """The configs, the flags with their values, and all other arguments."""
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    configs, flags, others = found
+    rest = list(arguments)
+    while rest:
+        part = rest.pop(0)
+        name, equals, value = part.partition("=")
+        follows = bool(rest) and not rest[0].startswith("--") and not equals and name not in BARE
+        if name in ("-c", "--config"):
+            value = rest.pop(0) if follows else value
+            if not value:
+                raise UserError(f"{name} needs a config: its path, or a name that `vitlit config` lists")
+            configs.append(value)
+        elif part.startswith("-"):
+            flags += [part, rest.pop(0)] if follows else [part]
+        else:
+            others.append(part)
+    return found
 
 
 def check_groups(config: Namespace) -> None:
-    """Raise UserError where a group is a number, null or a function, which jsonargparse accepts."""
-    for key in GROUPS:
+    """Refuse a number, null or a function in place of a group, which jsonargparse accepts."""
+    groups = ["run", "trainer", "data", "data.erasing", "data.mixing"]
+    groups += [f"model.init_args.{name}" for name in ("objective", "optimizer", "schedule", "groups")]
+    for key in groups:
         value = config.get(key)
         if not isinstance(value, Namespace):
             given = "null" if value is None else getattr(value, "__name__", value)
@@ -119,11 +100,7 @@ def check_groups(config: Namespace) -> None:
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
-    """Make an object that a config names.
-
-    Raises:
-        UserError: a library's class refuses its arguments. An error in a class of vitlit or of the user is a bug.
-    """
+    """Make an object that a config names. A library's class may refuse its arguments; an error elsewhere is a bug."""
     try:
         return kind(*args, **kwargs)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -158,10 +135,10 @@ class Parser(LightningArgumentParser):
         if unknown := UNKNOWN_KEY.match(message):
             key = ".".join(filter(None, unknown.groups()))
             raise UserError(f"no key {key}{getattr(ex, 'subcommand_parser', self).nearest(key)}") from ex
-        raise UserError(plain(message)) from ex
+        raise UserError(shortened(message)) from ex
 
     def nearest(self, wrong: str) -> str:
-        """Words that suggest the nearest key: of the same group, or any where no group has that name."""
+        """Words that suggest the nearest key of the same group, or of any where no group has that name."""
         keys = list(self.get_defaults().keys())
         if wrong == "preset":
             return "; write class_path: vitlit.ViT.from_preset beside it, or --model.vit.preset on the command line"
@@ -173,13 +150,14 @@ class Parser(LightningArgumentParser):
 
 
 def suggestion(wrong: str, names: dict[str, str]) -> str:
-    """Words that suggest the nearest of these names, or none."""
+    """Words that suggest the nearest of these names, if one is near."""
     near = get_close_matches(wrong, names, 1, 0.7)
     return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != wrong else ""
 
 
-def classes() -> dict[str, str]:
+def class_names() -> dict[str, str]:
     """The classes that a config usually names."""
+    # The modules are imported for jsonargparse too, which finds only classes that are loaded.
     names = [name for module in (optim, callbacks, averaging, augment) for name in dir(module)]
     names += [c.__name__ for base in (Stage, Objective) for c in base.__subclasses__()]
     return {name: name for name in names if name[0].isupper()}
@@ -203,7 +181,7 @@ WORDING = (
 )
 
 
-def plain(message: str) -> str:
+def shortened(message: str) -> str:
     """A message of jsonargparse on one line: the key, what is wrong, what was given, and the nearest class."""
     key = re.match(r"Parser key \"([\w.]+)\":", message)
     values = r"\n *Given value: " if "\n  Given value: " in message else r"\.+ Got value: "
@@ -224,7 +202,7 @@ def plain(message: str) -> str:
         if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
             text += f"; write [{value}]"
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
-        text += suggestion(unknown[1], classes())
+        text += suggestion(unknown[1], class_names())
     if key:
         text = key[1] + ("." if re.match(r"[\w.]+: ", text) else ": ") + text
     text = " ".join(text.split())

@@ -1,6 +1,6 @@
-"""Fill in what a config leaves out because it follows from the data or the weights, and refuse contradictions."""
+"""Fill in what follows from the data or the weights, and refuse contradictions."""
 
-from dataclasses import fields
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,18 @@ from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT, ViTConfig
-from vitlit.run.folder import flatten
+from vitlit.run.folder import RunFolder, flatten
 from vitlit.stages.finetune import TRAINING
 from vitlit.stages.stage import no_classes
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
-# The optimizer state of a checkpoint was made with these, which a continued training cannot change.
-STATEFUL = ("lora", "freeze", "last_blocks", "groups", "optimizer", "schedule")
+# Settings that a checkpoint's optimizer state was made with; of the rest of the schedule it holds nothing.
+STATEFUL = ("lora", "freeze", "last_blocks", "groups", "optimizer", "schedule.lr_per")
 
 
 def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
-    """The weights that a command starts from: those of a checkpoint of its own stage, else those of model.init_from.
-
-    Args:
-        config: of the command.
-        fitting: whether training continues from the checkpoint, for which it needs the optimizer's state.
-
-    Raises:
-        UserError: the checkpoint is of the other stage, or finetuning has no weights to start from.
-    """
+    """The weights to start from: of a checkpoint of the same stage, which `fitting` continues, or model.init_from."""
     if config.ckpt_path:
         path = Path(config.ckpt_path)
         checkpoint = open_checkpoint(path)
@@ -45,23 +37,20 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
         if fitting:
             check_resumed_settings(config.model.init_args, checkpoint["hyper_parameters"], path)
         return read(path)
-    arguments = config.model.init_args
-    if "init_from" not in arguments:
+    if "init_from" not in config.model.init_args:
         return None
-    if arguments.init_from is None:
+    if config.model.init_args.init_from is None:
         raise UserError("finetuning starts from weights: give --model.init_from a run folder or a checkpoint file")
-    return read(arguments.init_from)
+    return read(config.model.init_args.init_from)
 
 
 def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: Path) -> None:
-    """Refuse to continue with other settings than those in a checkpoint's optimizer state, which would win."""
-    now, then = flatten(as_lists(arguments.as_dict())), flatten(as_lists(before))
+    """Refuse to continue with other settings than the optimizer state holds, because the state's would win."""
+    now, then = flatten(as_lists(arguments.as_dict())), flatten(before)
     differing = []
     for key in sorted(now.keys() | then.keys()):
-        part = key.split(".")[0]
-        if part not in before or part not in STATEFUL:
-            continue
-        if part == "schedule" and key != "schedule.lr_per":  # the state holds no more of it: the config wins
+        part = key.partition(".")[0]
+        if part not in before or not key.startswith(STATEFUL):
             continue
         if part == "optimizer" and not (key in now and key in then):  # Python code may give only some
             continue
@@ -72,29 +61,18 @@ def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: P
             differing.append(f"model.{key.replace('.init_args', '')} {values[0]} -> {values[1]}")
     if differing:
         raise UserError(
-            f"{path} was trained with other settings ({', '.join(differing)}), which its optimizer state "
-            "keeps and which would win; restore them, or start from its weights (model.init_from)"
+            f"{path} was trained with other settings ({', '.join(differing)}), and its optimizer state's would win; "
+            "restore them, or start from its weights (model.init_from)"
         )
 
 
 def as_lists(value: Any) -> Any:
-    """A value with its tuples as lists, as JSON and YAML have them."""
-    if isinstance(value, dict):
-        return {key: as_lists(item) for key, item in value.items()}
-    return [as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    """A value with its tuples as lists."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> None:
-    """Fill in preprocessing, seed, architecture and the number of classes.
-
-    Args:
-        config: of the command.
-        weights: that it starts from.
-        splits: of the config's data; those of a checkpoint get its class names.
-
-    Raises:
-        UserError: a given value contradicts the weights, or a given checkpoint is at the end of training already.
-    """
+    """Fill in seed, architecture, preprocessing and number of classes; `splits` gets a checkpoint's class names."""
     model, data = config.model.init_args, config.data
     new = not config.ckpt_path
     if data.seed is None:
@@ -107,11 +85,11 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
     if weights is not None and not new and weights.classes:  # the data that they were made from may be gone
         splits.classes = weights.classes
         made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
-        classes, several = weights.classes, made_with.get("init_args", {}).get("multi_label", False)
+        several = made_with.get("init_args", {}).get("multi_label", False)
     else:
         splits.scan()
-        classes, several = splits.classes, splits.multi_label
-    objective = model.objective.init_args
+        several = splits.multi_label
+    classes, objective = splits.classes, model.objective.init_args
     for part in (model.objective, config.model):
         if "num_classes" in part.init_args and not classes:
             raise no_classes(part.class_path.rsplit(".", 1)[-1])
@@ -124,16 +102,11 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
 
 
 def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
-    """What in a config is probably a mistake, though it may be meant: a line each.
-
-    Args:
-        config: of the command, filled in.
-        source: the content of the file that it came from, before flags.
-    """
-    found = []
+    """Likely mistakes in a filled config, a line each; `source` is the config file's content, before flags."""
+    found, written = [], flatten(source)
     batch = config.data.batch_size
-    made_for = int(value_at(source, "data.batch_size") or batch)
-    before = value_at(source, "model.init_args.optimizer.init_args.lr")
+    made_for = int(written.get("data.batch_size") or batch)
+    before = written.get("model.init_args.optimizer.init_args.lr")
     now = config.model.init_args.optimizer.init_args.get("lr")
     kept = before is not None and float(before) == now  # YAML reads 1e-3 as text
     if made_for != batch and kept and config.model.init_args.schedule.lr_per is None:
@@ -148,29 +121,16 @@ def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
             "--model.groups.layer_decay 1, with which 1e-3 is a learning rate to begin with"
         )
     if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
-        found.append("data.balanced draws rare classes more often, and class_weights also weigh them more; give one")
+        found.append("data.balanced and class_weights both favour rare classes; give one")
     return found
 
 
-# Groups of settings that do nothing while these are all 0.
-SWITCHES = {"mixing": (Mixing, ("mixup", "cutmix")), "erasing": (Erasing, ("prob",))}
-
-
 def check_idle(data: Namespace, source: dict[str, Any]) -> None:
-    """Refuse settings of what is off: `--data.mixing.prob 0.5` alone mixes nothing, `--data.erasing.prob 0.5` erases.
-
-    A flag may switch off what the config file had on.
-
-    Args:
-        data: the config's data.
-        source: the content of the config file, before flags.
-
-    Raises:
-        UserError: a setting other than the default would do nothing.
-    """
-    for group, (kind, switches) in SWITCHES.items():
+    """Refuse settings of what is off: `--data.mixing.prob 0.5` alone mixes nothing."""
+    written = flatten(source)  # without flags, of which one may switch off what the file has on
+    for group, kind, switches in (("mixing", Mixing, ("mixup", "cutmix")), ("erasing", Erasing, ("prob",))):
         names = [f"data.{group}.{switch}" for switch in switches]
-        if any(data[group][switch] for switch in switches) or any(value_at(source, name) for name in names):
+        if any(data[group][switch] for switch in switches) or any(written.get(name) for name in names):
             continue
         for key, value in data[group].as_dict().items():
             if as_lists(value) != as_lists(getattr(kind, key)):
@@ -179,30 +139,21 @@ def check_idle(data: Namespace, source: dict[str, Any]) -> None:
                 )
 
 
-def value_at(source: Any, key: str) -> Any:
-    """The value at a dotted key of a file's content, None if there is none."""
-    for name in key.split("."):
-        source = source.get(name) if isinstance(source, dict) else None
-    return source
-
-
 def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> None:
-    """Take mean, std, interpolation and crop ratio from the weights, for as many channels as the ViT has."""
+    """Take mean, std, interpolation, crop ratio and squash from the weights, for as many channels as the ViT has."""
     if channels not in (1, 3):
         raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
-    known = dict(weights.preprocess) if weights is not None else {}
-    for name in ("mean", "std"):
-        if name in known and len(known[name]) != channels:
-            known[name] = (sum(known[name]) / len(known[name]),) * channels
-        known.setdefault(name, (0.5,) * channels)
-    for name in ("mean", "std", "interpolation", "crop_ratio"):
-        made_with = tuple(known[name]) if isinstance(known.get(name), list) else known.get(name)
-        given = tuple(data[name]) if isinstance(data[name], list) else data[name]
-        if name in ("mean", "std") and given is not None and len(given) != channels:
-            raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
-        fixed = weights is not None and name in weights.preprocess and name != "crop_ratio"
-        if fixed and given is not None and given != made_with:
-            assert weights is not None
+    known = weights.preprocess if weights is not None else {}
+    for name in ("mean", "std", "interpolation", "crop_ratio", "squash"):
+        made_with, given = known.get(name), data[name]
+        if name in ("mean", "std"):
+            made_with = made_with or [0.5]
+            if len(made_with) != channels:
+                made_with = [sum(made_with) / len(made_with)] * channels
+            if given is not None and len(given) != channels:
+                raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
+        made_with, given = (tuple(value) if isinstance(value, list) else value for value in (made_with, given))
+        if weights is not None and given not in (None, made_with) and name in known.keys() & {"mean", "std"}:
             source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
             raise UserError(
                 f"data.{name} is {given}, but {weights.path} was made with {made_with}{source}; leave it out"
@@ -212,28 +163,22 @@ def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> 
 
 # Options of the ViT that follow from the data and the head.
 SIZE = ("image_size", "num_classes", "hidden_dim")
-DEFAULTS = {field.name: field.default for field in fields(ViTConfig)}
 # Options in which a config may differ from its weights, and in which a new run may besides.
 FREE = {"num_classes", "hidden_dim", *TRAINING}
 NEW = {"image_size", "in_channels", "class_position", "pool", "norm"}
 
 
 def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bool) -> None:
-    """Give the ViT the data's image size, and what the config leaves at its default from the weights.
-
-    Raises:
-        UserError: an option contradicts the weights, or is given in two places.
-    """
+    """Give the ViT the data's image size, and what the config leaves at its default from the weights."""
     size = list(image_size) if isinstance(image_size, list | tuple) else image_size
     if model.get("image_size") is not None:
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         assert weights is not None  # only Finetune may leave it out
-        begins = TRAINING if new else {}
-        config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **begins)
+        config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **(TRAINING if new else {}))
         model.vit = Namespace(class_path="vitlit.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
-    if vit.image_size not in (DEFAULTS["image_size"], size):
+    if vit.image_size not in (ViTConfig.image_size, size):
         raise UserError(f"model.vit.image_size is {vit.image_size} and data.image_size {size}; give the latter alone")
     if vit.get("num_classes"):
         raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
@@ -242,28 +187,40 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
     if weights is not None and (new or "init_from" in model):
         kept = (*SIZE, *TRAINING, *(Size._fields if preset else ()))
         for name, value in weights.config.items():
-            if name not in kept and vit.get(name) in (None, DEFAULTS[name]):
+            if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):
                 vit[name] = value
     with torch.device("meta"):
-        built = (ViT.from_preset if preset else ViT)(**vit.as_dict()).config.plain()
+        built = (ViT.from_preset if preset else ViT)(**vit.as_dict()).config
     if weights is not None:
         check_vit(built, weights, FREE | NEW if new else FREE)
 
 
-def check_vit(config: dict[str, Any], weights: Weights, free: set[str]) -> None:
+def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:
     """Refuse a network that differs from its weights in more than the `free` options."""
+    config = built.plain()
     for name, value in weights.config.items():
-        if name == "heads" and name not in weights.stated:
+        if name in free or (name == "heads" and name not in weights.stated):
             continue
         if name == "layer_scale" and None not in (value, config[name]):
             continue
-        if name not in free and height_width(config.get(name)) != height_width(value):
+        if name == "image_size" and ViTConfig(image_size=value).sides == built.sides:
+            continue
+        if config.get(name) != value:
             key = "data.image_size" if name == "image_size" else f"model.vit.{name}"
             raise UserError(
                 f"{key} is {config.get(name)}, but {weights.path} was made with {value}; leave it out or give {value}"
             )
 
 
-def height_width(value: Any) -> Any:
-    """An image size of either form as [height, width]; other values as they are."""
-    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+def fill_loggers(config: Namespace, folder: RunFolder) -> None:
+    """Make trainer.logger a list, by default of one W&B logger; W&B's files go to the run's folder."""
+    given = config.trainer.logger
+    if given in (None, True):
+        given = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())
+    config.trainer.logger = given if isinstance(given, list) else [given] if given else []
+    for logger in config.trainer.logger:
+        if logger.class_path.endswith(".Wandb"):
+            options = logger.init_args
+            options.save_dir = options.get("save_dir") or str(folder.path)
+            options.name = options.get("name") or folder.name
+            options.id = options.get("id") or (folder.wandb_id() if config.ckpt_path else None)

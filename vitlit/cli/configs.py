@@ -12,10 +12,9 @@ CLUSTER = "cluster"  # the folder of scripts among the configs
 def run(arguments: list[str]) -> int:
     """`vitlit config [NAME]`"""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n")
-        print("\n".join(f"  {name}" for name in shipped()))
-        print("\nor of a script that starts a run on many machines\n")
-        print("\n".join(f"  {name}" for name in scripts()))
+        about = "vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n"
+        print(about, *shipped(), sep="\n  ")
+        print("\nor of a script that starts a run on many machines\n", *scripts(), sep="\n  ")
         return 0
     path = scripts().get(arguments[0]) or find_config(arguments[0])
     print(path.read_text(), end="")
@@ -41,11 +40,7 @@ def scripts() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The path of a config, given as a path or as the name of a shipped one; `configs/NAME.yaml` is a name too.
-
-    Raises:
-        UserError: there is no such config.
-    """
+    """The path of a config, given as a path or as the name of a shipped one; `configs/NAME.yaml` is a name too."""
     known = name.removeprefix("configs/").removesuffix(".yaml")
     for path in (Path(name), configs() / f"{known}.yaml"):
         if path.is_file():

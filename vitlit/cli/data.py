@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from vitlit.errors import UserError
+from vitlit.prepare import imagenet, sources
 
 HELP = """\
 vitlit data NAME OUT
@@ -23,24 +24,20 @@ vitlit data show RUN --step N
 
 check and shard have options: see `vitlit data check --help`.
 """
-COMMANDS = {"check": "vitlit.prepare.check", "shard": "vitlit.prepare.shard", "show": "vitlit.prepare.show"}
 
 
 def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
-    from vitlit.prepare import imagenet, sources
-
+    if arguments and arguments[0] in ("check", "shard", "show"):
+        return int(import_module(f"vitlit.prepare.{arguments[0]}").run(arguments[1:]))
     names = " ".join(sources.NAMES)
-    if arguments and arguments[0] in COMMANDS:
-        return int(import_module(COMMANDS[arguments[0]]).run(arguments[1:]))
-    if not arguments or not {"-h", "--help"}.isdisjoint(arguments):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP.format(names=names), end="")
         return 0
     name, *paths = arguments
     if len(paths) != (2 if name == "imagenet" else 1) or any(word.startswith("-") for word in arguments):
-        raise UserError(
-            f"usage: vitlit data NAME OUT, check ROOT, shard ROOT OUT, show RUN or imagenet TARS OUT; NAME: {names}"
-        )
+        usage = "vitlit data NAME OUT, check ROOT, shard ROOT OUT, show RUN or imagenet TARS OUT"
+        raise UserError(f"usage: {usage}; NAME: {names}")
     if name == "imagenet":
         imagenet.unpack(Path(paths[0]), Path(paths[1]))
     else:

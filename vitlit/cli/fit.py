@@ -15,16 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
-from vitlit.callbacks import ema as averaging
 from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, starting_weights
-from vitlit.cli.loggers import fill_loggers, keep_wandb_id, run_loggers
+from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
 from vitlit.cli.summary import print_summary
 from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
-from vitlit.data import ImageFolderData, augment
+from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
+from vitlit.loggers import CSV, Wandb
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import with_public_paths
@@ -47,8 +46,6 @@ QUIET = (
     r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
 )
 
-NAMED = (averaging, augment)  # imported so that a config can name their classes
-
 
 def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
@@ -65,7 +62,7 @@ def run(command: str, arguments: list[str]) -> int:
     )
     load = get_loader("yaml")
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
-    line = CommandLine.read(command, arguments)
+    line = CommandLine(command, arguments)
     try:
         with signals_handled(command == "fit"):
             CLI(line)
@@ -85,13 +82,7 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 class Begin(Callback):
-    """Print what is trained, and write the run's folder. By now everything has been checked.
-
-    Args:
-        line: the command line, whose `launched` is set.
-        folder: the run's folder, or None if nothing is kept.
-        config: the config that the folder records.
-    """
+    """Print what is trained, and write the config into the run's folder, if one is kept: all checks have passed."""
 
     def __init__(self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any]) -> None:
         self.line, self.folder, self.config = line, folder, config
@@ -110,19 +101,13 @@ class Begin(Callback):
         )
         if self.folder is not None:
             self.folder.begin(self.config)
-            keep_wandb_id(trainer.loggers, self.folder)
+            for logger in trainer.loggers:
+                if isinstance(logger, Wandb):
+                    self.folder.keep_wandb_id(str(logger.version))
 
 
 class CLI(LightningCLI):
-    """The Lightning CLI over the two stages and image folders.
-
-    Attributes:
-        line: the command line.
-        folder: the run's folder.
-        splits: the splits of its data, which the data module takes over, so that nothing is scanned twice.
-        weights: the weights that it starts from, None for none.
-        callbacks: the callbacks that the command adds to the config's.
-    """
+    """The Lightning CLI over the two stages and image folders."""
 
     def __init__(self, line: CommandLine) -> None:
         self.line = line
@@ -147,9 +132,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
         if self.line.command == "predict":
-            parser.add_argument(
-                "--out", type=str, default=None, help="the CSV file; predictions.csv in the run's folder"
-            )
+            parser.add_argument("--out", type=str, help="the CSV file; by default predictions.csv in the run's folder")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning lets a checkpoint's settings win over the config; `fill_config` compares them."""
@@ -202,34 +185,29 @@ class CLI(LightningCLI):
         return dict(plain)
 
     def decide(self, recorded: dict[str, Any]) -> None:
-        """Begin the run, continue it, or say that it is complete; rank 0 decides for all."""
+        """Begin the run, continue it, or say that it is complete. Rank 0 decides for all."""
         config = self.config.fit
         check_trainer(config.trainer)
         if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
             write("digits", Path(config.data.root))
-        decision = Decision("begin", "")
+        decision = Decision("begin")
         if self.keeps:
-            decision = share_decision(self.decided(recorded), self.folder.path, recorded)
+            try:
+                decided = None if rank() else self.folder.decide(recorded)
+            except UserError:
+                with suppress(UserError):  # the other ranks, which end too, may not have started
+                    share_decision(Decision("refused"), self.folder.path, recorded)
+                raise
+            decision = share_decision(decided, self.folder.path, recorded)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
-                "--trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true begins it again"
+                "--trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true starts it over"
             )
             raise SystemExit(0)
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
         if config.ckpt_path:
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
-
-    def decided(self, recorded: dict[str, Any]) -> Decision | None:
-        """Rank 0's decision, None on other ranks. If it refuses, the others end too."""
-        if rank():
-            return None
-        try:
-            return self.folder.decide(recorded)
-        except UserError:
-            with suppress(UserError):  # the others may not have started
-                share_decision(Decision("refused", ""), self.folder.path, recorded)
-            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
@@ -240,33 +218,32 @@ class CLI(LightningCLI):
         if bar:
             self.callbacks.insert(0, callbacks.Bar() if terminal else callbacks.Lines())
         if self.keeps:
-            self.callbacks[:0] = self.saving()
+            self.callbacks[:0] = self.checkpoint_callbacks()
         elif self.subcommand == "predict":
-            self.callbacks.append(self.predictions())
+            self.callbacks.append(self.prediction_writer())
         self.trainer_defaults["callbacks"] = self.callbacks
-        given = self.config_init[self.subcommand].trainer.logger
         return super().instantiate_trainer(
-            logger=run_loggers(given, self.folder) if self.keeps else False,
+            logger=[*self.config_init.fit.trainer.logger, CSV(self.folder.path)] if self.keeps else False,
             default_root_dir=str(self.folder.path),
             enable_progress_bar=bar and terminal,
             enable_checkpointing=self.keeps,
         )
 
-    def saving(self) -> list[Any]:
+    def checkpoint_callbacks(self) -> list[Any]:
         """The callbacks that save checkpoints, and that stop a run after saving one."""
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
         return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
 
-    def predictions(self) -> callbacks.Predictions:
+    def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
         out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
-        writer = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
+        self.predictions = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
         self.datamodule.bad_photos = bad = out.with_name(f"{out.stem}-bad.csv")
         if rank() == 0 and bad.is_file():  # left by an earlier prediction
             bad.unlink()
-        return writer
+        return self.predictions
 
     def after_instantiate_classes(self) -> None:
         # Before other processes start: a process that fails may end this one before it has printed why.
@@ -274,6 +251,7 @@ class CLI(LightningCLI):
         if self.keeps:
             check_monitors(self.trainer, self.model)
             start = Path(self.config.fit.ckpt_path or self.folder.last)
+            # Its own may be at the end, if the run was stopped just before it was marked as complete.
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
@@ -290,11 +268,10 @@ class CLI(LightningCLI):
             print_summary(self.trainer, self.folder, self.splits)
 
     def after_predict(self) -> None:
-        trainer: Any = self.trainer
-        writer = next(c for c in trainer.callbacks if isinstance(c, callbacks.Predictions))
+        writer = self.predictions
         left = len(writer.index) - writer.written
         beside = f"; {left:,} could not be read, see {self.datamodule.bad_photos}" if left else ""
-        if trainer.is_global_zero and not writer.written:
+        if self.trainer.is_global_zero and not writer.written:
             raise UserError(f"{writer.out} is empty{beside}")
         rank_zero_only(print)(f"{writer.out}: {writer.written:,} images{beside}")
 

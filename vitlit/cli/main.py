@@ -17,12 +17,12 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit validate|test RUN [--KEY VALUE ...]        evaluate a run's best checkpoint on its val or test split
   vitlit predict RUN PHOTOS... --out FILE.csv       classify images: files, or folders searched to their depth
   vitlit data NAME OUT                              write a data set as an image folder; digits works offline
-  vitlit data check ROOT                            find what is wrong with a folder before a training does
+  vitlit data check ROOT                            find what is wrong with a folder before training does
   vitlit data shard ROOT OUT                        pack it into tars that are read from disk, S3, GCS or HTTP
   vitlit data show RUN --step N                     which images a step of a run was trained on
   vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
   vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
-  vitlit doctor [--json]                            report on this machine, and what to mend on it
+  vitlit doctor [--json]                            report on this machine, and what to fix on it
   vitlit weights show FILE                          what is in a weight file: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
@@ -48,26 +48,24 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + the signal that ended it.
-
-    A closed stdout, as after `| head`, counts as SIGPIPE: 141.
-    """
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + a signal (141 after `| head`)."""
     try:
         try:
             return run_command(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()
-    except (BrokenPipeError, SystemExit) as stop:  # rich turns the one into the other
-        if not (
-            stdout_is_closed() if isinstance(stop, BrokenPipeError) else isinstance(stop.__context__, BrokenPipeError)
-        ):
+    except BrokenPipeError:
+        if not stdout_is_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
-        return 141
+    except SystemExit as stop:  # rich turns a broken pipe into this
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+    return 141
 
 
 def stdout_is_closed() -> bool:
-    """Whether stdout's reader has gone. Any other broken pipe, such as W&B's or a data worker's, is a bug to show."""
+    """Whether stdout's reader has gone. Another broken pipe, such as W&B's or a data worker's, is a bug to show."""
     watch = select.poll()
     watch.register(sys.stdout, 0)  # POLLERR is always reported
     return any(event & select.POLLERR for _, event in watch.poll(0))
@@ -111,19 +109,16 @@ def dispatch(argv: list[str]) -> int:
     if command in COMMANDS:
         return int(import_module(COMMANDS[command]).run(arguments))
     near = get_close_matches(command, [*STAGES, *COMMANDS], 1)
-    raise UserError(
-        f"no command {command!r}" + (f"; did you mean {near[0]}?" if near else "; vitlit --help lists them")
-    )
+    hint = f"did you mean {near[0]}?" if near else "vitlit --help lists them"
+    raise UserError(f"no command {command!r}; {hint}")
 
 
 def explain(error: BaseException) -> str | None:
     """The message of a user's mistake, wherever it is in the chain of causes; None for a bug."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, UserError):
+        if isinstance(seen, UserError) or type(seen).__name__ == "MisconfigurationException":
             # A data worker passes on its whole traceback as text.
             return " ".join(str(seen).rsplit("UserError: ", 1)[-1].split())
-        if type(seen).__name__ == "MisconfigurationException":
-            return " ".join(str(seen).split())
         seen = seen.__cause__ or seen.__context__
     return None

@@ -1,7 +1,6 @@
 """What `vitlit fit` prints when a run is complete."""
 
 import shlex
-from typing import Any
 
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -32,8 +31,7 @@ def print_summary(trainer: Trainer, folder: RunFolder, splits: Splits) -> None:
 
 
 def _best(trainer: Trainer, folder: RunFolder) -> dict[str, str]:
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    best = next(callback for callback in callbacks if isinstance(callback, Best))
+    best = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
     if best.best_model_score is None:
         return {"checkpoint": f"{folder.last} (nothing was validated, so none is best)"}
     score, is_loss = float(best.best_model_score), "loss" in str(best.monitor)

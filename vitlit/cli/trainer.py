@@ -37,8 +37,6 @@ FIXED = {
     "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
     "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
 }
-FINDERS = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
-POSITIVE = ("check_val_every_n_epoch", "val_check_interval")  # Lightning would divide by 0
 
 
 class Trainer(LightningTrainer):
@@ -46,20 +44,14 @@ class Trainer(LightningTrainer):
 
     Args:
         precision: auto is bf16-mixed on a GPU with bf16, 16-mixed on one without, and 32-true on a CPU.
-
-    Raises:
-        UserError: there is no GPU, but the accelerator or precision needs one; the strategy shards and is not fsdp2, or
-            fsdp2 does not work with the precision or a callback; a value is out of its range.
     """
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
-        for name in POSITIVE:
+        for name in ("check_val_every_n_epoch", "val_check_interval"):  # Lightning would divide by 0
             if isinstance(kwargs.get(name), int | float) and not kwargs[name] > 0:
                 raise UserError(f"trainer.{name} {kwargs[name]} is not above 0")
         if not (kwargs.get("gradient_clip_val") or 0) >= 0:
-            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is no length; 0 clips nothing")
-        if (kwargs.get("log_every_n_steps") or 0) < 0:
-            raise UserError(f"trainer.log_every_n_steps {kwargs['log_every_n_steps']} is less than 0")
+            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is negative; 0 turns it off")
         accelerator = kwargs.get("accelerator", "auto")
         gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
         if precision == "auto":
@@ -76,33 +68,26 @@ class Trainer(LightningTrainer):
         except (ValueError, TypeError, RuntimeError, ImportError) as error:  # an unknown strategy, among others
             raise UserError(f"trainer: {error}") from error
         for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, FINDERS):
-                raise UserError(
-                    f"trainer.callbacks: {type(callback).__name__} would change what the config says; give "
-                    "data.batch_size, data.micro_batch and the optimizer's lr"
-                )
+            name = type(callback).__name__
+            if isinstance(callback, BatchSizeFinder | GradientAccumulationScheduler | LearningRateFinder):
+                remedy = "give data.batch_size, data.micro_batch and the optimizer's lr"
+                raise UserError(f"trainer.callbacks: {name} would change what the config says; {remedy}")
+            averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+            if isinstance(self.strategy, FSDP2) and averages and not isinstance(callback, EMA):
+                raise UserError(f"trainer.strategy fsdp2 does not work with {name}; use vitlit.callbacks.EMA")
         if isinstance(self.strategy, FSDP2):
-            for callback in self.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not isinstance(callback, EMA):
-                    raise UserError(
-                        f"trainer.strategy fsdp2 does not work with {type(callback).__name__}; use vitlit.callbacks.EMA"
-                    )
             if self.precision in ("16-mixed", "16-true"):
-                raise UserError(
-                    f"trainer.strategy fsdp2 does not work with trainer.precision {self.precision}; use bf16-mixed, or "
-                    "32-true where the GPU has no bf16"
-                )
+                remedy = "use bf16-mixed, or 32-true where the GPU has no bf16"
+                raise UserError(f"trainer.strategy fsdp2 does not work with precision {self.precision}; {remedy}")
         elif isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-            raise UserError(
-                f"trainer.strategy {type(self.strategy).__name__} is not supported; give ddp, or fsdp2 where the model "
-                "is too large for one device"
-            )
+            remedy = "give ddp, or fsdp2 where the model is too large for one device"
+            raise UserError(f"trainer.strategy {type(self.strategy).__name__} is not supported; {remedy}")
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
             self.strategy.checkpoint_io = Files()
 
 
 def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
-    """Refuse a callback that monitors a metric which nothing logs: it would end the run after its first epoch."""
+    """Refuse a callback whose metric nothing logs: it would end the run after its first epoch."""
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     known = stage.measured
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
@@ -122,7 +107,7 @@ def check_trainer(config: Namespace) -> None:
     """Refuse Trainer settings that vitlit sets itself, and training without an end."""
     for key, (default, why) in FIXED.items():
         if config[key] != default:
-            raise UserError(f"trainer.{key} is not for a config: {why}")
+            raise UserError(f"trainer.{key} cannot be set: {why}")
     ends = (config.max_epochs, config.max_steps)
     if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
@@ -132,29 +117,17 @@ def check_trainer(config: Namespace) -> None:
 
 def monitor(stage: Stage, given: str | None) -> str:
     """The metric of the best checkpoint: run.monitor, else accuracy, else the loss; UserError if nothing logs it."""
-    measured = stage.measured
-    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in measured)
-    if name not in measured:
-        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
+    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in stage.measured)
+    if name not in stage.measured:
+        raise UserError(f"run.monitor {name} is not among {' '.join(stage.measured)}")
     return name
 
 
 def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, start: Path | None) -> None:
-    """Refuse a training that is too short for its schedule, or that the checkpoint it starts from has finished.
-
-    Args:
-        trainer: of the training, which `check_trainer` has seen to end.
-        stage: that it trains.
-        steps_per_epoch: optimiser steps.
-        start: a checkpoint of another run; this run's own may be at the end, if it was stopped just before it was
-            marked as complete.
-
-    Raises:
-        UserError: it is too short.
-    """
+    """Refuse a training that is too short for its schedule, or that the checkpoint `start` has finished."""
     limits = (trainer.max_steps, (trainer.max_epochs or -1) * steps_per_epoch)
     end = min(limit for limit in limits if limit > 0)
     stage.schedule.over(end, steps_per_epoch)
     if start is not None and (step := open_checkpoint(start)["global_step"]) >= end:
-        ends = f"{start} is at step {step}, and this training ends at step {end}"
-        raise UserError(f"{ends}; give more --trainer.max_epochs or --trainer.max_steps")
+        more = "give more --trainer.max_epochs or --trainer.max_steps"
+        raise UserError(f"{start} is at step {step}, and this training ends at step {end}; {more}")

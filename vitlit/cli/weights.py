@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -28,41 +28,32 @@ FILE is a file of vitlit, timm, transformers, torchvision, Google (.npz) or face
 the folder of a run or of a transformers model, or hf:OWNER/NAME[@REVISION].
 """
 TOLERANCE = 1e-4  # of the largest output
+SIZE = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes")  # rows of their own
 
 
 def run(arguments: list[str]) -> int:
-    """Run a subcommand and return the exit code."""
+    """Run `show` or `convert` and return the exit code."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
-    name, *rest = arguments
-    if name == "show" and len(rest) == 1 and not rest[0].startswith("-"):
-        show(rest[0])
-        return 0
-    rest = [piece for part in rest for piece in (part.split("=", 1) if part.startswith("--format=") else [part])]
-    if name == "convert" and "--format" in rest[:-1]:
-        where = rest.index("--format")
-        format, paths = rest[where + 1], rest[:where] + rest[where + 2 :]
-        if len(paths) == 2 and not any(path.startswith("-") for path in paths):
-            convert(paths[0], Path(paths[1]), format)
-            return 0
-    raise UserError("usage: vitlit weights show FILE, or vitlit weights convert FILE OUT --format FORMAT")
-
-
-def show(source: str) -> None:
-    """Print what is in a weight file.
-
-    Raises:
-        UserError: it cannot be read, or is damaged.
-    """
-    weights = read(source)
-    for name, value in describe(weights).items():
-        print(f"{name:<13}{value}")
+    match [piece for part in arguments for piece in (part.split("=", 1) if part.startswith("--format=") else [part])]:
+        case ["show", source] if not source.startswith("-"):
+            for name, value in describe(read(source)).items():
+                print(f"{name:<13}{value}")
+        case (
+            ["convert", source, out, "--format", format]
+            | ["convert", source, "--format", format, out]
+            | ["convert", "--format", format, source, out]
+        ) if "-" not in (source[:1], out[:1]):
+            convert(source, Path(out), format)
+        case _:
+            raise UserError("usage: vitlit weights show FILE, or vitlit weights convert FILE OUT --format FORMAT")
+    return 0
 
 
 def describe(weights: Weights) -> dict[str, str]:
     """What is in a weight file: rows of text by name."""
-    config, origins = weights.config, weights.origins
+    config = weights.config
     complete = "heads" in config and config.get("image_size") is not None
     if complete or "pos_embed" not in weights.state:
         vit = empty(weights)
@@ -72,35 +63,25 @@ def describe(weights: Weights) -> dict[str, str]:
     shape = (config["width"], config["depth"], config["mlp_dim"])
     preset = next((f"{name}/{config['patch_size']}" for name, row in SIZES.items() if row[:3] == shape), "no preset")
     shape_words = "width {}, depth {}, heads {}, mlp {}".format(*shape[:2], config.get("heads", "unknown"), shape[2])
-    parameters = sum(tensor.numel() for tensor in weights.state.values())
-    rows = {
+    defaults = ViTConfig().plain()
+    options = [f"{name} {value}" for name, value in config.items() if name not in SIZE and value != defaults[name]]
+    return {
         "file": str(weights.path),
         "format": weights.format,
         "preset": f"{preset} ({shape_words}, patch {config['patch_size']})",
-        "options": ", ".join(f"{name} {value}" for name, value in unusual(config).items()) or "all at their defaults",
+        "options": ", ".join(options) or "all at their defaults",
         "resolution": size,
         "tensors": f"{len(weights.state):,} in the ViT; {len(weights.unused):,} others in the file",
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(tensor.numel() for tensor in weights.state.values()):,}",
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
         "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "unnamed",
         "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "unknown",
+        **{f"  {name}": f"from {origin}" for name, origin in weights.origins.items()},
     }
-    return rows | {f"  {name}": f"from {origin}" for name, origin in origins.items()}
-
-
-def unusual(config: dict[str, Any]) -> dict[str, Any]:
-    """The options of a network that differ from ViTConfig's defaults, sizes aside."""
-    defaults = ViTConfig().plain()
-    size = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes")
-    return {name: value for name, value in config.items() if name not in size and value != defaults[name]}
 
 
 def convert(source: str, out: Path, format: str) -> None:
-    """Write weights in another format, read them back, and print the largest difference of the outputs.
-
-    Raises:
-        UserError: the source cannot be read, the format has no such network, or OUT exists.
-    """
+    """Write weights in another format, read them back, and print the largest difference of the outputs."""
     if format not in get_args(Format):
         raise UserError(f"format {format!r} is none of {' '.join(get_args(Format))}")
     if out.exists():

@@ -20,6 +20,8 @@ ATTEMPTS = 10
 class Erasing:
     """Random erasing (1708.04896, section 3.2) as timm does it: the aspect is log-uniform, the area need not be met.
 
+    Numbers out of range raise UserError.
+
     Args:
         prob: the probability that an image is erased.
         area: range of the box's area as a share of the image's.

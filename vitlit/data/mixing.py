@@ -42,6 +42,7 @@ class Mixing:
 
     big_vision does the same; timm (mode "batch") and torchvision draw for each device's batch. Partners are mixed both
     ways, so lam and 1 - lam give the same images and targets, and big_vision's max(lam, 1 - lam) would change nothing.
+    Numbers out of range raise UserError.
 
     Args:
         mixup: lam is drawn from Beta(mixup, mixup); 0 for no mixup.

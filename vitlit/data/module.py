@@ -47,8 +47,8 @@ class ImageFolderData(LightningDataModule):
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
         holdout: share of the training images, 10% or 0.1, that replaces val: by class, the same in every run.
-        crop: in training: random_resized (torchvision's), inception (TensorFlow's), simple (DeiT III's), pad (CIFAR's)
-            or center (evaluation's).
+        crop: in training: random_resized (torchvision's), inception (TensorFlow's), simple (DeiT III's), pad (CIFAR's),
+            resmall (big_vision's for transfer: evaluation's resize, cropped anywhere) or center (evaluation's).
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
         augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2.
@@ -61,6 +61,7 @@ class ImageFolderData(LightningDataModule):
             photo out of predictions, and lists path and reason in the run's bad_images.csv, or next to the predictions.
             Evaluation always stops, and so does a disk or server that fails.
         crop_ratio: the share of a side that evaluation's central crop keeps; 0.875 unless given here or by the weights.
+        squash: evaluation resizes to the model's aspect whatever the image's; by default as the weights, else false.
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
         mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.
         std: by channel, likewise.
@@ -92,6 +93,7 @@ class ImageFolderData(LightningDataModule):
         balanced: bool = False,
         on_bad_image: Literal["error", "skip"] = "error",
         crop_ratio: float | None = None,
+        squash: bool | None = None,
         interpolation: Interpolation | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -117,7 +119,7 @@ class ImageFolderData(LightningDataModule):
             raise UserError("data.mixing works on one view of an image, but data.views adds more; leave one out")
         self.splits = Splits(root, parse_share(holdout), manifest)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        given: dict[str, Any] = {"crop_ratio": crop_ratio, "interpolation": interpolation}
+        given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
         self.preprocess = Preprocess(size, **{name: value for name, value in given.items() if value is not None})
         augment = tuple(augment or ())
@@ -129,7 +131,6 @@ class ImageFolderData(LightningDataModule):
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.on_bad_image = on_bad_image
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
-        self._resumed_step = 0
         self._trainer_done = False  # Lightning leaves it attached
 
     def split(self, name: str) -> Index:
@@ -196,7 +197,6 @@ class ImageFolderData(LightningDataModule):
         if DECODER == "Pillow":
             rank_zero_only(print)(f"torchcodec is missing, so Pillow decodes, in {PILLOW_SLOWER} times the time")
         if stage == "fit" and self.trainer is not None:
-            self._resumed_step = 0
             set_accumulation(self.trainer, self.plan(self.trainer.world_size)[1], self.steps_per_epoch)
 
     def teardown(self, stage: str) -> None:
@@ -212,8 +212,7 @@ class ImageFolderData(LightningDataModule):
         epoch_starts = count(0, self.steps_per_epoch)
 
         def position() -> int:
-            # Lightning makes the first iterator, and workers start, before it restores the global step.
-            return next(epoch_starts) if trainer is NoTrainer else max(trainer.global_step, self._resumed_step)
+            return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
 
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         images = Images(index, self.transform, self.seed, self._bad_images(index), self._further)
@@ -289,7 +288,6 @@ class ImageFolderData(LightningDataModule):
             difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
             other = "or start another from its weights with --model.init_from RUN --run.name NEW"
             raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, {other}")
-        self._resumed_step = state_dict["step"]
 
     def _order_settings(self) -> dict[str, Any]:
         """What the order of samples depends on besides the step, and which images they are."""

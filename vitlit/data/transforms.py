@@ -9,11 +9,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from vitlit.errors import UserError
-from vitlit.images.crops import InceptionCrop, PadCrop, RandomResizedCrop, SimpleCrop
+from vitlit.images.crops import InceptionCrop, PadCrop, RandomResizedCrop, ResmallCrop, SimpleCrop
 from vitlit.images.preprocess import Preprocess
 
 Transform = Callable[[Tensor], Tensor]
-CropName = Literal["random_resized", "inception", "simple", "pad", "center"]
+CropName = Literal["random_resized", "inception", "simple", "pad", "resmall", "center"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def train_transform(
         "inception": lambda: InceptionCrop(size, scale, how),
         "simple": lambda: SimpleCrop(size, how),
         "pad": lambda: PadCrop(size, how),
+        "resmall": lambda: ResmallCrop(size, how, crop_ratio=preprocess.crop_ratio, squash=preprocess.squash),
         "center": lambda: preprocess.crop,
     }
     if crop not in crops:

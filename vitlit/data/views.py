@@ -12,6 +12,8 @@ from vitlit.images.preprocess import Preprocess
 class Views:
     """Further views of one kind: random_resized crops, flipped and augmented like the first view.
 
+    Numbers out of range raise UserError.
+
     Args:
         count: how many.
         size: pixels, an int or (height, width).

@@ -27,7 +27,10 @@ def count(devices: int) -> int:
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader whose workers outlive a signal to the process group, and leave this process's objects alone."""
+    """A DataLoader whose workers start with the first batch, and outlive a signal to the process group.
+
+    Lightning asks for an iterator before it restores the step, and before the run has its folder.
+    """
 
     def __iter__(self) -> Any:
         # A worker inherits torch's signal handlers, which would end it before `leave_signals` runs, and this process's
@@ -35,10 +38,11 @@ class Loader(DataLoader[Any]):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         gc.freeze()
         try:
-            return super().__iter__()
+            batches = super().__iter__()
         finally:
             gc.unfreeze()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from batches
 
 
 def loader(

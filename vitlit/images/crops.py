@@ -130,6 +130,28 @@ class SimpleCrop(PadCrop):
         return cover(self.size, image)
 
 
+@dataclass(frozen=True)
+class ResmallCrop(PadCrop):
+    """Resize as evaluation does, crop anywhere: big_vision's resmall_crop (`configs/transfer.py`), its best for CIFAR.
+
+    With `squash` it is their resize_crop. The resize is antialiased.
+    """
+
+    padding: int = 0
+    crop_ratio: float = 0.875
+    squash: bool = False
+
+    def resized(self, image: Tensor) -> tuple[int, int]:
+        return enlarged(self.size, self.crop_ratio, self.squash, image)
+
+
+def enlarged(size: tuple[int, int], crop_ratio: float, squash: bool, image: Tensor) -> tuple[int, int]:
+    """(height, width) to which evaluation resizes an image: size / crop_ratio with squash, else just covering that."""
+    # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
+    height, width = (math.floor(side / crop_ratio + 1e-6) for side in size)
+    return (height, width) if squash else cover((height, width), image)
+
+
 def cover(size: tuple[int, int], image: Tensor) -> tuple[int, int]:
     """(height, width) at which an image just covers a size, aspect kept, rounded down as in torchvision's Resize."""
     (rows, columns), (height, width) = image.shape[-2:], size

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
-from vitlit.images.crops import cover
+from vitlit.images.crops import enlarged
 from vitlit.images.decode import decode
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -31,6 +31,8 @@ class Preprocess:
         interpolation: of the antialiased resize.
         mean: by channel, of images scaled to [0, 1].
         std: by channel, likewise.
+        squash: resize to a size of the model's aspect whatever the image's, so that no side is cropped more than the
+            other (timm's crop_mode squash); by default the aspect is kept.
 
     Raises:
         UserError: mean or std is out of range, or they have neither 3 numbers nor 1.
@@ -41,6 +43,7 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
@@ -49,12 +52,9 @@ class Preprocess:
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
 
     def crop(self, image: Tensor) -> Tensor:
-        """Resize to just cover image_size / crop_ratio, crop the centre: uint8 (3, H, W) -> (3, height, width)."""
-        # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
-        height, width = (math.floor(side / self.crop_ratio + 1e-6) for side in self.image_size)
-        image = F.resize(
-            image, list(cover((height, width), image)), InterpolationMode(self.interpolation), antialias=True
-        )
+        """Resize to image_size / crop_ratio, or just to cover it, crop the centre: uint8 (3, H, W) -> (3, h, w)."""
+        size = enlarged(self.image_size, self.crop_ratio, self.squash, image)
+        image = F.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
         return F.center_crop(image, list(self.image_size))
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,9 @@ Row = dict[str, str]
 
 
 class CSV(Logger):
-    """Writes FOLDER/metrics.csv: one row per step, on disk as soon as it is logged.
+    """Writes FOLDER/metrics.csv: one row per step, on disk as soon as it is logged, at full precision.
 
-    Numbers have full precision. An interrupted and continued run (see `cut`) leaves the same rows as an uninterrupted
-    one, except for the speed.
+    A run that was interrupted and continued (see `cut`) leaves the rows of an uninterrupted one, but for the speed.
     """
 
     name = version = ""
@@ -31,7 +31,7 @@ class CSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self._columns: list[str] = []
         self._last: Row = {}
-        self._start = self._end = 0  # the last row's bytes in the file
+        self._start = 0  # of the last row, in bytes
 
     @property
     def save_dir(self) -> str:
@@ -53,12 +53,11 @@ class CSV(Logger):
             self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])
             return
         line = _line([row.get(name, "") for name in self._columns])
-        start = self._start if same else self._end
         with _writing(self.path), self.path.open("r+b") as file:
-            file.seek(start)
+            self._start = file.seek(self._start) if same else file.seek(0, os.SEEK_END)
             file.write(line)
             file.truncate()
-        self._last, self._start, self._end = row, start, start + len(line)
+        self._last = row
 
     @rank_zero_only
     def cut(self, step: int) -> None:
@@ -86,8 +85,7 @@ class CSV(Logger):
             with whole_file(self.path) as partial:
                 partial.write_bytes(b"".join(lines))
         self._columns, self._last = columns, rows[-1] if rows else {}
-        self._end = sum(map(len, lines))
-        self._start = self._end - len(lines[-1])
+        self._start = sum(map(len, lines[:-1]))
 
 
 @contextmanager
@@ -95,10 +93,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; the checkpoints are whole: make room, and the same command "
-            "continues from them"
-        ) from error
+        remedy = "the checkpoints are whole: make room, and the same command continues from them"
+        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
 def _cell(value: Any) -> str:

@@ -35,8 +35,7 @@ class Mistake(NamedTuple):
 class Wandb(WandbLogger):
     """A Weights & Biases run that never prompts or hangs, and says in one line where it logs.
 
-    Without a key, or if the server does not answer within 15 seconds, the run is kept on disk and `closing_line` is the
-    command that uploads it.
+    Without a key, or an answer from the server within 15 seconds, the run stays on disk, and `closing_line` uploads it.
 
     Args:
         project: by default `WANDB_PROJECT`, or "vitlit".
@@ -82,25 +81,24 @@ class Wandb(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The wandb run, begun at the first use; on ranks other than 0 a stand-in that does nothing."""
-        if self._experiment is None:
-            self._begin("" if wandb.run is not None else self._init())
-        return self._experiment
-
-    def _begin(self, why: str) -> None:
-        run = super().experiment  # begun by _init, or by the caller
+        if self._experiment is not None:
+            return self._experiment
+        why = self._settle_mode() if wandb.run is None else ""
+        run = super().experiment
         self._id = run.id
         if run.disabled:
             print("W&B: disabled")
-            return
+            return run
         self.folder = Path(run.sync_dir).absolute()
         # Tables wait for `wandb sync` next to the run; by default in the home directory of this machine.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.parent))
         self._url = None if run.offline else run.url
         reason = f" ({why})" if why else ""
         print(f"W&B: offline{reason}; afterwards: {self.closing_line()}" if run.offline else f"W&B: online, {run.url}")
+        return run
 
-    def _init(self) -> str:
-        """Begin a run; returns why it is offline if online was asked for."""
+    def _settle_mode(self) -> str:
+        """Begin online if that is wanted and works; return why not if it does not."""
         # Without a network wandb's own telemetry delays the end of the process by tens of seconds.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
@@ -114,7 +112,6 @@ class Wandb(WandbLogger):
                 mode, why = "offline", str(error).partition("\n")[0]
                 wandb.teardown()  # the failed attempt still holds the run's id
         self._wandb_init.update(mode=mode, resume=None)
-        _ = super().experiment
         return why
 
     def closing_line(self) -> str | None:
@@ -153,26 +150,15 @@ class Wandb(WandbLogger):
     def log_mistakes(
         self, classes: list[str], labels: Sequence[int], predictions: Sequence[int], worst: Sequence[Mistake]
     ) -> None:
-        """Log the tables `mistakes` and `confusion`.
-
-        Args:
-            classes: the class names, in the order of their labels.
-            labels: the true label of each image.
-            predictions: the predicted label of each image.
-            worst: the mistakes to show.
-        """
+        """Log the tables `mistakes`, of the worst, and `confusion`, from the label and the prediction of each image."""
         rows: list[list[Any]] = [[m.path, classes[m.label], classes[m.prediction], m.probability] for m in worst]
         columns: list[str | int] = ["path", "label", "prediction", "probability"]
         if self.pictures:
             columns = ["image", *columns]
             rows = [[_picture(mistake.path), *row] for mistake, row in zip(worst, rows, strict=True)]
-        counts = [list(row) for row in confusion_rows(classes, labels, predictions)]
-        self.experiment.log(
-            {
-                "mistakes": wandb.Table(columns=columns, data=rows),
-                "confusion": wandb.Table(columns=["label", "prediction", "count"], data=counts),
-            }
-        )
+        counts = confusion_rows(classes, labels, predictions)
+        confusion = wandb.Table(columns=["label", "prediction", "count"], data=counts)
+        self.experiment.log({"mistakes": wandb.Table(columns=columns, data=rows), "confusion": confusion})
 
 
 def _sync(*folders: Path) -> str:
@@ -195,6 +181,6 @@ def confusion_rows(classes: list[str], labels: Sequence[int], predictions: Seque
     if len(classes) <= MAX_CONFUSION:
         cells = [(a, b) for a in range(len(classes)) for b in range(len(classes))]
     else:
-        confused = [pair for pair in counts if pair[0] != pair[1]]
+        confused = (pair for pair in counts if pair[0] != pair[1])
         cells = sorted(confused, key=lambda pair: (-counts[pair], pair))[:MAX_CONFUSION]
     return [(classes[a], classes[b], counts[a, b]) for a, b in cells]

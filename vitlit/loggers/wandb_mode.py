@@ -15,14 +15,7 @@ MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "o
 
 
 def decide(mode: Mode = "auto") -> tuple[str, str]:
-    """The mode to begin a run in, and why it is offline if online was asked for.
-
-    Args:
-        mode: auto is `WANDB_MODE` if that is set, else online with a key and offline without.
-
-    Raises:
-        UserError: `WANDB_MODE` or another variable of W&B has an invalid value.
-    """
+    """The mode to begin a run in, and why it is offline if online was asked for; UserError for an invalid WANDB_*."""
     variable = os.environ.get("WANDB_MODE")
     if variable is not None and variable not in MODES:
         raise UserError(f"WANDB_MODE={variable} is not a mode; use online, offline or disabled")

@@ -101,9 +101,9 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
+    """The block `i` of a pre-norm encoder (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
 
-    def __init__(self, config: "ViTConfig", drop_path: float = 0.0) -> None:
+    def __init__(self, config: "ViTConfig", i: int = 0) -> None:
         super().__init__()
         width, scale = config.width, config.layer_scale
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
@@ -112,7 +112,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, config.mlp_dim, config.mlp, config.dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
-        self.drop_path = DropPath(drop_path)
+        rises = config.drop_path_decay == "linear"
+        self.drop_path = DropPath(config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary)))

@@ -38,20 +38,22 @@ class AttentionPool(nn.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-def linear_head(width: int, num_classes: int) -> nn.Linear:
-    """The finetuning head: one zero-initialised linear layer, (B, width) -> (B, num_classes)."""
-    head = nn.Linear(width, num_classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+def new_head(width: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
+    """A head, (B, width) -> (B, num_classes), whose output layer starts at zero; nothing for 0 classes.
 
-
-def tanh_head(width: int, hidden_dim: int, num_classes: int) -> nn.Sequential:
-    """The pretraining head: Linear, tanh, Linear, (B, width) -> (B, num_classes).
-
-    The hidden layer starts Xavier-uniform, the output layer at zero (google-research/vision_transformer).
+    For pretraining Linear, tanh, Linear. The hidden layer starts Xavier-uniform; google-research's programs have flax's
+    default there, LeCun-normal, whose std is the same where hidden_dim is the width. For finetuning, without a
+    hidden_dim, one Linear.
     """
-    hidden = nn.Linear(width, hidden_dim)
-    nn.init.xavier_uniform_(hidden.weight)
-    nn.init.zeros_(hidden.bias)
-    return nn.Sequential(OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=linear_head(hidden_dim, num_classes)))
+    if num_classes == 0:
+        return nn.Identity()
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if hidden_dim is not None:
+        hidden = layers["pre_logits"] = nn.Linear(width, hidden_dim)
+        nn.init.xavier_uniform_(hidden.weight)
+        nn.init.zeros_(hidden.bias)
+        layers["tanh"] = nn.Tanh()
+    output = layers["out"] = nn.Linear(hidden_dim or width, num_classes)
+    nn.init.zeros_(output.weight)
+    nn.init.zeros_(output.bias)
+    return output if hidden_dim is None else nn.Sequential(layers)

@@ -1,7 +1,7 @@
 """Initial weights."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -12,37 +12,54 @@ from vitlit.model.position import sincos2d
 if TYPE_CHECKING:
     from vitlit.model.vit import ViT
 
+Init = Literal["vision_transformer", "big_vision", "timm"]
+
 
 @torch.no_grad()
 def init_weights(vit: "ViT") -> None:
-    """Initialise everything but the head as google-research/vision_transformer does (`models_vit.py`)."""
-    patches = vit.patch_embed.proj
-    lecun = math.sqrt(1 / math.prod(patches.weight.shape[1:])) / 0.87962566103423978  # std of N(0, 1) truncated at 2
-    nn.init.trunc_normal_(patches.weight, std=lecun, a=-2 * lecun, b=2 * lecun)
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
+    """Initialise everything but the head as `vit.config.init` says.
+
+    vision_transformer is google-research's (`models_vit.py`): Xavier-uniform layers, positions with a std of 0.02.
+    big_vision (`models/vit.py`) differs in the positions, whose std is 1 / sqrt(D). timm is timm 0.3's, which DeiT and
+    DeiT III use: a normal distribution of std 0.02, truncated at +-2, for linear layers, positions and all tokens, and
+    torch's default for the patch embedding.
+    """
+    init, patches = vit.config.init, vit.patch_embed.proj
+    if init == "timm":
+        patches.reset_parameters()
+    else:
+        lecun = math.sqrt(1 / math.prod(patches.weight.shape[1:])) / 0.87962566103423978  # std of N(0, 1) cut at 2
+        nn.init.trunc_normal_(patches.weight, std=lecun, a=-2 * lecun, b=2 * lecun)
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
     if vit.cls_token is not None:
-        nn.init.zeros_(vit.cls_token)
+        nn.init.trunc_normal_(vit.cls_token, std=0.02) if init == "timm" else nn.init.zeros_(vit.cls_token)
     for tokens in (vit.dist_token, vit.reg_token):
         if tokens is not None:
             nn.init.trunc_normal_(tokens, std=0.02)
     fill_positions(vit)
     if isinstance(vit.pos_embed, nn.Parameter):
-        nn.init.trunc_normal_(vit.pos_embed, std=0.02)
-    if vit.attn_pool is not None:
+        nn.init.trunc_normal_(vit.pos_embed, std=vit.width**-0.5 if init == "big_vision" else 0.02)
+    if vit.attn_pool is not None and init == "timm":
+        nn.init.trunc_normal_(vit.attn_pool.latent, std=vit.width**-0.5)
+    elif vit.attn_pool is not None:
         nn.init.xavier_uniform_(vit.attn_pool.latent[0])  # (1, D), whose fan is right
         for layer, parts in ((vit.attn_pool.q, 1), (vit.attn_pool.kv, 2), (vit.attn_pool.proj, 1)):
             xavier(layer, parts)
-    init_layers(vit)
+    init_layers(vit, init)
 
 
-def init_layers(network: nn.Module) -> None:
+def init_layers(network: nn.Module, init: Init = "vision_transformer") -> None:
     """Initialise every attention, MLP, layer scale and LayerNorm of a network."""
     for module in network.modules():
-        if isinstance(module, Attention):
+        if init == "timm" and isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif init != "timm" and isinstance(module, Attention):
             xavier(module.qkv, 3)
             xavier(module.proj)
-        elif isinstance(module, MLP):
+        elif init != "timm" and isinstance(module, MLP):
             xavier(module.fc1, 2 if module.activation == "swiglu" else 1, bias_std=1e-6)
             xavier(module.fc2, bias_std=1e-6)
         elif isinstance(module, LayerScale):

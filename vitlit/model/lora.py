@@ -19,9 +19,10 @@ TENSORS = (".lora_a", ".lora_b", ".lora_scale")
 class LoRA:
     """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1).
 
+    A rank, an alpha or a layer that does not fit raises UserError.
+
     Args:
-        rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix. UserError if it is less
-            than 1 or more than a layer's.
+        rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix.
         alpha: the product is scaled by alpha / rank.
         layers: names within a block: attn.qkv, attn.proj, mlp.fc1, mlp.fc2.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Resampling = Literal["antialias", "bicubic", "offset"]
+Resampling = Literal["antialias", "bicubic", "bilinear", "offset"]
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -18,11 +18,12 @@ def resample(
     prefix: int = 1,
     resampling: Resampling = "antialias",
 ) -> Tensor:
-    """Resample a learned position table to another grid (2010.11929, section 3.2), bicubic in float32.
+    """Resample a learned position table to another grid (2010.11929, section 3.2), in float32.
 
     The table is (1, prefix + rows * columns, D); its first `prefix` positions (class token) are kept. antialias is
-    timm's convention. bicubic does not antialias (transformers' DINOv2). offset does not either, and scales by
-    (target + 0.1) / source (facebookresearch/dinov2, `vision_transformer.py`).
+    timm's convention, bicubic. bicubic does not antialias (transformers' DINOv2). offset does not either, and scales by
+    (target + 0.1) / source (facebookresearch/dinov2, `vision_transformer.py`). bilinear keeps the corners in place
+    (scipy.ndimage.zoom of order 1, which google-research's vision_transformer and big_vision call).
     """
     if table.shape[1] != prefix + math.prod(source):
         raise ValueError("a table of length {} is not {} + {} x {} positions".format(table.shape[1], prefix, *source))
@@ -32,6 +33,8 @@ def resample(
     if resampling == "offset":
         scale = ((target[0] + 0.1) / source[0], (target[1] + 0.1) / source[1])
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    elif resampling == "bilinear":
+        grid = F.interpolate(grid, size=target, mode="bilinear", align_corners=True)
     else:
         grid = F.interpolate(grid, size=target, mode="bicubic", antialias=resampling == "antialias")
     return torch.cat([table[:, :prefix], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

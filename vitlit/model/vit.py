@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vitlit.errors import UserError
 from vitlit.model.block import Activation, Block, PatchEmbed
-from vitlit.model.heads import AttentionPool, linear_head, tanh_head
-from vitlit.model.init import init_weights
+from vitlit.model.heads import AttentionPool, new_head
+from vitlit.model.init import Init, init_weights
 from vitlit.model.position import Resampling, resample, rotary2d, sincos2d
 from vitlit.model.sizes import parse_preset
 
@@ -70,7 +70,13 @@ class ViTConfig:
     attention_dropout: float = 0.0
     """Dropout of the attention weights."""
     drop_path: float = 0.0
-    """Stochastic depth (1603.09382): the rate of the last block. It rises linearly from 0 at the first block."""
+    """Stochastic depth (1603.09382): the rate of the last block."""
+    drop_path_decay: Literal["linear", "constant"] = "linear"
+    """Whether that rate is reached linearly from 0 at the first block, or is every block's (DeiT III)."""
+    init: Init = "vision_transformer"
+    """Whose initial weights; see `vitlit.model.init.init_weights`."""
+    float32_head: bool = False
+    """Whether pooling and head compute in float32 under mixed precision too, as DINOv2's linear probe does."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     norm: Literal["tokens", "pooled"] = "tokens"
@@ -175,9 +181,7 @@ class ViT(nn.Module):
         else:
             self.pos_embed = tokens(self.positioned + math.prod(self.grid)) if config.position == "learned" else None
         self.pos_drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            Block(config, drop_path=config.drop_path * i / max(1, config.depth - 1)) for i in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         final: nn.Module = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.norm = final if config.norm == "tokens" else nn.Identity()
         self.fc_norm = final if config.norm == "pooled" else nn.Identity()
@@ -267,6 +271,9 @@ class ViT(nn.Module):
 
     def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, num_classes) from `features`, and those of the distillation token if there is one."""
+        if self.config.float32_head and not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type):
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self.heads(tokens.float())
         distilled = None if self.head_dist is None else self.head_dist(self.fc_norm(tokens[:, 1]))
         return self.head(self.pool(tokens)), distilled
 
@@ -309,15 +316,9 @@ class ViT(nn.Module):
         self.config = replace(self.config, num_classes=num_classes, hidden_dim=hidden)
         if len(self.classes) != num_classes:
             self.classes = []
-
-        def head() -> nn.Module:
-            if num_classes == 0:
-                return nn.Identity()
-            new = tanh_head(self.width, hidden, num_classes) if hidden else linear_head(self.width, num_classes)
-            return new.to(self.patch_embed.proj.weight)  # device and dtype
-
-        self.head = head()
-        self.head_dist = head() if self.dist_token is not None else None
+        sizes, like = (self.width, hidden, num_classes), self.patch_embed.proj.weight  # for device and dtype
+        self.head = new_head(*sizes).to(like)
+        self.head_dist = new_head(*sizes).to(like) if self.dist_token is not None else None
 
     def add_mask_token(self) -> None:
         """Add the learned token that `embed` puts in place of masked patches. Weight files do not contain it."""

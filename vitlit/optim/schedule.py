@@ -11,13 +11,13 @@ from vitlit.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from zero, a decay, and a linear cool-down to zero (big_vision, utils.py).
+    """Linear warm-up, a decay, and a linear cool-down to zero (big_vision, utils.py).
 
     A length is a number of steps, or text such as "5 epochs" or "10%" of the training. Steps count from 0, so with a
-    warm-up the first update has a learning rate of 0. What is out of range raises UserError.
+    warm-up the first update has a learning rate of `start`. What is out of range raises UserError.
 
     Args:
-        warmup: length of the rise from 0 to the peak.
+        warmup: length of the rise from `start` to the peak.
         decay: the curve after the warm-up: cosine and linear fall to `final`; rsqrt is 1 / sqrt(1 + t / timescale), t
             steps after the warm-up; constant stays at the peak.
         cooldown: length of the fall to 0 at the end, for rsqrt and constant.
@@ -25,6 +25,10 @@ class Schedule:
         final: where cosine and linear end, one step after the last, as a multiple of the peak.
         lr_per: the global batch size that the optimizer's lr is meant for: the peak is lr x data.batch_size / lr_per.
             By default the peak is lr.
+        start: where the warm-up begins, as a multiple of the peak.
+        interval: how often the rate changes. epoch is facebookresearch/deit's (`main.py`): timm's scheduler, stepped
+            after an epoch with its number. Epochs 0 and 1 have the first rate, epoch n that of n - 1, and the decay
+            counts from the beginning, not from the end of the warm-up.
     """
 
     warmup: int | str = 0
@@ -33,12 +37,19 @@ class Schedule:
     timescale: int = 10_000
     final: float = 0.0
     lr_per: int | None = None
+    start: float = 0.0
+    interval: Literal["step", "epoch"] = "step"
 
     def __post_init__(self) -> None:
         for name in ("warmup", "cooldown"):
             length(f"model.schedule.{name}", getattr(self, name), 1, 1)
-        if not 0 <= self.final <= 1:
-            raise UserError(f"model.schedule.final {self.final} is not between 0 and 1")
+        for name in ("start", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"model.schedule.{name} {getattr(self, name)} is not between 0 and 1")
+        if self.start and not length("model.schedule.warmup", self.warmup, 100, 1):
+            raise UserError("model.schedule.start is for a warm-up; give model.schedule.warmup, or leave it out")
+        if self.interval not in ("step", "epoch"):
+            raise UserError(f"model.schedule.interval {self.interval!r} is neither step nor epoch")
         if self.timescale < 1:
             raise UserError(f"model.schedule.timescale {self.timescale} is less than 1")
         if self.timescale != Schedule.timescale and self.decay != "rsqrt":
@@ -52,24 +63,31 @@ class Schedule:
 
     def over(self, total: int, epoch: int = 0) -> Callable[[int], float]:
         """The learning rate by step, as a multiple of the peak, for `total` steps with `epoch` in each epoch."""
+        by_epoch = self.interval == "epoch"
+        if by_epoch and not epoch:
+            raise UserError("model.schedule.interval epoch: the steps of an epoch are not known here; give step")
         warmup = length("model.schedule.warmup", self.warmup, total, epoch)
         cooldown = length("model.schedule.cooldown", self.cooldown, total, epoch)
         if warmup >= total:
             raise UserError(
-                f"model.schedule.warmup is {warmup} steps but training has only {total}; give a shorter one, such as 0"
+                f"model.schedule.warmup is {warmup} steps but training has only {total}; "
+                "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
             )
         if warmup + cooldown > total:
             both = f"{warmup} and {cooldown}"
             raise UserError(f"model.schedule.warmup and cooldown are {both} steps but training has only {total}")
 
         def factor(step: int) -> float:
+            if by_epoch:
+                step = max(0, step // epoch - 1) * epoch
             if step < warmup:
-                return step / warmup
-            progress = min(1.0, (step - warmup) / (total - warmup))
+                return self.start + (1 - self.start) * (step / warmup)
+            since = step if by_epoch else step - warmup
+            progress = min(1.0, since / (total if by_epoch else total - warmup))
             curve = {
                 "cosine": self.final + (1 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress)),
                 "linear": self.final + (1 - self.final) * (1.0 - progress),
-                "rsqrt": 1 / math.sqrt(1 + (step - warmup) / self.timescale),
+                "rsqrt": 1 / math.sqrt(1 + since / self.timescale),
                 "constant": 1.0,
             }[self.decay]
             return curve * (min(1.0, max(0, total - step) / cooldown) if cooldown else 1.0)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from vitlit.errors import UserError, first_difference
-from vitlit.model import ViT
+from vitlit.model import ViT, ViTConfig
 from vitlit.model.lora import LoRA, add_lora
 from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Objective, Supervised
@@ -18,7 +18,8 @@ from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
 
 # Options that belong to a training run, not to the weights it starts from.
-TRAINING: dict[str, Any] = {**dict.fromkeys(DROPOUTS, 0.0), "activation_checkpointing": False}
+OF_THE_RUN = (*DROPOUTS, "drop_path_decay", "init", "float32_head", "activation_checkpointing")
+TRAINING: dict[str, Any] = {name: getattr(ViTConfig, name) for name in OF_THE_RUN}
 
 
 class Finetune(Stage):

@@ -54,7 +54,7 @@ def read(contents: Contents) -> Weights | None:
     state = fuse(fuse(state, QKV, "attn.qkv"), KV, "kv")
     learned = "pos_embed" in state or not big_vision
     config = architecture(state, "learned" if learned else "sincos2d")
-    config |= {"mlp": "gelu_tanh", "norm_eps": 1e-6, "heads": heads}
+    config |= {"mlp": "gelu_tanh", "norm_eps": 1e-6, "heads": heads, "resampling": "bilinear"}
     origins = {"mlp": "JAX's default", "preprocess": "AugReg and SigLIP"}
     if not learned:
         origins["position"] = "big_vision, if a file has no table"

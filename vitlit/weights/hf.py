@@ -12,7 +12,7 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
 from vitlit.weights.names import Table, backwards, fuse, prefix_of, split, translate
-from vitlit.weights.weights import HALF, IMAGENET, KEEPS_ASPECT, PLAIN, Weights, architecture, require, tensors
+from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
@@ -169,7 +169,7 @@ def preprocessing(about: dict[str, Any], kind: str) -> tuple[dict[str, Any], str
     """Preprocessing from preprocessor_config.json, else that of the model type, and where it comes from."""
     known = {**(HALF if kind == "vit" else IMAGENET)}
     if kind in ("vit", "dinov3_vit"):
-        known |= {"interpolation": "bilinear", "crop_ratio": 1.0}
+        known |= {"interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
     if "image_mean" not in about:
         return known, f"transformers' defaults for {kind}"
     for name, only in (("do_rescale", True), ("do_normalize", True), ("rescale_factor", 1 / 255)):
@@ -181,11 +181,12 @@ def preprocessing(about: dict[str, Any], kind: str) -> tuple[dict[str, Any], str
     known |= {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"]), "crop_ratio": 1.0}
     known["interpolation"] = "bilinear" if resample == 2 else "bicubic"
     crop, size = about.get("crop_size"), about.get("size")
+    # One number is the shortest edge for some processors, and both sides for ViT's and DeiT's.
+    known["squash"] = "height" in size if isinstance(size, dict) else kind in ("vit", "deit")
     if about.get("do_center_crop") and crop and size:
         sides = [x if isinstance(x, int) else x.get("shortest_edge") or x.get("height") for x in (crop, size)]
         known["crop_ratio"] = min(1.0, sides[0] / sides[1])
-        return known, PREPROCESSOR
-    return known, PREPROCESSOR + KEEPS_ASPECT
+    return known, PREPROCESSOR
 
 
 def type_of(config: ViTConfig) -> tuple[str, str]:
@@ -272,10 +273,13 @@ def config(vit: ViT) -> dict[str, Any]:
 def processor(preprocess: Preprocess) -> dict[str, Any]:
     """The preprocessor_config.json of a preprocessing, as ViTImageProcessor reads it."""
     height, width = preprocess.image_size
+    larger = [math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width)]
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": math.floor(min(height, width) / preprocess.crop_ratio + 1e-6)},
+        "size": dict(zip(("height", "width"), larger, strict=True))
+        if preprocess.squash
+        else {"shortest_edge": min(larger)},
         "resample": RESAMPLE[preprocess.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},

@@ -11,7 +11,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import CONFIG, Contents
 from vitlit.weights.names import prefix_of, strip
-from vitlit.weights.weights import HALF, IMAGENET, KEEPS_ASPECT, STEM, Weights, architecture, require, square, tensors
+from vitlit.weights.weights import HALF, IMAGENET, STEM, Weights, architecture, require, square, tensors
 
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 # The models that timm builds with act_layer gelu_tanh.
@@ -41,7 +41,8 @@ def read(contents: Contents) -> Weights | None:
         known.add("preprocess")
         preprocess["interpolation"] = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
         preprocess["crop_ratio"] = float(cfg.get("crop_pct", 0.875))
-        origins["preprocess"] = CONFIG + (KEEPS_ASPECT if cfg.get("crop_mode") == "squash" else "")
+        preprocess["squash"] = cfg.get("crop_mode") == "squash"
+        origins["preprocess"] = CONFIG
     else:
         imagenet = config["distilled"] or config["layer_scale"] is not None
         preprocess = {**(IMAGENET if imagenet else HALF), "crop_ratio": 0.9}

@@ -14,7 +14,6 @@ from vitlit.model import SIZES, ViT, ViTConfig
 COMMON: dict[str, Any] = {"interpolation": "bicubic", "crop_ratio": 0.875}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), **COMMON}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **COMMON}
-KEEPS_ASPECT = ", but vitlit keeps the aspect"  # of a preprocessing that squeezes images into a square
 
 STEM = "patch_embed.proj.weight"  # identifies a ViT with timm's names
 HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by width: the presets, DINOv3's largest

@@ -37,6 +37,7 @@ class BigVisionRandAugment(v2.Transform):
 
     Two ops differ from the source. Sharpness rounds its mean of 3 x 3 pixels down exactly, where the source's floats
     fall short for up to 1.5 % of pixels, and leaves images below 3 pixels. Posterize does nothing above magnitude 22.
+    Numbers out of range raise UserError.
 
     Args:
         ops: the number of ops applied to an image, in turn.

@@ -20,6 +20,7 @@ class ThreeAugment(v2.Transform):
 
     Args:
         jitter: brightness, contrast and saturation are multiplied, in random order, by 1 - jitter to 1 + jitter.
+            UserError below 0.
     """
 
     def __init__(self, jitter: float = 0.3) -> None:

@@ -45,6 +45,7 @@ class TimmRandAugment(v2.Transform):
     Each of `ops` is one of 15, with replacement, and is applied with probability `prob` at a magnitude of its own, a
     Gaussian clipped to [0, 10]. Translations are up to 0.45 of a side: timm's `translate_const` has no effect on them.
     A Posterize that keeps no bits (increasing, at magnitude 10) gives black, also where Pillow 13 refuses it.
+    Numbers out of range raise UserError.
 
     Args:
         magnitude: the mean strength, in [0, 10].
