@@ -127,6 +127,8 @@ def check_archive(path: Path) -> list[str]:
         raise damaged(path, f"{unpacked:,} bytes packed into {path.stat().st_size:,}, unlike any weights")
     if broken is not None:
         raise damaged(path, f"the checksum of {broken} is wrong")
+    if any("/code/" in member.filename for member in members):
+        raise UserError(f"{path} is a TorchScript program, which is not run; save the model's state dict instead")
     if packed is not None:  # torch would read the compressed bytes as numbers
         raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
     return [member.filename for member in members]

@@ -153,7 +153,8 @@ def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> 
             if given is not None and len(given) != channels:
                 raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
         made_with, given = (tuple(value) if isinstance(value, list) else value for value in (made_with, given))
-        if weights is not None and given not in (None, made_with) and name in known.keys() & {"mean", "std"}:
+        told = weights is not None and "preprocess" in weights.stated and name in known.keys() & {"mean", "std"}
+        if weights is not None and told and given not in (None, made_with):  # a guess gives way to what the user says
             source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
             raise UserError(
                 f"data.{name} is {given}, but {weights.path} was made with {made_with}{source}; leave it out"

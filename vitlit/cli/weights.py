@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 
@@ -90,14 +90,14 @@ def convert(source: str, out: Path, format: str) -> None:
         raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source)
     try:
-        written, what, difference = compare(vit, out, format)
+        written, what, difference = compare(vit, out, cast(Format, format))
     except BaseException:  # whatever stopped the check, what it did not pass is not kept
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
     print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
 
 
-def compare(vit: ViT, out: Path, format: Any) -> tuple[Path, str, float]:
+def compare(vit: ViT, out: Path, format: Format) -> tuple[Path, str, float]:
     """Write a ViT and read it back: (the file, what was compared, the largest difference); UserError if they differ."""
     written = save_weights(vit, out, format)
     images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))

@@ -80,11 +80,8 @@ def open_file(path: Path) -> Contents:
     if first.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise UserError(f"{path} is an HTML page, not weights: download the file itself")
     if first[:4] == b"PK\x03\x04":
-        names = check_archive(path)
-        if any(name.endswith(".npy") for name in names):
+        if any(name.endswith(".npy") for name in check_archive(path)):
             return open_npz(path)
-        if any("/code/" in name for name in names):
-            raise UserError(f"{path} is a TorchScript program, which is not run; save the model's state dict instead")
     elif first[8:9] == b"{":
         return open_safetensors(path)
     return open_torch(path)

@@ -44,7 +44,9 @@ def strip(tensors: Mapping[str, Tensor], prefix: str, unused: str = "") -> tuple
             kept[short] = tensor
         else:
             inside = prefix.rstrip("./")
-            raise UserError(f"{name} {list(tensor.shape)} lies outside the ViT in {inside}; skip=['{name}'] leaves it out")
+            raise UserError(
+                f"{name} {list(tensor.shape)} lies outside the ViT in {inside}; skip=['{name}'] leaves it out"
+            )
     return kept, left
 
 
