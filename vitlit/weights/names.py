@@ -43,10 +43,7 @@ def strip(tensors: Mapping[str, Tensor], prefix: str, unused: str = "") -> tuple
         elif name.startswith(prefix):
             kept[short] = tensor
         else:
-            inside = prefix.rstrip("./")
-            raise UserError(
-                f"{name} {list(tensor.shape)} lies outside the ViT in {inside}; skip=['{name}'] leaves it out"
-            )
+            raise UserError(f"{name} {list(tensor.shape)} lies outside the ViT in {prefix.rstrip('./')}")
     return kept, left
 
 
