@@ -41,11 +41,16 @@ def expand(path: str | Path) -> str:
 def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `path` after the block, once its content is on the disk.
 
-    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder.
+    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder. The
+    file's permissions are those of the user's umask, whatever a library gave it (safetensors: 0600).
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -142,6 +147,8 @@ def check_archive(path: Path) -> list[str]:
         raise damaged(path, f"{unpacked:,} bytes packed into {path.stat().st_size:,}, unlike any weights")
     if broken is not None:
         raise damaged(path, f"the checksum of {broken} is wrong")
+    if any("/code/" in member.filename for member in members):
+        raise UserError(f"{path} is a TorchScript program, which is not run; save the model's state dict instead")
     if packed is not None:  # torch would read the compressed bytes as numbers
         raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
     return [member.filename for member in members]

@@ -152,8 +152,9 @@ class Stage(LightningModule):
             data.follow(self.vit)
         else:
             self.vit.preprocess = preprocess(self.weights.preprocess, self.vit)
-            fixed = () if "preprocess" in self.weights.origins else self.weights.preprocess
-            data.follow(self.vit, self.weights.path, fixed)
+            fixed = self.weights.preprocess if "preprocess" in self.weights.stated else ()  # the rest is a guess
+            told = self.weights.origins.get("preprocess")
+            data.follow(self.vit, f"{self.weights.path} ({told})" if told else self.weights.path, fixed)
 
     def check_data(self, data: Any) -> None:
         """Prepare training data and the objective for each other, once; UserError if they or the network do not fit.

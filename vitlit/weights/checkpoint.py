@@ -42,7 +42,14 @@ def read(contents: Contents) -> Weights | None:
     if config["depth"] != blocks:  # a huge depth would take all memory
         raise UserError(f"the file states a depth of {config['depth']!r}, but holds {blocks} blocks")
     return Weights(
-        contents.path, "vitlit", state, config, about["classes"], about["preprocess"], unused, frozenset(config)
+        contents.path,
+        "vitlit",
+        state,
+        config,
+        about["classes"],
+        about["preprocess"],
+        unused,
+        frozenset({*config, "preprocess"}),
     )
 
 

@@ -114,6 +114,9 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
         for name, tensor in state.items():
             own[name].copy_(tensor)
     fill_positions(vit)
+    origins = dict(weights.origins)
+    if "image_size" in origins and vit.grid[0] != vit.grid[1] and "pos_embed" in state and "pos_embed" not in adapted:
+        origins["image_size"] = "the model's grid of {} x {}; the file does not say".format(*vit.grid)
     return LoadReport(
         matched=[name for name in state if name not in adapted],
         resampled=sorted(adapted - skipped),
@@ -122,7 +125,7 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
         unexpected=weights.unused,
         format=weights.format,
         settings=set_numerics(vit, weights.config),
-        origins=weights.origins,
+        origins=origins,
     )
 
 

@@ -33,11 +33,12 @@ def read(contents: Contents) -> Weights | None:
     state = fold_registers(strip(contents.tensors, prefix)[0])
     about = contents.beside(CONFIG)
     stated = stated_by(about)
-    config = {**architecture(state), **stated}
+    config, known = {**architecture(state), **stated}, set(stated)
     origins = {"mlp": "timm's default; the file does not say"} | dict.fromkeys(stated, CONFIG)
     cfg = about.get("pretrained_cfg")
     if isinstance(cfg, dict) and "mean" in cfg:
         preprocess: dict[str, Any] = {name: tuple(cfg[name]) for name in ("mean", "std")}
+        known.add("preprocess")
         preprocess["interpolation"] = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
         preprocess["crop_ratio"] = float(cfg.get("crop_pct", 0.875))
         preprocess["squash"] = cfg.get("crop_mode") == "squash"
@@ -49,7 +50,7 @@ def read(contents: Contents) -> Weights | None:
         origins["preprocess"] = f"{models}; the file does not say"
     names = about.get("label_names")
     classes = [str(name) for name in names] if isinstance(names, list) and len(names) == config["num_classes"] else []
-    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(stated), origins)
+    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(known), origins)
 
 
 def stated_by(about: dict[str, Any]) -> dict[str, Any]:
