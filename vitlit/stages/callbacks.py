@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 
 from vitlit.errors import UserError
+from vitlit.stages.metrics import KNOWN, direction
 
 BASES = ("Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar")
 # Callbacks that cannot work with a stage, and what to use instead.
@@ -17,16 +18,16 @@ REFUSED = {
     "LearningRateFinder": "would change what the config says; give the optimizer's lr",
     "ModelPruning": "renames the parameters, so that no run could continue; use torch.nn.utils.prune after training",
 }
-# The best value of each metric that vitlit logs.
-BEST = dict.fromkeys(("top1", "top1_macro", "top5", "map", "r2", "knn", "probe", "images_per_second", "mfu"), "max")
-BEST |= dict.fromkeys(("loss", "mae", "data_wait"), "min")
-BEST |= {f"{name}_raw": mode for name, mode in BEST.items()}  # beside an EMA
+# The metrics that vitlit logs and that have a best value.
+JUDGED = {*KNOWN, "loss", "knn", "probe", "images_per_second", "data_wait", "mfu"}
+RAW = "_raw"  # of the trained weights, beside an EMA
 
 
 def best_mode(monitor: Any) -> str | None:
     """Which value of a metric is best, min or max; None of a metric that vitlit does not log."""
     split, _, name = str(monitor).partition("/")
-    return BEST.get(name) if split in ("train", "val", "test") else None
+    name = name.removesuffix(RAW)
+    return direction(name) if split in ("train", "val", "test") and name in JUDGED else None
 
 
 def refuse(name: str) -> None:
