@@ -58,6 +58,11 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
 @contextmanager
 def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
     """A folder to write into, `OUT.partial`, renamed to `out`, which must be empty or absent, after the block.

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from vitlit.data import ImageFolderData
 from vitlit.doctor import origin
-from vitlit.files import whole_file
+from vitlit.files import write_text
 from vitlit.loggers import Wandb
 from vitlit.prepare.sources import DIGITS
 from vitlit.run.checkpoints import Best
@@ -140,8 +140,7 @@ class Evaluated(Callback):
         self.about |= {"root": data.splits.root, "images": images, **origin(self.words)}
         self.about["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         try:
-            with whole_file(self.out) as partial:
-                partial.write_text(json.dumps(self.about, indent=2) + "\n")
+            write_text(self.out, json.dumps(self.about, indent=2) + "\n")
         except OSError as error:
             print(f"vitlit: warning: cannot write {self.out}: {error.strerror}", flush=True)
         print(

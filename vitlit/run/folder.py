@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, expand, whole_file
+from vitlit.files import check_archive, expand, write_text
 from vitlit.run.config import TRUST, read_config
 from vitlit.run.history import History
 from vitlit.run.lock import Lock
@@ -146,7 +146,7 @@ class RunFolder:
                 self._empty()
             self.marker.unlink(missing_ok=True)
             trust = ",".join(os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())
-            self._write(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
+            write_text(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot write into {self.path}: {why}; give another --run.root") from error
@@ -156,12 +156,12 @@ class RunFolder:
 
     def keep_wandb_id(self, name: str) -> None:
         self._wandb_id.parent.mkdir(exist_ok=True)
-        self._write(self._wandb_id, name)
+        write_text(self._wandb_id, name)
 
     def finish(self, step: int) -> None:
         """Mark the run as complete. Nothing continues from the checkpoint before the last any more."""
         self.previous.unlink(missing_ok=True)
-        self._write(self.marker, json.dumps({"step": step}) + "\n")
+        write_text(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
         """The step at which the run finished; UserError if its marker is damaged."""
@@ -179,10 +179,6 @@ class RunFolder:
     def _content(self) -> list[Path]:
         """What is in the folder, but for the lock."""
         return [path for path in self.path.iterdir() if not path.name.startswith(LOCK)]
-
-    def _write(self, path: Path, text: str) -> None:
-        with whole_file(path) as partial:
-            partial.write_text(text)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

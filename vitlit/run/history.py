@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlit.errors import UserError
-from vitlit.files import whole_file
+from vitlit.files import write_text
 
 
 class History:
@@ -21,7 +21,7 @@ class History:
         """Add a command and what is known of it."""
         content = self.read()
         content.pop("result", None)
-        content.setdefault("commands", []).append(command)
+        content["commands"].append(command)
         self._write(content)
 
     def end(self, step: int, seconds: float, ended: str, **result: Any) -> None:
@@ -43,5 +43,4 @@ class History:
             raise UserError(f"{self.path} is damaged; remove it, and the same command continues the run") from error
 
     def _write(self, content: dict[str, Any]) -> None:
-        with whole_file(self.path) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(self.path, json.dumps(content, indent=2) + "\n")
