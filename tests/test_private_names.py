@@ -31,7 +31,7 @@ class Name(NamedTuple):
 CLI, STAGE = "lightning.pytorch.cli:LightningCLI", "lightning.pytorch:LightningModule"
 NAMES = [
     Name(
-        "cli/arguments.py",
+        "cli/parser.py",
         "_actions _check_value_key",
         "lightning.pytorch.cli:LightningArgumentParser",
         "jsonargparse accepts null for every type",

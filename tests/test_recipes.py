@@ -17,7 +17,7 @@ from conftest import REPOSITORY, Result
 from jsonargparse import Namespace
 
 import vitlit.cli.completion
-from vitlit.cli.arguments import Parser
+from vitlit.cli.parser import Parser
 from vitlit.data import ImageFolderData, Preprocess
 from vitlit.model import ViT
 from vitlit.stages import Stage
