@@ -15,6 +15,7 @@ COMMON: dict[str, Any] = {"interpolation": "bicubic", "crop_ratio": 0.875}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), **COMMON}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **COMMON}
 
+NOT_SAID = "the file does not say"
 STEM = "patch_embed.proj.weight"  # identifies a ViT with timm's names
 HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by width: the presets, DINOv3's largest
 
@@ -29,6 +30,14 @@ FEATURES = (
     "qk_norm",
     "final_norm",
     "norm",
+    "norm_kind",
+    "patch_bias",
+    "patch_norm",
+    "pre_norm",
+    "sub_norm",
+    "proj_bias",
+    "pool_prefix",
+    "partial_patches",
 )
 PLAIN: dict[str, Any] = {name: getattr(ViTConfig, name) for name in FEATURES}
 
@@ -81,6 +90,12 @@ def architecture(
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "patch_bias": "patch_embed.proj.bias" in state or "norm_pre.weight" not in state,  # only CLIP's has none
+        "patch_norm": "patch_embed.norm.weight" in state,
+        "pre_norm": "norm_pre.weight" in state,
+        "sub_norm": "blocks.0.attn.norm.weight" in state,
+        "norm_kind": "layernorm" if "blocks.0.norm1.bias" in state else "rmsnorm",
         "norm": "pooled" if "fc_norm.weight" in state else "tokens",
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
     }
