@@ -18,9 +18,6 @@ class ViTConfig:
     """Pixels, an int or (height, width). Images of another size resample the positions."""
     patch_size: int = 16
     """Pixels. Must divide the image size, unless partial_patches says otherwise."""
-    partial_patches: Literal["refuse", "drop"] = "refuse"
-    """Whether an image that the patch size does not divide is refused, or loses the patches that its right and lower
-    edges cut, as in timm."""
     width: int = 768
     """D, the size of a token."""
     depth: int = 12
@@ -89,6 +86,9 @@ class ViTConfig:
     """Whether the final norm is applied to the tokens or to the pooled features (2111.06377)."""
     final_norm: bool = True
     """Whether there is a final norm."""
+    partial_patches: Literal["refuse", "drop"] = "refuse"
+    """Whether an image that the patch size does not divide is refused, or loses the patches that its right and lower
+    edges cut, as in timm."""
     resampling: Resampling = "antialias"
     """How a learned table is resampled to another grid; see `vitlit.model.position.resample`."""
     activation_checkpointing: bool = False
