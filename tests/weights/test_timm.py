@@ -172,18 +172,19 @@ def test_there_are_as_many_models_as_the_table_in_the_docs_says() -> None:
 def test_every_vit_of_timm_from_its_folder_is_equal_or_refused(name: str, tmp_path: Path) -> None:
     """Narrow, with the heads that its name tells, of an image that no patch divides where the model takes one."""
     with torch.device("meta"):
-        block: Any = timm.create_model(name, depth=1).blocks[0]
+        model: Any = timm.create_model(name, depth=1)
+    block = model.blocks[0]
     patch = int((re.findall(r"patch(\d+)", name) or [16])[0])
-    heads = getattr(getattr(block, "attn", block), "num_heads", 8)
-    options = {"embed_dim": 8 * heads, "img_size": (2 * patch, 3 * patch + 2)}
+    heads = getattr(getattr(block, "attn", block), "num_heads", 12)
+    options: dict[str, Any] = {"embed_dim": 8 * heads, "img_size": (2 * patch, 3 * patch + 2)}
     try:
-        theirs, images = shaken(timm_model(name, **options)), images_of(options["img_size"])
+        theirs, images = shaken(timm_model(name, **options), 0.1), images_of(options["img_size"])
         expected = theirs(images)
     except AssertionError:  # dynamic_img_size
         options["img_size"] = (2 * patch, 3 * patch)
-        theirs, images = shaken(timm_model(name, **options)), images_of(options["img_size"])
+        theirs, images = shaken(timm_model(name, **options), 0.1), images_of(options["img_size"])
         expected = theirs(images)
-    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    save_for_hf(theirs, str(tmp_path), safe_serialization=True)
     if name in REFUSED:
         user_error(REFUSED[name], vitlit.load, tmp_path)
     else:
@@ -193,7 +194,7 @@ def test_every_vit_of_timm_from_its_folder_is_equal_or_refused(name: str, tmp_pa
 def test_config_json_without_a_size_tells_that_of_its_preprocessing(tmp_path: Path) -> None:
     """SigLIP's 384 pixels with patches of 14: 27 x 27, and 6 pixels left."""
     theirs = shaken(timm.create_model("vit_so400m_patch14_siglip_384", embed_dim=64, depth=1, num_classes=10)).eval()
-    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    save_for_hf(theirs, str(tmp_path), safe_serialization=True)
     vit, images = vitlit.load(tmp_path), images_of(384)
     assert (vit.config.image_size, vit.grid) == ((384, 384), (27, 27))
     assert_same(vit(images), theirs(images))

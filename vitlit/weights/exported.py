@@ -9,8 +9,11 @@ from vitlit.weights.checkpoint import about
 from vitlit.weights.files import Contents
 
 KEY, EXPORTED = "vitlit_export", "the file's metadata"
-# The options that no tensor shows. Whether the class token has a position follows from the image size.
-OPTIONS = ("image_size", "heads", "pool", "pool_prefix", "mlp", "norm_eps", "position", "partial_patches", "resampling")
+# The options that no tensor shows.
+OPTIONS = (
+    *("image_size", "heads", "pool", "pool_prefix", "mlp", "norm_eps"),
+    *("position", "class_position", "partial_patches", "resampling"),
+)
 
 
 class Exported(NamedTuple):

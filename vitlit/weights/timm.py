@@ -77,8 +77,11 @@ def read(contents: Contents) -> Weights | None:
     size = cfg["input_size"][1:] if cfg.get("input_size") else None
     state, seen = place(state, stated.get("image_size", size))
     position = stated.pop("position", "learned")
-    if position.startswith("sincos2d") and not holds(state, seen, position):
-        position = "learned"  # changed since it was exported
+    if position.startswith("sincos2d"):
+        if holds(state, seen, position):
+            seen.pop("class_position")
+        else:
+            position = "learned"  # changed since it was exported
     config = architecture(state, position, seen.get("class_position"))
     if config.get("mlp") == "swiglu":
         stated.pop("mlp", None)
@@ -91,7 +94,7 @@ def read(contents: Contents) -> Weights | None:
         ("pool", config["pool"]),
     ):
         if name not in stated and config.get(name) != "swiglu":
-            origins[name] = f"{assumed}, {NOT_SAID}"
+            origins[name] = f"{assumed}, timm's default; {NOT_SAID}"
     if config["pre_norm"]:  # CLIP
         config.setdefault("norm_eps", 1e-5)
     classes, preprocess = known.classes, known.preprocess
