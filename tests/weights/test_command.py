@@ -211,7 +211,7 @@ def stranger_like(**options: Any) -> ViT:
     [
         (
             {"architecture": "vit_small_patch16_rope_ape_224"},
-            "rope_ape_224, which is not one of the plain ViTs",
+            "rope_ape_224, which has rotary positions",
         ),
         ({"architecture": "vit_base_patch16_224", "model_args": {"block_fn": "x"}}, "model argument block_fn"),
         ({"architecture": "vit_base_patch16_224", "global_pool": "max"}, "global_pool max"),
