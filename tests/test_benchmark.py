@@ -1,11 +1,13 @@
 """`vitlit benchmark data`: its measurements and advice."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refused
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -68,6 +70,18 @@ def test_mistakes_are_one_line(vitlit: Callable[..., Any], photos: Path, argumen
     assert result.code == 2
     assert result.err.count("\n") == 1
     assert words in result.err
+
+
+def test_an_image_that_cannot_be_read_is_named_with_the_way_to_all(
+    vitlit: Callable[..., Any], photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "bad")
+    (tmp_path / "bad/train/class0/0.jpg").write_bytes(b"?")
+    refused(
+        vitlit("benchmark", "data", "bad", "--batch_size", 4, "--image_size", 32, "--model", "none"),
+        "class0/0.jpg",
+        "`vitlit data check bad` lists all that cannot be read",
+    )
 
 
 def test_advice_gives_the_workers_that_the_model_needs() -> None:

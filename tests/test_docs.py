@@ -84,10 +84,11 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
 
 
 def write_labels(root: Path, cwd: Path) -> None:
-    """The files of labels that the pages name: of one class an image, of one or two, and of groups of images."""
+    """The files of labels that the pages name: one class an image, one or two, numbers, and groups of images."""
     paths = sorted(path.relative_to(root) for path in (root / "train").rglob("*.png"))
     rows = {
         "labels.csv": [f"{path},{path.parent.name}" for path in paths],
+        "numbers.csv": [f"{path},{i / 4}" for i, path in enumerate(paths)],
         "several.csv": [f"{path},{'even|' if i % 2 else ''}{path.parent.name}" for i, path in enumerate(paths)],
     }
     for name, lines in rows.items():

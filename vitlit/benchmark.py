@@ -56,7 +56,8 @@ def run(arguments: list[str]) -> int:
 
     preprocess = Preprocess((given.image_size, given.image_size))
     data = Images(index, train_transform(preprocess, "random_resized", (0.05, 1.0), 0.5))
-    seconds, size = time_stages(data, given.images, given.batch_size, preprocess, device)
+    with _all_named(given.root):
+        seconds, size = time_stages(data, given.images, given.batch_size, preprocess, device)
     total, slowest = sum(seconds.values()), max(seconds, key=seconds.__getitem__)
     print(f"{given.root}: {len(index):,} training images of {size / 2**10:,.1f} KiB, decoded by {DECODER}")
     print(f"\n{'one core':<12}  ms/image  share")
@@ -65,13 +66,22 @@ def run(arguments: list[str]) -> int:
     print(f"  {'all':<12}{1000 * total:>6.2f}  {1 / total:,.0f} images/s")
 
     workers = count(torch.cuda.device_count())
-    loaded = time_loader(data, given.batch_size, workers, device.type == "cuda")
+    with _all_named(given.root):
+        loaded = time_loader(data, given.batch_size, workers, device.type == "cuda")
     print(f"\nloader       {loaded:,.0f} images/s, {workers} worker(s), all of a device's cores")
     if vit is not None:
         needed = time_model(vit, given.batch_size, device)
         print(f"ViT-{given.model:<8} {needed:,.0f} images/s, forward and backward on {device.type}")
         print(advice(needed, 1 / (total - seconds["transfer"]), loaded, workers, slowest))
     return 0
+
+
+@contextmanager
+def _all_named(root: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; `vitlit data check {root}` lists all that cannot be read") from error
 
 
 def time_stages(

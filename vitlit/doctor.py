@@ -4,8 +4,13 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,15 +52,13 @@ def run(arguments: list[str]) -> int:
 
 def examine() -> dict[str, Any]:
     """The facts as JSON values: sizes in bytes, None for what is missing."""
-    versions: dict[str, Any] = {"python": platform.python_version(), "vitlit": vitlit.__version__}
-    versions |= {name: version(name) for name in PACKAGES}
     try:
         mode, why = wandb_mode.decide()
     except UserError as error:
         mode, why = "refused", str(error)
     return {
         "platform": platform.platform(),
-        "versions": {**versions, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+        "versions": {**versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "unmet": unmet(),
         "gpus": [gpu(number) for number in range(torch.cuda.device_count())],
         "nvidia_driver": NVIDIA.is_file(),
@@ -73,12 +76,41 @@ def examine() -> dict[str, Any]:
     }
 
 
+def origin(command: list[str]) -> dict[str, Any]:
+    """What a result was made with: command, date, host, working folder, versions, and commits where there are any."""
+    folders = {"folder": Path.cwd(), "vitlit": Path(vitlit.__file__).parent.parent}
+    if not (folders["vitlit"] / ".git").exists():  # an installed package, in whatever repository its .venv lies
+        del folders["vitlit"]
+    return {
+        "command": shlex.join(command),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "folder": str(Path.cwd()),
+        "versions": versions(),
+        "commit": {name: found for name, folder in folders.items() if (found := commit(folder))},
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python, vitlit and the packages below it; None for what is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "vitlit": vitlit.__version__}
+    return found | {name: version(name) for name in PACKAGES}
+
+
 def version(package: str) -> str | None:
     """The installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def commit(folder: Path) -> str:
+    """The commit checked out around a folder, with -dirty behind it if files differ; "" without one."""
+    ask = ["git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run([*ask, "--exclude=*"], capture_output=True, text=True, timeout=5).stdout.strip()
+    return ""
 
 
 def unmet() -> list[dict[str, str | None]]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import socket
 import stat
@@ -13,19 +14,43 @@ from typing import Any
 
 from vitlit.errors import UserError
 
+LONGEST = 4096  # bytes of a path, in Linux
 MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
 MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
+
+
+def expand(path: str | Path) -> str:
+    """A path as the user means it: ~ and environment variables are replaced, URLs are left alone.
+
+    Raises:
+        UserError: there is no such user or variable, or no file system takes such a path.
+    """
+    text = os.fspath(path)
+    if "://" in text or text.startswith("hf:"):
+        return text
+    found = os.path.expanduser(os.path.expandvars(text))
+    missing = re.match(r"~[^/]*|.*?(\$\w+|\$\{\w+\})", found)
+    if missing and not os.path.lexists(found):
+        raise UserError(f"{text}: there is no {missing[1] or missing[0]} to put in; write the path out")
+    if "\0" in found or len(os.fsencode(found)) >= LONGEST or max(map(len, os.fsencode(found).split(b"/"))) > 255:
+        raise UserError(f"{found[:80]!r}... is no path: it is too long, or has a null character")
+    return found
 
 
 @contextmanager
 def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `path` after the block, once its content is on the disk.
 
-    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder.
+    A block that fails leaves the old file, and so does a killed process. `partial` must lie in the same folder. The
+    file's permissions are those of the user's umask, whatever a library gave it (safetensors: 0600).
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -122,6 +147,8 @@ def check_archive(path: Path) -> list[str]:
         raise damaged(path, f"{unpacked:,} bytes packed into {path.stat().st_size:,}, unlike any weights")
     if broken is not None:
         raise damaged(path, f"the checksum of {broken} is wrong")
+    if any("/code/" in member.filename for member in members):
+        raise UserError(f"{path} is a TorchScript program, which is not run; save the model's state dict instead")
     if packed is not None:  # torch would read the compressed bytes as numbers
         raise damaged(path, f"{packed} in it is compressed, which torch.save never does")
     return [member.filename for member in members]

@@ -1,5 +1,6 @@
 """Every random draw of a run, by purpose: a pure function of (purpose, seed, step or epoch, index, ...)."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,11 @@ import torch
 # Purposes. Streams of different purposes never share numbers; a new one goes to the end.
 ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW = range(8)
 LARGEST = 2**64 - 1
+
+
+def global_seed() -> int:
+    """What Lightning's seed_everything was last given in this process or the one that began it; 0 by default."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def mix(*values: int | np.ndarray) -> np.ndarray:

@@ -38,13 +38,30 @@ MISTAKES = {
     "--model.vit.mixing 8": ["model.vit: no key mixing\n"],  # there is data.mixing, in another object
     "--data.mixing.timescale 8": ["no key data.mixing.timescale\n"],
     "--model.vit vitlit.ViT.from_preset --model.vit.preset S/16 --model.vit.width 64": [
-        "model.vit: no key width, which follows from preset: give --model.vit.preset, or --model.vit vitlit.ViT"
+        "model.vit: no key width, which follows from preset: leave it out, or give --model.vit vitlit.ViT and all its"
     ],
     "--model.vit.preset S/16": ["model.vit: no key width, which follows from preset"],  # SMALL has a width
     "--model.schedule.warmupp 8": ["no key schedule.warmupp; did you mean schedule.warmup?"],
     "--data.mixing.prob 0.5": ["data.mixing.prob does nothing without data.mixing.mixup or data.mixing.cutmix; give"],
     "--data.erasing.area [0.1,0.2]": ["data.erasing.area does nothing without data.erasing.prob; give it, or leave it"],
     "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats, 8 or less"],
+    "--lr 3": ["no key lr; did you mean model.optimizer.lr?"],
+    "--weight-decay 3": ["no key weight-decay; did you mean model.optimizer.weight_decay?"],
+    "--model.objective Foo": [
+        "model.objective: expected class, not Foo; give one of Distillation, MAE, Regression, Supervised"
+    ],
+    "--seed_everything true": ["seed_everything: expected int, not true"],
+    "--seed_everything -1": ["seed_everything -1 is not from 0 to 4294967295"],
+    "--data.holdout -5%": ["data.holdout -5% is not a share"],
+    "--data.crop_scale 0.5": ["data.crop_scale: expected tuple, not 0.5; write a list, such as [0.05, 1.0]"],
+    "--data.batch_size -3": ["data.batch_size -3 is less than 1"],
+    "--data.seed=None": ["data.seed: expected int, not None; write null"],
+    "--data.batch_size=None": ["data.batch_size: expected int, not null"],
+    "--trainer.devices 0": ["trainer.devices is 0; give how many, or auto"],
+    "--trainer.logger Logger": ["Logger: a base class"],
+    "--trainer.logger vitlit.loggers.CSV": ["CSV: metrics.csv is written in any case"],
+    "--trainer.callbacks [vitlit.callbacks.Ema]": ["no attribute 'Ema'; did you mean EMA?"],
+    "--trainer.max_time 00:01:00:00": ["trainer.max_time cannot be set", "use run.time_limit"],
     "--model.optimizer AdanW": ["model.optimizer: expected class, not AdanW; did you mean AdamW?"],
     "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
     "--trainer.callbacks [vitlit.callbacks.ema.EMAA]": ["no attribute 'EMAA'; did you mean EMA?"],
@@ -275,7 +292,6 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
             "Gaussian",
         ),
         ("--data.augment", "[torchvision.transforms.v2.MixUp]", "data.augment: MixUp fails on an image"),
-        ("--data.augment", "torchvision.transforms.v2.AugMix", "; write [torchvision.transforms.v2.AugMix]"),
         ("--data.mean", "0.5", "data.mean: expected tuple, not 0.5; write [0.5]"),
         ("--run.keep_every", "0", "run.keep_every 0"),
         ("--run.save_minutes", ".nan", "run.save_minutes nan"),
@@ -299,3 +315,19 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
 )
 def test_values_that_make_no_sense_are_refused(vitlit: Command, few: Path, flag: str, value: str, words: str) -> None:
     refused(vitlit("fit", *SMALL, "--data.root", few, flag, value), words)
+
+
+def test_a_config_of_ones_own_is_found_first_and_a_folder_is_called_one(
+    vitlit: Command, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "finetune_folder.yaml").write_text("data: {batch_sise: 8}\n")
+    refused(vitlit("fit", "--config", "recipes/finetune_folder"), "did you mean data.batch_size?")
+    refused(vitlit("fit", "--config", "recipes"), "config recipes is a folder")
+    changed = shipped(tmp_path, "\nmodel:", "\nmodle:")
+    refused(vitlit("fit", "--config", changed), "no key modle; did you mean model?")
+
+
+def test_nothing_is_written_before_the_weights_are_found(vitlit: Command, tmp_path: Path) -> None:
+    refused(vitlit("fit", "--config", "finetune"), "does not exist")
+    assert not (tmp_path / "data").exists()

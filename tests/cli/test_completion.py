@@ -7,13 +7,10 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, Result, done, refused
-from jsonargparse import Namespace
 from test_arguments import shipped
 from test_predict import measured
 
 from vitlit import load
-from vitlit.cli.completion import fill_preprocess
-from vitlit.weights import Weights
 
 Command = Callable[..., Result]
 FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
@@ -143,22 +140,12 @@ def test_a_finetuning_that_changes_the_network_is_evaluated_and_continued(
 def test_a_learning_rate_for_another_batch_is_warned_of(
     name: str, lr: float, batch: int, answer: str, vitlit: Command, few: Path
 ) -> None:
-    flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1000000"
+    flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1"
+    flags += ' --model.groups.lr {"nothing":2}'
     result = vitlit("fit", "--config", name, "--data.root", few, *flags.split(), *answer.split())
-    assert result.code == 2  # for the warm-up
+    assert "nothing" in result.err  # is refused when the optimizer is made
     doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
     assert (doubt in result.out) == (not answer)
-
-
-@pytest.mark.parametrize("given", [None, False, True])
-def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given: bool | None) -> None:
-    how = {} if given is None else {"interpolation": "bicubic", "crop_ratio": 0.5}
-    data = Namespace(**{"mean": None, "std": None, "interpolation": None, "crop_ratio": None, "squash": given, **how})
-    known = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
-    fill_preprocess(data, Weights(Path("file"), "test", {}, {}, preprocess=known), channels=3)
-    assert data.squash is (given is not False)
-    expected = ("bilinear", 1.0) if given is None else ("bicubic", 0.5)
-    assert (data.interpolation, data.crop_ratio) == expected
 
 
 def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, work: Path) -> None:
@@ -209,3 +196,15 @@ def test_an_averaged_run_is_not_continued_without_its_average(vitlit: Command, f
     last = "runs/pretrain/checkpoints/last.ckpt"
     other = ["--run.name", "other", "--trainer.max_steps", 8, "--ckpt_path", last]
     refused(vitlit("fit", *SMALL, "--data.root", few, *other), "averages its weights (EMA), this one does not")
+
+
+def test_a_preset_may_be_given_beside_weights_of_the_same_sizes(vitlit: Callable[..., Result], few: Path) -> None:
+    sizes = [word for word in SMALL if not word.startswith("--model.vit.") and word not in ("16", "2", "32")]
+    pretrain = [*sizes[:2], "--model.vit.preset", "Ti/8", "--data.image_size", 16, "--data.batch_size", 16]
+    short = ["--trainer.logger", "false", "--trainer.max_steps", 2, "--model.schedule.warmup", 1, "--data.root", few]
+    done(vitlit("fit", *pretrain, *short, "--data.num_workers", 0, "--run.name", "first"))
+    finetune = ["fit", "--config", "finetune", "--model.init_from", "runs/first", "--data.image_size", 16, *short]
+    finetune += ["--data.batch_size", 16, "--data.num_workers", 0, "--run.name", "second", "--model.vit.preset"]
+    done(vitlit(*finetune, "Ti/8"))
+    finetune[finetune.index("second")] = "third"
+    refused(vitlit(*finetune, "Ti/4"), "model.vit.patch_size is 4", "made with 8")

@@ -92,6 +92,16 @@ def test_folders_laid_out_otherwise_are_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_files_that_are_not_read_and_images_that_do_not_fill_a_batch_are_told_once(vitlit: Command, data: Path) -> None:
+    (data / "train" / "1" / "x.heic").touch()
+    out = done(vitlit("fit", *SMALL, "--data.root", data, "--data.batch_size", 9, "--trainer.max_steps", 9))
+    assert out.count("not read") == out.count(f"{data}/train: not read: .heic 1; `vitlit data check` names them\n") == 1
+    assert out.count("4 steps an epoch, each time without 4 other images\n") == 1
+    short = ("--data.batch_size", 8, "--trainer.limit_train_batches", 3, "--run.name", "short")
+    out = done(vitlit("fit", *SMALL, "--data.root", data, *short))
+    assert "3 steps an epoch, of the 5 that the images fill, by trainer.limit_train_batches\n" in out
+
+
 def test_a_class_without_validation_images_is_said_in_one_line(vitlit: Command, data: Path) -> None:
     shutil.rmtree(data / "val" / "3")
     out = done(vitlit("fit", *SMALL, "--data.root", data))
@@ -143,7 +153,9 @@ def test_metrics_have_their_names(vitlit: Command, digits: Path, tmp_path: Path,
     done(vitlit("fit", *SMALL, "--data.root", "part"))
     names = {"train/loss", "train/lr", "train/images_per_second", "train/data_wait"}
     names |= {"val/loss", "val/top1", "val/top1_macro"}
-    assert columns(tmp_path / "runs" / "pretrain") == {"step", "epoch"} | names | ({"val/top5"} if top5 else set())
+    assert columns(tmp_path / "runs" / "pretrain") == {"step", "epoch", "unix_seconds"} | names | (
+        {"val/top5"} if top5 else set()
+    )
 
 
 def test_one_class_is_refused(vitlit: Command, few: Path, tmp_path: Path) -> None:

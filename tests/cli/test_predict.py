@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Result, done, refused
+from conftest import REPOSITORY, SMALL, Result, done, refused
+from PIL import Image
 from test_fit import columns, table
 
 from vitlit import load
+from vitlit.images.decode import decode
 
 Command = Callable[..., Result]
 
@@ -76,6 +78,33 @@ def test_photos_are_files_flat_folders_and_trees(vitlit: Command, few: Path, wor
     assert [row["path"] for row in rows] == [str(photo) for photo in dict.fromkeys((odd, *flat, *tree))]  # each once
     names = "path class probability class_2 probability_2 class_3 probability_3 class_4 probability_4"
     assert " ".join(rows[0]) == names  # there are 4 classes
+
+
+def test_the_ground_of_transparent_images_goes_with_the_weights(vitlit: Command, few: Path, work: Path) -> None:
+    drawings = sorted((few / "train").glob("*/*.png"))
+    for path in drawings:  # the digit is in the transparency alone
+        drawing = Image.new("RGBA", (8, 8), "white")
+        drawing.putalpha(Image.open(path).convert("L"))
+        copy = work / "drawings" / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        drawing.save(copy)
+    photos = sorted((work / "drawings" / "1").iterdir())
+    fit = ("fit", *SMALL, "--data.root", "drawings", "--data.holdout", "20%")
+    done(vitlit(*fit, "--data.ground", "black", "--run.name", "black"))
+    tuned = ("fit", "--config", REPOSITORY / "configs" / "finetune.yaml", *SMALL[-14:], "--data.holdout", "20%")
+    done(vitlit(*tuned, "--model.init_from", "runs/black", "--data.root", "drawings", "--run.name", "tuned"))
+    for run in ("black", "tuned"):
+        vit = load(work / "runs" / run)
+        assert vit.preprocess is not None
+        images = vit.preprocess(photos)
+        assert images.mean(dim=(1, 2, 3)).max() < 0.9  # on white there would be nothing
+        assert torch.equal(images, vit.preprocess([decode(few / "train" / "1" / photo.name) for photo in photos]))
+        done(vitlit("predict", f"runs/{run}", *photos))
+        rows = table(work / "runs" / run / "predictions.csv")
+        with torch.no_grad():
+            likely = vit(images).softmax(-1).max(-1).values.tolist()
+        assert [float(row["probability"]) for row in rows] == pytest.approx(likely, abs=1e-5)
+    refused(vitlit(*fit, "--data.ground", "blak", "--run.name", "x"), "data.ground 'blak' is no colour")
 
 
 def test_five_of_ten_classes_are_predicted(vitlit: Command, digits: Path, tmp_path: Path) -> None:

@@ -39,12 +39,14 @@ FOUND = [("cat/1.png", 0), ("cat/deep/er/2.png", 0), ("dog/3.jpg", 1)]
 
 
 def test_a_scan_is_kept_beside_the_split_and_read_without_looking_again(
-    large: Path, monkeypatch: pytest.MonkeyPatch
+    large: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert scanned(large) == FOUND
     assert sorted(path.name for path in (large / ".vitlit").iterdir()) == ["train.npz"]
     monkeypatch.setattr("vitlit.data.folder.walk", None)
+    capsys.readouterr()
     assert scanned(large) == FOUND
+    assert "not read: .txt 1;" in capsys.readouterr().out
     moved = large.rename(large.with_name("moved"))
     assert scanned(moved) == FOUND
 

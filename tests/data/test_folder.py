@@ -99,6 +99,42 @@ def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> Non
     user_error("no image under", scan_photos, [tmp_path / "empty"])
 
 
+def test_what_is_not_read_is_told_once_by_ending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = tmp_path / "train"
+    paint(train / "a" / "1.jfif", train / "a" / "2.AVIF", train / "b" / "deep" / "3.png", train / "loose.png")
+    for name in ("a/1.heic", "a/2.HEIC", "b/deep/3.heic", "b/notes", "c.zip", "a/.hidden"):
+        (train / name).touch()
+    (train / "d").symlink_to("/nowhere")
+    (train / "b" / "e").symlink_to("e")
+    data = ImageFolderData(str(tmp_path), holdout=0.3, batch_size=1)
+    assert (len(data.split("train")), len(data.split("val"))) == (2, 1)
+    kinds = ".heic 3, dead links 2, without an ending 1, .zip 1, images outside of class folders 1"
+    told = sorted(kinds.split(", "))
+    [line] = capsys.readouterr().out.splitlines()
+    start, _, listed = line.partition(": not read: ")
+    listed, _, remedy = listed.partition("; ")
+    assert (start, sorted(listed.split(", ")), remedy) == (str(train), told, "`vitlit data check` names them")
+    assert sorted(scan_photos([train]).names())[0].endswith(b"a/1.jfif")
+    assert capsys.readouterr().out.startswith(f"{train}: not read: .heic 3, ")
+
+
+def test_a_class_of_files_that_are_not_read_is_told_so(tmp_path: Path) -> None:
+    paint(tmp_path / "train" / "a" / "1.png")
+    (tmp_path / "train" / "b").mkdir()
+    for number in range(12):
+        (tmp_path / "train" / "b" / f"{number}.heic").touch()
+    user_error(r"class folder .*/b holds no image that is read, only \.heic 12 \(known: \.jpg ", scan_train, tmp_path)
+    user_error(r"no image under .*/b, only \.heic 12", scan_photos, [tmp_path / "train" / "b"])
+
+
+@pytest.mark.parametrize(("split", "spelling"), [("val", "valid"), ("val", "Validation"), ("train", "training")])
+def test_a_split_in_another_spelling_is_named(tmp_path: Path, split: str, spelling: str) -> None:
+    for name in {"train", "val"} - {split} | {spelling}:
+        paint(tmp_path / name / "a" / "1.png")
+    data = ImageFolderData(str(tmp_path), batch_size=1)
+    user_error(f"has no folder {split}, but {spelling}: rename it to {split}", data.split, split)
+
+
 def test_photos_are_files_or_folders_searched_to_their_depth(tmp_path: Path) -> None:
     paint(tmp_path / "x" / "2.png", tmp_path / "x" / "y" / "1.png", tmp_path / "lone.png")
     index = scan_photos([tmp_path / "lone.png", tmp_path / "x"])

@@ -12,6 +12,7 @@ from vitlit.data.dataset import Images
 from vitlit.data.folder import hold_out, scan_train
 from vitlit.data.index import Index
 from vitlit.data.manifest import read_manifest
+from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 
 
@@ -214,3 +215,50 @@ def test_a_group_on_two_sides_is_refused_with_both_lines(tmp_path: Path) -> None
     file = written(tmp_path, "path,label,split,group\n1.png,a,train,p\n2.png,a,val,p\n")
     with pytest.raises(UserError, match=r"line 3: the group 'p' is in val, and in train by line 2; keep it in one"):
         read_manifest(file, tmp_path / "images")
+
+
+def test_fractions_are_numbers_and_integers_are_what_is_said(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, "path,label,split\n1.png,3,train\n2.png,-.5,train\n3.png,1e2,train\n4.png,77.25,val\n")
+    classes, splits, multi_label = read_manifest(file, root)
+    assert (classes, multi_label) == ([], False)
+    assert splits["train"].labels.tolist() == [3.0, -0.5, 100.0]
+    assert splits["val"].labels.tolist() == [77.25]
+    _, label, index = Images(splits["train"], Preprocess((8, 8)).crop)[1]
+    assert (label.dtype, label.item(), index) == (torch.float32, -0.5, 1)
+
+    file = written(tmp_path, "path,label\n1.png,3\n2.png,10\n3.png,3\n")
+    assert read_manifest(file, root).classes == ["10", "3"]
+    assert read_manifest(file, root, "numbers").splits["train"].labels.tolist() == [3.0, 10.0, 3.0]
+    assert Splits(str(root), 0.0, str(file)).numbers is False
+    said = f"{file}: the labels, which are integers, are taken as 2 classes; --data.labels numbers, with the objective"
+    assert capsys.readouterr().out.startswith(said)
+    assert Splits(str(root), 0.0, str(file), "numbers").numbers is True
+    assert Splits(str(root), 0.0, str(file), "classes").numbers is False
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "words"),
+    [
+        (
+            "1.png,3,train\n2.png,high,train",
+            "numbers",
+            r"line 3: the label 'high' of 2\.png is not a number such as 3\.5",
+        ),
+        ("1.png,3,train\n2.png,nan,train", "numbers", r"line 3: the label 'nan' of 2\.png is not a number"),
+        ("1.png,3|4,train", "numbers", r"line 2: the label '3\|4' of 1\.png is not a number"),
+        ("1.png,3.5,train\n2.png,,train", None, r"line 3: the label of 2\.png is empty"),
+        ("1.png,3.5,train\n2.png,4,train\n3.png,n/a,train", None, r"line 4: the label 'n/a' of 3\.png is not a number"),
+        ("1.png,3,train\n2.png,4,val", None, r"val has the class '4', which .* lack; --data\.labels numbers, with the"),
+    ],
+)
+def test_what_is_no_number_is_said(rows: str, kind: str | None, words: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        read_manifest(written(tmp_path, f"path,label,split\n{rows}\n"), root, kind)
+
+
+def test_labels_of_what_is_no_manifest_are_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no data\.manifest; leave it out"):
+        Splits(str(root), 0.0, None, "numbers")

@@ -256,3 +256,25 @@ def test_a_run_is_not_continued_with_other_draws(few: Path) -> None:
 def test_lightnings_own_sampler_is_refused(few: Path) -> None:
     with pytest.raises(UserError, match="overfit_batches"):
         trainer(overfit_batches=2).fit(Recorder(), small_data(few))
+
+
+def test_a_composition_of_transforms_is_one_more_transform(few: Path) -> None:
+    invert = v2.RandomInvert(1.0)
+    plain, one, composed, several = (
+        regularised(few, mixing=Mixing(), erasing=Erasing(), augment=augment)[0][0]
+        for augment in (None, invert, v2.Compose([invert]), [invert])
+    )
+    assert torch.equal(one, composed)
+    assert torch.equal(one, several)
+    torch.testing.assert_close(one, -plain)
+
+
+def test_without_a_trainer_it_is_set_up_and_gives_batches(few: Path) -> None:
+    data = small_data(few)
+    data.prepare_data()
+    data.setup("fit")
+    assert [len(batch.labels) for batch in data.train_dataloader()] == [8] * 5
+    data.setup("validate")
+    assert sum(len(batch.labels) for batch in data.val_dataloader()) == 11
+    with pytest.raises(UserError, match="has no folder test"):
+        data.setup("test")

@@ -125,9 +125,9 @@ def test_an_image_is_decoded_once(few: Path, monkeypatch: pytest.MonkeyPatch) ->
     calls: list[str] = []
     decode = dataset.decode_bytes
 
-    def counted(data: bytes, path: str) -> Tensor:
+    def counted(data: bytes, path: str, ground: str) -> Tensor:
         calls.append(path)
-        return decode(data, path)
+        return decode(data, path, ground)
 
     monkeypatch.setattr(dataset, "decode_bytes", counted)
     assert len(list(folder_data(few).train_dataloader())) == 5

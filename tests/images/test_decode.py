@@ -4,14 +4,14 @@ import importlib
 import struct
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import forked
+from conftest import forked, user_error
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,10 +30,15 @@ def with_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
-def pillow(path: Path) -> np.ndarray:
-    """What Pillow makes of a file: (H, W, 3), uint8."""
+def pillow(path: Path, ground: Sequence[int] = (255, 255, 255)) -> np.ndarray:
+    """What Pillow makes of a file, over a ground where it is transparent: (H, W, 3), uint8."""
     with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return np.asarray(upright.convert("RGB"))
+        layers = np.asarray(upright.convert("RGBA")).astype(float)
+    alpha = layers[..., 3:] / 255
+    return np.rint(layers[..., :3] * alpha + np.array(ground) * (1 - alpha)).astype(np.uint8)
 
 
 def pixels(image: Tensor) -> np.ndarray:
@@ -57,6 +62,11 @@ FORMATS = {
     "bmp": ("1", "L", "P", "RGB", "RGBA"),
     "tiff": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"),
     "ppm": ("L", "RGB"),
+    "jfif": ("L", "RGB", "CMYK"),
+    "apng": ("RGB", "RGBA"),
+    "pbm": ("1",),
+    "avif": ("RGB", "RGBA"),
+    "jp2": ("L", "LA", "RGB", "RGBA"),
 }
 
 
@@ -77,6 +87,43 @@ def test_every_format_and_mode_reads_as_pillow_reads_it(
     image = decode(path)
     assert image.dtype == torch.uint8
     assert np.array_equal(pixels(image), pillow(path))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_one_colour_of_a_png_or_gif_may_be_transparent(photo: Image.Image, tmp_path: Path, mode: str) -> None:
+    image = photo.convert(mode)
+    clear = image.getpixel((5, 5))
+    for name in ("one.png", "one.gif") if mode == "P" else ("one.png",):
+        image.save(tmp_path / name, transparency=clear)
+        expected = pillow(tmp_path / name)
+        assert (expected[5, 5] == 255).all()
+        assert not np.array_equal(expected, np.asarray(image.convert("RGB")))
+        assert np.array_equal(pixels(decode(tmp_path / name)), expected)
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_transparent_value_of_sixteen_bits_shows_the_ground(tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(values).save(tmp_path / "deep.png", transparency=514)
+    shown = pixels(decode(tmp_path / "deep.png", "#010203")).reshape(256, 3)
+    assert shown[2].tolist() == [1, 2, 3]
+    assert np.array_equal(np.delete(shown, 2, axis=0), np.delete(np.arange(256), 2)[:, None].repeat(3, axis=1))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("extension", ["png", "webp", "tiff", "avif"])
+def test_transparency_is_laid_over_the_ground(photo: Image.Image, tmp_path: Path, extension: str) -> None:
+    clear, solid = tmp_path / f"clear.{extension}", tmp_path / f"solid.{extension}"
+    with_alpha(photo).save(clear)
+    photo.save(solid)
+    black, white, plum = (pixels(decode(clear, ground)) for ground in ("black", "white", "#dda0dd"))
+    assert np.array_equal(black, pillow(clear, (0, 0, 0)))
+    assert np.array_equal(white, pillow(clear))
+    assert np.array_equal(plum, pillow(clear, (0xDD, 0xA0, 0xDD)))
+    assert white.mean() > black.mean() + 20
+    assert torch.equal(decode(solid, "black"), decode(solid, "white"))  # opaque: the ground changes no bit
+    user_error("'#12345' is no colour: give white", decode, clear, "#12345")
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import user_error
 from PIL import Image
 from test_decode import pixels
 from torch import Tensor
@@ -109,3 +110,42 @@ def test_preprocess_takes_one_or_many_paths_and_tensors(photo: Image.Image, tmp_
     assert torch.equal(batch[0], batch[2])
     assert torch.equal(preprocess(path), batch[:1])
     assert torch.equal(preprocess(decode(path)), batch[:1])
+
+
+def test_an_image_is_taken_in_any_form_one_or_many(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    array = np.array(photo)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    preprocess = Preprocess((32, 48))
+    expected = preprocess(tmp_path / "photo.png")
+    assert expected.shape == (1, 3, 32, 48)
+    for image in (str(tmp_path / "photo.png"), (tmp_path / "photo.png").read_bytes(), photo, array, tensor):
+        assert torch.equal(preprocess(image), expected)
+        assert torch.equal(preprocess([image, image]), expected.repeat(2, 1, 1, 1))
+    for batch in (np.stack([array, array]), torch.stack([tensor, tensor]), (photo, array)):
+        assert torch.equal(preprocess(batch), expected.repeat(2, 1, 1, 1))
+    grey = photo.convert("L")
+    for image in (grey, np.array(grey), np.array(grey)[..., None], torch.from_numpy(np.array(grey))[None]):
+        assert torch.equal(preprocess(image), preprocess(grey.convert("RGB")))
+    turned = photo.copy()
+    turned.getexif()[0x0112] = 6
+    assert torch.equal(preprocess(turned), preprocess(photo.rotate(-90, expand=True)))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ([], "there is no image to preprocess"),
+        (None, r"an image is a path, bytes, .* not a NoneType"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"a tensor of pixels must be \(3, H, W\), .* not \[8, 8, 3\]"),
+        (torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8), r"a tensor of pixels must be .* not \[2, 2, 3, 8, 8\]"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"a tensor of pixels must be .* not \[8, 8\]"),
+        (torch.zeros(3, 8, 8), r"pixels must be uint8, 0 to 255, not torch\.float32"),
+        (np.zeros((3, 8, 8), np.uint8), r"an array of pixels must be \(H, W, 3\), .* not \[3, 8, 8\]"),
+        (np.zeros((8, 8, 3)), r"pixels must be uint8, 0 to 255, not float64"),
+        (b"no image", r"cannot read the image that was given as bytes"),
+        (Image.new("F", (8, 8)), r"cannot read the PIL image: numbers of 32 bits"),
+    ],
+)
+def test_what_is_no_image_is_said(image: object, words: str) -> None:
+    user_error(words, Preprocess((8, 8)), image)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomized
+from conftest import randomized, user_error
 from docstring_parser import parse_from_object
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -556,3 +556,7 @@ def test_masks_and_kept_patches_of_a_batch_compile_in_one_graph() -> None:
     given = (torch.randn(2, 3, 32, 32), torch.rand(2, 16) < 0.5, kept(2, 16, 6))
     compiled = torch.compile(encode, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*given), encode(*given))
+
+
+def test_an_option_of_the_preset_is_refused() -> None:
+    user_error("patch_size follows from the preset Ti/16", lambda: ViT.from_preset("Ti/16", patch_size=8))

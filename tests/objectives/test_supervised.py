@@ -91,8 +91,8 @@ def test_bce_is_timms_on_whole_classes() -> None:
 
 def test_probabilities_are_the_losses_own() -> None:
     logits = torch.randn(3, CLASSES)
-    assert torch.equal(made()[1].probabilities(logits), logits.softmax(-1))
-    assert torch.equal(made(loss="sigmoid")[1].probabilities(logits), logits.sigmoid())
+    assert torch.equal(made()[1].predictions(logits), logits.softmax(-1))
+    assert torch.equal(made(loss="sigmoid")[1].predictions(logits), logits.sigmoid())
 
 
 def test_class_weights_are_scikit_learns_and_average_to_one_so_that_slices_add_up() -> None:

@@ -229,7 +229,47 @@ def class_in_another_case(root: Path) -> Found:
 def image_outside_of_classes(root: Path) -> Found:
     shutil.copy(root / "train/temple/0.jpg", root / "train/0.jpg")
     (root / "train/README.txt").touch()
-    return {"outside_class": ["train/0.jpg"]}
+    return {"outside_class": ["train/0.jpg"], "ignored_file": ["train/README.txt"]}
+
+
+@planted
+def class_that_was_not_unpacked(root: Path) -> Found:
+    for name in ("train/tree.tar.gz", "val/temple.zip", "train/temple/more.zip"):  # val/temple was
+        (root / name).touch()
+    return {"archive": ["train/tree.tar.gz"], "ignored_file": ["train/temple/more.zip", "val/temple.zip"]}
+
+
+@planted
+def class_of_files_that_are_not_read(root: Path) -> Found:
+    (root / "train/tree").mkdir()
+    for name in ("a.heic", "b.heic", "c.zip"):
+        (root / "train/tree" / name).touch()
+    return {"unread_class": ["train/tree"]}
+
+
+@planted
+def links_to_nothing(root: Path) -> Found:
+    for name in ("train/tree", "val/tree", "train/temple/deep", "test"):
+        (root / name).symlink_to("/nowhere")
+    return {"dead_link": ["test", "train/temple/deep", "train/tree", "val/tree"]}
+
+
+@planted
+def twelve_bits_in_sixteen(root: Path) -> Found:
+    grey = np.asarray(Image.open(root / "train/flower/0.jpg").convert("L")).astype(np.uint16)
+    Image.fromarray(grey * 16).save(root / "train/flower/dark.png")
+    Image.fromarray(grey * 257).save(root / "train/flower/full.tiff")
+    return {"uniform": ["train/flower/dark.png"]}
+
+
+@planted
+def white_on_transparent(root: Path) -> Found:
+    shape = Image.open(root / "train/flower/0.jpg").convert("L").rotate(180)
+    for split, colour in (("train", "white"), ("val", "white"), ("train", "black")):
+        drawing = Image.new("RGBA", shape.size, colour)
+        drawing.putalpha(shape)
+        drawing.save(root / split / "flower" / f"{colour}.png")
+    return {"uniform": ["train/flower/white.png", "val/flower/white.png"]}
 
 
 @planted
@@ -309,7 +349,7 @@ def images_that_are_no_copies(root: Path) -> Found:
     photo.save(root / "val/flower/other.png")
     Image.new("RGB", (20, 30)).save(root / "train/flower/black.png")
     Image.new("RGB", (30, 20)).save(root / "val/flower/black.png")
-    return {}
+    return {"uniform": ["train/flower/black.png", "val/flower/black.png"]}
 
 
 @planted
@@ -330,7 +370,7 @@ def class_that_is_a_link_to_all_classes(root: Path) -> Found:
 def link_to_itself(root: Path) -> Found:
     (root / "train/temple/loop.jpg").symlink_to("loop.jpg")
     (root / "train/loop").symlink_to("loop")
-    return {"unreadable": ["train/temple/loop.jpg"]}
+    return {"unreadable": ["train/temple/loop.jpg"], "dead_link": ["train/loop"]}
 
 
 @planted
@@ -358,6 +398,25 @@ def test_what_is_planted_is_found_and_nothing_else(
     written = json.loads((tmp_path / "report.json").read_text())
     assert {one["kind"]: one["paths"] for one in written["faults"] + written["warnings"]} == expected
     assert written["ok"] == report.ok == expected.keys().isdisjoint(FAULTS)
+
+
+def test_uniform_images_are_told_why_and_another_ground_helps(photos: Path) -> None:
+    twelve_bits_in_sixteen(photos)
+    white_on_transparent(photos)
+    [found] = check(photos).warnings
+    most = 16 * np.asarray(Image.open(photos / "train/flower/0.jpg").convert("L")).astype(int)
+    assert f"16 bits hold {most.min():,} to {most.max():,} of 65,535" in found.reasons["train/flower/dark.png"]
+    assert "the ground, white; give another data.ground" in found.reasons["val/flower/white.png"]
+    on_black = check(photos, ground="black")
+    assert not on_black.ok  # both splits have this drawing, which can be seen now
+    assert kinds(on_black)["leakage"] == [["train/flower/white.png", "val/flower/white.png"]]
+    assert kinds(on_black)["uniform"] == ["train/flower/black.png", "train/flower/dark.png"]
+
+
+def test_a_class_is_told_what_it_holds_instead_of_images(photos: Path) -> None:
+    class_of_files_that_are_not_read(photos)
+    [fault] = check(photos).faults
+    assert fault.reasons == {"train/tree": ".heic 2, .zip 1"}
 
 
 def test_every_kind_is_planted(photos: Path, tmp_path: Path) -> None:
@@ -404,7 +463,7 @@ def test_each_file_that_cannot_be_read_has_its_reason(
     assert run([str(photos), f"--json={tmp_path / 'report.json'}"]) == 1
     (fault,) = json.loads((tmp_path / "report.json").read_text())["faults"]
     assert fault["reasons"] == {
-        "train/temple/404.jpg": "it is no JPEG PNG WEBP GIF BMP PPM TIFF",
+        "train/temple/404.jpg": "it is no JPEG PNG WEBP GIF BMP PPM TIFF AVIF JPEG2000",
         "train/temple/link.jpg": "No such file or directory",
         "val/temple/empty.png": "it is empty",
     }
@@ -491,7 +550,7 @@ def test_shards_are_refused(clean: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_ends_the_check_in_one_line(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "look", lambda path: os._exit(9))
+    monkeypatch.setattr(checking, "look", lambda *_: os._exit(9))
     with pytest.raises(UserError, match=r"a process died while it read images from .*flower/0\.jpg on") as caught:
         check(clean)
     assert "\n" not in str(caught.value)

@@ -132,7 +132,7 @@ def test_an_unreadable_image_is_copied_but_not_resized(tmp_path: Path) -> None:
     (tmp_path / "root/train/a/bad.jpg").write_bytes(b"\xff\xd8 nothing")
     run([str(tmp_path / "root"), str(tmp_path / "out")])
     assert read_shards(str(tmp_path / "out")).splits["train"].read(0) == b"\xff\xd8 nothing"
-    with pytest.raises(UserError, match=r"a/bad\.jpg"):
+    with pytest.raises(UserError, match=r"a/bad\.jpg: .*; `vitlit data check` lists all"):
         run([str(tmp_path / "root"), str(tmp_path / "other"), "--short_side", "8"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "root"]  # no partial either
 

@@ -20,7 +20,7 @@ from vitlit.stages import Stage
 
 Command = Callable[..., Result]
 FIT = ("fit", *SMALL, "--model.vit.dropout", "0.1")  # 6 steps, 2 an epoch
-SPEED = ("train/images_per_second", "train/data_wait")
+SPEED = ("train/images_per_second", "train/data_wait", "unix_seconds")
 
 
 def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: bool = False) -> Callable[[], None]:
@@ -42,7 +42,7 @@ def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: boo
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the speed."""
+    """The rows of metrics.csv without time and speed."""
     with (run / "metrics.csv").open(newline="") as file:
         return [{name: cell for name, cell in row.items() if name not in SPEED} for row in csv.DictReader(file)]
 

@@ -216,7 +216,7 @@ def test_a_run_of_two_devices_is_judged_and_continued_on_one(
     judged = [vitlit("validate", f"runs/{run}", "--trainer.devices", 1) for run in ("one", "two")]
     assert [result.code for result in judged] == [0, 0]
     assert [line for line in judged[0].out.splitlines() if "val/" in line]
-    assert judged[0].out == judged[1].out
+    assert judged[0].out == judged[1].out.replace("/two/", "/one/")
     assert vitlit("weights", "show", "runs/two").out.replace("two", "one") == vitlit("weights", "show", "runs/one").out
     longer = ["--run.name", "two", "--trainer.max_steps", 8]
     continued = vitlit(*fit, *longer)

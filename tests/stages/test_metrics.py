@@ -15,6 +15,7 @@ from sklearn.metrics import (
 )
 from small_stage import data, fit, pretrain, trainer
 
+from vitlit.objectives import Step
 from vitlit.stages.metrics import metrics, update
 
 
@@ -69,9 +70,9 @@ def test_the_mean_average_precision_is_scikit_learns_over_the_classes_that_have_
     logits = torch.randn(40, 5, generator=generator)
     labels = (torch.rand(40, 5, generator=generator) < 0.3).float()
     labels[:, 3] = 0
-    measures = metrics(5, multi_label=True)
+    measures = metrics({"map": 5})
     for part in (slice(0, 15), slice(15, 40)):
-        update(measures, torch.tensor(1.0), logits[part], labels[part])
+        update(measures, Step(torch.tensor(1.0), logits[part]), labels[part])
     measure: Any = measures["map"]
     present = [0, 1, 2, 4]
     expected = average_precision_score(labels[:, present], logits[:, present], average="macro")

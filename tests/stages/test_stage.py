@@ -196,7 +196,7 @@ def test_finetuning_without_weights_or_architecture_is_refused() -> None:
 
 @pytest.mark.parametrize("classes", [None, 0, 1])
 def test_fewer_than_two_classes_are_refused(classes: int | None) -> None:
-    with pytest.raises(UserError, match=f"num_classes of at least 2, not {classes}"):
+    with pytest.raises(UserError, match=f"num_classes of at least 2, not {classes or 0}"):
         finetune(num_classes=classes)
 
 

@@ -1,6 +1,8 @@
 """`vitlit weights`, and what foreign weights bring to a run."""
 
 import json
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,16 @@ def test_the_wrong_kind_of_file_is_named(vitlit: Command, tmp_path: Path) -> Non
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     refused(vitlit("weights", "show", "photo.png"), "photo.png is not a checkpoint")
     refused(vitlit("weights", "show", "nothing.pth"), "nothing.pth does not exist")
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    refused(vitlit("weights", "show", "lfs.pth"), "lfs.pth is a git-lfs pointer")
+    (tmp_path / "page.pth").write_text("\n<!DOCTYPE html><html>Not found</html>")
+    refused(vitlit("weights", "show", "page.pth"), "page.pth is an HTML page")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    refused(vitlit("weights", "show", "script.pt"), "script.pt is a TorchScript program")
+    if Path("/proc/self/mem").is_file():  # reading its first page fails, for root too
+        refused(vitlit("weights", "show", "/proc/self/mem"), "/proc/self/mem cannot be read")
     (tmp_path / "empty.pth").write_bytes(b"")
     refused(vitlit("weights", "show", "empty.pth"), "empty.pth is not a checkpoint")
 
@@ -139,15 +151,45 @@ def test_a_value_that_contradicts_the_file_is_refused_with_both(vitlit: Command,
     vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40, norm_eps=1e-12)
     package.save_weights(vit, tmp_path / "model", "hf")
     fit = ["fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), "model"]
-    refused(
-        vitlit(*fit, "--data.mean", "[0.1,0.2,0.3]"), "(0.1, 0.2, 0.3)", "(0.5, 0.5, 0.5)", "transformers' defaults"
-    )
+    processor = tmp_path / "model" / "preprocessor_config.json"
+    processor.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    refused(vitlit(*fit, "--data.mean", "[0.1,0.2,0.3]"), "(0.1, 0.2, 0.3)", "(0.5, 0.5, 0.5)", processor.name)
     shape = "--model.vit ViT --model.vit.patch_size 8 --model.vit.width 24 --model.vit.depth 1 --model.vit.mlp_dim 40"
     shape += " --model.vit.heads"
     refused(vitlit(*fit, *shape.split(), 4), "model.vit.heads is 4", "was made with 3")
     refused(vitlit(*fit, *shape.split(), 3, "--model.vit.norm_eps", 1e-5), "norm_eps is 1e-05", "was made with 1e-12")
     done(vitlit(*fit, *shape.split(), 3))
     assert package.load(tmp_path / "runs" / "finetune").config.norm_eps == 1e-12
+
+
+def test_what_the_file_does_not_tell_the_user_does(vitlit: Command, few: Path, file: Path) -> None:
+    mean = ["--data.mean", "[0.485,0.456,0.406]", "--data.std", "[0.2,0.2,0.2]"]
+    done(vitlit("fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), file, *mean))
+    preprocess = package.load(file.parent / "runs" / "finetune").preprocess
+    assert isinstance(preprocess, Preprocess)
+    assert (preprocess.mean, preprocess.std) == ((0.485, 0.456, 0.406), (0.2, 0.2, 0.2))
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.safetensors", "timm"), ("a.pth", "timm"), ("folder", "hf")])
+def test_an_export_whose_check_fails_leaves_no_file(
+    vitlit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: str
+) -> None:
+    vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40)  # timm's file does not tell heads
+    package.save_weights(vit, tmp_path / "a.ckpt")
+    if name != "a.pth":  # whose safetensors and config.json tell them
+        monkeypatch.setattr("vitlit.cli.weights.TOLERANCE", -1.0)
+    refused(vitlit("weights", "convert", "a.ckpt", name, "--format", format), name)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_file_has_the_permissions_of_the_umask(file: Path, tmp_path: Path) -> None:
+    vit = package.load(file)
+    before = os.umask(0o027)
+    try:
+        for name, format in (("a.safetensors", "vitlit"), ("a.ckpt", "vitlit"), ("b.safetensors", "timm")):
+            assert package.save_weights(vit, tmp_path / name, format).stat().st_mode & 0o777 == 0o640  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
 
 
 def test_grey_images_for_one_channel(vitlit: Command, few: Path, file: Path, tmp_path: Path) -> None:

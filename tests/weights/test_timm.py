@@ -70,7 +70,9 @@ def test_timm_of_no_square_in_and_out(size: tuple[int, int], tmp_path: Path) -> 
     theirs, images = shaken(timm_model("vit_tiny_patch16_224", size)), images_of(size)
     save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
     vit = ti16(size)
-    assert vitlit.load_weights(vit, tmp_path / "theirs.safetensors").resampled == []
+    report = vitlit.load_weights(vit, tmp_path / "theirs.safetensors")
+    assert report.resampled == []
+    assert "square" not in str(report)
     assert_same(vit(images), theirs(images))
     file = vitlit.save_weights(shaken(vit, 0.01), tmp_path / "ours.safetensors", "timm")
     assert_same(timm_model("vit_tiny_patch16_224", size, checkpoint_path=str(file))(images), vit(images))
@@ -135,9 +137,10 @@ def test_prefixes_and_wrappers_are_taken_off(prefix: str, wrapper: str, tmp_path
 
 def test_averaged_weights_go_before_the_others(tmp_path: Path) -> None:
     one, averaged = (shaken(timm_model("vit_tiny_patch16_224", depth=1)) for _ in range(2))
-    torch.save({"state_dict": one.state_dict(), "state_dict_ema": averaged.state_dict()}, tmp_path / "a.pth")
     images = images_of(64)
-    assert_same(vitlit.load(tmp_path / "a.pth")(images), averaged(images))
+    for raw, ema in (("state_dict", "state_dict_ema"), ("model", "model_ema")):  # timm's names, DeiT's
+        torch.save({raw: one.state_dict(), ema: averaged.state_dict()}, tmp_path / "a.pth")
+        assert_same(vitlit.load(tmp_path / "a.pth")(images), averaged(images))
 
 
 def test_half_precision_loads_as_single(tmp_path: Path) -> None:

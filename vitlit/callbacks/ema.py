@@ -76,7 +76,7 @@ class EMA(WeightAveraging):
         if self._raw is not None:
             with trainer.precision_plugin.forward_context():
                 step = self._average_model.module.step(batch)
-            update(self._raw, step.loss, step.logits, Batch.of(batch).labels)
+            update(self._raw, step, Batch.of(batch).labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raw: Any = self._raw or {}
@@ -87,4 +87,8 @@ class EMA(WeightAveraging):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["state_dict"] = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)
+        checkpoint["state_dict"] = average = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)
+        trained = checkpoint.get("current_model_state", {})
+        for name, parameter in pl_module.named_parameters():
+            if not parameter.requires_grad and name in average and name in trained:
+                average[name] = trained[name]  # equal, and torch.save writes one tensor once

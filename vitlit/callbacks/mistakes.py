@@ -1,19 +1,33 @@
-"""The confusion matrix and the worst mistakes of the last validation."""
+"""The confusion matrix and the mistakes of the last validation, as tables and as a picture."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from vitlit.callbacks.predictions import gather
+from vitlit.callbacks.predictions import gather, write_csv
+from vitlit.data.index import Index
+from vitlit.errors import UserError
+from vitlit.files import whole_file
+from vitlit.images.decode import decode_bytes
 from vitlit.loggers import Mistake, Wandb
 
-WORST = 32
+WORST = 32  # mistakes in W&B
+SHOWN, ACROSS, SIDE, MARGIN = 20, 10, 112, 8  # images in the picture, in a row of it, and pixels
+TEXT = 16  # pixels of a line
 
 
 class Mistakes(Callback):
-    """At the end of a run, log to W&B the last validation's confusion matrix and its WORST most confident mistakes."""
+    """At the end of a run, write the last validation's mistakes into its folder, and log the worst to W&B.
+
+    `confusion.csv` counts the images of each label and prediction that occur together. `mistakes.csv` lists all
+    mistakes, the most confident first, and `mistakes.png` shows those, then the least confident of the others. Images
+    must have one class each.
+    """
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
@@ -29,13 +43,53 @@ class Mistakes(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = gather(trainer, self._rows)
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, Wandb)]
-        if not trainer.is_global_zero or not loggers or not len(rows):
+        if not trainer.is_global_zero or not len(rows):
             return
-        wrong = rows[rows[:, 1] != rows[:, 2]]
-        wrong = wrong[wrong[:, 3].argsort(descending=True, stable=True)][:WORST]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        index = data.split("val")
-        worst = [Mistake(index.path(int(i)), int(label), int(guess), p) for i, label, guess, p in wrong.tolist()]
-        for logger in loggers:
-            logger.log_mistakes(data.classes, rows[:, 1].int().tolist(), rows[:, 2].int().tolist(), worst)
+        index, classes = data.split("val"), data.classes
+        wrong = rows[:, 1] != rows[:, 2]
+        worst = rows[wrong][rows[wrong][:, 3].argsort(descending=True, stable=True)]
+        unsure = rows[~wrong][rows[~wrong][:, 3].argsort(stable=True)]
+        mistakes = [Mistake(index.path(int(i)), int(label), int(guess), p) for i, label, guess, p in worst.tolist()]
+        labels, predictions = (rows[:, column].int().tolist() for column in (1, 2))
+        counts = sorted(Counter(zip(labels, predictions, strict=True)).items())
+        folder = Path(trainer.default_root_dir)
+        named = [(classes[label], classes[guess], count) for (label, guess), count in counts]
+        listed = [(m.path, classes[m.label], classes[m.prediction], f"{m.probability:.6f}") for m in mistakes]
+        title = f"{len(unsure):,} of {len(rows):,} validation images are right; in red: prediction (truth)"
+        sheet = draw(title, torch.cat([worst, unsure])[:SHOWN], index, classes, data.preprocess.ground)
+        try:
+            write_csv(folder / "confusion.csv", ("label", "prediction", "count"), named)
+            write_csv(folder / "mistakes.csv", ("path", "label", "prediction", "probability"), listed)
+            with whole_file(folder / "mistakes.png") as partial:
+                sheet.save(partial, "PNG")
+        except OSError as error:  # the training is complete all the same
+            print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, Wandb):
+                logger.log_mistakes(classes, labels, predictions, mistakes[:WORST])
+
+
+def draw(title: str, rows: Tensor, index: Index, classes: list[str], ground: str) -> Image.Image:
+    """A sheet of images with their predictions; one that cannot be read is left grey."""
+    cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
+    lines = -(-len(rows) // ACROSS)
+    sheet = Image.new("RGB", (ACROSS * cell + MARGIN, lines * tall + 2 * TEXT), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, "black", font)
+    for place, (number, label, guess, probability) in enumerate(rows.tolist()):
+        left, top = place % ACROSS * cell + MARGIN, place // ACROSS * tall + 2 * TEXT
+        right, truth = label == guess, f"({classes[int(label)]})"
+        for line, words in enumerate([f"{classes[int(guess)]}  {100 * probability:.0f} %", "" if right else truth]):
+            words = words.encode(errors="replace").decode()  # a name may be no text
+            while pen.textlength(words, font) > SIDE:
+                words = words.rstrip("…")[:-1] + "…"
+            pen.text((left, top + line * TEXT), words, "black" if right else "firebrick", font)
+        try:
+            image = Image.fromarray(decode_bytes(index.read(int(number)), "", ground).permute(1, 2, 0).numpy())
+        except UserError:  # it was read before, so its storage fails
+            image = Image.new("RGB", (SIDE, SIDE), "lightgrey")
+        resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
+        image = ImageOps.contain(image, (SIDE, SIDE), resampling)
+        sheet.paste(image, (left + (SIDE - image.width) // 2, top + 2 * TEXT + (SIDE - image.height) // 2))
+    return sheet

@@ -1,6 +1,7 @@
 """Predictions as a CSV file."""
 
 import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -15,7 +16,7 @@ from vitlit.files import whole_file
 
 
 class Predictions(Callback):
-    """Write class probabilities as CSV: path, class, probability, then the next four classes of the top five."""
+    """Write predictions as CSV: path, class, probability, then the next four of the top five; or path, number."""
 
     def __init__(self, out: Path, index: Index, classes: list[str]) -> None:
         if out.is_dir():
@@ -34,8 +35,11 @@ class Predictions(Callback):
             raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
-        rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
+        if outputs.ndim == 1:
+            rows = outputs.cpu().double()[:, None]
+        else:
+            probabilities, classes = outputs.cpu().topk(min(5, outputs.shape[-1]))
+            rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
         self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,17 +48,25 @@ class Predictions(Callback):
             return
         rows = rows[rows[:, 0] >= 0]  # -1 where data.on_bad_image skipped an image
         self.written = len(rows)
-        head = ["path", "class", "probability"]
+        head = ["path", "number"] if rows.shape[1] == 2 else ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
-        with (
-            whole_file(self.out) as partial,
-            partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(head)
-            for index, *pairs in rows.tolist():
-                cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
-                table.writerow([self.index.path(int(index)), *cells])
+        write_csv(self.out, head, map(self._cells, rows.tolist()))
+
+    def _cells(self, row: list[float]) -> list[str]:
+        index, *pairs = row
+        cells = [f"{pairs[0]:.7g}"]  # a number
+        if len(pairs) > 1:
+            cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
+        return [self.index.path(int(index)), *cells]
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, names that are no text as the bytes they are."""
+    with (
+        whole_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        csv.writer(file).writerows([head, *rows])
 
 
 def gather(trainer: Trainer, rows: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Progress on a terminal and in a log."""
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,28 +28,35 @@ class Lines(Callback):
     """Progress without a terminal: a line a minute, the first after five seconds, and one at the end."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = time.monotonic() - 55
+        self._began, self._from = time.monotonic(), trainer.global_step
+        self._last = self._began - 55
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self._last >= 60:
             self._print(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            last = trainer.global_step >= trainer.estimated_stepping_batches
-            if last or time.monotonic() - self._last >= 60:
-                self._print(trainer)
+        if not trainer.sanity_checking and trainer.state.fn == "fit" and time.monotonic() - self._last >= 60:
+            self._print(trainer)
 
-    def _print(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print(trainer, ended=True)
+
+    def _print(self, trainer: Trainer, ended: bool = False) -> None:
         self._last = time.monotonic()
-        if trainer.is_global_zero:
-            metrics = "  ".join(f"{name} {value}" for name, value in progress(trainer).items())
-            print(f"step {trainer.global_step:,} of {trainer.estimated_stepping_batches:,}  {metrics}", flush=True)
+        if not trainer.is_global_zero:
+            return
+        step, end = trainer.global_step, int(trainer.estimated_stepping_batches)
+        parts = [f"epoch {trainer.fit_loop.epoch_progress.current.ready:,}", f"step {step:,} of {end:,}"]
+        if self._from < step < end and not ended:
+            left = (self._last - self._began) / (step - self._from) * (end - step)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        print("  ".join([*parts, *(f"{name} {value}" for name, value in progress(trainer).items())]), flush=True)
 
 
 def progress(trainer: Trainer) -> dict[str, str]:
-    """The figures to watch, formatted."""
-    metrics = trainer.progress_bar_metrics
+    """The figures to watch, formatted; none of the sanity check, which sees a part of the images."""
+    metrics = {} if trainer.sanity_checking else trainer.progress_bar_metrics
     return {
         title: text.format(scale * float(metrics[name]))
         for name, (title, scale, text) in FIGURES.items()

@@ -1,6 +1,9 @@
 """Fill in what follows from the data or the weights, and refuse contradictions."""
 
 import json
+import os
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from vitlit.errors import UserError
 from vitlit.model import Size, ViT, ViTConfig
 from vitlit.run.folder import RunFolder, flatten
 from vitlit.stages.finetune import TRAINING
-from vitlit.stages.stage import no_classes
+from vitlit.stages.matching import no_classes
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -71,18 +74,25 @@ def as_lists(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def fill_labels(config: Namespace) -> None:
+    """Read a manifest's labels as numbers where the objective learns numbers."""
+    module, _, name = config.model.init_args.objective.class_path.rpartition(".")
+    if config.data.manifest is not None and getattr(getattr(import_module(module), name), "numbers", False):
+        config.data.labels = config.data.labels or "numbers"
+
+
 def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> None:
-    """Fill in seed, architecture, preprocessing and number of classes; `splits` gets a checkpoint's class names."""
+    """Fill in seed, architecture and number of classes; `splits` gets a checkpoint's class names."""
     model, data = config.model.init_args, config.data
     new = not config.ckpt_path
     if data.seed is None:
         data.seed = int(config.seed_everything)
     fill_vit(model, data.image_size, weights, new)
-    fill_preprocess(data, weights, model.vit.init_args.get("in_channels", 3))
     for part in (model.objective, model.optimizer):
         if "init_args" not in part:  # a class without arguments
             part.init_args = Namespace()
-    if weights is not None and not new and weights.classes:  # the data that they were made from may be gone
+    # The data that a checkpoint was made from may be gone.
+    if weights is not None and not new and (weights.classes or "num_classes" not in model.objective.init_args):
         splits.classes = weights.classes
         made_with = open_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["objective"]
         several = made_with.get("init_args", {}).get("multi_label", False)
@@ -90,11 +100,10 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
         splits.scan()
         several = splits.multi_label
     classes, objective = splits.classes, model.objective.init_args
-    for part in (model.objective, config.model):
-        if "num_classes" in part.init_args and not classes:
-            raise no_classes(part.class_path.rsplit(".", 1)[-1])
+    if "num_classes" in objective and not classes:
+        raise no_classes(model.objective.class_path.rsplit(".", 1)[-1], splits.numbers)
     if "num_classes" in model and model.num_classes is None:
-        model.num_classes = len(classes)
+        model.num_classes = len(classes) or None
     if "num_classes" in objective and objective.num_classes is None:
         objective.num_classes = model.get("num_classes", len(classes))
     if "multi_label" in objective:
@@ -139,27 +148,7 @@ def check_idle(data: Namespace, source: dict[str, Any]) -> None:
                 )
 
 
-def fill_preprocess(data: Namespace, weights: Weights | None, channels: int) -> None:
-    """Take mean, std, interpolation, crop ratio and squash from the weights, for as many channels as the ViT has."""
-    if channels not in (1, 3):
-        raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
-    known = weights.preprocess if weights is not None else {}
-    for name in ("mean", "std", "interpolation", "crop_ratio", "squash"):
-        made_with, given = known.get(name), data[name]
-        if name in ("mean", "std"):
-            made_with = made_with or [0.5]
-            if len(made_with) != channels:
-                made_with = [sum(made_with) / len(made_with)] * channels
-            if given is not None and len(given) != channels:
-                raise UserError(f"data.{name} has {len(given)} numbers, but model.vit.in_channels is {channels}")
-        made_with, given = (tuple(value) if isinstance(value, list) else value for value in (made_with, given))
-        if weights is not None and given not in (None, made_with) and name in known.keys() & {"mean", "std"}:
-            source = f" ({weights.origins['preprocess']})" if "preprocess" in weights.origins else ""
-            raise UserError(
-                f"data.{name} is {given}, but {weights.path} was made with {made_with}{source}; leave it out"
-            )
-        data[name] = made_with if given is None else given
-
+MOST_BLOCKS = 10_000  # ten times the deepest published (2203.00555)
 
 # Options of the ViT that follow from the data and the head.
 SIZE = ("image_size", "num_classes", "hidden_dim")
@@ -185,14 +174,32 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
     vit.image_size = size
     preset = model.vit.class_path.endswith("from_preset")
     if weights is not None and (new or "init_from" in model):
-        kept = (*SIZE, *TRAINING, *(Size._fields if preset else ()))
+        kept = (*SIZE, *TRAINING, *((*Size._fields, "patch_size") if preset else ()))
         for name, value in weights.config.items():
             if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):
                 vit[name] = value
-    with torch.device("meta"):
-        built = (ViT.from_preset if preset else ViT)(**vit.as_dict()).config
+    built = check_size(ViT.from_preset if preset else ViT, vit.as_dict())
     if weights is not None:
         check_vit(built, weights, FREE | NEW if new else FREE)
+
+
+def check_size(kind: Callable[..., ViT], options: dict[str, Any]) -> ViTConfig:
+    """The config of a ViT with these options; UserError if the machine has no memory for its weights."""
+    if (options.get("depth") or 0) > MOST_BLOCKS:
+        raise UserError(f"model.vit.depth {options['depth']} is more than {MOST_BLOCKS:,} blocks")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with torch.device("meta"):
+            vit = kind(**options)
+        need = sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers()))
+    except RuntimeError as error:  # more bytes than a number holds
+        raise UserError("a ViT of these sizes (model.vit, data.image_size) fits in no memory; give less") from error
+    if need > memory:
+        raise UserError(
+            f"the ViT's weights need {need / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}; give less of "
+            "model.vit's width, depth, mlp_dim or registers, or of data.image_size"
+        )
+    return vit.config
 
 
 def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:
@@ -213,14 +220,20 @@ def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:
 
 
 def fill_loggers(config: Namespace, folder: RunFolder) -> None:
-    """Make trainer.logger a list, by default of one W&B logger; W&B's files go to the run's folder."""
+    """Make trainer.logger a list, by default of one W&B logger; each logs under the run's name, files in its folder."""
     given = config.trainer.logger
     if given in (None, True):
         given = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())
     config.trainer.logger = given if isinstance(given, list) else [given] if given else []
     for logger in config.trainer.logger:
-        if logger.class_path.endswith(".Wandb"):
-            options = logger.init_args
-            options.save_dir = options.get("save_dir") or str(folder.path)
+        name, options = logger.class_path.rpartition(".")[2], logger.get("init_args") or Namespace()
+        if name in ("Wandb", "WandbLogger"):
+            if options.get("save_dir") in (None, "."):
+                options.save_dir = str(folder.path)
             options.name = options.get("name") or folder.name
             options.id = options.get("id") or (folder.wandb_id() if config.ckpt_path else None)
+        elif name == "TensorBoard":
+            options.save_dir = options.get("save_dir") or str(folder.path)
+        elif name == "MLFlowLogger":
+            options.run_name = options.get("run_name") or folder.name
+        logger.init_args = options

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import vitlit
 from vitlit.errors import UserError
+from vitlit.files import expand
 
 CLUSTER = "cluster"  # the folder of scripts among the configs
 
@@ -40,11 +41,14 @@ def scripts() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The path of a config, given as a path or as the name of a shipped one; `configs/NAME.yaml` is a name too."""
+    """The path of a config: a file, with or without .yaml, else a shipped one; `configs/NAME.yaml` is a name too."""
+    name = expand(name)
     known = name.removeprefix("configs/").removesuffix(".yaml")
-    for path in (Path(name), configs() / f"{known}.yaml"):
+    for path in (Path(name), Path(f"{name}.yaml"), configs() / f"{known}.yaml"):
         if path.is_file():
             return path
+    if Path(name).is_dir():
+        raise UserError(f"config {name} is a folder; give a file in it, or a name that `vitlit config` lists")
     near = get_close_matches(known, shipped(), 1)
     hint = f"; did you mean {near[0]}?" if near else "; `vitlit config` lists the shipped ones"
     raise UserError(f"config {name} does not exist{hint}")

@@ -1,8 +1,7 @@
 """`vitlit fit|validate|test|predict`: the Lightning CLI over runs that are kept in folders."""
 
-import logging
+import os
 import sys
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +10,30 @@ import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
-from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_loggers, starting_weights
-from vitlit.cli.summary import print_summary
-from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, monitor
+from vitlit.cli.arguments import HELP, CommandLine, Parser, build, check_groups, expand_paths
+from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
+from vitlit.cli.loggers import harmless
+from vitlit.cli.messages import show_asked
+from vitlit.cli.summary import Evaluated, best, ending, print_summary
+from vitlit.cli.trainer import (
+    Trainer,
+    check_length,
+    check_monitors,
+    check_trainer,
+    fill_folders,
+    fill_modes,
+    listed,
+    monitor,
+)
 from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
+from vitlit.doctor import origin
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
 from vitlit.prepare.sources import DIGITS, write
@@ -29,37 +41,28 @@ from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
-from vitlit.run.ranks import inherited, rank, share_decision
-from vitlit.stages import Finetune, Stage
+from vitlit.run.ranks import check_environment, inherited, rank, share_decision
+from vitlit.stages import Stage
 from vitlit.stages.record import trusted
 from vitlit.weights import locate
-
-QUIET = (
-    r".*LeafSpec.*",  # lightning 2.6 with torch 2.15
-    r".*does not have many workers.*",
-    r".*smaller than the logging interval.*",
-    r".*exists and is not empty.*",
-    r".*could not find the monitored key.*",  # the metric is known, so nothing was validated; the summary says so
-    r".*The dirpath has changed.*",  # the run was moved
-    r".*callbacks used to create the checkpoint.*",  # evaluation has no callbacks
-    r".*WeightAveraging callback with a model that overrides.*",  # only fsdp2 needs the override
-    r".*recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics does that
-)
 
 
 def run(command: str, arguments: list[str]) -> int:
     """Run fit, validate, test or predict and return the exit code."""
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    set_parsing_settings(
-        import_path_denylist=["*"],
-        # The name that jsonargparse gives to the base class if a callback's keys come without a class.
-        import_path_allowlist=[*trusted(), "lightning.Callback"],
-        # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
-        docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
-    )
+    show_asked()
+    check_environment()
+    if "VITLIT_TRUST" in os.environ and "" not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: a file here must not replace a module that is installed
+    try:
+        set_parsing_settings(
+            import_path_denylist=["*"],
+            # The name that jsonargparse gives to the base class if a callback's keys come without a class.
+            import_path_allowlist=[*trusted(), "lightning.Callback"],
+            # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
+            docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
+        )
+    except ValueError as error:  # of JSONARGPARSE_DEBUG
+        raise UserError(f"{error}; unset it, or give true or false") from error
     load = get_loader("yaml")
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
     line = CommandLine(command, arguments)
@@ -86,24 +89,33 @@ class Begin(Callback):
 
     def __init__(self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any]) -> None:
         self.line, self.folder, self.config = line, folder, config
+        self.begun = False  # on this rank
 
     def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.line.launched = True
         data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
-        labels = f"{len(data.classes)} classes" if data.classes else "no labels"
+        labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
         print(
             f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{labels}; {data.steps_per_epoch:,} steps an epoch",
+            f"{labels}; {data.epoch}",
             flush=True,
         )
         if self.folder is not None:
             self.folder.begin(self.config)
+            self.folder.history.begin(origin(self.line.words))
+            self.begun = True
             for logger in trainer.loggers:
                 if isinstance(logger, Wandb):
                     self.folder.keep_wandb_id(str(logger.version))
+
+    def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.folder is not None and self.begun:
+            ended = str(exception) or type(exception).__name__
+            with suppress(OSError, UserError):  # the exception says more
+                self.folder.history.end(trainer.global_step, self.line.seconds(), ended)
 
 
 class CLI(LightningCLI):
@@ -128,6 +140,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        expand_paths(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
@@ -151,13 +164,20 @@ class CLI(LightningCLI):
         self.parser.add_instantiator(build, object)  # after Lightning's own, of model and data
         config, fitting = self.config[self.subcommand], self.subcommand == "fit"
         check_groups(config)
+        fill_modes(config.trainer.callbacks, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
         recorded = self.plain()
+        if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
+            own = self.folder.last.with_name(f"{config.ckpt_path}.ckpt")
+            config.ckpt_path = str(own) if own.is_file() or config.ckpt_path in ("best", "last") else config.ckpt_path
         if fitting:
             self.decide(recorded)
+            fill_folders(config.trainer, self.folder)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        self.splits = Splits(config.data.root, parse_share(config.data.holdout), config.data.manifest)
+        fill_labels(config)
+        data = config.data
+        self.splits = Splits(data.root, parse_share(data.holdout), data.manifest, data.labels)
         self.weights = starting_weights(config, fitting)
         fill_config(config, self.weights, self.splits)
         self.splits.photos = self.line.photos
@@ -167,8 +187,6 @@ class CLI(LightningCLI):
             self.callbacks += [callbacks.NonFinite(), callbacks.Throughput(), Begin(self.line, folder, recorded)]
         if self.keeps:
             check_idle(config.data, self.line.content)
-            for warning in config_warnings(config, self.line.content):
-                rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
             self.callbacks += [callbacks.Tracking(self.plain()), callbacks.Mistakes()]
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
@@ -188,17 +206,13 @@ class CLI(LightningCLI):
         """Begin the run, continue it, or say that it is complete. Rank 0 decides for all."""
         config = self.config.fit
         check_trainer(config.trainer)
-        if rank() == 0 and config.data.root == DIGITS and not Path(config.data.root).exists():
-            write("digits", Path(config.data.root))
-        decision = Decision("begin")
-        if self.keeps:
-            try:
-                decided = None if rank() else self.folder.decide(recorded)
-            except UserError:
-                with suppress(UserError):  # the other ranks, which end too, may not have started
-                    share_decision(Decision("refused"), self.folder.path, recorded)
-                raise
-            decision = share_decision(decided, self.folder.path, recorded)
+        try:
+            decided = None if rank() else self.decided(recorded)
+        except UserError:
+            with suppress(UserError):  # the other ranks, which end too, may not have started
+                share_decision(Decision("refused"), self.folder.path, recorded)
+            raise
+        decision = share_decision(decided, self.folder.path, recorded)
         if decision.action == "finished":
             rank_zero_only(print)(
                 f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
@@ -209,32 +223,56 @@ class CLI(LightningCLI):
         if config.ckpt_path:
             rank_zero_only(print)(f"continuing {self.folder.path} from {config.ckpt_path}")
 
+    def decided(self, recorded: dict[str, Any]) -> Decision:
+        """What rank 0 decides about the run; it writes the digits if they are trained on."""
+        config = self.config.fit
+        root = str(config.data.root)
+        try:
+            decision = self.folder.decide(recorded) if self.keeps else Decision("begin")
+        except UserError as error:
+            if root == DIGITS or "://" in root or Path(root).exists():
+                raise
+            raise UserError(f"data.root {root} does not exist, and {error}") from error
+        if root == DIGITS and decision.action != "finished" and not Path(root).exists():
+            if decision.action == "begin":
+                starting_weights(config, fitting=True)  # nothing is written if they are missing
+            write("digits", Path(root))
+        return decision
+
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
-        if isinstance(self.model, Finetune):
-            self.model.weights = self.weights
+        self.model.weights = self.weights
         trainer = self.config[self.subcommand].trainer
         bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
-        if bar:
+        own = listed(self.config_init[self.subcommand].trainer.callbacks)
+        if any(isinstance(callback, ProgressBar) for callback in own):
+            terminal = True  # the user's bar, off a terminal too, in place of vitlit's
+        elif bar:
             self.callbacks.insert(0, callbacks.Bar() if terminal else callbacks.Lines())
         if self.keeps:
             self.callbacks[:0] = self.checkpoint_callbacks()
         elif self.subcommand == "predict":
             self.callbacks.append(self.prediction_writer())
+        elif self.subcommand != "fit":
+            checkpoint = self.config[self.subcommand].ckpt_path
+            self.callbacks.append(Evaluated(self.line.command, self.folder.path, checkpoint, self.line.words))
         self.trainer_defaults["callbacks"] = self.callbacks
         return super().instantiate_trainer(
-            logger=[*self.config_init.fit.trainer.logger, CSV(self.folder.path)] if self.keeps else False,
+            logger=self.loggers() if self.keeps else False,
             default_root_dir=str(self.folder.path),
             enable_progress_bar=bar and terminal,
             enable_checkpointing=self.keeps,
         )
+
+    def loggers(self) -> list[Any]:
+        return [*map(harmless, self.config_init.fit.trainer.logger), CSV(self.folder.path)]
 
     def checkpoint_callbacks(self) -> list[Any]:
         """The callbacks that save checkpoints, and that stop a run after saving one."""
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        return [Interrupt(last, until, options.save_minutes), Best(folder, monitor(self.model, options.monitor)), last]
+        return [Interrupt(last, until, options.save_minutes), Best(folder, *monitor(self.model, options.monitor)), last]
 
     def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
@@ -255,17 +293,22 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
+            for warning in config_warnings(self.config.fit, self.line.content):
+                rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def _set_seed(self) -> None:
         try:
             super()._set_seed()
         except ValueError as error:
-            raise UserError(f"seed_everything: {error}") from error
+            given = self.config[self.subcommand].seed_everything
+            raise UserError(f"seed_everything {given} is not from 0 to {2**32 - 1}") from error
 
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:
-            self.folder.finish(self.trainer.global_step)
-            print_summary(self.trainer, self.folder, self.splits)
+            step, result = self.trainer.global_step, best(self.trainer, self.folder)
+            self.folder.history.end(step, self.line.seconds(), ending(self.trainer), best=result)
+            self.folder.finish(step)
+            print_summary(self.trainer, self.folder, self.datamodule)
 
     def after_predict(self) -> None:
         writer = self.predictions

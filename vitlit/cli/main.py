@@ -33,9 +33,11 @@ validate, test and predict take --config CONFIG in RUN's place.
   vitlit fit --model.help Finetune      the keys of a stage: Pretrain, Finetune
   vitlit fit --config CONFIG --print_config=skip_default
 
-VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE lets a config name classes of your own.
+VITLIT_DEBUG=1 shows the traceback of an error. VITLIT_TRUST=PACKAGE,... lets a config name classes of your own, which
+may be in the current folder.
 """
 
+LIGHTNING = ("MisconfigurationException", "TrainingSpikeException")  # its errors that are one line
 STAGES = ("fit", "validate", "test", "predict")
 # The modules whose `run` is each other command, imported when it is asked for.
 COMMANDS = {
@@ -117,7 +119,7 @@ def explain(error: BaseException) -> str | None:
     """The message of a user's mistake, wherever it is in the chain of causes; None for a bug."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, UserError) or type(seen).__name__ == "MisconfigurationException":
+        if isinstance(seen, UserError) or type(seen).__name__ in LIGHTNING:
             # A data worker passes on its whole traceback as text.
             return " ".join(str(seen).rsplit("UserError: ", 1)[-1].split())
         seen = seen.__cause__ or seen.__context__

@@ -1,52 +1,153 @@
-"""What `vitlit fit` prints when a run is complete."""
+"""What `vitlit fit`, `validate` and `test` print at their end, and the results that they keep."""
 
+import json
 import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.markup import escape
 
-from vitlit.data.splits import Splits
+from vitlit.data import ImageFolderData
+from vitlit.doctor import origin
+from vitlit.files import whole_file
 from vitlit.loggers import Wandb
 from vitlit.prepare.sources import DIGITS
 from vitlit.run.checkpoints import Best
 from vitlit.run.folder import RunFolder
 from vitlit.stages import Pretrain
+from vitlit.weights.checkpoint import open_checkpoint
 
 
-def print_summary(trainer: Trainer, folder: RunFolder, splits: Splits) -> None:
+def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) -> None:
     """Print steps, best metric, checkpoint, W&B run and the next command, and close the W&B run."""
-    rows = {"steps": f"{trainer.global_step:,}", **_best(trainer, folder)}
+    rows = {"steps": f"{trainer.global_step:,}"}
+    if (ended := ending(trainer)) != COMPLETE:
+        rows["ended"] = ended
+    if result := best(trainer, folder):
+        is_share = result["metric"].removeprefix("val/").startswith(("top", "map"))
+        value = f"{100 * result['value']:.2f} %" if is_share else f"{result['value']:.4f}"
+        rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
+    if folder.best.is_file():
+        rows["checkpoint"] = str(folder.best)
+    else:
+        validated = any(name.startswith("val/") for name in trainer.callback_metrics)
+        why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"
+        rows["checkpoint"] = f"{folder.last} ({why})"
+    if (sheet := folder.path / "mistakes.png").is_file():
+        rows["mistakes"] = f"{sheet}, mistakes.csv and confusion.csv"
     for logger in trainer.loggers:
         if isinstance(logger, Wandb):
             rows["W&B"] = logger.closing_line() or "disabled"
             logger.close()
     pretrained = isinstance(trainer.lightning_module, Pretrain)
-    predict = ["vitlit", "predict", str(folder.path), "PHOTOS", "--out", "predictions.csv"]
-    rows["next"] = shlex.join(_finetune(folder, splits) if pretrained else predict)
+    rows["next"] = shlex.join([program(), *(finetune(folder, data) if pretrained else predict(folder, data))])
     console = Console(soft_wrap=True, highlight=False)  # a command must stay on one line
     console.print(f"\n[bold]{escape(str(folder.path))} is complete[/bold]")
-    for name, value in rows.items():
-        console.print(f"  [dim]{name:<14}[/dim] {escape(value)}")
+    for name, text in rows.items():
+        console.print(f"  [dim]{name:<14}[/dim] {escape(text)}")
 
 
-def _best(trainer: Trainer, folder: RunFolder) -> dict[str, str]:
-    best = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
-    if best.best_model_score is None:
-        return {"checkpoint": f"{folder.last} (nothing was validated, so none is best)"}
-    score, is_loss = float(best.best_model_score), "loss" in str(best.monitor)
-    shown = f"{score:.4f}" if is_loss else f"{100 * score:.2f} %"
-    return {f"best {best.monitor}": shown, "checkpoint": str(folder.best)}
+COMPLETE = "complete"
 
 
-def _finetune(folder: RunFolder, splits: Splits) -> list[str]:
+def ending(trainer: Trainer) -> str:
+    """Why a training ended: it is complete, or was stopped early."""
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    for stop in callbacks:
+        # A run that was made longer remembers the early stop before.
+        why = stop.stopping_reason_message if isinstance(stop, EarlyStopping) else None
+        if why and trainer.current_epoch - stop.stopped_epoch <= 1:
+            return f"early, in epoch {stop.stopped_epoch + 1}: {why.removesuffix(' Signaling Trainer to stop.')}"
+    return COMPLETE
+
+
+def best(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
+    """The metric of best.ckpt, its value and the step after which it was measured; empty if this run has none."""
+    kept = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
+    if kept.best_model_score is None or not folder.best.is_file():
+        return {}
+    step = open_checkpoint(folder.best)["global_step"]
+    return {"metric": kept.monitor, "value": float(kept.best_model_score), "step": step}
+
+
+def program() -> str:
+    """What a shell calls vitlit: its name, or its path where that is not found."""
+    if shutil.which("vitlit"):
+        return "vitlit"
+    return from_here(Path(sys.executable).with_name("vitlit"))
+
+
+def from_here(path: str | Path) -> str:
+    """A path, relative to the working folder if it is in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path)
+
+
+def predict(folder: RunFolder, data: ImageFolderData) -> list[str]:
+    """The command that classifies images, those of validation where they are in a folder."""
+    root = Path(data.splits.root)
+    photos = next((str(place) for place in (root / "val", root) if place.is_dir()), "PHOTOS")
+    return ["predict", str(folder.path), photos, "--out", "predictions.csv"]
+
+
+def finetune(folder: RunFolder, data: ImageFolderData) -> list[str]:
     """The command that finetunes what was pretrained, on the same data if it has labels."""
-    command = ["vitlit", "fit", "--config", "finetune", "--model.init_from", str(folder.path)]
+    splits, sides = data.splits, data.preprocess.image_size
+    recipe = "finetune" if splits.root == DIGITS else "recipes/finetune_folder"
+    command = ["fit", "--config", recipe, "--model.init_from", str(folder.path)]
     if splits.root != DIGITS:
         root = splits.root if splits.classes else "LABELLED_FOLDER"
         command += ["--data.root", root, "--run.name", f"{folder.name}-finetuned"]
+    if (splits.root, sides) != (DIGITS, (32, 32)):  # configs/finetune.yaml is for the digits of configs/pretrain.yaml
+        size = str(sides[0]) if sides[0] == sides[1] else f"[{sides[0]},{sides[1]}]"
+        command += ["--data.image_size", size]
+        if data.batch_size < 64:  # the recipe's may be more than there are images
+            command += ["--data.batch_size", str(data.batch_size)]
     if splits.manifest:
         command += ["--data.manifest", splits.manifest]
     if splits.holdout:
         command += ["--data.holdout", str(splits.holdout)]
     return command
+
+
+class Evaluated(Callback):
+    """Say what `validate` or `test` evaluated, and write it and the metrics to RUN/validate.json or test.json."""
+
+    def __init__(self, command: str, run: Path, checkpoint: str, words: list[str]) -> None:
+        split = "val" if command == "validate" else "test"
+        self.out, self.split = run / f"{command}.json", split
+        self.about: dict[str, Any] = {"run": str(run), "checkpoint": checkpoint, "split": split}
+        self.words, self.images = words, 0
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.images += len(batch.labels)
+
+    on_test_batch_end: Any = on_validation_batch_end
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        counted = torch.tensor(float(self.images), device=pl_module.device)
+        images = int(trainer.strategy.reduce(counted, reduce_op="sum"))
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.about |= {"step": open_checkpoint(Path(self.about["checkpoint"]))["global_step"]}
+        self.about |= {"root": data.splits.root, "images": images, **origin(self.words)}
+        self.about["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        try:
+            with whole_file(self.out) as partial:
+                partial.write_text(json.dumps(self.about, indent=2) + "\n")
+        except OSError as error:
+            print(f"vitlit: warning: cannot write {self.out}: {error.strerror}", flush=True)
+        print(
+            f"{from_here(self.about['checkpoint'])} (step {self.about['step']:,}) on the {self.split} split of "
+            f"{data.splits.root}, {images:,} images; the numbers are in {from_here(self.out)}",
+            flush=True,
+        )
+
+    on_test_end = on_validation_end

@@ -10,22 +10,24 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
     EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
     ModelCheckpoint,
-    StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
 from vitlit.callbacks import EMA
 from vitlit.errors import UserError
 from vitlit.run.checkpoints import Files
+from vitlit.run.folder import RunFolder
+from vitlit.run.ranks import launched
 from vitlit.stages import Stage
+from vitlit.stages.callbacks import best_mode, check_callbacks, refuse
 from vitlit.stages.fsdp import FSDP2
+from vitlit.stages.metrics import direction
 from vitlit.weights.checkpoint import open_checkpoint
 
 # Settings of the Trainer that a config must leave at their defaults, and why.
@@ -35,7 +37,7 @@ FIXED = {
     "default_root_dir": (None, "the run's folder is run.root and run.name"),
     "enable_checkpointing": (None, "best.ckpt and last.ckpt are always kept"),
     "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
-    "max_time": (None, "it would end the run as if it were complete; set max_steps, or stop the run with SIGTERM"),
+    "max_time": (None, "it would end the run as if it were complete; use run.time_limit"),
 }
 
 
@@ -43,10 +45,17 @@ class Trainer(LightningTrainer):
     """Lightning's Trainer with precision `auto` by default, which writes checkpoints whole or not at all.
 
     Args:
+        logger: by default and for true vitlit.loggers.Wandb, for false none; the run's metrics.csv is written besides.
         precision: auto is bf16-mixed on a GPU with bf16, 16-mixed on one without, and 32-true on a CPU.
     """
 
-    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        logger: list[Logger] | Logger | bool | None = None,
+        precision: Literal["auto"] | _PRECISION_INPUT = "auto",
+        **kwargs: Any,
+    ) -> None:
         for name in ("check_val_every_n_epoch", "val_check_interval"):  # Lightning would divide by 0
             if isinstance(kwargs.get(name), int | float) and not kwargs[name] > 0:
                 raise UserError(f"trainer.{name} {kwargs[name]} is not above 0")
@@ -60,21 +69,25 @@ class Trainer(LightningTrainer):
         elif not gpu and str(precision) in ("16-true", "16-mixed", "16"):
             raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
         try:
-            super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
+            super().__init__(logger=logger, precision=precision, **kwargs)  # type: ignore[arg-type]
         except MisconfigurationException as error:
             if "backend found" in str(error):
                 raise UserError(f"trainer.accelerator {accelerator}: no GPU is found; use cpu or auto") from error
             raise
         except (ValueError, TypeError, RuntimeError, ImportError) as error:  # an unknown strategy, among others
             raise UserError(f"trainer: {error}") from error
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            name = type(callback).__name__
-            if isinstance(callback, BatchSizeFinder | GradientAccumulationScheduler | LearningRateFinder):
-                remedy = "give data.batch_size, data.micro_batch and the optimizer's lr"
-                raise UserError(f"trainer.callbacks: {name} would change what the config says; {remedy}")
-            averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
-            if isinstance(self.strategy, FSDP2) and averages and not isinstance(callback, EMA):
+        callbacks: Any = self.callbacks  # type: ignore[attr-defined]
+        check_callbacks(callbacks)
+        for callback in callbacks:
+            if (
+                isinstance(self.strategy, FSDP2)
+                and isinstance(callback, WeightAveraging)
+                and not isinstance(callback, EMA)
+            ):
+                name = type(callback).__name__
                 raise UserError(f"trainer.strategy fsdp2 does not work with {name}; use vitlit.callbacks.EMA")
+            if isinstance(callback, Timer) and callback.time_remaining() is not None:
+                raise UserError("Timer's duration would end the run as if it were complete; use run.time_limit")
         if isinstance(self.strategy, FSDP2):
             if self.precision in ("16-mixed", "16-true"):
                 remedy = "use bf16-mixed, or 32-true where the GPU has no bf16"
@@ -86,11 +99,45 @@ class Trainer(LightningTrainer):
             self.strategy.checkpoint_io = Files()
 
 
+def listed(given: Any) -> list[Any]:
+    """trainer.callbacks, which may be none, one or a list, as a list."""
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+# Callbacks that a run which is kept has no use for.
+REPLACED = {
+    "OnExceptionCheckpoint": "would save beside last.ckpt, which run.save_minutes saves; leave it out",
+    "StochasticWeightAveraging": "averages after the last checkpoint, so that none holds it; use vitlit.callbacks.EMA",
+}
+
+
+def fill_modes(callbacks: Any, given: bool) -> None:
+    """Refuse callbacks by name, and fill in the mode of a monitored accuracy unless a mode was `given`."""
+    for callback in listed(callbacks):
+        name, options = callback.class_path.rpartition(".")[2], callback.get("init_args") or Namespace()
+        refuse(name)
+        if name in REPLACED:
+            raise UserError(f"trainer.callbacks: {name} {REPLACED[name]}")
+        if name in ("EarlyStopping", "ModelCheckpoint") and not given:
+            options.mode = best_mode(options.get("monitor")) or options.mode
+
+
+def fill_folders(trainer: Namespace, folder: RunFolder) -> None:
+    """Keep a further ModelCheckpoint out of the folder of the run's own checkpoints, by default in RUN/kept."""
+    for callback in listed(trainer.callbacks):
+        if callback.class_path.endswith(".ModelCheckpoint"):
+            options = callback.init_args
+            options.dirpath = options.get("dirpath") or str(folder.path / "kept")
+            if Path(options.dirpath).resolve() == folder.last.parent.resolve():
+                remedy = f"leave dirpath out, or give another; without one it is {folder.path / 'kept'}"
+                raise UserError(f"ModelCheckpoint: {options.dirpath} is for best.ckpt and last.ckpt; {remedy}")
+
+
 def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
     """Refuse a callback whose metric nothing logs: it would end the run after its first epoch."""
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    known = stage.measured
-    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+    known = [*stage.measured]
+    if any(isinstance(callback, EMA) for callback in callbacks):
         known += [f"{name}_raw" for name in known]
     known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
     makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
@@ -108,6 +155,16 @@ def check_trainer(config: Namespace) -> None:
     for key, (default, why) in FIXED.items():
         if config[key] != default:
             raise UserError(f"trainer.{key} cannot be set: {why}")
+    if config.num_nodes > 1 and not launched():
+        raise UserError(
+            f"trainer.num_nodes is {config.num_nodes}: start each node with torchrun or srun, or leave it out"
+        )
+    if config.devices in (0, "0"):
+        raise UserError("trainer.devices is 0; give how many, or auto")
+    if config.profiler == "xla" or getattr(config.profiler, "class_path", "").endswith("XLAProfiler"):
+        raise UserError(
+            "trainer.profiler: XLAProfiler is for TPUs, which vitlit does not train on; use simple or pytorch"
+        )
     ends = (config.max_epochs, config.max_steps)
     if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
@@ -115,12 +172,14 @@ def check_trainer(config: Namespace) -> None:
         raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
 
 
-def monitor(stage: Stage, given: str | None) -> str:
-    """The metric of the best checkpoint: run.monitor, else accuracy, else the loss; UserError if nothing logs it."""
-    name = given or next(name for name in ("val/top1", "val/map", "val/loss") if name in stage.measured)
-    if name not in stage.measured:
-        raise UserError(f"run.monitor {name} is not among {' '.join(stage.measured)}")
-    return name
+def monitor(stage: Stage, given: str | None) -> tuple[str, str]:
+    """The metric of the best checkpoint, run.monitor or the objective's first, and which value is best: min or max."""
+    measured = stage.measured
+    name = given or next(iter(measured))
+    own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
+    if name not in measured and not (own and name.startswith("val/")):
+        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
+    return name, measured.get(name, direction(name))
 
 
 def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, start: Path | None) -> None:

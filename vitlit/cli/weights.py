@@ -2,12 +2,12 @@
 
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 
 from vitlit.errors import UserError
-from vitlit.model import SIZES, ViTConfig
+from vitlit.model import SIZES, ViT, ViTConfig
 from vitlit.weights.door import empty, load, read
 from vitlit.weights.save import Format, save_weights
 from vitlit.weights.weights import NOT_SAID, Weights
@@ -90,7 +90,17 @@ def convert(source: str, out: Path, format: str) -> None:
     if format == "hf" and out.suffix:
         raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source)
-    written = save_weights(vit, out, format)  # type: ignore[arg-type]
+    try:
+        written, what, difference = compare(vit, out, cast(Format, format))
+    except BaseException:  # whatever stopped the check, what it did not pass is not kept
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        raise
+    print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
+
+
+def compare(vit: ViT, out: Path, format: Format) -> tuple[Path, str, float]:
+    """Write a ViT and read it back: (the file, what was compared, the largest difference); UserError if they differ."""
+    written = save_weights(vit, out, format)
     images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))
     again = load(written)
     with torch.inference_mode():
@@ -98,9 +108,8 @@ def convert(source: str, out: Path, format: str) -> None:
     difference = (before - after).abs().max().item()
     what = "logits" if vit.config.num_classes else "features"
     if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
         kept = again.config.plain()
         lost = [f"{name} {value}" for name, value in vit.config.plain().items() if kept[name] != value]
         why = f", since {format} does not keep {', '.join(lost)}" if lost else ""
         raise UserError(f"{what} read back from {out} differ by {difference:.1e}{why}; it was removed")
-    print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
+    return written, what, difference

@@ -22,21 +22,23 @@ def kept_at(folder: Path) -> Path:
     return folder / ".vitlit" / "root.npz"
 
 
-def load(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray] | None:
-    """The kept names of the images, and how many each class has; None if there are none or the folder changed."""
+def load(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray, str] | None:
+    """The kept names of the images, how many each class has, and what is not read; None if the folder changed."""
     try:
         scan = load_arrays(kept_at(folder))
         times = _times(folder, Names(scan["folders"], scan["folder_ends"]))
         fresh = scan["key"].tobytes() == _key(classes) and np.array_equal(scan["times"], times)
-        return (Names(scan["names"], scan["name_ends"]), scan["counts"]) if fresh else None
+        names = Names(scan["names"], scan["name_ends"])
+        return (names, scan["counts"], scan["unread"].tobytes().decode()) if fresh else None
     except (OSError, ValueError, KeyError):  # missing or damaged
         return None
 
 
 def save(
-    folder: Path, classes: list[str], names: Names, counts: np.ndarray, folders: list[bytes], scanned: float
+    folder: Path, classes: list[str], found: tuple[Names, np.ndarray, str], folders: list[bytes], scanned: float
 ) -> None:
-    """Keep a scan of `folders`, this one first, that began at `scanned` (s), if it is large and the folder writable."""
+    """Keep what `load` gives, of a scan of `folders`, this one first, that began at `scanned` (s), if it is large."""
+    names, counts, unread = found
     if len(names) < WORTH:
         return
     with suppress(OSError):  # read-only data is scanned each time
@@ -48,12 +50,13 @@ def save(
         times[0] = _times(folder, folders[:1])[0]  # a new .vitlit in this folder changes it
         arrays = {"key": np.frombuffer(_key(classes), np.uint8), "counts": counts, "times": times}
         arrays |= {"names": names.packed, "name_ends": names.ends}
+        arrays["unread"] = np.frombuffer(unread.encode(), np.uint8)
         searched = Names.pack(folders)
         save_arrays(file, arrays | {"folders": searched.packed, "folder_ends": searched.ends})
 
 
 def _key(classes: list[str]) -> bytes:
-    return b"1\0" + b" ".join(ENDINGS) + b"\0" + "\0".join(classes).encode(errors="surrogateescape")
+    return b"2\0" + b" ".join(ENDINGS) + b"\0" + "\0".join(classes).encode(errors="surrogateescape")
 
 
 def _times(folder: Path, folders: Iterable[bytes]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Images of an index as samples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from vitlit.data.index import Index, StorageUserError
 from vitlit.data.stream import Sample
 from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
-from vitlit.images.decode import decode_bytes
+from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
@@ -33,6 +33,8 @@ class Images(Dataset[tuple[Any, ...]]):
     bad: BadImages | None = None
     further: Sequence[Transform] = ()
     photos: bool = False
+    ground: str = GROUND
+    _told: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool).share_memory_(), init=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -55,13 +57,22 @@ class Images(Dataset[tuple[Any, ...]]):
         """An image, or None after listing it as bad."""
         path = self.index.path(index)
         try:
-            return decode_bytes(self.index.read(index), path)
+            data = self.index.read(index)
+            if not data.startswith(b"\xff\xd8"):
+                return decode_bytes(data, path, self.ground)
+            with captured_stderr() as said:  # libjpeg's words, without a name
+                image = decode_bytes(data, path, self.ground)
+            if said and not self._told:
+                self._told.fill_(True)  # for all workers
+                name_all = "`vitlit data check` names all such images"
+                print(f"vitlit: warning: {path} is damaged, but was decoded ({said[0]}); {name_all}", flush=True)
+            return image
         except StorageUserError:
             raise
         except UserError as error:
             if self.bad is None:
                 raise UserError(f"{error}; {remedy}") from error
-            self.bad.note(path, str(error))
+            self.bad.note(path, reason(error, path))
             return None
 
     def _sample(self, item: Sample) -> tuple[Tensor, int]:
@@ -70,7 +81,7 @@ class Images(Dataset[tuple[Any, ...]]):
         if (image := self._decode(item.index, remedy)) is not None:
             return image, item.index
         labels = self.index.labels.reshape(len(self), -1)
-        alike = np.flatnonzero((labels == labels[item.index]).all(1))
+        alike = np.flatnonzero((labels == labels[item.index]).all(1) | (labels.dtype.kind == "f"))
         drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, alike), kind="stable")
         for index in alike[drawn].tolist():
             if (image := self._decode(index, remedy)) is not None:
@@ -80,6 +91,8 @@ class Images(Dataset[tuple[Any, ...]]):
 
     def _label(self, index: int) -> int | Tensor:
         label = self.index.labels[index]
+        if label.ndim == 0 and label.dtype.kind == "f":
+            return torch.tensor(float(label))  # float32
         return int(label) if label.ndim == 0 else torch.from_numpy(label).float()
 
 

@@ -3,6 +3,8 @@
 import os
 import time
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +15,12 @@ from vitlit.data.index import ENDINGS, EXTENSIONS, FolderFiles, Index, Names
 from vitlit.errors import UserError
 from vitlit.seeds import mix
 
+# Each split and how its folder may be spelled; only the first is read.
+SPELLINGS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+CHECK = "; `vitlit data check` names them"
 
-def _folders(root: Path) -> list[str]:
+
+def folders_in(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if is_folder(entry) and not entry.name.startswith("."))
 
 
@@ -27,19 +33,20 @@ def is_folder(entry: os.DirEntry[Any]) -> bool:
 
 
 class Tree(NamedTuple):
-    """Paths below a folder: images and other files, sorted, and all folders, itself first."""
+    """Paths below a folder: images, other files and links to nothing, sorted, and all folders, itself first."""
 
     images: list[bytes]
     others: list[bytes]
+    dead: list[bytes]
     folders: list[bytes]
 
 
-def walk(root: bytes, folder: bytes = b"") -> Tree:
-    """List ROOT/FOLDER to any depth, without what is hidden, with paths relative to the root.
+def walk(root: bytes, folder: bytes = b"", deep: bool = True) -> Tree:
+    """List ROOT/FOLDER to any depth, or only itself, without what is hidden, with paths relative to the root.
 
     A folder counts once. A link to a folder around it is not followed, or a class would have the images of all classes.
     """
-    found, seen = Tree([], [], []), set()
+    found, seen = Tree([], [], [], []), set()
     above: tuple[bytes, ...] = (os.path.realpath(root),) if folder else ()
     pending = [(folder, above)]  # with the real paths of the folders that lead there
     while pending:
@@ -59,25 +66,46 @@ def walk(root: bytes, folder: bytes = b"") -> Tree:
                 inner.append(prefix + name)
             elif name.lower().endswith(ENDINGS):
                 found.images.append(prefix + name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                found.dead.append(prefix + name)
             else:
                 found.others.append(prefix + name)
         # In reverse, as they are popped: of several links to one folder the first by name counts.
-        pending += [(name, (*above, real)) for name in sorted(inner, reverse=True)]
-    return Tree(sorted(found.images), sorted(found.others), found.folders)
+        pending += [(name, (*above, real)) for name in sorted(inner, reverse=True)] if deep else []
+    return Tree(sorted(found.images), sorted(found.others), sorted(found.dead), found.folders)
 
 
-def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
-    """The images in class folders, class by class, and how many each has. The folder itself is the class ""."""
-    scanned = time.time()
-    images, folders, counts = [], [b""], []
-    for name in classes:
-        tree = walk(os.fsencode(folder), os.fsencode(name))
-        images += tree.images
-        folders += [below for below in tree.folders if below]
-        counts.append(len(tree.images))
-    names, sizes = Names.pack(images), np.array(counts, np.int64)
-    cache.save(folder, classes, names, sizes, folders, scanned)
-    return names, sizes
+def unread(trees: Iterable[Tree], loose: int = 0) -> str:
+    """How many files of which ending, links to nothing and `loose` images are not read; empty if there are none."""
+    counts: Counter[str] = Counter()
+    for tree in trees:
+        counts.update(os.path.splitext(os.fsdecode(name))[1].lower() or "without an ending" for name in tree.others)
+        counts["dead links"] += len(tree.dead)
+    counts["images outside of class folders"] += loose
+    most = [(kind, number) for kind, number in counts.most_common() if number]
+    kinds = [f"{kind} {number:,}" for kind, number in most[:8]]
+    text = ", ".join(kinds + [f"and {len(most) - 8} more endings"] * (len(most) > 8))
+    return text.encode(errors="replace").decode()
+
+
+def _tell(where: object, passed: str, remedy: str = "") -> None:
+    if passed:
+        from lightning.pytorch.utilities import rank_zero_only  # takes a second, for which `vitlit data` need not wait
+
+        rank_zero_only(print)(f"{where}: not read: {passed}{remedy}", flush=True)
+
+
+def _scan(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray, str]:
+    """The images in class folders, how many each has, and what is not read. The folder itself is the class ""."""
+    scanned, root = time.time(), os.fsencode(folder)
+    trees = [walk(root, os.fsencode(name)) for name in classes]
+    top = Tree([], [], [], []) if "" in classes else walk(root, deep=False)
+    folders = [b"", *(below for tree in trees for below in tree.folders if below)]
+    names = Names.pack(image for tree in trees for image in tree.images)
+    counts = np.array([len(tree.images) for tree in trees], np.int64)
+    found = names, counts, unread([top, *trees], len(top.images))
+    cache.save(folder, classes, found, folders, scanned)
+    return found
 
 
 def scan_photos(photos: list[Path]) -> Index:
@@ -85,13 +113,16 @@ def scan_photos(photos: list[Path]) -> Index:
     if not photos:
         raise UserError("predict needs images: files, or folders of them")
     unique: dict[str, None] = {}
+    trees = []
     for photo in photos:
         if not photo.exists():
             raise UserError(f"{photo} does not exist; give images or folders of images")
-        names = map(os.fsdecode, walk(os.fsencode(photo)).images) if photo.is_dir() else [""]
-        unique |= dict.fromkeys(str(photo / name) for name in names)
+        trees.append(walk(os.fsencode(photo)) if photo.is_dir() else Tree([b""], [], [], []))
+        unique |= dict.fromkeys(str(photo / os.fsdecode(name)) for name in trees[-1].images)
+    where, passed = ", ".join(map(str, photos)), unread(trees)
     if not unique:
-        raise UserError(f"no image under {', '.join(map(str, photos))} (known: {' '.join(EXTENSIONS)})")
+        raise UserError(f"no image under {where}{passed and f', only {passed}'} (known: {' '.join(EXTENSIONS)})")
+    _tell(where, passed)
     return Index.of("", unique, np.full(len(unique), -1))
 
 
@@ -103,37 +134,58 @@ def train_folder(root: Path, holdout: float) -> Path:
     if not folder.is_dir():
         if not holdout:
             remedy = "lay it out as train/CLASS/* and val/CLASS/*, or give --data.holdout 10% if it holds the classes"
-            raise UserError(f"{root} has no folder train; {remedy}")
+            raise no_folder(root, "train", remedy)
         folder = root
-    loose = (name for name in os.listdir(folder) if name.lower().endswith(EXTENSIONS) and name[0] != ".")
-    if not _folders(folder) and not any(loose):
-        raise UserError(f"{folder} holds no class folders; images belong in {folder}/CLASS/")
+    if not folders_in(folder) and not (top := walk(os.fsencode(folder), deep=False)).images:
+        holds = unread([top])
+        raise UserError(
+            f"{folder} holds no class folders{holds and f', only {holds}'}; images belong in {folder}/CLASS/"
+        )
     return folder
+
+
+def no_folder(root: Path, split: str, remedy: str) -> UserError:
+    """The error of a root without the folder of a split, which may be there under another name."""
+    for name in folders_in(root):
+        if name.strip().lower() in SPELLINGS.get(split, ()):
+            return UserError(f"data.root {root} has no folder {split}, but {name}: rename it to {split}")
+    return UserError(f"data.root {root} has no folder {split}; {remedy}")
 
 
 def scan_split(folder: Path, classes: list[str]) -> Index:
     """The images of one split, labelled by their place in `classes`; without classes the folder's own, all -1."""
-    names = _folders(folder) or ([] if classes else [""])
+    index, passed = _labelled(folder, classes)
+    _tell(folder, passed, CHECK)
+    return index
+
+
+def _labelled(folder: Path, classes: list[str]) -> tuple[Index, str]:
+    """The images of a split, and what is not read."""
+    names = folders_in(folder) or ([] if classes else [""])
     strange = sorted(set(names) - {"", *classes})
     if strange:
         raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
-    files, counts = cache.load(folder, names) or _scan(folder, names)
+    files, counts, passed = cache.load(folder, names) or _scan(folder, names)
     if not len(files):
         if not names and walk(os.fsencode(folder)).images:
             raise UserError(f"{folder} holds images but no class folders; sort them into CLASS/ folders, as in train")
-        raise UserError(f"{folder} holds no image (known: {' '.join(EXTENSIONS)})")
+        raise UserError(f"{folder} holds no image{passed and f', only {passed}'} (known: {' '.join(EXTENSIONS)})")
     numbers = {"": -1} | {name: label for label, name in enumerate(classes)}
     labels = np.repeat(np.array([numbers[name] for name in names], np.int64), counts)
-    return Index(FolderFiles(str(folder), files), np.arange(len(files)), labels)
+    return Index(FolderFiles(str(folder), files), np.arange(len(files)), labels), passed
 
 
 def scan_classes(folder: Path) -> tuple[list[str], Index]:
     """The classes, which are the sorted names of a folder's folders, and their images; each class must have one."""
-    classes = _folders(folder)
-    index = scan_split(folder, classes)
-    empty = np.setdiff1d(np.arange(len(classes)), index.labels)
-    if len(empty):
-        raise UserError(f"class folder {folder / classes[empty[0]]} holds no image; fill or remove it")
+    classes = folders_in(folder)
+    index, passed = _labelled(folder, classes)
+    for label in np.setdiff1d(np.arange(len(classes)), index.labels).tolist():
+        empty = f"class folder {folder / classes[label]} holds no image"
+        if holds := unread([walk(os.fsencode(folder), os.fsencode(classes[label]))]):
+            known = f"known: {' '.join(EXTENSIONS)}"
+            raise UserError(f"{empty} that is read, only {holds} ({known}); convert, unpack or remove them")
+        raise UserError(f"{empty}; fill or remove it")
+    _tell(folder, passed, CHECK)
     return classes, index
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from vitlit.errors import UserError
 from vitlit.files import read_file
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp")
+EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".jpx")
 ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)  # of paths as bytes
 
 
@@ -62,8 +63,8 @@ class FolderFiles:
 class Index:
     """Images of one split: their `rows` in `files`.
 
-    `labels` are class numbers, int64 (N,), -1 for none; or bool (N, classes) if an image may have several. A holdout
-    keeps images of equal `groups`, int64 (N,) if any, together.
+    `labels` are class numbers, int64 (N,), -1 for none; bool (N, classes) if an image may have several; or numbers,
+    float64 (N,). A holdout keeps images of equal `groups`, int64 (N,) if any, together.
     """
 
     files: FolderFiles

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from vitlit.errors import UserError
 SPLITS = ("train", "val", "test")
 REQUIRED = ("path", "label")
 COLUMNS = (*REQUIRED, "split", "group")
+AS_NUMBERS = "--data.labels numbers, with the objective Regression, takes the labels as numbers"
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class Manifest(NamedTuple):
@@ -33,12 +36,13 @@ class _Row(NamedTuple):
     group: str
 
 
-def read_manifest(file: Path, root: Path) -> Manifest:
+def read_manifest(file: Path, root: Path, kind: str | None = None) -> Manifest:
     """Read a CSV file, UTF-8, with a header of the columns path, label and, optionally, split and group.
 
     Paths are absolute or relative to root. If any label is several, separated by |, every image may have several, or
     none (an empty label). Images of one group, such as one patient's, must be in one split, and a holdout takes all or
-    none; an image without a group is its own. Other columns are ignored.
+    none; an image without a group is its own. Other columns are ignored. Labels are "classes" or "numbers", by default
+    numbers if all are and some are fractions; then there are no classes, and the labels are float64.
     """
     rows = list(_rows(file, root))
     if not rows:
@@ -46,22 +50,32 @@ def read_manifest(file: Path, root: Path) -> Manifest:
     if all(row.split != "train" for row in rows):
         raise UserError(f"{file} has no row of split train; training images need one")
     multi_label = any(len(row.names) > 1 for row in rows)
-    trained = {name for row in rows for name in row.names if row.split == "train"}
+    names = {name for row in rows for name in row.names}
+    numeric = {name for name in names if NUMBER.fullmatch(name)}
+    fractions = any(not float(name).is_integer() for name in numeric)
+    numbers = kind == "numbers" or (kind is None and not multi_label and fractions and 2 * len(numeric) > len(names))
+    trained = {name for row in rows for name in row.names if numbers or row.split == "train"}
     for row in rows:
         if not row.names and not multi_label:
             raise UserError(f"{file}, line {row.line}: the label of {row.path} is empty; give one, or remove the row")
+        if numbers and not (len(row.names) == 1 and row.names[0] in numeric):
+            given = f"the label {'|'.join(row.names)!r} of {row.path} is not a number"
+            raise UserError(f"{file}, line {row.line}: {given} such as 3.5; mend it, or give --data.labels classes")
         if unknown := [name for name in row.names if name not in trained]:
-            where = f"{file}, line {row.line}"
-            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack")
+            where, offer = f"{file}, line {row.line}", f"; {AS_NUMBERS}" if numeric == names else ""
+            raise UserError(f"{where}: {row.split} has the class {unknown[0]!r}, which the training images lack{offer}")
     if missing := [row for row in rows if not os.path.isfile(root / row.path)]:
         lacks = f"there is no file {root / missing[0].path} ({len(missing)} of {len(rows)} rows have none)"
         raise UserError(f"{file}, line {missing[0].line}: {lacks}; paths are relative to data.root")
-    classes = sorted(trained)
+    classes = [] if numbers else sorted(trained)
     number = {name: label for label, name in enumerate(classes)}
     splits = {}
     for split in SPLITS:
         if own := [row for row in rows if row.split == split]:
-            labels = label_array([[number[name] for name in row.names] for row in own], len(classes), multi_label)
+            if numbers:
+                labels = np.array([float(row.names[0]) for row in own])
+            else:
+                labels = label_array([[number[name] for name in row.names] for row in own], len(classes), multi_label)
             groups = None
             if any(row.group for row in own):
                 groups = np.array([zlib.crc32((row.group or row.path).encode(errors="surrogateescape")) for row in own])

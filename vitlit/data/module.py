@@ -1,7 +1,6 @@
 """Image folders and shards as a LightningDataModule."""
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +20,15 @@ from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.data.splits import Splits
 from vitlit.data.standalone import BatchLoader, NoTrainer
-from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, split_batch
-from vitlit.data.transforms import CropName, check_augment, check_scale, train_transform
+from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
+from vitlit.data.transforms import PIXELS, CropName, check_augment, check_scale, matched, train_transform
 from vitlit.data.views import Views
 from vitlit.errors import UserError
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
+from vitlit.model import ViT
 from vitlit.objectives import Batch
+from vitlit.seeds import global_seed
 
 Loader = DataLoader[Any] | BatchLoader
 
@@ -43,6 +44,8 @@ class ImageFolderData(LightningDataModule):
     Args:
         root: the folder, or the URL of shards.
         manifest: a CSV file instead of class folders: path (from root), label (several by |) and, if no holdout, split.
+        labels: whether a manifest's labels are classes, or numbers to regress; by default numbers if any is a fraction.
+            The command line fills it from the objective.
         image_size: pixels, an int or (height, width).
         batch_size: images of one optimiser step, over all devices.
         micro_batch: the most images a device takes at a time; gradients are accumulated accordingly.
@@ -51,7 +54,8 @@ class ImageFolderData(LightningDataModule):
             resmall (big_vision's for transfer: evaluation's resize, cropped anywhere) or center (evaluation's).
         crop_scale: the range of the area of a random_resized or inception crop, as a share of the image's.
         flip: the probability of a horizontal flip in training.
-        augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2.
+        augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2; one or
+            several.
         views: further views of a training image: a list of count, size and scale; image_size and crop are the first's.
         erasing: random erasing of training images, after normalisation; of the first view only.
         mixing: mixup and cutmix of training images; not with further views.
@@ -65,10 +69,11 @@ class ImageFolderData(LightningDataModule):
         interpolation: for resizing, always antialiased; bicubic unless given here or by the starting weights.
         mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.
         std: by channel, likewise.
+        ground: the colour under transparency, a CSS name or '#rrggbb'; white unless given here or by the weights.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
         pin_memory: whether batches are put into pinned memory; by default if there is a GPU.
-        seed: for order and augmentation; the command line fills it with seed_everything.
+        seed: for order and augmentation; by default what seed_everything was given, or 0.
 
     Raises:
         UserError: a value is out of range, or views are to be mixed.
@@ -82,10 +87,11 @@ class ImageFolderData(LightningDataModule):
         micro_batch: int | None = None,
         holdout: float | str = 0.0,
         manifest: str | None = None,
+        labels: Literal["classes", "numbers"] | None = None,
         crop: CropName = "random_resized",
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
-        augment: Sequence[v2.Transform] | None = None,
+        augment: v2.Transform | Sequence[v2.Transform] | None = None,
         views: Sequence[Views] | None = None,
         erasing: Erasing = Erasing(),
         mixing: Mixing = Mixing(),
@@ -97,6 +103,7 @@ class ImageFolderData(LightningDataModule):
         interpolation: Interpolation | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        ground: str | None = None,
         num_workers: int | None = None,
         prefetch: int = 2,
         pin_memory: bool | None = None,
@@ -110,28 +117,40 @@ class ImageFolderData(LightningDataModule):
                 raise UserError(f"data.{name} {value} is less than {least}")
             if value is not None and value >= 2**63:
                 raise UserError(f"data.{name} {value} does not fit in 64 bits")
+        if (num_workers or 0) > (most := max(64, 8 * workers.cores())):
+            raise UserError(f"data.num_workers {num_workers} is more than {most}, all that could be of use here")
         check_scale("data.crop_scale", crop_scale)
-        if not 0 <= flip <= 1:
-            raise UserError(f"data.flip {flip} is not a probability")
-        if crop_ratio is not None and not 0.1 <= crop_ratio <= 1:  # images are resized to image_size / crop_ratio
-            raise UserError(f"data.crop_ratio {crop_ratio} is not between 0.1 and 1")
         if views and mixing.on:
             raise UserError("data.mixing works on one view of an image, but data.views adds more; leave one out")
-        self.splits = Splits(root, parse_share(holdout), manifest)
+        self.splits = Splits(root, parse_share(holdout), manifest, labels)
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
-        given |= {"mean": mean and tuple(mean), "std": std and tuple(std)}
-        self.preprocess = Preprocess(size, **{name: value for name, value in given.items() if value is not None})
-        augment = tuple(augment or ())
-        self.transform = train_transform(self.preprocess, crop, crop_scale, flip, augment)
-        self.views = tuple(views or ())
-        self._further = [each for kind in self.views for each in kind.transforms(self.preprocess, flip, augment)]
-        self.batch_size, self.micro_batch, self.seed = batch_size, micro_batch, seed or 0
+        given |= {"mean": mean and tuple(mean), "std": std and tuple(std), "ground": ground}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self.views, augment = tuple(views or ()), (augment,) if callable(augment) else tuple(augment or ())
+        self._train_options = crop, crop_scale, flip, augment
+        self._use(Preprocess(size, **self._given))
+        self.batch_size, self.micro_batch, self._seed = batch_size, micro_batch, seed
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
         self.on_bad_image = on_bad_image
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
         self._trainer_done = False  # Lightning leaves it attached
+
+    def _use(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+        self.transform = train_transform(preprocess, *self._train_options)
+        flip, augment = self._train_options[2:]
+        self._further = [each for kind in self.views for each in kind.transforms(preprocess, flip, augment)]
+
+    def follow(self, vit: ViT, source: object = "the ViT", fixed: Iterable[str] = PIXELS) -> None:
+        """Take what a ViT's weights were made with: mean, std, interpolation, crop ratio, and the classes of its head.
+
+        Raises:
+            UserError: other classes, or another value of what is `fixed`, was given. `source` is where the weights are.
+        """
+        self._use(matched(self._given, self.preprocess.image_size, vit, source, fixed))
+        self.splits.expect(vit.classes)
 
     def split(self, name: str) -> Index:
         """The images of train, val, test or predict; UserError if there is no such split, or its layout is wrong."""
@@ -147,6 +166,15 @@ class ImageFolderData(LightningDataModule):
         return self.splits.multi_label
 
     @property
+    def numbers(self) -> bool:
+        """Whether labels are numbers, not classes."""
+        return self.splits.numbers
+
+    @property
+    def seed(self) -> int:
+        return global_seed() if self._seed is None else self._seed
+
+    @property
     def class_counts(self) -> list[int]:
         """Training images of each class."""
         return self.splits.class_counts
@@ -159,6 +187,16 @@ class ImageFolderData(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Whole global batches in the training set."""
         return len(self.split("train")) // self.batch_size
+
+    @property
+    def epoch(self) -> str:
+        """The steps of an epoch under the Trainer, with what it leaves out, in words."""
+        steps, limit = self.steps_per_epoch, self._active_trainer.limit_train_batches
+        most = limit // self._active_trainer.accumulate_grad_batches if isinstance(limit, int) else int(limit * steps)
+        if most < steps:
+            return f"{most:,} steps an epoch, of the {steps:,} that the images fill, by trainer.limit_train_batches"
+        left = 0 if self.balanced else len(self.split("train")) - steps * self.batch_size // self.repeats
+        return f"{steps:,} steps an epoch" + (f", each time without {left:,} other images" if left else "")
 
     def plan(self, world_size: int) -> tuple[int, int]:
         """(images of a device's micro-batch, micro-batches accumulated); UserError if the batch does not allow it."""
@@ -192,6 +230,8 @@ class ImageFolderData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._trainer_done = False
+        vit = getattr(self._active_trainer.lightning_module, "vit", None)
+        self.splits.expect(getattr(vit, "classes", []))  # a folder to evaluate on may lack the training images
         # TrainerFn turns Lightning's stage, which prints as TrainerFn.TESTING, into its name.
         self.check(TrainerFn(stage).value, self._active_trainer.world_size)
         if DECODER == "Pillow":
@@ -215,7 +255,8 @@ class ImageFolderData(LightningDataModule):
             return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
 
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
-        images = Images(index, self.transform, self.seed, self._bad_images(index), self._further)
+        ground = self.preprocess.ground
+        images = Images(index, self.transform, self.seed, self._bad_images(index), self._further, ground=ground)
         return self._loader(images, stream, micro)
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
@@ -237,7 +278,7 @@ class ImageFolderData(LightningDataModule):
         most = -(-self.batch_size // trainer.world_size)
         batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
         bad = self._bad_images(index, photos) if photos else None
-        images = Images(index, self.preprocess.crop, bad=bad, photos=photos)
+        images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
         return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
@@ -294,24 +335,3 @@ class ImageFolderData(LightningDataModule):
         index = self.split("train")
         settings = {"images": len(index), "batch_size": self.batch_size, "seed": self.seed}
         return {**settings, "repeats": self.repeats, "balanced": self.balanced, "names": index.digest()}
-
-
-def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
-    """Accumulate so many micro-batches in each of an epoch's steps, unless a setting of the Trainer contradicts."""
-    if trainer.overfit_batches:  # Lightning would replace the sampler
-        raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
-    if trainer.accumulate_grad_batches not in (1, micro_batches):
-        raise UserError("trainer.accumulate_grad_batches follows from data.batch_size and micro_batch; leave it out")
-    trainer.accumulate_grad_batches = micro_batches
-    limit, batches = trainer.limit_train_batches, micro_batches * steps
-    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-    if batches < 1:
-        raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
-    interval = trainer.val_check_interval
-    if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
-        most = f"is more than the {batches} batches of an epoch; give less, or trainer.check_val_every_n_epoch null"
-        raise UserError(f"trainer.val_check_interval {interval} {most}")
-    if batches % micro_batches:
-        raise UserError(f"trainer.limit_train_batches must be a multiple of a step's {micro_batches} micro-batches")
-    # Lightning does not know that the loader starts at the run's position.
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

@@ -6,18 +6,24 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from vitlit.data.folder import brief, hold_out, scan_photos, scan_split, scan_train
+from vitlit.data.folder import brief, hold_out, no_folder, scan_photos, scan_split, scan_train
 from vitlit.data.index import Index
-from vitlit.data.manifest import Manifest, read_manifest
+from vitlit.data.manifest import AS_NUMBERS, NUMBER, Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
 from vitlit.errors import UserError
+from vitlit.files import expand
 
 
 class Splits:
     """The images of each split, found when first needed. Classes that are set before are the weights'."""
 
-    def __init__(self, root: str, holdout: float, manifest: str | None) -> None:
-        self.root, self.holdout, self.manifest = root, holdout, manifest
+    def __init__(self, root: str, holdout: float, manifest: str | None, labels: str | None = None) -> None:
+        if labels is not None and manifest is None:
+            raise UserError(
+                "data.labels says what a manifest's labels are, but there is no data.manifest; leave it out"
+            )
+        self.root, self.holdout, self.labels = expand(root), holdout, labels
+        self.manifest = manifest and expand(manifest)
         self.classes: list[str] = []
         self.multi_label = False
         self.photos: list[Path] = []
@@ -40,7 +46,22 @@ class Splits:
             return read_shards(self.root) if is_shards(self.root) else None
         if "://" in self.root:
             raise UserError(f"data.manifest is for folders, but {self.root} holds labelled shards; leave it out")
-        return read_manifest(Path(self.manifest), Path(self.root))
+        found = read_manifest(Path(self.manifest), Path(self.root), self.labels)
+        if self.labels is None and found.classes and all(map(NUMBER.fullmatch, found.classes)):
+            taken = f"the labels, which are integers, are taken as {len(found.classes)} classes"
+            rank_zero_only(print)(f"{self.manifest}: {taken}; {AS_NUMBERS}")
+        return found
+
+    @property
+    def numbers(self) -> bool:
+        """Whether labels are numbers, not classes."""
+        return self.manifest is not None and self["train"].labels.dtype.kind == "f"
+
+    def expect(self, classes: list[str]) -> None:
+        """Take these classes if none are known; UserError if others are, or are found later."""
+        if classes and self._scanned and classes != self.classes:
+            raise other_classes(self.root, self.classes, classes)
+        self.classes = classes or self.classes
 
     def scan(self) -> None:
         """Find the classes, the training images, and all splits that a manifest or shards list; once."""
@@ -56,8 +77,7 @@ class Splits:
                 found["train"], held = hold_out(found["train"], self.holdout, classes)
             self.multi_label = listed.multi_label
         if self.classes and self.classes != classes:
-            has = f"the classes {brief(classes)}" if classes else "no classes"
-            raise UserError(f"{self.root} has {has}, the weights {brief(self.classes)}")
+            raise other_classes(self.root, classes, self.classes)
         if held is not None:
             found["val"] = held
             if has_val:
@@ -73,7 +93,7 @@ class Splits:
             raise UserError(f"{lacks} of split {name}; {remedy}")
         folder = Path(self.root, name)
         if not folder.is_dir():
-            raise UserError(f"data.root {self.root} has no folder {name}; {remedy}")
+            raise no_folder(Path(self.root), name, remedy)
         index = scan_split(folder, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):
@@ -87,3 +107,9 @@ class Splits:
         if labels.ndim == 2:
             return labels.sum(0).tolist()
         return np.bincount(labels[labels >= 0], minlength=len(self.classes)).tolist()
+
+
+def other_classes(root: str, ours: list[str], theirs: list[str]) -> UserError:
+    """The error of data that does not have the classes of the weights."""
+    has = f"the classes {brief(ours)}" if ours else "no classes"
+    return UserError(f"{root} has {has}, the weights {brief(theirs)}")

@@ -16,6 +16,7 @@ class NoTrainer:
     """What loaders need of a Trainer, for one process on the CPU."""
 
     global_rank, world_size, num_devices = 0, 1, 1
+    limit_train_batches, accumulate_grad_batches = 1.0, 1
     default_root_dir = "."
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     lightning_module = SimpleNamespace(dtype=torch.float32)

@@ -4,6 +4,7 @@ So the step is a run's position, and its global batch is the same set on any num
 one are partners, which vitlit.data.mixing mixes.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -153,3 +154,24 @@ def eval_batch(length: int, world_size: int, wanted: int) -> int:
     if not more:
         return wanted
     return next(size for size in (*range(wanted, 1, -1), *range(wanted + 1, fewest + 2)) if fewest % size)
+
+
+def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
+    """Accumulate so many micro-batches in each of an epoch's steps, unless a setting of the Trainer contradicts."""
+    if trainer.overfit_batches:  # Lightning would replace the sampler
+        raise UserError("trainer.overfit_batches reads images unseeded and unmixed; give limit_train_batches")
+    if trainer.accumulate_grad_batches not in (1, micro_batches):
+        raise UserError("trainer.accumulate_grad_batches follows from data.batch_size and micro_batch; leave it out")
+    trainer.accumulate_grad_batches = micro_batches
+    limit, batches = trainer.limit_train_batches, micro_batches * steps
+    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    if batches < 1:
+        raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
+        most = f"is more than the {batches} batches of an epoch; give less, or trainer.check_val_every_n_epoch null"
+        raise UserError(f"trainer.val_check_interval {interval} {most}")
+    if batches % micro_batches:
+        raise UserError(f"trainer.limit_train_batches must be a multiple of a step's {micro_batches} micro-batches")
+    # Lightning does not know that the loader starts at the run's position.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

@@ -1,8 +1,8 @@
 """Transforms of training images on the host, as uint8."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torchvision.transforms import InterpolationMode
 from vitlit.errors import UserError
 from vitlit.images.crops import InceptionCrop, PadCrop, RandomResizedCrop, ResmallCrop, SimpleCrop
 from vitlit.images.preprocess import Preprocess
+from vitlit.model import ViT
 
 Transform = Callable[[Tensor], Tensor]
+PIXELS = ("mean", "std")  # what a network was trained with, and must be evaluated with
 CropName = Literal["random_resized", "inception", "simple", "pad", "resmall", "center"]
 
 
@@ -37,6 +39,10 @@ def train_transform(
     preprocess: Preprocess, crop: CropName, scale: tuple[float, float], flip: float, augment: Sequence[Transform] = ()
 ) -> TrainTransform:
     """The transform for ImageFolderData's options, with evaluation's image size and interpolation."""
+    if not 0 <= flip <= 1:
+        raise UserError(f"data.flip {flip} is not a probability")
+    if not 0.1 <= preprocess.crop_ratio <= 1:  # images are resized to image_size / crop_ratio
+        raise UserError(f"data.crop_ratio {preprocess.crop_ratio} is not between 0.1 and 1")
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[CropName, Callable[[], Transform]] = {
         "random_resized": lambda: RandomResizedCrop(size, scale, how),
@@ -49,6 +55,23 @@ def train_transform(
     if crop not in crops:
         raise UserError(f"data.crop {crop} is unknown; give one of {' '.join(crops)}")
     return TrainTransform(crops[crop](), flip, tuple(augment))
+
+
+def matched(
+    given: Mapping[str, Any], size: tuple[int, int], vit: ViT, source: object, fixed: Iterable[str]
+) -> Preprocess:
+    """The preprocessing of a ViT's weights, with what is given; UserError if that contradicts what is `fixed`."""
+    channels, made = vit.config.in_channels, vit.preprocess
+    if channels not in (1, 3):
+        raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
+    for name, value in given.items():
+        if name in ("mean", "std") and len(value) != channels:
+            raise UserError(f"data.{name} has {len(value)} numbers, but model.vit.in_channels is {channels}")
+        if name in fixed and name in PIXELS and value != (theirs := getattr(made, name, value)):
+            raise UserError(f"data.{name} is {value}, but {source} was made with {theirs}; leave it out")
+    if not isinstance(made, Preprocess):
+        made = Preprocess(size, mean=(0.5,) * channels, std=(0.5,) * channels)
+    return replace(made, image_size=size, **given)
 
 
 def check_scale(name: str, scale: tuple[float, float]) -> None:

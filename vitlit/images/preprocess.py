@@ -1,19 +1,21 @@
 """From an image to a model's input at evaluation."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
 from vitlit.images.crops import enlarged
-from vitlit.images.decode import decode
+from vitlit.images.decode import GROUND, colour, decode, decode_bytes, decode_picture
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -22,8 +24,9 @@ Interpolation = Literal["bilinear", "bicubic"]
 class Preprocess:
     """Turns images into a model's input at evaluation; stored with the weights.
 
-    Called on paths, or on uint8 tensors (3, H, W), it gives the model's input (B, C, height, width), float32. C is the
-    length of mean and std: 3, or 1 for grey images.
+    Called on an image or a list of images, it gives the model's input (B, C, height, width), float32. An image is a
+    path, the bytes of a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W) of uint8, grey ones included; one
+    more dimension in front is a batch. C is the length of mean and std: 3, or 1 for grey images.
 
     Args:
         image_size: (height, width) of the model's input, pixels.
@@ -33,9 +36,10 @@ class Preprocess:
         std: by channel, likewise.
         squash: resize to a size of the model's aspect whatever the image's, so that no side is cropped more than the
             other (timm's crop_mode squash); by default the aspect is kept.
+        ground: the colour under what is transparent in a file: a CSS name, or #rrggbb.
 
     Raises:
-        UserError: mean or std is out of range, or they have neither 3 numbers nor 1.
+        UserError: mean or std is out of range, or they have neither 3 numbers nor 1; or the ground is no colour.
     """
 
     image_size: tuple[int, int]
@@ -44,12 +48,14 @@ class Preprocess:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     squash: bool = False
+    ground: str = GROUND
 
     def __post_init__(self) -> None:
         if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
             raise UserError(f"mean {self.mean} must be finite and std {self.std} above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
+        colour(self.ground)
 
     def crop(self, image: Tensor) -> Tensor:
         """Resize to image_size / crop_ratio, or just to cover it, crop the centre: uint8 (3, H, W) -> (3, h, w)."""
@@ -68,8 +74,35 @@ class Preprocess:
         )
         return images.float().div_(255).sub_(mean).div_(std).to(dtype)
 
-    def __call__(self, images: str | Path | Tensor | Sequence[str | Path | Tensor]) -> Tensor:
-        if isinstance(images, str | Path | Tensor):
-            images = [images]
-        tensors = [image if isinstance(image, Tensor) else decode(image) for image in images]
-        return self.normalise(torch.stack([self.crop(tensor) for tensor in tensors]))
+    def __call__(self, images: Any) -> Tensor:
+        batches = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
+        many = list(images) if batches or isinstance(images, list | tuple) else [images]
+        if not many:
+            raise UserError("there is no image to preprocess")
+        return self.normalise(torch.stack([self.crop(pixels(image, self.ground)) for image in many]))
+
+
+def pixels(image: Any, ground: str = GROUND) -> Tensor:
+    """An image of any kind that `Preprocess` takes as uint8 (3, H, W), else UserError."""
+    if isinstance(image, str | PathLike):
+        return decode(Path(image), ground)
+    if isinstance(image, bytes):
+        return decode_bytes(image, "that was given as bytes", ground)
+    if isinstance(image, np.ndarray | Tensor):
+        of_torch, shape = isinstance(image, Tensor), list(image.shape)
+        channels = shape[0 if of_torch else -1] if len(shape) == 3 else 1 if len(shape) == 2 and not of_torch else 0
+        if channels not in ((1, 3) if of_torch else (1, 3, 4)):
+            right = "a tensor of pixels must be (3, H, W)" if of_torch else "an array of pixels must be (H, W, 3)"
+            raise UserError(f"{right}, or a batch of such, not {shape}")
+        if str(image.dtype).removeprefix("torch.") != "uint8":
+            raise UserError(f"pixels must be uint8, 0 to 255, not {image.dtype}; the ViT itself takes normalised ones")
+        if isinstance(image, Tensor):
+            return image.expand(3, -1, -1)
+        image = Image.fromarray(image.reshape(shape[:2]) if channels == 1 else image)
+    if not isinstance(image, Image.Image):
+        kinds = "a path, bytes, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
+        raise UserError(f"an image is {kinds}, not a {type(image).__name__}")
+    try:
+        return decode_picture(image, ground)
+    except (OSError, ValueError) as error:  # Pillow reads a file when its pixels are needed
+        raise UserError(f"cannot read the PIL image: {error}") from error

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitlit.loggers.metrics_csv import CSV
+    from vitlit.loggers.tensorboard import TensorBoard
     from vitlit.loggers.wandb import Mistake, Wandb, confusion_rows
 
-__all__ = ["CSV", "Mistake", "Wandb", "confusion_rows"]
+__all__ = ["CSV", "Mistake", "TensorBoard", "Wandb", "confusion_rows"]
+MODULES = {"CSV": "metrics_csv", "TensorBoard": "tensorboard"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("vitlit.loggers." + ("metrics_csv" if name == "CSV" else "wandb")), name)
+        return getattr(import_module(f"vitlit.loggers.{MODULES.get(name, 'wandb')}"), name)
     raise AttributeError(f"module 'vitlit.loggers' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ Row = dict[str, str]
 class CSV(Logger):
     """Writes FOLDER/metrics.csv: one row per step, on disk as soon as it is logged, at full precision.
 
-    A run that was interrupted and continued (see `cut`) leaves the rows of an uninterrupted one, but for the speed.
+    A run that was interrupted and continued (see `cut`) leaves the rows of an uninterrupted one, but for the speed and
+    the column `unix_seconds`, the time at which the row was last added to.
     """
 
     name = version = ""
@@ -48,6 +50,7 @@ class CSV(Logger):
         at = self._last.get("step", "0") if step is None else str(step)
         same = self._last.get("step") == at
         row = {**(self._last if same else {}), **{name: _cell(value) for name, value in metrics.items()}, "step": at}
+        row["unix_seconds"] = f"{time.time():.1f}"
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()[1]
             self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageOps
 
+from vitlit.files import expand
 from vitlit.loggers.wandb_mode import Mode, decide
 
 ONLINE_WITHIN = 15  # seconds until a run without an answer from the server continues offline
@@ -69,7 +70,7 @@ class Wandb(WandbLogger):
             tags=tags,
             name=name,
             id=id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),  # a sweep's agent sets WANDB_RUN_ID
-            save_dir=save_dir or os.environ.get("WANDB_DIR") or ".",
+            save_dir=expand(save_dir or os.environ.get("WANDB_DIR") or "."),
             settings={"silent": True, **patience},
         )
         del self._wandb_init["anonymous"]  # its presence makes wandb warn

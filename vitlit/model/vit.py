@@ -89,10 +89,14 @@ class ViT(nn.Module):
             **options: the other fields of `ViTConfig`, such as num_classes.
 
         Raises:
-            UserError: the preset is not of that form or the size is unknown.
+            UserError: the preset is not of that form, the size is unknown, or an option is the preset's.
         """
         # Written out, so that jsonargparse sees which fields are left for **options.
         (width, depth, mlp_dim, heads), patch = parse_preset(preset)
+        if given := {"patch_size", "width", "depth", "mlp_dim", "heads"} & options.keys():
+            raise UserError(
+                f"{' '.join(sorted(given))} follows from the preset {preset}; leave it out, or make a ViT(...)"
+            )
         return ViT(
             image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )
@@ -205,8 +209,7 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden = (self.width if hidden_dim is None else hidden_dim) if kind == "pretrain" else None
         self.config = replace(self.config, num_classes=num_classes, hidden_dim=hidden)
-        if len(self.classes) != num_classes:
-            self.classes = []
+        self.classes = []
         sizes, like = (self.width, hidden, num_classes), self.patch_embed.proj.weight  # for device and dtype
         self.head = new_head(*sizes).to(like)
         self.head_dist = new_head(*sizes).to(like) if self.dist_token is not None else None

@@ -3,6 +3,7 @@
 from vitlit.objectives.distillation import Distillation
 from vitlit.objectives.mae import MAE
 from vitlit.objectives.objective import Batch, Objective, Step
+from vitlit.objectives.regression import Regression
 from vitlit.objectives.supervised import Supervised
 
-__all__ = ["MAE", "Batch", "Distillation", "Objective", "Step", "Supervised"]
+__all__ = ["MAE", "Batch", "Distillation", "Objective", "Regression", "Step", "Supervised"]

@@ -53,7 +53,6 @@ class Distillation(Supervised):
         self._teacher: list[Any] = []  # network, scale and shift; a list hides its parameters from this module's
 
     def set_teacher(self, teacher: ViT) -> None:
-        """Pass in the network that `teacher` names. The stage does so before training."""
         self._teacher = [teacher.requires_grad_(False).eval()]
 
     def prepare(self, data: Any) -> None:

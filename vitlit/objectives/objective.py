@@ -15,7 +15,8 @@ class Batch(NamedTuple):
 
     Attributes:
         views: one tensor of images (B, C, H, W) per view; plain training has one view.
-        labels: class numbers (B,), int64, or shares of classes (B, classes), float; -1 without labels.
+        labels: class numbers (B,), int64, or shares of classes (B, classes), float; numbers to regress (B,), float32;
+            -1 without labels.
         indices: positions of the images in their split, (B,), int64.
     """
 
@@ -42,15 +43,17 @@ class Step(NamedTuple):
 
     Attributes:
         loss: the mean over the batch, a scalar.
-        logits: (B, classes) from an objective that classifies, else None.
-        logs: further scalars to log, by name.
+        logits: what `Objective.metrics` compare with the targets, such as (B, classes); None if nothing is compared.
+        logs: further scalars by name, means over the batch: logged in training, validation and test.
         features: pooled features of the first view, (B, D), detached, if the objective has them; probes use them.
+        targets: what the logits should be, if not the batch's labels.
     """
 
     loss: Tensor
     logits: Tensor | None = None
     logs: dict[str, Tensor] = {}  # noqa: RUF012
     features: Tensor | None = None
+    targets: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -62,13 +65,33 @@ class Objective(nn.Module, ABC):
     Attributes:
         views: how many views of an image a batch must have: exactly 1, or at least 2.
         needs_labels: whether every image must have a label.
+        numbers: whether labels are numbers, not classes.
+        mixes: whether it learns from labels that data.mixing has mixed.
+        teacher: what `vitlit.load` makes the teacher of, if it learns from one.
     """
 
     views = 1
-    needs_labels = False
+    needs_labels = numbers = mixes = False
+    teacher: str | None = None
 
     def __init__(self, vit: ViT) -> None:
         super().__init__()
+
+    def metrics(self) -> dict[str, Any]:
+        """What validation and test measure besides loss and logs, by name, from a step's logits and targets.
+
+        A value is a torchmetrics.Metric, or the number of outputs for one of vitlit's names: top1, top1_macro and top5
+        of logits (B, classes) and class numbers, map of several classes an image, mae and r2 of numbers (B,). The first
+        chooses the best checkpoint.
+        """
+        return {}
+
+    def predictions(self, logits: Tensor) -> Tensor | None:
+        """The ViT's output as class probabilities (B, classes) or numbers (B,), float32; None if it is neither."""
+        return None
+
+    def set_teacher(self, teacher: ViT) -> None:
+        """Receives the network that `teacher` names, before `prepare`."""
 
     def prepare(self, data: Any) -> None:
         """Called once before training with the data module or None; UserError if it cannot learn from this data."""

@@ -35,7 +35,7 @@ class Supervised(Objective):
         multi_label: whether an image may have several classes; the command line fills it from the data.
     """
 
-    needs_labels = True
+    needs_labels = mixes = True
 
     def __init__(
         self,
@@ -81,7 +81,13 @@ class Supervised(Objective):
         self.register_buffer("weights", None, persistent=False)
 
     def prepare(self, data: Any) -> None:
-        """Compute class weights from the number of training images per class."""
+        """Compute class weights from the number of training images per class; UserError if the classes do not fit."""
+        found, several = len(getattr(data, "classes", range(self.num_classes))), getattr(data, "multi_label", None)
+        if found != self.num_classes:
+            raise UserError(f"num_classes is {self.num_classes}, but the data has {found} classes; leave it out")
+        if data is not None and bool(several) != self.multi_label:
+            how = "several labels" if several else "one label"
+            raise UserError(f"the data has {how} an image; give the objective multi_label={bool(several)}")
         if self.class_weights is None:
             return
         counts = getattr(data, "class_counts", None)
@@ -112,6 +118,11 @@ class Supervised(Objective):
             errors = errors * (shares.float() @ self.weights)
         return errors.mean()
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def metrics(self) -> dict[str, Any]:
+        """map with several labels an image, else top1, top1_macro and, above five classes, top5."""
+        names = ["map"] if self.multi_label else ["top1", "top1_macro", *(["top5"] if self.num_classes > 5 else [])]
+        return dict.fromkeys(names, self.num_classes)
+
+    def predictions(self, logits: Tensor) -> Tensor:
         """Class probabilities (B, classes), float32: softmax, or a sigmoid per class for sigmoid and bce."""
         return logits.float().softmax(-1) if self.loss == "softmax" else logits.float().sigmoid()

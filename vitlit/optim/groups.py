@@ -41,6 +41,8 @@ class Groups:
             raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
         for name in ("lr", "weight_decay"):
             for pattern, multiple in getattr(self, name).items():
+                if not isinstance(pattern, str):
+                    raise UserError(f"model.groups.{name}: {pattern} is no pattern of names, such as 'blocks.0.*'")
                 if multiple < 0:
                     raise UserError(f"model.groups.{name} of {pattern} is {multiple}, less than 0")
 

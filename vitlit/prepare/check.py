@@ -1,25 +1,27 @@
 """`vitlit data check ROOT`: decode every image, and find what would make training or its numbers wrong."""
 
 import os
+import re
 import unicodedata
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from os.path import join, splitext
+from os.path import join
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitlit.data.folder import hold_out, is_folder, parse_share, walk
-from vitlit.data.index import EXTENSIONS, Index
+from vitlit.data.folder import SPELLINGS, Tree, folders_in, hold_out, parse_share, unread, walk
+from vitlit.data.index import Index
 from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
 from vitlit.errors import CommandParser, UserError
+from vitlit.images.decode import GROUND, colour
 from vitlit.prepare.report import SMALL, Look, Paths, Report, describe, look
 
 HELP = """\
@@ -29,7 +31,7 @@ where there is such a fault; warnings alone leave it 0. A class that train lacks
 train that val or test lacks is a warning.
 """
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+ARCHIVE = re.compile(r"(.+?)(\.tar)?\.(zip|tar|tgz|gz|bz2|xz|zst|7z|rar)", re.IGNORECASE)
 RARE = 100  # times fewer images than the largest class
 
 
@@ -55,6 +57,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("root", metavar="ROOT", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
     parser.add_argument("--holdout", metavar="SHARE", default="0", help="cut val off train, as --data.holdout does")
+    parser.add_argument(
+        "--ground", metavar="COLOUR", default=GROUND, help="under what is transparent, as --data.ground"
+    )
     parser.add_argument("--workers", metavar="N", type=int, default=count(1), help="processes; default one a core")
     given = parser.parse_args(arguments or ["--help"])
     if given.workers < 1:
@@ -63,19 +68,22 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"{given.json.parent} is not a folder: give --json another file")
     if is_shards(str(given.root)):
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
-    report = check(given.root, parse_share(given.holdout), given.workers)
+    colour(given.ground)
+    report = check(given.root, parse_share(given.holdout), given.workers, given.ground)
     if given.json:
         report.write(given.json)
     report.print()
     return 0 if report.ok else 1
 
 
-def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
+def check(root: Path, holdout: float = 0.0, workers: int = 1, ground: str = GROUND) -> Report:
     """Decode every image of a folder and compare its splits; with a holdout, a val folder is ignored."""
     report = Report(root)
     try:
         folders = _find_splits(report, bool(holdout))
-        labelled = any(_list(root / folder)[0] for folder in folders.values())
+        labelled = any(folders_in(root / folder) for folder in folders.values())
+        if "" not in folders.values():
+            report.add("dead_link", [os.fsdecode(name) for name in walk(os.fsencode(root), deep=False).dead])
         layouts = {split: _scan(report, folder, labelled) for split, folder in folders.items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}); give a folder of images") from error
@@ -84,19 +92,19 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1) -> Report:
         train, val = hold_out(whole.index, holdout, whole.classes)
         layouts = {"train": replace(whole, index=train), "val": replace(whole, index=val), **layouts}
     _compare_classes(report, layouts)
-    _decode_images(report, layouts, workers)
+    _decode_images(report, layouts, workers, ground)
     return report
 
 
 def _find_splits(report: Report, holdout: bool) -> dict[str, str]:
     """The folders of the splits. A misspelt name is a fault, and read as the split it means."""
-    names, _ = _list(report.root)
-    split_of = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+    names = folders_in(report.root)
+    split_of = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
     meanings = {name: split_of.get(name.strip().lower()) for name in names}
     if holdout and "train" not in names and not (names and all(meanings.values())):  # "valid" may be a class
         return {"train": ""}
     folders = {}
-    for split in [name for name in SPLITS if not (holdout and name == "val")]:
+    for split in [name for name in SPELLINGS if not (holdout and name == "val")]:
         spellings = sorted((name for name in names if meanings[name] == split), key=lambda name: name != split)
         for name in spellings:
             if name != split:
@@ -108,26 +116,29 @@ def _find_splits(report: Report, holdout: bool) -> dict[str, str]:
     return folders
 
 
-def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """The sorted names of the (folders, files) in a folder, without hidden ones."""
-    entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-    folders = [entry.name for entry in entries if is_folder(entry)]
-    return folders, [entry.name for entry in entries if not is_folder(entry)]
-
-
 def _scan(report: Report, folder: str, labelled: bool) -> Layout:
-    """The images of a split; files in the wrong place are reported. OSError where a folder cannot be listed."""
-    root = report.root / folder
-    classes, files = _list(root) if labelled else ([""], [])
-    trees = [walk(os.fsencode(root), os.fsencode(name)) for name in classes]
-    report.add("outside_class", [join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)])
-    empty = [name for name, tree in zip(classes, trees, strict=True) if name and not tree.images]
-    report.add("empty_class", [join(folder, name) for name in empty])
-    ignored = [join(folder, os.fsdecode(other)) for tree in trees for other in tree.others]
-    endings = Counter(splitext(path)[1].lower() or "no ending" for path in ignored)
-    report.add("ignored_file", ignored, ", ".join(f"{ending} {files:,}" for ending, files in endings.most_common(8)))
-    labels = np.repeat(np.arange(len(trees)), [len(tree.images) for tree in trees])
-    return Layout(folder, classes, Index.of(root, [image for tree in trees for image in tree.images], labels))
+    """The images of a split; what is not read is reported. OSError where a folder cannot be listed."""
+    root = os.fsencode(report.root / folder)
+    classes, top = folders_in(report.root / folder) if labelled else [""], walk(root, deep=False)
+    trees = {name: walk(root, os.fsencode(name)) for name in classes}
+
+    def add(kind: str, names: Iterable[bytes], detail: str = "") -> None:
+        report.add(kind, [join(folder, os.fsdecode(name)) for name in sorted(names)], detail)
+
+    packed = {
+        name for name in top.others if (match := ARCHIVE.fullmatch(os.fsdecode(name))) and match[1] not in classes
+    }
+    add("archive", packed)
+    add("outside_class", top.images if labelled else ())
+    holds = {join(folder, name): unread([tree]) for name, tree in trees.items() if name and not tree.images}
+    report.add("empty_class", [path for path, other in holds.items() if not other])
+    report.add("unread_class", [path for path, other in holds.items() if other], reasons=holds)
+    read = [top, *(tree for name, tree in trees.items() if tree.images or not name)]
+    add("dead_link", {name for tree in read for name in tree.dead})
+    others = {name for tree in read for name in tree.others} - packed
+    add("ignored_file", others, unread([Tree([], list(others), [], [])]))
+    labels = np.repeat(np.arange(len(trees)), [len(tree.images) for tree in trees.values()])
+    return Layout(folder, classes, Index.of(os.fsdecode(root), [i for t in trees.values() for i in t.images], labels))
 
 
 def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
@@ -153,17 +164,18 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
         report.add("imbalance", [join(layouts["train"].folder, rarest)], detail)
 
 
-def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> None:
+def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, ground: str) -> None:
     """Decode all images; report the facts about each split, damaged files, and copies."""
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)  # splits and rows of the images with these pixels
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
     for split, layout in layouts.items():
         sides = array("l")
-        for row, seen in enumerate(_look_all(layout.index, workers, split)):
+        for row, seen in enumerate(_look_all(layout.index, workers, split, ground)):
             if seen.kind or seen.side < SMALL:
                 found[seen.kind or "small"][layout.image(row)] = seen.reason
             if seen.digest:
                 sides.append(seen.side)
+            if seen.digest and seen.kind != "uniform":  # which may be equal for that reason
                 places[seen.digest].append((split, row))
         report.splits[split] = describe(layout.counts, sides)
     for kind, reasons in found.items():
@@ -171,10 +183,10 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int) -> 
     _compare_copies(report, layouts, [copies for copies in places.values() if len(copies) > 1])
 
 
-def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
+def _look_all(index: Index, workers: int, split: str, ground: str) -> Iterator[Look]:
     end_at_exit()
     rows: Any = range(len(index))  # as good as a Dataset
-    collate = partial(_look_batch, index)
+    collate = partial(_look_batch, index, ground)
     loader = Loader(rows, batch_size=16, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals)
     done, show = 0, Progress()
     try:
@@ -187,8 +199,8 @@ def _look_all(index: Index, workers: int, split: str) -> Iterator[Look]:
         raise UserError(f"a process died while it read images {where}: if memory ran out, fewer --workers") from error
 
 
-def _look_batch(index: Index, rows: list[int]) -> list[Look]:
-    return [look(index.path(row)) for row in rows]
+def _look_batch(index: Index, ground: str, rows: list[int]) -> list[Look]:
+    return [look(index.path(row), ground) for row in rows]
 
 
 def _compare_copies(report: Report, layouts: dict[str, Layout], copies: list[list[tuple[str, int]]]) -> None:

@@ -5,32 +5,40 @@ import json
 import os
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from operator import sub
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.images.decode import MOST_PIXELS, decode
+from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode
+from vitlit.images.decode import reason as why_unread
 
 Paths: TypeAlias = "list[str | list[str]]"  # files, or sets of files with the same pixels
 
 SHOWN = 10  # paths of a finding on the screen
 SMALL = 16  # pixels
+UNIFORM = 3  # levels of 255 that all pixels of an image lie within
+DARK = 16  # likewise, of an image of 16 bits, or with transparency; 12 bits in 16 have as many
 
 # What is wrong, with the remedy. The number of paths comes before it.
 FAULTS = {
     "split_name": "is not read under this name: rename it to {}",
     "no_split": "is missing: lay images out as {}/CLASS/*, or give --holdout 10% to cut val off train",
     "empty_split": "has no image: put images into {}",
+    "dead_link": "links to nothing, which are passed over: restore what they point to, or remove them",
+    "archive": "archives where class folders belong, which are not read: unpack them, or move them away",
     "outside_class": "images outside class folders are ignored: move them into one",
     "empty_class": "class folders without an image: fill or remove them",
+    "unread_class": "class folders without an image that is read: convert or unpack what they hold, or remove them",
     "unknown_class": "classes that train lacks: add training images, or rename or remove them",
     "unreadable": "files that cannot be read as images: restore or remove them",
     "truncated": "images cut short, which decoders fill up with grey: restore or remove them",
@@ -44,6 +52,7 @@ WARNINGS = {
     "imbalance": "is rare, with {}: --data.balanced true draws every class equally often",
     "ignored_file": "other files are ignored ({}): convert them if they are images",
     "small": f"images with a side under {SMALL} pixels: remove them unless all of yours are so small",
+    "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
     "overlap": "images of test with the same pixels as one of val: remove one of each pair",
     "duplicate": "sets of images with the same pixels and the same label: keep one of each",
@@ -59,36 +68,39 @@ class Look(NamedTuple):
     side: int = 0  # the shorter one, pixels
 
 
-def look(path: str) -> Look:
+def look(path: str, ground: str = GROUND) -> Look:
     """Decode an image file. Never raises: whatever is wrong is in the Look."""
-    with warnings.catch_warnings(), _stderr() as complaints:
+    with warnings.catch_warnings(), captured_stderr() as said:
         warnings.simplefilter("ignore")  # Pillow's, about what is found here anyway
         try:
-            image = decode(path).permute(1, 2, 0).contiguous()
+            image = decode(path, ground).permute(1, 2, 0).contiguous()
         except Exception as error:  # a decoder's bug in one file must not end the check
             if isinstance(error.__cause__, Image.DecompressionBombError):
                 return Look("too_large")
-            reason = str(error).removeprefix(f"cannot read the image {path}: ") or type(error).__name__
+            reason = why_unread(error, path) or type(error).__name__
             return Look("unreadable", reason.split(";")[0].rstrip("."))  # without the remedy
-        complaints.seek(0)
-        said = complaints.read().lower()
-    kind = "truncated" if b"premature end of" in said else "corrupt" if b"corrupt jpeg data" in said else ""
+    complaint = " ".join(said).lower()
+    kind = "truncated" if "premature end of" in complaint else "corrupt" if "corrupt jpeg data" in complaint else ""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.numpy().data)
-    return Look(kind, "", digest.digest(), min(image.shape[:2]))
+    why = "" if kind else _why_uniform(path, image, ground)
+    return Look(kind or ("uniform" if why else ""), why, digest.digest(), min(image.shape[:2]))
 
 
-@contextmanager
-def _stderr() -> Iterator[IO[bytes]]:
-    """What C libraries print: the only sign that libjpeg filled up an image."""
-    with TemporaryFile() as file:
-        own = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield file
-        finally:
-            os.dup2(own, 2)
-            os.close(own)
+def _why_uniform(path: str, image: Tensor, ground: str) -> str:
+    """Why all pixels of an image (H, W, 3) are nearly the same; empty if they are not."""
+    pixels = image.view(-1, 3)
+    for some in (pixels[::16], pixels):  # a part is enough for most
+        low, high = (levels.tolist() for levels in torch.aminmax(some, dim=0))
+        if (levels := max(map(sub, high, low))) > DARK:
+            return ""
+    with suppress(OSError), Image.open(path, formats=FORMATS) as picture:
+        if picture.mode.startswith("I"):
+            least, most = picture.getextrema()
+            return f"its 16 bits hold {least:,} to {most:,} of 65,535; scale them to the full range"
+        if picture.has_transparency_data:
+            return f"it is drawn in the colour of the ground, {ground}; give another data.ground"
+    return f"every pixel is nearly {low}" if levels <= UNIFORM else ""
 
 
 def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
@@ -134,8 +146,12 @@ class Report:
         """Add a finding of these paths, if there are any."""
         if paths:
             message = {**FAULTS, **WARNINGS}[kind].format(detail)
-            finding = Finding(kind, message, list(paths), {path: why for path, why in reasons.items() if why})
-            (self.faults if kind in FAULTS else self.warnings).append(finding)
+            findings = self.faults if kind in FAULTS else self.warnings
+            finding = next((one for one in findings if (one.kind, one.message) == (kind, message)), None)
+            if finding is None:
+                findings.append(finding := Finding(kind, message, [], {}))
+            finding.paths += paths
+            finding.reasons |= {path: why for path, why in reasons.items() if why}
 
     def write(self, file: Path) -> None:
         """Write JSON; UserError if the file cannot be written."""

@@ -36,6 +36,7 @@ ROOT holds train/CLASS/*, and maybe val and test; or CLASS/*; or the files of a 
 Files keep their bytes, unless --short_side makes smaller ones. That changes a crop of 224 pixels by a mean absolute
 difference, on photographs at quality 90 and of 255 levels, of
   1.4 with --short_side 400, 2.1 with 320, 2.8 and a visible blur with 256
+Transparent images that it makes smaller are laid over white.
 """
 Shrink: TypeAlias = "tuple[int, int] | None"  # the shorter side in pixels that larger images get, and JPEG quality
 CHUNK = 64  # images read ahead of what is written
@@ -59,7 +60,10 @@ def run(arguments: list[str]) -> int:
 def _splits(root: Path, manifest: Path | None) -> Manifest:
     """The images of a manifest, of ROOT/{train,val,test}/CLASS/*, or of ROOT/CLASS/*, by split."""
     if manifest:
-        return read_manifest(manifest, root)
+        found = read_manifest(manifest, root)
+        if not found.classes:
+            raise UserError(f"the labels of {manifest} are numbers, but shards hold classes; train on the manifest")
+        return found
     folder = train_folder(root, holdout=1.0)  # with a holdout the root will do
     classes, train = scan_classes(folder)
     if not classes:
@@ -132,8 +136,12 @@ def _contents(index: Index, shrink: Shrink) -> Iterator[tuple[int, bytes, str]]:
     """Row, content and file ending of each image, shuffled."""
 
     def load(row: int) -> tuple[int, bytes, str]:
-        data, path = index.read(row), index.path(row)
-        smaller = shrink and _shrink(data, path, *shrink)
+        path = index.path(row)
+        try:
+            data = index.read(row)
+            smaller = shrink and _shrink(data, path, *shrink)
+        except UserError as error:
+            raise UserError(f"{error}; `vitlit data check` lists all that cannot be read") from error
         return (row, smaller, ".jpg") if smaller else (row, data, os.path.splitext(path)[1].lower() or ".jpg")
 
     order = np.argsort(mix(np.arange(len(index))), kind="stable")

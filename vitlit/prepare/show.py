@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from vitlit.errors import CommandParser, UserError
@@ -33,14 +34,15 @@ def run(arguments: list[str]) -> int:
     from vitlit.data import ImageFolderData  # loads torch and Lightning, which a mistake need not wait for
 
     # These decide the order of samples.
-    options = ("root", "manifest", "holdout", "batch_size", "repeats", "balanced", "seed")
+    options = ("root", "manifest", "labels", "holdout", "batch_size", "repeats", "balanced", "seed")
     data = ImageFolderData(**{name: stored[name] for name in options if name in stored})
-    index = data.split("train")
+    with redirect_stdout(sys.stderr):  # what is said of the folder is no CSV
+        index = data.split("train")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["row", "index", "path", "label", "repeat"])
     for row, sample in enumerate(data.samples(given.step)):
         labels = index.labels[sample.index]
         numbers = labels.nonzero()[0] if labels.ndim else [labels] if labels >= 0 else []
-        names = [data.classes[int(number)] for number in numbers]
+        names = [f"{labels:g}"] if data.numbers else [data.classes[int(number)] for number in numbers]
         table.writerow([row, sample.index, index.path(sample.index), "|".join(names), sample.repeat])
     return 0

@@ -52,11 +52,16 @@ def link(path: Path, other: Path) -> None:
 
 
 class Best(ModelCheckpoint):
-    """Keep the weights with the best metric (of a loss the lowest) in FOLDER/best.ckpt, even if the folder moves."""
+    """Keep the weights with the best metric, of which `mode` is min or max, in FOLDER/best.ckpt, even if it moves."""
 
-    def __init__(self, folder: Path, monitor: str) -> None:
-        mode = "min" if monitor.endswith("loss") else "max"
+    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
         super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
+            logged = " ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise UserError(f"run.monitor {self.monitor} was not logged; validation logged {logged}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = str(Path(str(self.dirpath)) / BEST)  # Lightning forgets the best score of another folder

@@ -7,6 +7,7 @@ import yaml
 
 from vitlit.errors import UserError
 
+TRUST = "# VITLIT_TRUST="  # how a run's config opens, if it was told to trust packages
 MAX_VALUES = 100_000  # in a config; the shipped ones have about a hundred
 
 # The public paths of classes that configs and checkpoints of earlier versions name by file.
@@ -17,6 +18,9 @@ RENAMED = {
     "vitlit.optim.lamb.LAMB": "vitlit.optim.LAMB",
     "vitlit.stages.finetune.Finetune": "vitlit.stages.Finetune",
     "vitlit.stages.pretrain.Pretrain": "vitlit.stages.Pretrain",
+    # Lightning's needs a save_dir, which here is the run's folder.
+    "TensorBoardLogger": "vitlit.loggers.TensorBoard",
+    "lightning.pytorch.loggers.TensorBoardLogger": "vitlit.loggers.TensorBoard",
 }
 
 
@@ -71,6 +75,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
     check_classes(f"config {path}", content)
     return dict(with_public_paths(content))
+
+
+def told_to_trust(path: str | Path) -> str:
+    """The packages that a run's config says it was told to trust, with commas; "" in other configs."""
+    first, _, _ = Path(path).read_text().partition("\n")
+    return first.removeprefix(TRUST) if first.startswith(TRUST) else ""
 
 
 def check_classes(name: str, value: Any) -> None:

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, whole_file
-from vitlit.run.config import read_config
+from vitlit.files import check_archive, expand, whole_file
+from vitlit.run.config import TRUST, read_config
+from vitlit.run.history import History
 from vitlit.run.lock import Lock
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
@@ -22,7 +23,8 @@ FREE = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*", "trainer.num_nodes"),
     *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
 )
-MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and the lock's is longer than the run's
+MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and W&B's are longer than the run's
+LOCK = ".lock"
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
 
@@ -79,17 +81,18 @@ class RunFolder:
         if name in ("", ".", "..") or {"/", "\0"} & set(name) or len(os.fsencode(name)) > MAX_NAME_BYTES:
             raise UserError(f"run.name {name!r} is not a folder name; give run.root for the folder above it")
         self.name, self.options = name, options
-        self.path = Path(options.root) / name
+        self.path = Path(expand(options.root)) / name
         self.config = self.path / "config.yaml"
         self.marker = self.path / "finished.json"
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
-        self.lock = Lock(self.path.parent / f".{name}.lock")
+        expand(self.best)  # refuses a root that is too long for what will be in it
+        self.lock, self.history = Lock(self.path / LOCK), History(self.path / "run.json")
         self._wandb_id = self.path / "wandb" / "run-id"
 
     def decide(self, config: dict[str, Any]) -> Decision:
         """Compare a config with what is in the folder; UserError if that is another run, or none."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or (self.path.is_dir() and not any(self._content())):
             return Decision("begin")
         if not self.config.is_file():
             raise UserError(f"{self.path} has no config.yaml, so it is no run: restore it, or give another --run.name")
@@ -135,15 +138,15 @@ class RunFolder:
         raise UserError(f"{'; '.join(wrong)}; --run.overwrite true begins again")
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Lock the folder, delete it if the run is overwritten, and write the config into it."""
+        """Lock the folder, empty it if the run is overwritten, and write the config into it."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock.take(f"the run {self.path}")
-            if self.options.overwrite and self.path.exists():
-                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take(f"the run {self.path}")
+            if self.options.overwrite:
+                self._empty()
             self.marker.unlink(missing_ok=True)
-            self._write(self.config, yaml.safe_dump(config, sort_keys=False))
+            trust = ",".join(os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())
+            self._write(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot write into {self.path}: {why}; give another --run.root") from error
@@ -156,6 +159,8 @@ class RunFolder:
         self._write(self._wandb_id, name)
 
     def finish(self, step: int) -> None:
+        """Mark the run as complete. Nothing continues from the checkpoint before the last any more."""
+        self.previous.unlink(missing_ok=True)
         self._write(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
@@ -164,6 +169,16 @@ class RunFolder:
             return int(json.loads(self.marker.read_text())["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.marker} is damaged; remove it, and the same command continues the run") from error
+
+    def _empty(self) -> None:
+        if self.path.is_symlink():
+            raise UserError(f"{self.path} is a symbolic link, which is not overwritten; give another --run.name")
+        for path in self._content():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _content(self) -> list[Path]:
+        """What is in the folder, but for the lock."""
+        return [path for path in self.path.iterdir() if not path.name.startswith(LOCK)]
 
     def _write(self, path: Path, text: str) -> None:
         with whole_file(path) as partial:
@@ -177,7 +192,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{key}."))
         elif value is not None:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

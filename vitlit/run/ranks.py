@@ -14,12 +14,28 @@ from torch import distributed
 from vitlit.errors import UserError
 from vitlit.run.folder import Decision, flatten
 
+LAUNCHERS = {"TORCHELASTIC_USE_AGENT_STORE", "SLURM_JOB_ID"}  # variables that they set
 STORES: list[Any] = []  # keeps rank 0's server open, which torch's process group uses too
 
 
 def rank() -> int:
     """This process's rank, from its launcher's environment."""
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
+
+
+def launched() -> bool:
+    """Whether torchrun or SLURM started this process."""
+    return not LAUNCHERS.isdisjoint(os.environ)
+
+
+def check_environment() -> None:
+    """Raise UserError for numbers of processes that no launcher left in the environment."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(f"{name}={value} in the environment is no number of processes; unset it")
+    if rank() and not launched() and "MASTER_PORT" not in os.environ:  # which Lightning sets for those that it starts
+        raise UserError(f"by the environment this is process {rank()}, but none is 0; unset RANK and LOCAL_RANK")
 
 
 def inherited() -> bool:

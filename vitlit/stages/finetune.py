@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -35,7 +35,7 @@ class Finetune(Stage):
         keep_head: keep the head of the weights, which must be one linear layer for the same classes; for another
             resolution (1906.06423) or more training.
         objective: makes the objective from the ViT, which already has one zero-initialised linear layer as its head.
-        num_classes: the command line fills it from the data.
+        num_classes: outputs of the head; the command line fills it from the data. None where the objective knows them.
         freeze: true for everything but the head (linear probe), or shell patterns of parameter names, one or a list.
         last_blocks: train only this many blocks at the end, the final norm and the head.
         lora: train only low-rank adapters and the head. Setting any of its keys turns it on; the rank is 8 by default.
@@ -79,17 +79,14 @@ class Finetune(Stage):
             raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
         if sum([bool(freeze), last_blocks is not None, lora is not None]) > 1:
             raise UserError("model.freeze, model.last_blocks and model.lora exclude one another; give one")
-        if num_classes is None or num_classes < 2:
-            raise UserError(f"finetuning needs num_classes of at least 2, not {num_classes}")
         given = getattr(objective, "keywords", {}).get("num_classes")
         if given not in (None, num_classes):
             raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; drop the former")
-        vit.set_head("finetune", num_classes)
+        vit.set_head("finetune", num_classes or 0)
         super().__init__(vit, objective, optimizer, schedule, groups)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
         self.hparams.update(describe({"num_classes": num_classes, **ways}))
         self.init_from, self.keep_head = init_from, keep_head
-        self.weights: Weights | None = None
         if lora is not None:
             add_lora(self.vit, lora)
         elif last_blocks is not None:
@@ -100,9 +97,12 @@ class Finetune(Stage):
             raise UserError(f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out")
 
     def setup(self, stage: str) -> None:
+        begins = stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None
+        if begins and self.weights is None:
+            self.weights = read(str(self.init_from))
         super().setup(stage)
-        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            weights = self.weights or read(self.init_from)
+        if begins:
+            weights = cast(Weights, self.weights)
             if self.keep_head:
                 self.check_head(weights)
             fresh = ["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"]
@@ -121,6 +121,8 @@ class Finetune(Stage):
 
     def check_head(self, weights: Weights) -> None:
         """UserError unless the weights' head is one linear layer for the data's classes."""
+        if self.objective.numbers:
+            raise UserError("model.keep_head is for classes: a head of numbers learns in units of its own labels")
         classes = self.vit.config.num_classes
         count, hidden = weights.config.get("num_classes"), weights.config.get("hidden_dim")
         difference = first_difference(weights.classes, list(getattr(self.data, "classes", [])))

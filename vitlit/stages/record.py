@@ -43,20 +43,20 @@ def describe(value: Any) -> Any:
     raise UserError(f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one")
 
 
-def check_class_paths(value: Any) -> None:
-    """Raise UserError if a class path in these values is outside the trusted packages."""
+def check_class_paths(value: Any, told: str = "") -> None:
+    """Raise UserError if a class path is outside the trusted packages, of which the values' run was `told` some."""
     if isinstance(value, dict):
         for key in ("class_path", "_class_path", "_instantiator"):
             path = value.get(key)
             if path is not None and "." in str(path) and not str(path).startswith(tuple(f"{t}." for t in trusted())):
-                raise UserError(
-                    f"class {path} is outside the packages that may be named ({' '.join(trusted())}); "
-                    "if you trust it, set VITLIT_TRUST to its package"
-                )
+                asked = f"VITLIT_TRUST={told or str(path).partition('.')[0]}"
+                remedy = f"its run was made with {asked}, so set that" if told else f"set {asked}"
+                outside = f"class {path} is outside the packages that may be named ({' '.join(trusted())})"
+                raise UserError(f"{outside}; if you trust its code, {remedy}")
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:
-            check_class_paths(item)
+            check_class_paths(item, told)
 
 
 def path_of(cls: type) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,16 +18,21 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import merge, zero_adapters
-from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
+from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
-from vitlit.seeds import seed_step
+from vitlit.seeds import global_seed, seed_step
+from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.fsdp import shard
-from vitlit.stages.metrics import metrics, update
+from vitlit.stages.matching import check_images, check_labels
+from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
-from vitlit.weights import load
+from vitlit.weights import Weights, load, preprocess
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
+
+# What Lightning calls changes from step to step: torch.compile(stage) compiles what it calls in turn.
+not_compiled = partial(torch.compiler.disable, recursive=False)
 
 
 class Stage(LightningModule):
@@ -61,6 +67,7 @@ class Stage(LightningModule):
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
         self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
+        self.weights: Weights | None = None  # that training starts from, once they have been read
         self._checked = 0  # the id of the data that was compared with the network
         self._lr = self._progress = 0.0
         self._total_steps = 1
@@ -71,19 +78,26 @@ class Stage(LightningModule):
         trainer: Any = self.trainer
         return trainer.datamodule
 
+    @property
+    def classes(self) -> list[str]:
+        """The data's class names, unless the ViT has a head that is for something else."""
+        names: list[str] = getattr(self.data, "classes", [])
+        return names if self.objective.needs_labels or not self.vit.config.num_classes else []
+
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
 
     def new_metrics(self) -> nn.ModuleDict:
         """The metrics of an evaluation, by name."""
-        classes = self.vit.config.num_classes if self.objective.needs_labels else 0
-        return metrics(classes, getattr(self.objective, "multi_label", False))
+        return metrics(self.objective.metrics())
 
     @property
-    def measured(self) -> list[str]:
-        """The names under which validation metrics are logged."""
-        return [f"val/{name}" for name, _ in self.measures["val"].named_children()]
+    def measured(self) -> dict[str, str]:
+        """Which value of each validation metric is best, min or max: first the objective's, the loss at the end."""
+        best = {f"val/{name}": direction(name, metric) for name, metric in self.measures["val"].named_children()}
+        return {**{name: way for name, way in best.items() if name != "val/loss"}, "val/loss": "min"}
 
+    @not_compiled
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
         return self.objective(self.vit, Batch.of(batch), self._progress)
@@ -117,46 +131,43 @@ class Stage(LightningModule):
 
     # Training
 
+    def configure_callbacks(self) -> list[Any]:
+        """None; here, before their own setup, the Trainer's are checked."""
+        trainer: Any = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_callbacks(trainer.callbacks)
+        return []
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_data(self.data)
+        else:
+            self.lead(self.data)
+
+    def lead(self, data: Any) -> None:
+        """Give data the weights' preprocessing and classes; UserError if it was given others. Other data is left."""
+        if not hasattr(data, "follow"):
+            return
+        if self.weights is None:
+            data.follow(self.vit)
+        else:
+            self.vit.preprocess = preprocess(self.weights.preprocess, self.vit)
+            fixed = self.weights.preprocess if "preprocess" in self.weights.stated else ()  # the rest is a guess
+            told = self.weights.origins.get("preprocess")
+            data.follow(self.vit, f"{self.weights.path} ({told})" if told else self.weights.path, fixed)
 
     def check_data(self, data: Any) -> None:
-        """Prepare the objective with training data, once; UserError if they do not fit it or the network.
+        """Prepare training data and the objective for each other, once; UserError if they or the network do not fit.
 
         `data` is a data module, or None if training is given loaders.
         """
         if self._checked == id(data):
             return
-        objective, name = self.objective, type(self.objective).__name__
-        classes, made_for = self.vit.config.num_classes, self.vit.config.image_size
-        found = len(getattr(data, "classes", range(classes)))
-        if objective.needs_labels and not found:
-            raise no_classes(name)
-        if objective.needs_labels and found != classes:
-            raise UserError(f"num_classes is {classes}, but the data has {found} classes; leave it out")
-        wanted = objective.views
-        views = getattr(data, "num_views", wanted)
-        if views > 1 == wanted:
-            raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
-        if views < wanted:
-            raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
-        for kind in getattr(data, "views", ()):
-            try:
-                self.vit.grid_of(*kind.pixels)
-            except UserError as error:
-                raise UserError(f"data.views: {error}") from error
-        preprocess = getattr(data, "preprocess", None)
-        if preprocess is not None and tuple(preprocess.image_size) != self.vit.config.sides:
-            raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
-        mixing = getattr(data, "mixing", None)
-        if mixing is not None and mixing.on and not isinstance(objective, Supervised):
-            raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
-        several = getattr(data, "multi_label", False)
-        if isinstance(objective, Supervised) and several != objective.multi_label:
-            how = "several labels" if several else "one label"
-            raise UserError(f"the data has {how} an image; give the objective multi_label={several}")
-        if isinstance(objective, Distillation):
+        self.lead(data)
+        objective = self.objective
+        check_labels(objective, data)
+        check_images(objective, self.vit, data)
+        if objective.teacher is not None:
             objective.set_teacher(load(objective.teacher))
         objective.prepare(data)
         self._checked = id(data)
@@ -165,18 +176,22 @@ class Stage(LightningModule):
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
         self._logs.clear()
         self._total_steps = int(self.trainer.estimated_stepping_batches)
+        self.vit.preprocess = getattr(self.data, "preprocess", self.vit.preprocess)
+        self.vit.classes = self.classes
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
-        seed = getattr(self.data, "seed", 0)
+        seed = getattr(self.data, "seed", None)
+        seed = global_seed() if seed is None else seed
         seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank)
         self._progress = trainer.global_step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
+    @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.step(batch)
-        self._logs.append({"loss": step.loss.detach(), **step.logs})
+        self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
         return step.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -196,34 +211,41 @@ class Stage(LightningModule):
 
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
+    @not_compiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate("val", batch)
+        return self._measure("val", batch, self.step(batch))
 
+    @not_compiled
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate("test", batch)
+        return self._measure("test", batch, self.step(batch))
 
-    def _evaluate(self, split: str, batch: Any) -> dict[str, Tensor] | None:
-        step, labels = self.step(batch), Batch.of(batch).labels
+    @torch.compiler.disable
+    def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Tensor] | None:
+        labels = Batch.of(batch).labels
         measures: Any = self.measures[split]
-        update(measures, step.loss, step.logits, labels)
-        for name, metric in measures.items():
-            self.log(f"{split}/{name}", metric, prog_bar=name in ("top1", "map"), batch_size=len(labels))
-        if step.logits is None or not isinstance(self.objective, Supervised):
+        update(measures, step, labels)
+        first = next(iter(self.measured)).removeprefix("val/")
+        for name, value in {**step.logs, **measures}.items():
+            of_rank = name not in measures  # torchmetrics gather by themselves
+            self.log(f"{split}/{name}", value, prog_bar=name == first, batch_size=len(labels), sync_dist=of_rank)
+        if step.logits is None or step.logits.ndim < 2:
             return None
-        return {"probabilities": self.objective.probabilities(step.logits)}
+        predicted = self.objective.predictions(step.logits)
+        return None if predicted is None else {"probabilities": predicted}
 
+    @not_compiled
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities (B, num_classes), float32."""
-        if not isinstance(self.objective, Supervised):
-            raise UserError(f"{type(self.objective).__name__} learns no classes to predict; finetune the weights first")
-        return self.objective.probabilities(self.vit(Batch.of(batch).views[0]))
+        """What the objective predicts: class probabilities (B, num_classes) or numbers (B,), float32."""
+        predicted = self.objective.predictions(self.vit(Batch.of(batch).views[0]))
+        if predicted is None:
+            raise UserError(f"{type(self.objective).__name__} learns nothing to predict; finetune the weights first")
+        return predicted
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = self.data
         checkpoint["devices"] = self.trainer.world_size
-        checkpoint["vitlit"] = about(self.vit, getattr(data, "classes", []), getattr(data, "preprocess", None))
+        checkpoint["vitlit"] = about(self.vit, self.classes, getattr(self.data, "preprocess", None))
         averaging = self._averaging()
         if averaging is not None and "averaging_state" not in checkpoint:
             # A weights-only checkpoint skips callbacks, but must hold the averaged weights, which were validated.
@@ -240,11 +262,15 @@ class Stage(LightningModule):
         return next((callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)), None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        set_numerics(self.vit, checkpoint["vitlit"]["vit"])
+        made = checkpoint["vitlit"]
+        set_numerics(self.vit, made["vit"])
+        self.vit.preprocess = preprocess(made["preprocess"], self.vit)
+        self.vit.classes = made["classes"] if len(made["classes"]) == self.vit.config.num_classes else []
         zeros = {f"vit.{name}": tensor for name, tensor in zero_adapters(self.vit).items()}
         checkpoint["state_dict"] |= checkpoint.get("adapters") or zeros
         if self._trainer is None:
             return
+        self.lead(self.data)
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if fitting and "averaging_state" in checkpoint and self._averaging() is None:
             raise UserError(
@@ -284,12 +310,6 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {path}, not a {cls.__name__}")
         bound: Any = super(Stage, kind)
         return bound.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
-
-
-def no_classes(name: str) -> UserError:
-    """The error of an objective or a stage that needs classes, on data without."""
-    remedy = "sort the images into class folders, or give data.manifest"
-    return UserError(f"the data has no classes, which {name} needs; {remedy}")
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:

@@ -35,14 +35,36 @@ def read(contents: Contents) -> Weights | None:
             raise UserError("the file is damaged: its checksum is wrong")
         about = json.loads(about)
     else:
+        state = in_units_of_labels(state)
         state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
     unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
     config, blocks = about["vit"], count_blocks(state)
     if config["depth"] != blocks:  # a huge depth would take all memory
         raise UserError(f"the file states a depth of {config['depth']!r}, but holds {blocks} blocks")
     return Weights(
-        contents.path, "vitlit", state, config, about["classes"], about["preprocess"], unused, frozenset(config)
+        contents.path,
+        "vitlit",
+        state,
+        config,
+        about["classes"],
+        about["preprocess"],
+        unused,
+        frozenset({*config, "preprocess"}),
     )
+
+
+def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with a head that gives numbers as `Regression.predictions` does."""
+    if "objective.label_std" not in state:
+        return state
+    mean, std = (state[f"objective.label_{name}"].double() for name in ("mean", "std"))
+    scaled = dict(state)
+    for head in ("vit.head", "vit.head_dist"):
+        if f"{head}.weight" in state:
+            weight, bias = state[f"{head}.weight"], state[f"{head}.bias"]
+            scaled[f"{head}.weight"] = (weight.double() * std).to(weight.dtype)
+            scaled[f"{head}.bias"] = (bias.double() * std + mean).to(bias.dtype)
+    return scaled
 
 
 def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:

@@ -116,6 +116,9 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
         for name, tensor in state.items():
             own[name].copy_(tensor)
     fill_positions(vit)
+    origins = dict(weights.origins)
+    if "image_size" in origins and vit.grid[0] != vit.grid[1] and "pos_embed" in state and "pos_embed" not in adapted:
+        origins["image_size"] = "the model's grid of {} x {}; ".format(*vit.grid) + NOT_SAID
     return LoadReport(
         matched=[name for name in state if name not in adapted],
         resampled=sorted(adapted - skipped),
@@ -124,7 +127,7 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
         unexpected=weights.unused,
         format=weights.format,
         settings=set_numerics(vit, weights.config),
-        origins=weights.origins,
+        origins=origins,
     )
 
 
@@ -161,7 +164,7 @@ def load(source: str | Path) -> ViT:
     vit = empty(weights)
     vit.to_empty(device="cpu")
     load_weights(vit, weights)
-    vit.classes, vit.preprocess = weights.classes, preprocess(weights, vit)
+    vit.classes, vit.preprocess = weights.classes, preprocess(weights.preprocess, vit)
     return vit.eval()
 
 
@@ -195,13 +198,13 @@ def network(weights: Weights, **changes: Any) -> dict[str, Any]:
     return config
 
 
-def preprocess(weights: Weights, vit: ViT) -> Preprocess | None:
-    """The preprocessing of the weights, at the ViT's resolution if they state none; None if it is unknown."""
-    known: dict[str, Any] = {"image_size": vit.config.sides, **weights.preprocess}
-    channels = vit.config.in_channels
-    if channels == 1:
-        known |= {name: [sum(known[name]) / len(known[name])] for name in ("mean", "std") if known.get(name)}
-    if len(known.get("mean", ())) != channels:
+def preprocess(made_with: Mapping[str, Any], vit: ViT) -> Preprocess | None:
+    """The preprocessing that weights were made with, for a ViT's channels and by default its size; None if unknown."""
+    known, channels = {"image_size": vit.config.sides, **made_with}, vit.config.in_channels
+    for name in ("mean", "std"):
+        if len(known.get(name) or ()) not in (0, channels):
+            known[name] = [sum(known[name]) / len(known[name])] * channels
+    if channels not in (1, 3) or not known.get("mean"):
         return None
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
     return Preprocess(**options)

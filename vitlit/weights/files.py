@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.files import MOST_UNPACKED, check_archive, damaged
+from vitlit.files import MOST_UNPACKED, check_archive, damaged, expand
 
-WRAPPERS = ("teacher", "state_dict_ema", "model", "state_dict", "module")  # the first that is there has the state dict
+# The first that is there has the state dict. Averaged weights go before raw ones.
+WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "model", "state_dict", "module")
 # Plain values that training scripts leave in checkpoints and that torch does not allow by itself; the last is
 # numpy's scalar.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
@@ -39,6 +40,8 @@ class Contents(NamedTuple):
         file = self.path.parent / name
         try:
             content = json.loads(file.read_text()) if file.is_file() else {}
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not JSON: {error}") from error
         if not isinstance(content, dict):
@@ -48,7 +51,7 @@ class Contents(NamedTuple):
 
 def locate(source: str | Path) -> Path:
     """The weight file that is `source`, or is in the folder of a run (its best checkpoint, else its last) or model."""
-    source = Path(source).expanduser()
+    source = Path(expand(source))
     if source.is_file():
         return source
     names = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "model.safetensors", "model.safetensors.index.json")
@@ -67,8 +70,15 @@ def open_file(path: Path) -> Contents:
     """Read a weight file, in whatever container its first bytes show; UserError if it is missing or damaged."""
     if path.name.endswith(".index.json"):
         return open_shards(path)
-    with path.open("rb") as file:
-        first = file.read(16)
+    try:
+        with path.open("rb") as file:
+            first = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if first.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not the weights: `git lfs pull` in its repository fetches them")
+    if first.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path} is an HTML page, not weights: download the file itself")
     if first[:4] == b"PK\x03\x04":
         if any(name.endswith(".npy") for name in check_archive(path)):
             return open_npz(path)

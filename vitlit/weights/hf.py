@@ -124,8 +124,9 @@ def read(contents: Contents) -> Weights | None:
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if len(classes) != config["num_classes"] or classes == [f"LABEL_{i}" for i in range(len(classes))]:
         classes = []
-    preprocess, origins["preprocess"] = preprocessing(contents.beside(PREPROCESSOR), kind)
-    known = frozenset({"class_position", *stated})
+    processor = contents.beside(PREPROCESSOR)
+    preprocess, origins["preprocess"] = preprocessing(processor, kind)
+    known = frozenset({"class_position", *stated, *(["preprocess"] if "image_mean" in processor else [])})
     return Weights(contents.path, f"hf {kind}", state, config, classes, preprocess, unused, known, origins)
 
 

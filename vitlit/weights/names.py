@@ -56,8 +56,11 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
         if not match:
             fused[name] = tensor
         elif (new := f"{match[1]}{whole}.{match[2]}") not in fused:
-            # Stack, unlike cat, refuses parts of different sizes. A part that is missing is a KeyError.
-            fused[new] = torch.stack([state[f"{match[1]}{part}.{match[2]}"] for part in parts]).flatten(0, 1)
+            names = [f"{match[1]}{part}.{match[2]}" for part in parts]
+            if missing := next((part for part in names if part not in state), None):
+                raise UserError(f"{missing} is missing from the file")
+            # Stack, unlike cat, refuses parts of different sizes.
+            fused[new] = torch.stack([state[part] for part in names]).flatten(0, 1)
     return fused
 
 

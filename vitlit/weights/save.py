@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vitlit.errors import UserError
-from vitlit.files import whole_file
+from vitlit.files import expand, whole_file
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import checkpoint, exported, google, hf, timm, torchvision
@@ -35,7 +35,7 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
     Raises:
         UserError: the format has no such network or no such file ending, or the file cannot be written.
     """
-    path, endings = Path(path), ENDINGS.get(format, (".safetensors", ".pth", ".pt"))
+    path, endings = Path(expand(path)), ENDINGS.get(format, (".safetensors", ".pth", ".pt"))
     if format not in get_args(Format):
         raise UserError(f"format {format!r} is none of {' '.join(get_args(Format))}")
     if format != "hf" and path.suffix not in endings:

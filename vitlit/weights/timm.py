@@ -114,7 +114,8 @@ def read(contents: Contents) -> Weights | None:
     names = about.get("label_names")
     if not classes and isinstance(names, list) and len(names) == config["num_classes"]:
         classes = [str(name) for name in names]
-    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(stated), origins)
+    said = {*stated} if origins["preprocess"].endswith(NOT_SAID) else {*stated, "preprocess"}
+    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(said), origins)
 
 
 def stated_by(about: dict[str, Any]) -> dict[str, Any]:

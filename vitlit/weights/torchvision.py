@@ -42,7 +42,7 @@ def read(contents: Contents) -> Weights | None:
         config |= known.options
         preprocess = known.preprocess or preprocess
         origins = dict.fromkeys((*known.options, *(["preprocess"] if known.preprocess else origins)), EXPORTED)
-    stated = frozenset({"class_position", *known.options})
+    stated = frozenset({"class_position", *known.options, *(["preprocess"] if known.preprocess else [])})
     return Weights(contents.path, "torchvision", state, config, known.classes, preprocess, [], stated, origins)
 
 

@@ -53,7 +53,7 @@ class Weights:
     classes: list[str] = field(default_factory=list)  # in the order of the head's outputs; empty if unknown
     preprocess: dict[str, Any] = field(default_factory=dict)  # arguments of `Preprocess`; empty if unknown
     unused: list[str] = field(default_factory=list)  # names in the file of what is not part of a ViT, such as a decoder
-    stated: frozenset[str] = frozenset()  # options that the file or its format states; the tensors show the others
+    stated: frozenset[str] = frozenset()  # options, and preprocess, that the file or its format states
     origins: dict[str, str] = field(default_factory=dict)  # where settings that no tensor shows come from, by name
 
 

@@ -1,0 +1,49 @@
+"""Whether data has what an objective learns from. Data may be anything, or None; only what it has is compared."""
+
+from typing import Any
+
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.objectives import Objective
+
+
+def check_labels(objective: Objective, data: Any) -> None:
+    """UserError if the objective needs labels, or labels of a kind, that the data lacks."""
+    name = type(objective).__name__
+    numbers = getattr(data, "numbers", objective.numbers)
+    if objective.numbers and not numbers:
+        raise UserError(f"{name} learns numbers: give data.manifest with numbers as labels, and data.labels numbers")
+    if numbers and objective.needs_labels and not objective.numbers:
+        raise no_classes(name, numbers)
+    if objective.needs_labels and not numbers and not getattr(data, "classes", True):
+        raise no_classes(name)
+    mixing = getattr(data, "mixing", None)
+    if mixing is not None and mixing.on and not objective.mixes:
+        raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
+
+
+def check_images(objective: Objective, vit: ViT, data: Any) -> None:
+    """UserError if the data gives other views than the objective needs, or images of a size that the ViT is not for."""
+    name, wanted = type(objective).__name__, objective.views
+    views = getattr(data, "num_views", wanted)
+    if views > 1 == wanted:
+        raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
+    if views < wanted:
+        raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
+    for kind in getattr(data, "views", ()):
+        try:
+            vit.grid_of(*kind.pixels)
+        except UserError as error:
+            raise UserError(f"data.views: {error}") from error
+    preprocess, made_for = getattr(data, "preprocess", None), vit.config.image_size
+    if preprocess is not None and tuple(preprocess.image_size) != vit.config.sides:
+        raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
+
+
+def no_classes(name: str, numbers: bool = False) -> UserError:
+    """The error of an objective that needs classes, on data without: without labels, or with numbers."""
+    if numbers:
+        instead = "--model.objective Regression learns numbers, --data.labels classes makes each a class"
+        return UserError(f"{name} learns classes, but the manifest's labels are numbers; {instead}")
+    remedy = "sort the images into class folders, or give data.manifest"
+    return UserError(f"the data has no classes, which {name} needs; {remedy}")
