@@ -137,7 +137,7 @@ def test_finetuning_takes_the_network_and_the_preprocessing_from_the_file(
     model = stranger("deit_tiny_distilled_patch16_224")
     torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
     out = done(vitlit("fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), "deit.pth"))
-    assert "weights of deit.pth: facebook deit; " in out
+    assert "weights of deit.pth: facebook deit, assuming what the file does not say: " in out
     assert "4 skipped" in out  # both heads
     vit = package.load(tmp_path / "runs" / "finetune")
     assert isinstance(vit.preprocess, Preprocess)
@@ -217,7 +217,7 @@ def test_a_run_continues_after_the_file_it_began_from_is_gone(vitlit: Command, f
     fit = ["fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), "google.npz"]
     # The heads are the file's own, whatever the width.
     out = done(vitlit(*fit))
-    assert "weights of google.npz: google; " in out
+    assert "weights of google.npz: google, assuming what the file does not say: " in out
     (tmp_path / "google.npz").unlink()
     out = done(vitlit(*fit, "--trainer.max_steps", 4))
     assert "continuing runs/finetune" in out

@@ -222,9 +222,9 @@ def test_arguments_that_vitlit_has_not_are_refused(argument: dict[str, str], mes
 def test_what_a_bare_file_does_not_say_is_in_the_reports_first_line(tmp_path: Path) -> None:
     save_file(timm_model("vit_base_patch16_clip_224", depth=1).state_dict(), tmp_path / "theirs.safetensors")
     vit = vitlit.load(tmp_path / "theirs.safetensors")
-    first = str(vitlit.load_weights(vit, tmp_path / "theirs.safetensors")).splitlines()[0].split(", 1")[0]
-    assert first.startswith("timm; ")
-    for assumed in ("mlp: gelu", "norm_eps: 1e-05", "pool: cls", "heads: 12", "image_size: a square grid"):
+    first = str(vitlit.load_weights(vit, tmp_path / "theirs.safetensors")).splitlines()[0].split("; ")[0]
+    assert first.startswith("timm, assuming what the file does not say: ")
+    for assumed in ("mlp gelu", "norm_eps 1e-05", "pool cls", "heads 12", "image_size a square grid"):
         assert assumed in first
     assert vit.config.norm_eps == 1e-5
 

@@ -94,7 +94,7 @@ def read(contents: Contents) -> Weights | None:
         ("pool", config["pool"]),
     ):
         if name not in stated and config.get(name) != "swiglu":
-            origins[name] = f"{assumed}, timm's default; {NOT_SAID}"
+            origins[name] = f"{assumed} (timm's default); {NOT_SAID}"
     if config["pre_norm"]:  # CLIP
         config.setdefault("norm_eps", 1e-5)
     classes, preprocess = known.classes, known.preprocess
