@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomized
 from test_vit import COUNTS, count, same_network
-from timm.layers import AttentionPoolLatent, LayerNorm, SwiGLUPacked
+from timm.layers import AttentionPoolLatent, LayerNorm, RmsNorm, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.model.config import CHOICES
 from vitlit.model.init import init_weights
-from vitlit.model.vit import CHOICES
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 48}
 
@@ -39,8 +39,7 @@ def tiny(**options: Any) -> ViT:
 
 def images_for(vit: ViT, batch: int = 2) -> Tensor:
     """Random images of the network's own size."""
-    height, width = (side * vit.patch_size for side in vit.grid)
-    return torch.randn(batch, vit.config.in_channels, height, width)
+    return torch.randn(batch, vit.config.in_channels, *vit.config.sides)
 
 
 GAP: dict[str, Any] = {"pool": "gap", "position": "sincos2d"}
@@ -174,6 +173,47 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no position": ({"position": "none"}, {"pos_embed": "none"}),
     "SwiGLU": ({"mlp": "swiglu"}, SWIGLU),
     "tanh GELU": ({"mlp": "gelu_tanh"}, {"act_layer": TANH}),
+    "quick GELU": ({"mlp": "quick_gelu"}, {"act_layer": "quick_gelu"}),
+    "CLIP": (
+        {"pre_norm": True, "patch_bias": False, "norm_eps": 0.1},
+        {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=0.1)},
+    ),
+    "AIMv2": (
+        {
+            "pool": "gap",
+            "norm_kind": "rmsnorm",
+            "norm_eps": 0.1,
+            "patch_norm": True,
+            "qk_norm": True,
+            "qkv_bias": False,
+            "proj_bias": False,
+            "mlp": "swiglu",
+        },
+        {
+            **SWIGLU,
+            "global_pool": "avg",
+            "class_token": False,
+            "fc_norm": False,
+            "qkv_bias": False,
+            "qk_norm": True,
+            "proj_bias": False,
+            "norm_layer": partial(RmsNorm, eps=0.1),
+            "embed_norm_layer": partial(RmsNorm, eps=0.1),
+        },
+    ),
+    "BEiT-3": ({"sub_norm": True}, {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "gap over all tokens": (
+        {"pool": "gap", "class_token": True, "norm": "pooled", "pool_prefix": True},
+        {"global_pool": "avg", "pool_include_prefix": True},
+    ),
+    "map over all tokens": (
+        {"pool": "map", "class_token": True, "pool_prefix": True},
+        {"global_pool": "map", "pool_include_prefix": True},
+    ),
+    "an image that the patches do not cover": (
+        {"image_size": (35, 44), "partial_patches": "drop"},
+        {"img_size": (35, 44)},
+    ),
     "one channel": ({"in_channels": 1}, {"in_chans": 1}),
     "norm_eps": ({"norm_eps": 0.1, "qk_norm": True}, {"norm_layer": partial(LayerNorm, eps=0.1), "qk_norm": True}),
     "gap, registers, LayerScale, SwiGLU, qk_norm, two channels": (
@@ -365,8 +405,18 @@ ALONE: list[dict[str, Any]] = [
     {"mlp": "gelu_tanh"},
     {"mlp": "swiglu"},
     {"layer_scale": 0.1},
+    {"mlp": "quick_gelu"},
     {"qkv_bias": False},
+    {"proj_bias": False},
     {"qk_norm": True},
+    {"norm_kind": "rmsnorm"},
+    {"patch_bias": False},
+    {"patch_norm": True},
+    {"pre_norm": True},
+    {"sub_norm": True},
+    {"sub_norm": True, "mlp": "swiglu"},
+    {"pool": "map", "class_token": True, "pool_prefix": True},
+    {"image_size": (35, 44), "partial_patches": "drop"},
     {"dropout": 0.1},
     {"attention_dropout": 0.1},
     {"drop_path": 0.1},
@@ -392,6 +442,8 @@ def combination(draw: random.Random) -> dict[str, Any]:
     options["class_token"] = True if options["pool"] == "cls" else draw.choice([None, False, True])
     options["distilled"] = options["pool"] == "cls" and draw.random() < 0.4
     options |= {name: draw.random() < 0.5 for name in ("class_position", "qkv_bias", "qk_norm", "final_norm")}
+    options |= {name: draw.random() < 0.5 for name in ("proj_bias", "patch_bias", "patch_norm", "pre_norm", "sub_norm")}
+    options["pool_prefix"] = options["pool"] != "cls" and draw.random() < 0.5
     options["registers"] = draw.choice([0, 1, 4])
     options["layer_scale"] = draw.choice([None, 0.1])
     options["in_channels"] = draw.choice([1, 3, 5])

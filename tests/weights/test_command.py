@@ -137,7 +137,7 @@ def test_finetuning_takes_the_network_and_the_preprocessing_from_the_file(
     model = stranger("deit_tiny_distilled_patch16_224")
     torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
     out = done(vitlit("fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), "deit.pth"))
-    assert "weights of deit.pth: facebook deit; " in out
+    assert "weights of deit.pth: facebook deit, assuming what the file does not say: " in out
     assert "4 skipped" in out  # both heads
     vit = package.load(tmp_path / "runs" / "finetune")
     assert isinstance(vit.preprocess, Preprocess)
@@ -176,7 +176,7 @@ def test_an_export_whose_check_fails_leaves_no_file(
 ) -> None:
     vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40)  # timm's file does not tell heads
     package.save_weights(vit, tmp_path / "a.ckpt")
-    if format == "hf":
+    if name != "a.pth":  # whose safetensors and config.json tell them
         monkeypatch.setattr("vitlit.cli.weights.TOLERANCE", -1.0)
     refused(vitlit("weights", "convert", "a.ckpt", name, "--format", format), name)
     assert not (tmp_path / name).exists()
@@ -217,7 +217,7 @@ def test_a_run_continues_after_the_file_it_began_from_is_gone(vitlit: Command, f
     fit = ["fit", "--config", "finetune", "--data.root", few, *FLAGS.split(), "google.npz"]
     # The heads are the file's own, whatever the width.
     out = done(vitlit(*fit))
-    assert "weights of google.npz: google; " in out
+    assert "weights of google.npz: google, assuming what the file does not say: " in out
     (tmp_path / "google.npz").unlink()
     out = done(vitlit(*fit, "--trainer.max_steps", 4))
     assert "continuing runs/finetune" in out
@@ -253,7 +253,7 @@ def stranger_like(**options: Any) -> ViT:
     [
         (
             {"architecture": "vit_small_patch16_rope_ape_224"},
-            "rope_ape_224, which is not one of the plain ViTs",
+            "rope_ape_224, which has rotary positions",
         ),
         ({"architecture": "vit_base_patch16_224", "model_args": {"block_fn": "x"}}, "model argument block_fn"),
         ({"architecture": "vit_base_patch16_224", "global_pool": "max"}, "global_pool max"),

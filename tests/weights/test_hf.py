@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,12 @@ HF: list[tuple[str, str, dict[str, Any]]] = [
     ("DINOv3ViT", "DINOv3ViTModel", {"key_bias": True}),
 ]
 # What vitlit writes them as, where it is not the same class; None: it has no such class to write.
-BACK: dict[str, str | None] = {"ViTMAEModel": "ViTModel", "DeiTForImageClassification": None}
-POOLERS = ("ViTModel", "DeiTModel")
+BACK: dict[str, str | None] = {
+    "ViTMAEModel": "ViTModel",
+    "DeiTForImageClassification": None,
+    "DeiTModel": "Dinov2WithRegistersModel",  # whose layer scale of 1 changes nothing
+}
+POOLERS = ("ViTModel",)
 
 
 def hf_model(family: str, name: str, **options: Any) -> Any:
@@ -105,7 +110,7 @@ def test_transformers_in_and_out(family: str, name: str, options: dict[str, Any]
     images = images_of(tuple(size) if isinstance(size, list) else size, options.get("num_channels", 3))
     vit = vitlit.load(tmp_path / "theirs")
     assert_same(our_output(vit, images), hf_output(theirs, images))
-    if not vit.config.num_classes and not vit.config.distilled:  # where it is the mean of two tokens, as in timm
+    if not vit.config.num_classes:
         assert_same(vit(images), hf_output(theirs, images)[:, 0])
 
     out, back = tmp_path / "ours", BACK.get(name, name)
@@ -119,7 +124,8 @@ def test_transformers_in_and_out(family: str, name: str, options: dict[str, Any]
     file = vitlit.save_weights(vit, out, "hf")
     assert file == out / "model.safetensors"
     assert_same(hf_output(hf_loaded(back, out), images), our_output(vit, images))
-    assert vitlit.load(out).config == vit.config
+    again = vitlit.load(out).config
+    assert again == replace(vit.config, layer_scale=again.layer_scale)
 
 
 BARE: list[tuple[str, str, dict[str, Any]]] = [
@@ -339,6 +345,22 @@ def test_transformers_at_another_resolution(
         assert vit.resampling == "offset"  # facebookresearch's, which transformers leaves out
         vit.resampling = "bicubic"
     assert_same(vit.features(images), hf_output(theirs, images))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("Dinov2", "Dinov2Model"), ("Dinov2WithRegisters", "Dinov2WithRegistersModel")]
+)
+def test_a_dinov2_of_no_square_equals_transformers_which_takes_its_table_as_one(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    theirs, images = hf_model(family, name, image_size=[32, 72]), images_of((32, 72))  # 4 x 9 patches, 6 x 6 positions
+    theirs.save_pretrained(tmp_path / "theirs")
+    vit = vitlit.load(tmp_path / "theirs")
+    assert vit.grid == (4, 9)
+    assert_same(vit(images), hf_output(theirs, images)[:, 0])
+    user_error("takes the positions as a square", vitlit.save_weights, vit, tmp_path / "ours", "hf")
+    hf_model(family, name, image_size=[32, 64]).save_pretrained(tmp_path / "wide")
+    user_error("only if their number is a square", vitlit.load, tmp_path / "wide")
 
 
 def test_fixed_positions_take_the_table_of_a_transformers_mae(tmp_path: Path) -> None:

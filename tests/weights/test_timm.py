@@ -1,19 +1,24 @@
 """Weights of timm, in and out: its output is ours."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import user_error
 from peers import assert_same, images_of, shaken, ti16, timm_model, vit_of
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.data import create_transform
+from timm.models import save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
 import vitlit
+from vitlit.data import Preprocess
 
 State = dict[str, Any]
 
@@ -144,3 +149,118 @@ def test_half_precision_loads_as_single(tmp_path: Path) -> None:
     vit = vitlit.load(tmp_path / "theirs.safetensors")
     assert {tensor.dtype for tensor in vit.state_dict().values()} == {torch.float32}
     assert_same(vit(images), theirs.float()(images))
+
+
+# timm's models that are refused, with the word that the error says.
+REFUSED = {
+    "vit_base_patch16_18x2_224": "parallel blocks",
+    "vit_base_patch16_rpn_224": "norms after attention and MLP",
+    "vit_base_patch16_xp_224": "parallel blocks",
+    "vit_dlittle_patch16_reg1_gap_256": "differential attention",
+    "vit_dpwee_patch16_reg1_gap_256": "parallel blocks",
+    "vit_dwee_patch16_reg1_gap_256": "differential attention",
+    "vit_huge_patch14_xp_224": "parallel blocks",
+    "vit_large_patch14_xp_224": "parallel blocks",
+    "vit_pwee_patch16_reg1_gap_256": "parallel blocks",
+    "vit_small_patch16_18x2_224": "parallel blocks",
+}
+ALL = [n for module in ("vision_transformer", "deit") for n in timm.list_models(module=module)]
+
+
+def test_there_are_as_many_models_as_the_table_in_the_docs_says() -> None:
+    assert (len(ALL), len(REFUSED), len(set(REFUSED) - set(ALL))) == (179, 10, 0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_vit_of_timm_from_its_folder_is_equal_or_refused(name: str, tmp_path: Path) -> None:
+    """Narrow, with the heads that its name tells, of an image that no patch divides where the model takes one."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, depth=1)
+    block = model.blocks[0]
+    patch = int((re.findall(r"patch(\d+)", name) or [16])[0])
+    heads = getattr(getattr(block, "attn", block), "num_heads", 12)
+    options: dict[str, Any] = {"embed_dim": 8 * heads, "img_size": (2 * patch, 3 * patch + 2)}
+    try:
+        theirs, images = shaken(timm_model(name, **options), 0.1), images_of(options["img_size"])
+        expected = theirs(images)
+    except AssertionError:  # dynamic_img_size
+        options["img_size"] = (2 * patch, 3 * patch)
+        theirs, images = shaken(timm_model(name, **options), 0.1), images_of(options["img_size"])
+        expected = theirs(images)
+    save_for_hf(theirs, str(tmp_path), safe_serialization=True)
+    if name in REFUSED:
+        user_error(REFUSED[name], vitlit.load, tmp_path)
+    else:
+        assert_same(vitlit.load(tmp_path)(images), expected)
+
+
+def test_config_json_without_a_size_tells_that_of_its_preprocessing(tmp_path: Path) -> None:
+    """SigLIP's 384 pixels with patches of 14: 27 x 27, and 6 pixels left."""
+    theirs = shaken(timm.create_model("vit_so400m_patch14_siglip_384", embed_dim=64, depth=1, num_classes=10)).eval()
+    save_for_hf(theirs, str(tmp_path), safe_serialization=True)
+    vit, images = vitlit.load(tmp_path), images_of(384)
+    assert (vit.config.image_size, vit.grid) == ((384, 384), (27, 27))
+    assert_same(vit(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"norm_layer": "batchnorm2d"}, "norm_layer batchnorm2d"),
+        ({"act_layer": "relu"}, "act_layer relu"),
+        ({"global_pool": "avgmax"}, "global_pool avgmax"),
+        ({"attn_layer": "diff"}, "model argument attn_layer"),
+    ],
+)
+def test_arguments_that_vitlit_has_not_are_refused(argument: dict[str, str], message: str, tmp_path: Path) -> None:
+    save_file(timm_model("vit_tiny_patch16_224").state_dict(), tmp_path / "model.safetensors")
+    about = {"architecture": "vit_tiny_patch16_224", "model_args": argument}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    user_error(message, vitlit.load, tmp_path)
+
+
+def test_what_a_bare_file_does_not_say_is_in_the_reports_first_line(tmp_path: Path) -> None:
+    save_file(timm_model("vit_base_patch16_clip_224", depth=1).state_dict(), tmp_path / "theirs.safetensors")
+    vit = vitlit.load(tmp_path / "theirs.safetensors")
+    first = str(vitlit.load_weights(vit, tmp_path / "theirs.safetensors")).splitlines()[0].split("; ")[0]
+    assert first.startswith("timm, assuming what the file does not say: ")
+    for assumed in ("mlp gelu", "norm_eps 1e-05", "pool cls", "heads 12", "image_size a square grid"):
+        assert assumed in first
+    assert vit.config.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 36, "heads": 4, "norm_eps": 1e-3, "mlp": "gelu_tanh", "image_size": (16, 72)},
+        {"width": 36, "heads": 2, "position": "sincos2d", "image_size": (24, 32), "pool": "gap", "class_token": True},
+        {"width": 36, "heads": 2, "position": "sincos2d_mae", "registers": 2},
+        {"width": 24, "heads": 6, "class_position": False, "image_size": (24, 40)},  # 15 + 1 positions are a square
+        {"width": 24, "heads": 6, "class_position": True, "image_size": (24, 40), "mlp": "quick_gelu"},
+        {"width": 24, "heads": 6, "pre_norm": True, "patch_bias": False, "image_size": 35, "partial_patches": "drop"},
+        {"width": 24, "heads": 2, "pool": "map", "class_token": True, "pool_prefix": True, "resampling": "bicubic"},
+    ],
+    ids=str,
+)
+def test_an_export_for_timm_reads_back_as_it_was(options: dict[str, Any], tmp_path: Path) -> None:
+    vit = vit_of(**options)
+    vit.classes = [f"class {i}" for i in range(10)]
+    vit.preprocess = Preprocess(vit.config.sides, 0.7, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    again = vitlit.load(vitlit.save_weights(vit, tmp_path / "a.safetensors", "timm"))
+    assert again.config == vit.config
+    assert (again.classes, again.preprocess) == (vit.classes, vit.preprocess)
+    images = images_of(vit.config.sides)
+    assert_same(again(images), vit(images))
+
+
+def test_an_exported_table_that_was_trained_on_is_learned(tmp_path: Path) -> None:
+    file = vitlit.save_weights(vit_of(position="sincos2d"), tmp_path / "a.safetensors", "timm")
+    with safe_open(file, framework="pt") as opened:
+        state, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    state["pos_embed"][0, 3] += 0.1
+    save_file(state, file, metadata)
+    vit = vitlit.load(file)
+    assert vit.position == "learned"
+    assert torch.equal(vit.state_dict()["pos_embed"], state["pos_embed"])
+    save_file(state, file, {**metadata, "vitlit_export": "{"})
+    user_error("vitlit_export in its metadata is damaged", vitlit.load, file)

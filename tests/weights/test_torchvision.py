@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import assert_same, images_of, shaken
+from peers import assert_same, images_of, shaken, vit_of
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import VisionTransformer
@@ -52,3 +52,12 @@ def test_torchvision_of_before_0_12_and_of_ddp(tmp_path: Path) -> None:
     }
     torch.save(state, tmp_path / "theirs.pth")
     assert_same(vitlit.load(tmp_path / "theirs.pth")(images), theirs(images))
+
+
+def test_an_export_for_torchvision_reads_back_as_it_was_whatever_its_width(tmp_path: Path) -> None:
+    vit = vit_of(width=36, heads=6)
+    vit.classes = [f"class {i}" for i in range(10)]
+    again = vitlit.load(vitlit.save_weights(vit, tmp_path / "a.safetensors", "torchvision"))
+    assert (again.config, again.classes) == (vit.config, vit.classes)
+    images = images_of(32)
+    assert_same(again(images), vit(images))

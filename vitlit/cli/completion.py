@@ -154,7 +154,7 @@ MOST_BLOCKS = 10_000  # ten times the deepest published (2203.00555)
 SIZE = ("image_size", "num_classes", "hidden_dim")
 # Options in which a config may differ from its weights, and in which a new run may besides.
 FREE = {"num_classes", "hidden_dim", *TRAINING}
-NEW = {"image_size", "in_channels", "class_position", "pool", "norm"}
+NEW = {"image_size", "in_channels", "class_position", "pool", "pool_prefix", "norm", "partial_patches"}
 
 
 def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bool) -> None:

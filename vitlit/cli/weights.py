@@ -10,7 +10,7 @@ from vitlit.errors import UserError
 from vitlit.model import SIZES, ViT, ViTConfig
 from vitlit.weights.door import empty, load, read
 from vitlit.weights.save import Format, save_weights
-from vitlit.weights.weights import Weights
+from vitlit.weights.weights import Weights, in_words
 
 HELP = """\
 vitlit weights show FILE
@@ -65,9 +65,10 @@ def describe(weights: Weights) -> dict[str, str]:
     shape_words = "width {}, depth {}, heads {}, mlp {}".format(*shape[:2], config.get("heads", "unknown"), shape[2])
     defaults = ViTConfig().plain()
     options = [f"{name} {value}" for name, value in config.items() if name not in SIZE and value != defaults[name]]
+    assumed, known = in_words(weights.origins)
     return {
         "file": str(weights.path),
-        "format": weights.format,
+        "format": weights.format + assumed,
         "preset": f"{preset} ({shape_words}, patch {config['patch_size']})",
         "options": ", ".join(options) or "all at their defaults",
         "resolution": size,
@@ -76,7 +77,7 @@ def describe(weights: Weights) -> dict[str, str]:
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
         "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "unnamed",
         "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "unknown",
-        **{f"  {name}": f"from {origin}" for name, origin in weights.origins.items()},
+        "settings": "; ".join(f"{', '.join(names)} from {origin}" for origin, names in known.items()) or "none stated",
     }
 
 

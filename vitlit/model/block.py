@@ -1,42 +1,52 @@
 """The parts of a ViT: patch embedding, attention, MLP, encoder block. B is the batch, D the width."""
 
-from typing import TYPE_CHECKING, Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitlit.model.config import Activation, ViTConfig
 from vitlit.model.position import Rotary, rotate
 
-if TYPE_CHECKING:
-    from vitlit.model.vit import ViTConfig
 
-Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the precision of its weight under mixed precision, as LayerNorm is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def new_norm(config: ViTConfig, width: int | None = None) -> nn.Module:
+    """The norm that `norm_kind` names, over D channels or another number of them."""
+    kind = RMSNorm if config.norm_kind == "rmsnorm" else nn.LayerNorm
+    return kind(width or config.width, eps=config.norm_eps)
 
 
 class PatchEmbed(nn.Module):
     """A convolution whose kernel and stride are the patch size: images (B, C, H, W) -> N patches (B, N, D)."""
 
-    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.width, patch, stride=patch, bias=config.patch_bias)
+        self.norm = new_norm(config) if config.patch_norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D)."""
 
-    def __init__(self, config: "ViTConfig") -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, head_width = config.width, config.width // config.heads
         self.heads = config.heads
         self.attention_dropout = config.attention_dropout
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        self.q_norm = nn.LayerNorm(head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.q_norm = new_norm(config, head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = new_norm(config, head_width) if config.qk_norm else nn.Identity()
+        self.norm = new_norm(config) if config.sub_norm else nn.Identity()
+        self.proj = nn.Linear(width, width, bias=config.proj_bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
@@ -47,21 +57,30 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
-        return self.drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
+        return self.drop(self.proj(self.norm(x.transpose(1, 2).reshape(batch, tokens, width))))
 
 
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them and dropout after each: (B, tokens, D) -> (B, tokens, D).
 
-    gelu is exact; gelu_tanh is its approximation (JAX's default). For swiglu (2002.05202), `fc1` has 2 * mlp_dim
-    outputs: the first half, after SiLU, gates the second.
+    gelu is exact; gelu_tanh (JAX's default) and quick_gelu, x sigmoid(1.702 x), approximate it. For swiglu (2002.05202)
+    `fc1` has 2 * mlp_dim outputs: the first half, after SiLU, gates the second. `norm` is applied before `fc2`.
     """
 
-    def __init__(self, width: int, mlp_dim: int, activation: Activation, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        activation: Activation,
+        dropout: float,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.activation = activation
-        self.fc1 = nn.Linear(width, 2 * mlp_dim if activation == "swiglu" else mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, width)
+        self.fc1 = nn.Linear(width, 2 * mlp_dim if activation == "swiglu" else mlp_dim, bias=bias)
+        self.norm = norm or nn.Identity()
+        self.fc2 = nn.Linear(mlp_dim, width, bias=bias)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,9 +88,11 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
+        elif self.activation == "quick_gelu":
+            x = x * torch.sigmoid(1.702 * x)
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.drop(self.fc2(self.drop(x)))
+        return self.drop(self.fc2(self.norm(self.drop(x))))
 
 
 class LayerScale(nn.Module):
@@ -103,14 +124,15 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """The block `i` of a pre-norm encoder (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
 
-    def __init__(self, config: "ViTConfig", i: int = 0) -> None:
+    def __init__(self, config: ViTConfig, i: int = 0) -> None:
         super().__init__()
         width, scale = config.width, config.layer_scale
-        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm1 = new_norm(config)
         self.attn = Attention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = MLP(width, config.mlp_dim, config.mlp, config.dropout)
+        self.norm2 = new_norm(config)
+        sub_norm = new_norm(config, config.mlp_dim) if config.sub_norm else None
+        self.mlp = MLP(width, config.mlp_dim, config.mlp, config.dropout, config.proj_bias, sub_norm)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         rises = config.drop_path_decay == "linear"
         self.drop_path = DropPath(config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path)

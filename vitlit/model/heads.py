@@ -1,16 +1,13 @@
 """The attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.model.block import MLP
-
-if TYPE_CHECKING:
-    from vitlit.model.vit import ViTConfig
+from vitlit.model.block import MLP, new_norm
+from vitlit.model.config import ViTConfig
 
 
 class AttentionPool(nn.Module):
@@ -19,7 +16,7 @@ class AttentionPool(nn.Module):
     (B, tokens, D) -> (B, D). The MLP is never gated: if the blocks use swiglu, it uses gelu.
     """
 
-    def __init__(self, config: "ViTConfig") -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width = config.width
         self.heads = config.heads
@@ -27,7 +24,7 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm = new_norm(config)
         self.mlp = MLP(width, config.mlp_dim, "gelu" if config.mlp == "swiglu" else config.mlp, dropout=0.0)
 
     def forward(self, x: Tensor) -> Tensor:

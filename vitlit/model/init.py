@@ -1,18 +1,17 @@
 """Initial weights."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from vitlit.model.block import MLP, Attention, LayerScale
+from vitlit.model.config import Init
 from vitlit.model.position import sincos2d
 
 if TYPE_CHECKING:
     from vitlit.model.vit import ViT
-
-Init = Literal["vision_transformer", "big_vision", "timm"]
 
 
 @torch.no_grad()
@@ -50,7 +49,7 @@ def init_weights(vit: "ViT") -> None:
 
 
 def init_layers(network: nn.Module, init: Init = "vision_transformer") -> None:
-    """Initialise every attention, MLP, layer scale and LayerNorm of a network."""
+    """Initialise every attention, MLP, layer scale and norm of a network."""
     for module in network.modules():
         if init == "timm" and isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -64,7 +63,7 @@ def init_layers(network: nn.Module, init: Init = "vision_transformer") -> None:
             xavier(module.fc2, bias_std=1e-6)
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.gamma, module.initial)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.reset_parameters()
 
 

@@ -1,13 +1,13 @@
 """Positions of a grid (rows, columns) of patches: a learned table, fixed sines and cosines, rotary embeddings."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Resampling = Literal["antialias", "bicubic", "bilinear", "offset"]
+from vitlit.model.config import Resampling
+
 Rotary = tuple[Tensor, Tensor]
 
 

@@ -7,133 +7,20 @@ Parameter names are timm's.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlit.errors import UserError
-from vitlit.model.block import Activation, Block, PatchEmbed
+from vitlit.model.block import Block, PatchEmbed, new_norm
+from vitlit.model.config import Resampling, ViTConfig
 from vitlit.model.heads import AttentionPool, new_head
-from vitlit.model.init import Init, init_weights
-from vitlit.model.position import Resampling, resample, rotary2d, sincos2d
+from vitlit.model.init import init_weights
+from vitlit.model.position import resample, rotary2d, sincos2d
 from vitlit.model.sizes import parse_preset
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """The options of a ViT. Values that contradict each other or are out of range raise UserError."""
-
-    image_size: int | tuple[int, int] = 224
-    """Pixels, an int or (height, width). Images of another size resample the positions."""
-    patch_size: int = 16
-    """Pixels. Must divide the image size."""
-    width: int = 768
-    """D, the size of a token."""
-    depth: int = 12
-    """The number of blocks."""
-    heads: int = 12
-    """Attention heads. Must divide the width."""
-    mlp_dim: int = 3072
-    """Hidden units of a block's MLP."""
-    num_classes: int = 0
-    """Outputs of the head; 0 for no head."""
-    hidden_dim: int | None = None
-    """Hidden units of the pretraining head; None for the single linear layer of finetuning."""
-    in_channels: int = 3
-    """C."""
-    pool: Literal["cls", "gap", "map"] = "cls"
-    """What the head sees: the class token, the mean of the patches, or attention over them (2106.04560)."""
-    position: Literal["learned", "sincos2d", "sincos2d_mae", "rope", "none"] = "learned"
-    """A learned table (2010.11929), a fixed one (2205.01580), a fixed one with MAE's frequencies, rotary queries and
-    keys (2508.10104), or no positions."""
-    class_token: bool | None = None
-    """Whether there is a class token. By default only with pool cls."""
-    class_position: bool = True
-    """Whether a learned table also has positions for the class and distillation tokens."""
-    distilled: bool = False
-    """Whether there is a distillation token with its own head (2012.12877). The output is the mean of both heads."""
-    registers: int = 0
-    """Extra tokens without position or output (2309.16588)."""
-    mlp: Activation = "gelu"
-    """The MLP's nonlinearity. gelu_tanh is JAX's default; swiglu doubles the first layer's outputs."""
-    layer_scale: float | None = None
-    """Initial value of a learned factor per channel after attention and MLP (2103.17239); None for no factor."""
-    qkv_bias: bool = True
-    """Whether queries, keys and values have a bias."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalised per head (2302.05442)."""
-    dropout: float = 0.0
-    """Dropout after the position embedding and every linear layer except qkv (2010.11929, appendix B.1)."""
-    attention_dropout: float = 0.0
-    """Dropout of the attention weights."""
-    drop_path: float = 0.0
-    """Stochastic depth (1603.09382): the rate of the last block."""
-    drop_path_decay: Literal["linear", "constant"] = "linear"
-    """Whether that rate is reached linearly from 0 at the first block, or is every block's (DeiT III)."""
-    init: Init = "vision_transformer"
-    """Whose initial weights; see `vitlit.model.init.init_weights`."""
-    float32_head: bool = False
-    """Whether pooling and head compute in float32 under mixed precision too, as DINOv2's linear probe does."""
-    norm_eps: float = 1e-6
-    """Epsilon of every LayerNorm."""
-    norm: Literal["tokens", "pooled"] = "tokens"
-    """Whether the final norm is applied to the tokens or to the pooled features (2111.06377)."""
-    final_norm: bool = True
-    """Whether there is a final norm."""
-    resampling: Resampling = "antialias"
-    """How a learned table is resampled to another grid; see `vitlit.model.position.resample`."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more time."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        if self.class_token is None:
-            object.__setattr__(self, "class_token", self.pool == "cls")
-        if not self.num_classes:
-            object.__setattr__(self, "hidden_dim", None)
-        for name, least in MINIMUM.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} {value} is less than {least}")
-        for name in DROPOUTS:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)!r} is none of {' '.join(choices)}")
-        if min(self.sides) < 1:
-            raise UserError("image size {} x {} is less than 1 x 1".format(*self.sides))
-        if self.width % self.heads:
-            raise UserError(f"heads {self.heads} do not divide the width {self.width}")
-        if self.position == "rope" and self.width // self.heads % 4:
-            raise UserError(f"position rope needs heads of a multiple of 4 channels, not {self.width // self.heads}")
-        if self.position.startswith("sincos2d") and self.width % 4:
-            raise UserError(f"position {self.position} needs a width divisible by 4, not {self.width}")
-        if self.pool == "cls" and not self.class_token:
-            raise UserError("pool cls needs a class token; leave class_token out")
-        if self.distilled and self.pool != "cls":
-            raise UserError(f"a distillation token needs pool cls, not {self.pool}")
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """The image's (height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-
-    def plain(self) -> dict[str, Any]:
-        """The options as values that JSON and YAML can hold. `ViT(**config.plain())` is the same network."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ViTConfig).items() if get_origin(kind) is Literal}
-DROPOUTS = ("dropout", "attention_dropout", "drop_path")
-MINIMUM = {
-    **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
-    **dict.fromkeys(("num_classes", "registers"), 0),
-}
 
 
 class ViT(nn.Module):
@@ -167,7 +54,7 @@ class ViT(nn.Module):
         def tokens(count: int) -> Tensor | None:
             return nn.Parameter(torch.empty(1, count, config.width)) if count else None
 
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.width)
+        self.patch_embed = PatchEmbed(config)
         self.cls_token = tokens(1 if config.class_token else 0)
         self.dist_token = tokens(1 if config.distilled else 0)
         self.reg_token = tokens(config.registers)
@@ -181,8 +68,9 @@ class ViT(nn.Module):
         else:
             self.pos_embed = tokens(self.positioned + math.prod(self.grid)) if config.position == "learned" else None
         self.pos_drop = nn.Dropout(config.dropout)
+        self.norm_pre = new_norm(config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        final: nn.Module = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        final = new_norm(config) if config.final_norm else nn.Identity()
         self.norm = final if config.norm == "tokens" else nn.Identity()
         self.fc_norm = final if config.norm == "pooled" else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
@@ -227,7 +115,7 @@ class ViT(nn.Module):
         The order of the tokens is class, distillation, registers, patches.
 
         Args:
-            images: any size that the patch size divides.
+            images: any size that the patch size divides; see also `partial_patches`.
             mask: patches to replace by the mask token before positions are added, (B, N), bool; see `add_mask_token`.
             keep: indices of the only patches to keep, (B, K), int64; the result is (B, S + K, D).
         """
@@ -248,7 +136,7 @@ class ViT(nn.Module):
         return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
     def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None, keep: Tensor | None = None) -> Tensor:
-        """The blocks and the final norm: (B, S + N, D) -> (B, S + N, D).
+        """The norm before the blocks if there is one, the blocks, the final norm: (B, S + N, D) -> (B, S + N, D).
 
         Args:
             tokens: the result of `embed`.
@@ -259,6 +147,7 @@ class ViT(nn.Module):
         if self.position == "rope":
             head_width = self.width // self.config.heads
             rotary = rotary2d(grid or self.grid, head_width, self.prefix, like=tokens, keep=keep)
+        tokens = self.norm_pre(tokens)
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, rotary, use_reentrant=False)
@@ -270,7 +159,7 @@ class ViT(nn.Module):
         """The class token (equation 4), the mean of the patches or attention over them: (B, S + N, D) -> (B, D)."""
         if self.config.pool == "cls":
             return self.fc_norm(tokens[:, 0])
-        patches = tokens[:, self.prefix :]
+        patches = tokens if self.config.pool_prefix else tokens[:, self.prefix :]
         return self.fc_norm(patches.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches))
 
     def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -283,8 +172,10 @@ class ViT(nn.Module):
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""
-        patch = self.patch_size
-        if height % patch or width % patch:
+        patch, dropped = self.patch_size, self.config.partial_patches == "drop"
+        if dropped and min(height, width) < patch:
+            raise UserError(f"an image of {height} x {width} pixels is smaller than a patch of {patch} x {patch}")
+        if not dropped and (height % patch or width % patch):
             near = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
             raise UserError(f"patch size {patch} does not divide the image size {height} x {width}; {near} would do")
         return height // patch, width // patch
@@ -344,7 +235,9 @@ class ViT(nn.Module):
 
 
 LAYER_OF = {
-    **dict.fromkeys(("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed"), "embed"),
+    **dict.fromkeys(
+        ("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "norm_pre"), "embed"
+    ),
     **dict.fromkeys(("norm", "fc_norm"), "norm"),
     **dict.fromkeys(("attn_pool", "head", "head_dist"), "head"),
 }

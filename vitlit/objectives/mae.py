@@ -113,6 +113,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """The pixels of each patch, ordered by row, column, channel: (B, C, H, W) -> (B, N, P * P * C)."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
+    images = images[..., : rows * patch_size, : columns * patch_size]  # without patches that the edge cuts
     pixels = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from vitlit.errors import UserError, first_difference
 from vitlit.model import ViT, ViTConfig
+from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import LoRA, add_lora
-from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import merge, zero_adapters
-from vitlit.model.vit import DROPOUTS
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths

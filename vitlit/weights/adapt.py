@@ -84,7 +84,7 @@ def set_numerics(vit: ViT, config: dict[str, Any]) -> list[str]:
     changed = {name: config[name] for name, value in ours.items() if config.get(name, value) != value}
     vit.config = replace(vit.config, **changed)
     for module in vit.modules():
-        if "norm_eps" in changed and isinstance(module, nn.LayerNorm):
+        if "norm_eps" in changed and isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.eps = changed["norm_eps"]
         elif "mlp" in changed and isinstance(module, MLP) and module.activation != "swiglu":
             module.activation = changed["mlp"]

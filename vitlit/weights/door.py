@@ -16,7 +16,7 @@ from vitlit.model.init import fill_positions
 from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
 from vitlit.weights.files import locate, open_file
-from vitlit.weights.weights import Weights, usual_heads
+from vitlit.weights.weights import NOT_SAID, Weights, in_words, usual_heads
 
 MOST_PATCHES = 1 << 18  # of an image: no file holds a sin-cos table, so its image_size could ask for any memory
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
@@ -38,8 +38,9 @@ class LoadReport(NamedTuple):
     def __str__(self) -> str:
         counts = [f"{len(names)} {kind}" for kind, names in zip(self._fields[:5], self[:5], strict=True) if names]
         rest = [f"set {setting}" for setting in self.settings]
-        rest += [f"{name}: {origin}" for name, origin in self.origins.items()]
-        format = [] if self.format == "vitlit" else [self.format]
+        assumed, known = in_words(self.origins)
+        rest += [f"{', '.join(names)}: {origin}" for origin, names in known.items()]
+        format = [] if self.format == "vitlit" else [self.format + assumed]
         return "; ".join([*format, ", ".join(counts), *rest])
 
 
@@ -70,9 +71,9 @@ def read(source: str | Path) -> Weights:
             raise UserError(f"{path} holds {kind} numbers in {name}; a ViT has floating-point ones")
     config = weights.config
     if "heads" not in config and (heads := usual_heads(config)) is not None:
-        config["heads"], weights.origins["heads"] = heads, "usual for its width"
+        config["heads"], weights.origins["heads"] = heads, f"{heads} (usual for its width); {NOT_SAID}"
     if config.get("position", "learned") == "learned" and "image_size" not in weights.stated:
-        weights.origins["image_size"] = "a square grid; the file does not say"
+        weights.origins["image_size"] = f"a square grid; {NOT_SAID}"
     return weights
 
 
@@ -116,7 +117,7 @@ def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str]
     fill_positions(vit)
     origins = dict(weights.origins)
     if "image_size" in origins and vit.grid[0] != vit.grid[1] and "pos_embed" in state and "pos_embed" not in adapted:
-        origins["image_size"] = "the model's grid of {} x {}; the file does not say".format(*vit.grid)
+        origins["image_size"] = "the model's grid of {} x {}; ".format(*vit.grid) + NOT_SAID
     return LoadReport(
         matched=[name for name in state if name not in adapted],
         resampled=sorted(adapted - skipped),

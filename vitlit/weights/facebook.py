@@ -4,7 +4,7 @@ import re
 
 from vitlit.weights.files import Contents
 from vitlit.weights.names import prefix_of, strip
-from vitlit.weights.timm import fold_registers
+from vitlit.weights.timm import place
 from vitlit.weights.weights import IMAGENET, STEM, Weights, architecture
 
 # Tensors in such a file that are not part of the ViT.
@@ -31,7 +31,7 @@ def read(contents: Contents) -> Weights | None:
         for pattern, ours in NAMES:
             name = re.sub(pattern, ours, name)
         state[name] = tensor
-    state = fold_registers(state)
+    state = place(state, None)[0]
     stated = frozenset() if kind == "deit" else frozenset({"class_position"})
     config = architecture(state, class_position=True if stated else None)
     if kind == "dino" or (kind == "dinov2" and not config["registers"]):

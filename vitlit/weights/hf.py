@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
+from vitlit.model.config import Resampling
+from vitlit.model.position import resample
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
 from vitlit.weights.names import Table, backwards, fuse, prefix_of, split, translate
-from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require, tensors
+from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require, square, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
@@ -103,8 +105,9 @@ def read(contents: Contents) -> Weights | None:
         unused += [name for name in contents.tensors if name.startswith("classifier.")]
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         origins["head"] = "left out: it reads the class token and the patches' mean"
-    if "dist_token" in state and "head.weight" in state and "head_dist.weight" not in state:
-        # DeiTForImageClassification ignores the token's output: it is a register.
+    if "dist_token" in state and "head_dist.weight" not in state:
+        # DeiTModel and DeiTForImageClassification ignore the token's output: it is a register.
+        origins["distilled"] = f"a register, whose output transformers' {kind} without its second head leaves alone"
         table = state["pos_embed"]
         state["reg_token"] = state.pop("dist_token") + table[:, 1:2]
         state["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
@@ -114,6 +117,8 @@ def read(contents: Contents) -> Weights | None:
         config["resampling"] = "offset"
     stated = stated_by(about, config, state)
     config |= stated
+    if kind.startswith("dinov2"):
+        square_table(state, config)
     origins |= dict.fromkeys(stated.keys() & {"norm_eps", "heads"}, CONFIG)
     labels = about.get("id2label") or {}
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
@@ -123,6 +128,19 @@ def read(contents: Contents) -> Weights | None:
     preprocess, origins["preprocess"] = preprocessing(processor, kind)
     known = frozenset({"class_position", *stated, *(["preprocess"] if "image_mean" in processor else [])})
     return Weights(contents.path, f"hf {kind}", state, config, classes, preprocess, unused, known, origins)
+
+
+def square_table(state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Bring DINOv2's table to an image that is not square: transformers takes it as a square in every case."""
+    size, table = config["image_size"], state["pos_embed"]
+    if isinstance(size, int) or size is None or size[0] == size[1]:
+        return
+    height, width = (side // config["patch_size"] for side in size)
+    side = square(table.shape[1] - 1)
+    if side is None:
+        raise UserError(f"{height} x {width} patches; transformers' DINOv2 runs only if their number is a square")
+    how: Resampling = "antialias" if config["registers"] else "bicubic"
+    state["pos_embed"] = resample(table, (side, side), (height, width), 1, how)
 
 
 def model_type_of(named: dict[str, Tensor]) -> str:
@@ -198,7 +216,7 @@ def type_of(config: ViTConfig) -> tuple[str, str]:
     if config.layer_scale is not None or config.mlp == "swiglu":
         return "dinov2", "Dinov2Model"
     if config.distilled:
-        return "deit", "DeiTForImageClassificationWithTeacher" if config.num_classes else "DeiTModel"
+        return "deit", "DeiTForImageClassificationWithTeacher"
     return "vit", "ViTForImageClassification" if config.num_classes else "ViTModel"
 
 
@@ -206,9 +224,21 @@ def write(vit: ViT) -> dict[str, Tensor]:
     config, (kind, name) = vit.config, type_of(vit.config)
     state, table = split(tensors(vit), "attn.qkv", QKV), TABLES[kind]
     if kind in ("vit", "deit"):
-        require(vit, f"transformers' {name}", **{**PLAIN, "distilled": config.distilled}, hidden_dim=None)
+        require(
+            vit,
+            f"transformers' {name}",
+            **{**PLAIN, "distilled": config.distilled},
+            hidden_dim=None,
+            mlp=("gelu", "gelu_tanh"),
+        )
+        if config.distilled and not config.num_classes:
+            raise UserError("transformers' DeiTModel has no mean of the class and the distillation token's features")
     else:
-        options = {"pool": "cls", "qk_norm": False, "final_norm": True, "norm": "tokens", "distilled": False}
+        free = ("position", "class_position", "registers", "layer_scale")
+        options = {name: value for name, value in PLAIN.items() if name not in free}
+        options["mlp"] = ("gelu", "gelu_tanh", "swiglu")
+        if vit.grid[0] != vit.grid[1] and kind != "dinov3_vit":
+            raise UserError(f"transformers' {name} takes the positions as a square, which {vit.grid} patches are not")
         require(vit, f"transformers' {name}", **options, num_classes=0, position=("learned", "rope"))
         state = (to_dinov3 if kind == "dinov3_vit" else to_dinov2)(vit, state)
         if config.mlp == "swiglu" and kind != "dinov3_vit":

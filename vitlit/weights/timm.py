@@ -1,5 +1,6 @@
 """timm's `vision_transformer` and `deit` models: their names are the ViT's own."""
 
+import math
 import re
 from typing import Any
 
@@ -9,20 +10,54 @@ from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.model.position import sincos2d
+from vitlit.weights.exported import EXPORTED, exported
 from vitlit.weights.files import CONFIG, Contents
-from vitlit.weights.names import prefix_of, strip
-from vitlit.weights.weights import HALF, IMAGENET, STEM, Weights, architecture, require, square, tensors
+from vitlit.weights.names import fuse, prefix_of, strip
+from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, STEM, Weights, architecture, require, square, tensors
 
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
-# The models that timm builds with act_layer gelu_tanh.
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+# What timm's names tell and no tensor shows: the models with gelu_tanh, those with an epsilon of 1e-5, and the heads;
+# the first that matches counts.
 TANH = re.compile(r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip|vit_large_patch16_siglip(_gap)?_512")
-OTHERS = re.compile("_rope|_rpn|quickgelu|qwen|eva")  # networks with the same tensor names that compute something else
+EPS5 = re.compile("_clip_|aimv2|beit3")
+HEADS = {
+    "giant_.*(dinov2|tipsv2|radio)|aimv2_3b": 24,
+    "aimv2_huge": 12,
+    "aimv2_large": 8,
+    "base_patch16_gap|large|huge|giant|gigantic|so400m|aimv2_1b|intern300m": 16,
+    "_plus_": 14,
+    "test_vit2?$": 2,
+    "tiny|test_vit[34]$": 3,
+    "xsmall|wee": 4,
+    "little": 5,
+    "small": 6,
+    "medium": 8,
+    "betwixt": 10,
+    "base": 12,
+    "so150m2": 13,
+    "so150m_": 14,
+}
+# Networks with a ViT's tensor names, or almost, that compute something else: by timm's name, by the name of a tensor.
+OTHERS = {
+    "_rope": "rotary positions of another kind",
+    "_rpn": "norms after attention and MLP",
+    "qwen": "Qwen's blocks",
+    "eva(?!_large)": "EVA-02's blocks",
+}
+PARTS = {
+    r"\.attn\.lambda_": "differential attention",
+    r"\.attns\.|\.in_proj\.|\.in_norm\.": "parallel blocks",
+    "rel_pos|relative_position": "relative positions",
+}
 # Arguments of timm's models that have no effect, are shown by the tensors, or are read by `stated_by`.
 KNOWN = (
     *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "qk_norm"),
-    *("init_values", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "final_norm", "global_pool"),
+    *("init_values", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "final_norm", "global_pool", "pre_norm"),
     *("dynamic_img_size", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
-    *("num_heads", "act_layer"),
+    *("num_heads", "act_layer", "norm_layer", "proj_bias", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix"),
+    *("patch_drop_rate", "weight_init", "fix_init", "pos_embed"),
 )
 
 
@@ -30,15 +65,43 @@ def read(contents: Contents) -> Weights | None:
     prefix = prefix_of(contents.tensors, STEM)
     if prefix is None:
         return None
-    state = fold_registers(strip(contents.tensors, prefix)[0])
-    about = contents.beside(CONFIG)
-    stated = stated_by(about)
-    config, known = {**architecture(state), **stated}, set(stated)
-    origins = {"mlp": "timm's default; the file does not say"} | dict.fromkeys(stated, CONFIG)
-    cfg = about.get("pretrained_cfg")
-    if isinstance(cfg, dict) and "mean" in cfg:
-        preprocess: dict[str, Any] = {name: tuple(cfg[name]) for name in ("mean", "std")}
-        known.add("preprocess")
+    state = strip(contents.tensors, prefix)[0]
+    for pattern, part in PARTS.items():
+        if name := next((name for name in state if re.search(pattern, name)), None):
+            raise UserError(f"it has {part} ({name}), which vitlit does not have")
+    if "blocks.0.mlp.fc1_g.weight" in state:
+        state = fuse(state, ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc1")
+    about, known = contents.beside(CONFIG), exported(contents)
+    cfg = about["pretrained_cfg"] if isinstance(about.get("pretrained_cfg"), dict) else {}
+    stated = known.options or stated_by(about)
+    size = cfg["input_size"][1:] if cfg.get("input_size") else None
+    state, seen = place(state, stated.get("image_size", size))
+    position = stated.pop("position", "learned")
+    if position.startswith("sincos2d"):
+        if holds(state, seen, position):
+            seen.pop("class_position")
+        else:
+            position = "learned"  # changed since it was exported
+    config = architecture(state, position, seen.get("class_position"))
+    if config.get("mlp") == "swiglu":
+        stated.pop("mlp", None)
+    stated |= seen
+    config |= stated
+    origins = dict.fromkeys(stated, EXPORTED if known.options else CONFIG)
+    for name, assumed in (
+        ("mlp", "gelu"),
+        ("norm_eps", 1e-5 if config["pre_norm"] else 1e-6),
+        ("pool", config["pool"]),
+    ):
+        if name not in stated and config.get(name) != "swiglu":
+            origins[name] = f"{assumed} (timm's default); {NOT_SAID}"
+    if config["pre_norm"]:  # CLIP
+        config.setdefault("norm_eps", 1e-5)
+    classes, preprocess = known.classes, known.preprocess
+    if preprocess:
+        origins["preprocess"] = EXPORTED
+    elif "mean" in cfg:
+        preprocess = {name: tuple(cfg[name]) for name in ("mean", "std")}
         preprocess["interpolation"] = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
         preprocess["crop_ratio"] = float(cfg.get("crop_pct", 0.875))
         preprocess["squash"] = cfg.get("crop_mode") == "squash"
@@ -47,10 +110,12 @@ def read(contents: Contents) -> Weights | None:
         imagenet = config["distilled"] or config["layer_scale"] is not None
         preprocess = {**(IMAGENET if imagenet else HALF), "crop_ratio": 0.9}
         models = "DeiT and DINOv2" if imagenet else "AugReg and SigLIP"
-        origins["preprocess"] = f"{models}; the file does not say"
+        origins["preprocess"] = f"{models}; {NOT_SAID}"
     names = about.get("label_names")
-    classes = [str(name) for name in names] if isinstance(names, list) and len(names) == config["num_classes"] else []
-    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(known), origins)
+    if not classes and isinstance(names, list) and len(names) == config["num_classes"]:
+        classes = [str(name) for name in names]
+    said = {*stated} if origins["preprocess"].endswith(NOT_SAID) else {*stated, "preprocess"}
+    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(said), origins)
 
 
 def stated_by(about: dict[str, Any]) -> dict[str, Any]:
@@ -58,40 +123,74 @@ def stated_by(about: dict[str, Any]) -> dict[str, Any]:
     name, arguments = str(about.get("architecture", "")), about.get("model_args") or {}
     if not name:
         return {}
-    if OTHERS.search(name):
-        raise UserError(f"{CONFIG} is of timm's {name}, which is not one of the plain ViTs that vitlit has")
+    other = next((part for pattern, part in OTHERS.items() if re.search(pattern, name)), None)
+    if other:
+        raise UserError(f"{CONFIG} is of timm's {name}, which has {other}; vitlit has plain ViTs")
     unknown = next((key for key in arguments if key not in KNOWN), None)
     if unknown is not None:
         raise UserError(f"{CONFIG} has the model argument {unknown}, which vitlit does not know")
-    stated: dict[str, Any] = {"mlp": "gelu_tanh"} if TANH.search(name) else {}
-    pool, activation = arguments.get("global_pool", about.get("global_pool")), arguments.get("act_layer")
-    if pool:
-        stated["pool"] = POOLS.get(pool)
-    if "act_layer" in arguments:
-        stated["mlp"] = activation if activation in ("gelu", "gelu_tanh") else None
-    if None in stated.values():
+    usual = "gelu_tanh" if TANH.search(name) else "quick_gelu" if "quickgelu" in name else "gelu"
+    pool, activation = arguments.get("global_pool", about.get("global_pool")), arguments.get("act_layer", usual)
+    if (pool and pool not in POOLS) or activation not in (*ACTIVATIONS, "silu"):
         raise UserError(f"{CONFIG} has global_pool {pool} and act_layer {activation}; vitlit does not have both")
-    if "num_heads" in arguments or name.startswith("vit_base_patch16_gap"):
-        stated["heads"] = int(arguments.get("num_heads", 16))
+    norm = arguments.get("norm_layer")
+    if norm not in (None, "layernorm", "rmsnorm"):
+        raise UserError(f"{CONFIG} has norm_layer {norm}; vitlit has layernorm and rmsnorm")
+    stated: dict[str, Any] = {"mlp": activation, "norm_eps": 1e-5 if EPS5.search(name) and norm is None else 1e-6}
+    stated["pool_prefix"] = bool(arguments.get("pool_include_prefix", name == "test_vit3"))
+    if pool:
+        stated["pool"] = POOLS[pool]
+    heads = next((count for pattern, count in HEADS.items() if re.search(pattern, name)), None)
+    if heads or "num_heads" in arguments:
+        stated["heads"] = int(arguments.get("num_heads") or heads or 0)
     if "img_size" in arguments:
         stated["image_size"] = arguments["img_size"]
     return stated
 
 
-def fold_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """If the position table also covers the registers, add their positions to them and drop these from the table."""
-    if {"pos_embed", "reg_token"} <= state.keys() and state["pos_embed"].ndim == state["reg_token"].ndim == 3:
-        table, registers = state["pos_embed"], state["reg_token"].shape[1]
-        special = sum(name in state for name in ("cls_token", "dist_token"))
-        length = table.shape[1] - special
-        if square(length - registers) and not square(length) and not square(table.shape[1]):
-            state["reg_token"] = state["reg_token"] + table[:, special : special + registers]
-            state["pos_embed"] = torch.cat([table[:, :special], table[:, special + registers :]], dim=1)
-    return state
+def place(state: dict[str, Tensor], size: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take the registers' positions off the table and add them to the tokens; what the image size tells of the rest."""
+    table, registers, patch = state.get("pos_embed"), state.get("reg_token"), state[STEM].shape[-1]
+    if table is None or table.ndim != 3:
+        return state, {}
+    special = sum(name in state for name in ("cls_token", "dist_token"))
+    count = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
+    patches, sides = 0, [size, size] if isinstance(size, int) else size
+    if isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        patches = math.prod(side // patch for side in sides)
+    length = table.shape[1] - special
+    covered = length - count == patches
+    if not patches or length not in (patches - special, patches, patches + count):  # of another size than is stated
+        patches = 0
+        covered = square(length - count) is not None and not square(length) and not square(table.shape[1])
+    if count and covered:
+        assert registers is not None
+        state["reg_token"] = registers + table[:, special : special + count]
+        state["pos_embed"] = table = torch.cat([table[:, :special], table[:, special + count :]], dim=1)
+    if not patches:
+        return state, {}
+    seen: dict[str, Any] = {"image_size": size, "class_position": special > 0 and table.shape[1] != patches}
+    if any(side % patch for side in sides):
+        seen["partial_patches"] = "drop"
+    return state, seen
+
+
+def holds(state: dict[str, Tensor], seen: dict[str, Any], position: str) -> bool:
+    """Whether a table is fixed positions and zeros for the tokens before them; if so, take it away."""
+    table, size, patch = state.get("pos_embed"), seen.get("image_size"), state[STEM].shape[-1]
+    if table is None or size is None:
+        return False
+    height, width = (side // patch for side in ([size, size] if isinstance(size, int) else size))
+    fixed = sincos2d((height, width), table.shape[2], position)
+    if not torch.equal(table.float(), F.pad(fixed, (0, 0, table.shape[1] - fixed.shape[1], 0))):
+        return False
+    del state["pos_embed"]
+    return True
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
-    require(vit, "timm's vit", hidden_dim=None, position=("learned", "sincos2d", "sincos2d_mae"))
+    options = {"patch_bias": not vit.config.pre_norm, "hidden_dim": None}
+    require(vit, "timm's vit", **options, position=("learned", "sincos2d", "sincos2d_mae"))
     state, registers = tensors(vit), vit.config.registers
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.weights.exported import EXPORTED, exported
 from vitlit.weights.files import Contents
 from vitlit.weights.names import Table, backwards, translate
 from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require, tensors
@@ -35,8 +36,14 @@ def read(contents: Contents) -> Weights | None:
     state = translate(tensors, [*TABLE, *(TANH if "heads.pre_logits.weight" in tensors else LINEAR)])
     config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
     preprocess = {**IMAGENET, "interpolation": "bilinear"}
-    stated, origins = frozenset({"class_position"}), {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
-    return Weights(contents.path, "torchvision", state, config, [], preprocess, [], stated, origins)
+    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
+    known = exported(contents)
+    if known.options:
+        config |= known.options
+        preprocess = known.preprocess or preprocess
+        origins = dict.fromkeys((*known.options, *(["preprocess"] if known.preprocess else origins)), EXPORTED)
+    stated = frozenset({"class_position", *known.options, *(["preprocess"] if known.preprocess else [])})
+    return Weights(contents.path, "torchvision", state, config, known.classes, preprocess, [], stated, origins)
 
 
 def write(vit: ViT) -> dict[str, Tensor]:

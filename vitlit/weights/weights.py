@@ -15,6 +15,7 @@ COMMON: dict[str, Any] = {"interpolation": "bicubic", "crop_ratio": 0.875}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), **COMMON}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **COMMON}
 
+NOT_SAID = "the file does not say"  # ends the origin of what was assumed
 STEM = "patch_embed.proj.weight"  # identifies a ViT with timm's names
 HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by width: the presets, DINOv3's largest
 
@@ -29,6 +30,14 @@ FEATURES = (
     "qk_norm",
     "final_norm",
     "norm",
+    "norm_kind",
+    "patch_bias",
+    "patch_norm",
+    "pre_norm",
+    "sub_norm",
+    "proj_bias",
+    "pool_prefix",
+    "partial_patches",
 )
 PLAIN: dict[str, Any] = {name: getattr(ViTConfig, name) for name in FEATURES}
 
@@ -81,6 +90,12 @@ def architecture(
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "patch_bias": "patch_embed.proj.bias" in state or "norm_pre.weight" not in state,  # only CLIP's has none
+        "patch_norm": "patch_embed.norm.weight" in state,
+        "pre_norm": "norm_pre.weight" in state,
+        "sub_norm": "blocks.0.attn.norm.weight" in state,
+        "norm_kind": "layernorm" if "blocks.0.norm1.bias" in state else "rmsnorm",
         "norm": "pooled" if "fc_norm.weight" in state else "tokens",
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
     }
@@ -115,6 +130,15 @@ def usual_heads(config: Mapping[str, Any]) -> int | None:
     if width == 1536 and config.get("mlp") == "swiglu":  # DINOv2's giant
         return 24
     return HEADS.get(width)
+
+
+def in_words(origins: Mapping[str, str]) -> tuple[str, dict[str, list[str]]]:
+    """What was assumed, in words, where a file does not say; and the names of the other settings by their origin."""
+    known: dict[str, list[str]] = {}
+    for name, origin in origins.items():
+        known.setdefault(NOT_SAID if origin.endswith(NOT_SAID) else origin, []).append(name)
+    assumed = [f"{name} {origins[name].removesuffix(f'; {NOT_SAID}')}" for name in known.pop(NOT_SAID, [])]
+    return f", assuming what {NOT_SAID}: {', '.join(assumed)}" if assumed else "", known
 
 
 def square(count: int) -> int | None:
