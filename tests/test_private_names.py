@@ -15,6 +15,7 @@ import vitlit
 PACKAGE = Path(vitlit.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 PRIVATE = re.compile(r"_[A-Za-z]\w*")  # and no __dunder__
+OF_METACLASSES = {"_abc_impl", "_backward_cls"}
 PUBLIC = {"_asdict", "_fields", "_replace"}  # documented, of a NamedTuple
 
 
@@ -160,7 +161,7 @@ def overridden(file: str) -> Iterator[str]:
     for cls in vars(importlib.import_module(name)).values():
         if inspect.isclass(cls) and cls.__module__ == name:
             bases = [base for base in cls.__mro__[1:] if not base.__module__.startswith(("vitlit", "abc", "typing"))]
-            names = [name for name in vars(cls) if PRIVATE.fullmatch(name) and name != "_abc_impl"]
+            names = [name for name in vars(cls) if PRIVATE.fullmatch(name) and name not in OF_METACLASSES]
             yield from (name for name in names if any(name in vars(base) for base in bases))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 # Purposes. Streams of different purposes never share numbers; a new one goes to the end.
-ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW = range(8)
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW, DRAWS = range(9)
 LARGEST = 2**64 - 1
 
 
@@ -50,6 +50,15 @@ def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0)
         yield
 
 
-def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed torch for the model's draws, such as dropout, in one micro-batch of one step on one device."""
+def row_draws(seed: int, step: int, rows: range) -> torch.Tensor:
+    """`Batch.draws` of these rows of a step's global batch, int64."""
+    return torch.from_numpy((mix(DRAWS, seed, step, np.asarray(rows)) >> np.uint64(1)).astype(np.int64))
+
+
+def seed_step(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed torch for the model's draws, such as dropout, in one micro-batch of one step on one device.
+
+    Returns the first of the draws of images whose row in the global batch is not known.
+    """
     torch.manual_seed(mix_one(STEP, seed, step, micro, rank))
+    return mix_one(DRAWS, seed, step, micro, rank) >> 2

@@ -60,7 +60,7 @@ def test_the_loss_is_torchs_on_standardised_labels(loss: str, error: Any, few: P
     stage.check_data(data(few, manifest=str(bright)))
     perturbed(stage.vit)
     images, numbers = torch.randn(5, 3, 16, 16), torch.tensor([2000.0, 2010, 2020, 2005, 2015])
-    step = stage.objective(stage.vit, Batch([images], numbers, torch.arange(5)), 0.0)
+    step = stage.objective(stage.vit, Batch.of((images, numbers)), 0.0)
     train = np.array(labels(bright, "train"))
     wanted = (numbers - train.mean()) / train.std()
     torch.testing.assert_close(step.loss, error(stage.vit(images)[:, 0], wanted.float()), rtol=1e-3, atol=1e-4)

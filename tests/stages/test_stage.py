@@ -190,7 +190,7 @@ def test_finetuning_takes_the_encoder_and_leaves_the_head(
 
 
 def test_finetuning_without_weights_or_architecture_is_refused() -> None:
-    with pytest.raises(UserError, match=r"needs model\.init_from .* or model\.vit"):
+    with pytest.raises(UserError, match=r"there is no architecture: give model\.init_from .* or model\.vit"):
         finetune(vit=None)
 
 

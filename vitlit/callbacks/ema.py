@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
@@ -90,5 +91,6 @@ class EMA(WeightAveraging):
         checkpoint["state_dict"] = average = gather_full(checkpoint["state_dict"], keep=trainer.is_global_zero)
         trained = checkpoint.get("current_model_state", {})
         for name, parameter in pl_module.named_parameters():
-            if not parameter.requires_grad and name in average and name in trained:
-                average[name] = trained[name]  # equal, and torch.save writes one tensor once
+            frozen = not parameter.requires_grad and name in average and name in trained
+            if frozen and torch.equal(average[name], trained[name].to(average[name])):  # a teacher moves
+                average[name] = trained[name]  # torch.save writes one tensor once

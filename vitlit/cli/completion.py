@@ -16,8 +16,8 @@ from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT, ViTConfig
 from vitlit.run.folder import RunFolder, flatten
-from vitlit.stages.finetune import TRAINING
 from vitlit.stages.matching import no_classes
+from vitlit.stages.starting import TRAINING
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -33,18 +33,17 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
         made_by = checkpoint.get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
         wanted = config.model.class_path.rsplit(".", 1)[-1]
         if made_by != wanted:
-            remedy = "give --model.init_from to start from its weights" if wanted == "Finetune" else "give another"
+            remedy = "give --model.init_from to start from its weights"
             raise UserError(f"{path} holds a {made_by}, but the config asks for a {wanted}; {remedy}")
         if fitting and "optimizer_states" not in checkpoint:
             raise UserError(f"{path} holds only weights; continue from last.ckpt, or start from it (model.init_from)")
         if fitting:
             check_resumed_settings(config.model.init_args, checkpoint["hyper_parameters"], path)
         return read(path)
-    if "init_from" not in config.model.init_args:
-        return None
-    if config.model.init_args.init_from is None:
+    init_from = config.model.init_args.init_from
+    if init_from is None and config.model.class_path.endswith("Finetune"):
         raise UserError("finetuning starts from weights: give --model.init_from a run folder or a checkpoint file")
-    return read(config.model.init_args.init_from)
+    return None if init_from is None else read(init_from)
 
 
 def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: Path) -> None:
@@ -163,7 +162,8 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
     if model.get("image_size") is not None:
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
-        assert weights is not None  # only Finetune may leave it out
+        if weights is None:
+            raise UserError("model.vit null is the network of weights: give --model.init_from too, or a model.vit")
         config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **(TRAINING if new else {}))
         model.vit = Namespace(class_path="vitlit.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
@@ -173,7 +173,7 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
         raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
     vit.image_size = size
     preset = model.vit.class_path.endswith("from_preset")
-    if weights is not None and (new or "init_from" in model):
+    if weights is not None and model.init_from is not None:
         kept = (*SIZE, *TRAINING, *((*Size._fields, "patch_size") if preset else ()))
         for name, value in weights.config.items():
             if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):

@@ -191,7 +191,7 @@ class CLI(LightningCLI):
             self.callbacks += [callbacks.Tracking(self.plain()), callbacks.Mistakes()]
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
-        if config.ckpt_path and "init_from" in config.model.init_args:
+        if config.ckpt_path:
             config.model.init_args.init_from = None  # it may be gone by now
         fill_loggers(config, self.folder)
 

@@ -28,7 +28,7 @@ from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.model import ViT
 from vitlit.objectives import Batch
-from vitlit.seeds import global_seed
+from vitlit.seeds import global_seed, row_draws
 
 Loader = DataLoader[Any] | BatchLoader
 
@@ -297,21 +297,23 @@ class ImageFolderData(LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels, indices, *training = batch
         if training:  # the first sample's position stays on the host: reading it on the device would wait
-            training[0] = int(training[0][0])
+            position = int(training[0][0])
+            step, row = divmod(position, self.batch_size)
+            training[:1] = [position, row_draws(self.seed, step, range(row, row + len(indices)))]
         return [images, labels, indices, *training]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         images, labels, indices, *training = batch
         dtype = self._active_trainer.lightning_module.dtype
-        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[1:])]
+        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[2:])]
         if not training:
-            return Batch(views, labels, indices)
+            return Batch(views, labels, indices, indices)
         step, row = divmod(training[0], self.batch_size)
         if self.erasing.prob:
             views[0] = erase(views[0], self.erasing, self.seed, step, range(row, row + len(indices)))
         if self.mixing.on:
             views[0], labels = self.mixing(views[0], soft_targets(labels, len(self.classes)), self.seed, step)
-        return Batch(views, labels, indices)
+        return Batch(views, labels, indices, training[1])
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None

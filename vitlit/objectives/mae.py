@@ -13,16 +13,16 @@ from vitlit.model import ViT, ViTConfig
 from vitlit.model.block import Block
 from vitlit.model.init import init_layers, xavier
 from vitlit.model.position import sincos2d
-from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, image_noise
 
 
 class MAE(Objective):
     """Mean squared error of the pixels of hidden patches (2111.06377, section 3).
 
     The ViT encodes only the visible patches. A smaller transformer, the decoder, fills their gaps with mask tokens and
-    predicts pixels. The paper's encoder has `position: sincos2d_mae`. In validation, an image always has the same
-    hidden patches. Parameter names are those of facebookresearch/mae. Options out of range raise UserError, and so does
-    a ViT with parts that MAE does not train.
+    predicts pixels. The paper's encoder has `position: sincos2d_mae`. Which patches are hidden follows `Batch.draws`;
+    in validation, an image always has the same. Parameter names are those of facebookresearch/mae. Options out of range
+    raise UserError, and so does a ViT with parts that MAE does not train.
 
     Args:
         vit: the encoder; its head is removed.
@@ -74,8 +74,7 @@ class MAE(Objective):
             xavier(layer)
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        noise = None if self.training else image_noise(batch.indices, math.prod(vit.grid))
-        return Step(self.reconstruct(vit, batch.views[0], noise)[0])
+        return Step(self.reconstruct(vit, batch.views[0], image_noise(batch.draws, math.prod(vit.grid)))[0])
 
     def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Hide patches of images of the ViT's own size, predict their pixels and compare.
@@ -116,11 +115,3 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     images = images[..., : rows * patch_size, : columns * patch_size]  # without patches that the edge cuts
     pixels = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
-
-
-def image_noise(indices: Tensor, patches: int) -> Tensor:
-    """Noise (B, N) that depends only on the images' indices (B,): a 32-bit hash, the same on any device."""
-    noise = indices[:, None] * patches + torch.arange(patches, device=indices.device)
-    for _ in range(2):
-        noise = ((noise >> 16 ^ noise) * 0x45D9F3B) & 0xFFFFFFFF
-    return noise >> 16 ^ noise

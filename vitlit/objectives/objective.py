@@ -18,15 +18,21 @@ class Batch(NamedTuple):
         labels: class numbers (B,), int64, or shares of classes (B, classes), float; numbers to regress (B,), float32;
             -1 without labels.
         indices: positions of the images in their split, (B,), int64.
+        draws: what an objective's random draws for each image follow, (B,), int64: in training the row of the global
+            batch, hashed with seed and step, so that they are the same on any number of devices; else the indices.
     """
 
     views: list[Tensor]
     labels: Tensor
     indices: Tensor
+    draws: Tensor
 
     @classmethod
-    def of(cls, batch: Any) -> "Batch":
-        """A batch from any loader: images, (images, labels) or (images, labels, indices), else UserError."""
+    def of(cls, batch: Any, first_draw: int = 0) -> "Batch":
+        """A batch from any loader: images, (images, labels) or (images, labels, indices), else UserError.
+
+        Its draws are the indices plus `first_draw`, which is to change from step to step of a training.
+        """
         if isinstance(batch, Batch):
             return batch
         parts = list(batch) if isinstance(batch, list | tuple) else [batch]
@@ -35,7 +41,7 @@ class Batch(NamedTuple):
         images = parts[0]
         labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1, device=images.device)
         indices = parts[2] if len(parts) > 2 else torch.arange(len(images), device=images.device)
-        return cls([images], labels, indices)
+        return cls([images], labels, indices, indices + first_draw)
 
 
 class Step(NamedTuple):
@@ -67,11 +73,12 @@ class Objective(nn.Module, ABC):
         needs_labels: whether every image must have a label.
         numbers: whether labels are numbers, not classes.
         mixes: whether it learns from labels that data.mixing has mixed.
+        whole_batch: whether its loss is not a mean over images, so that gradients must not be accumulated.
         teacher: what `vitlit.load` makes the teacher of, if it learns from one.
     """
 
     views = 1
-    needs_labels = numbers = mixes = False
+    needs_labels = numbers = mixes = whole_batch = False
     teacher: str | None = None
 
     def __init__(self, vit: ViT) -> None:
@@ -100,8 +107,32 @@ class Objective(nn.Module, ABC):
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         """The loss of a batch, in training (`self.training`) or not; `progress` in [0, 1) is step / total steps."""
 
+    def begin(self, vit: ViT) -> None:
+        """Called when the ViT has got the weights that a training starts from, e.g. to make a teacher of them."""
+
     def after_step(self, vit: ViT, progress: float) -> None:
         """Called after every optimiser step with the updated ViT and that step's progress, e.g. to move a teacher."""
+
+
+def grouped(views: list[Tensor]) -> list[list[Tensor]]:
+    """Views (B, C, H, W) by their size: first those of the first one's, the global views."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for view in views:
+        groups.setdefault(view.shape, []).append(view)
+    return list(groups.values())
+
+
+def image_noise(draws: Tensor, count: int) -> Tensor:
+    """Noise (B, count), integers below 2^32, that depends only on the images' draws (B,); the same on any device."""
+    noise = draws[:, None] * count + torch.arange(count, device=draws.device)
+    for _ in range(2):
+        noise = ((noise >> 16 ^ noise) * 0x45D9F3B) & 0xFFFFFFFF
+    return noise >> 16 ^ noise
+
+
+def uniform(noise: Tensor) -> Tensor:
+    """Noise as float32 in [0, 1), of which no rounding makes 1."""
+    return (noise >> 8).float() * 2.0**-24
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""Learning-rate schedules, by optimiser step."""
+"""Schedules of learning rate and weight decay, by optimiser step."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from torch.optim import Optimizer
 
 from vitlit.errors import UserError
 
@@ -29,6 +31,8 @@ class Schedule:
         interval: how often the rate changes. epoch is facebookresearch/deit's (`main.py`): timm's scheduler, stepped
             after an epoch with its number. Epochs 0 and 1 have the first rate, epoch n that of n - 1, and the decay
             counts from the beginning, not from the end of the warm-up.
+        weight_decay_end: where the optimizer's weight decay ends, one step after the last, by a cosine over the whole
+            training (2104.14294, section 3.2). By default it does not change.
     """
 
     warmup: int | str = 0
@@ -39,6 +43,7 @@ class Schedule:
     lr_per: int | None = None
     start: float = 0.0
     interval: Literal["step", "epoch"] = "step"
+    weight_decay_end: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("warmup", "cooldown"):
@@ -50,6 +55,8 @@ class Schedule:
             raise UserError("model.schedule.start is for a warm-up; give model.schedule.warmup, or leave it out")
         if self.interval not in ("step", "epoch"):
             raise UserError(f"model.schedule.interval {self.interval!r} is neither step nor epoch")
+        if not 0 <= (self.weight_decay_end or 0) < math.inf:
+            raise UserError(f"model.schedule.weight_decay_end {self.weight_decay_end} is not at least 0")
         if self.timescale < 1:
             raise UserError(f"model.schedule.timescale {self.timescale} is less than 1")
         if self.timescale != Schedule.timescale and self.decay != "rsqrt":
@@ -60,6 +67,22 @@ class Schedule:
             raise UserError(f"model.schedule.final is for cosine and linear; {self.decay} has cooldown")
         if self.decay in ("cosine", "linear") and length("model.schedule.cooldown", self.cooldown, 100, 1):
             raise UserError(f"model.schedule.cooldown is for rsqrt and constant; for {self.decay}, give final")
+
+    def weight_decays(self, optimizer: Optimizer) -> list[float]:
+        """The weight decays of an optimizer's groups, with which `set_weight_decay` begins; empty if none changes."""
+        if self.weight_decay_end is None:
+            return []
+        if not optimizer.defaults.get("weight_decay"):
+            raise UserError("model.schedule.weight_decay_end: the optimizer has no weight_decay to begin with; give it")
+        return [group["weight_decay"] for group in optimizer.param_groups]
+
+    def set_weight_decay(self, optimizer: Optimizer, begun: list[float], progress: float) -> None:
+        """Set the weight decay of every group for a share of the training, progress in [0, 1)."""
+        if self.weight_decay_end is not None:
+            ratio = self.weight_decay_end / optimizer.defaults["weight_decay"]
+            factor = ratio + (1 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+            for group, decay in zip(optimizer.param_groups, begun, strict=True):
+                group["weight_decay"] = decay * factor
 
     def over(self, total: int, epoch: int = 0) -> Callable[[int], float]:
         """The learning rate by step, as a multiple of the peak, for `total` steps with `epoch` in each epoch."""

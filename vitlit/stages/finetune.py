@@ -2,24 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Self, cast
+from typing import Self
 
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from vitlit.errors import UserError, first_difference
-from vitlit.model import ViT, ViTConfig
-from vitlit.model.config import DROPOUTS
+from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
-from vitlit.weights import Weights, load_weights, network, read
-
-# Options that belong to a training run, not to the weights it starts from.
-OF_THE_RUN = (*DROPOUTS, "drop_path_decay", "init", "float32_head", "activation_checkpointing")
-TRAINING: dict[str, Any] = {name: getattr(ViTConfig, name) for name in OF_THE_RUN}
+from vitlit.stages.starting import start, starting_vit
+from vitlit.weights import Weights
 
 
 class Finetune(Stage):
@@ -70,23 +65,17 @@ class Finetune(Stage):
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
     ) -> None:
-        if vit is None:
-            if init_from is None:
-                raise UserError("finetuning needs model.init_from (a run folder or a file of weights) or model.vit")
-            size = {} if image_size is None else {"image_size": image_size}
-            vit = ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **TRAINING, **size))
-        elif image_size is not None:
-            raise UserError("model.image_size is for the weights' architecture; a model.vit has its own")
+        vit = starting_vit(vit, init_from, image_size)
         if sum([bool(freeze), last_blocks is not None, lora is not None]) > 1:
             raise UserError("model.freeze, model.last_blocks and model.lora exclude one another; give one")
         given = getattr(objective, "keywords", {}).get("num_classes")
         if given not in (None, num_classes):
             raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; drop the former")
         vit.set_head("finetune", num_classes or 0)
-        super().__init__(vit, objective, optimizer, schedule, groups)
+        super().__init__(vit, objective, optimizer, schedule, groups, init_from)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
         self.hparams.update(describe({"num_classes": num_classes, **ways}))
-        self.init_from, self.keep_head = init_from, keep_head
+        self.keep_head = keep_head
         if lora is not None:
             add_lora(self.vit, lora)
         elif last_blocks is not None:
@@ -96,28 +85,13 @@ class Finetune(Stage):
         if not keep_head and frozen(self.vit.head):
             raise UserError(f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out")
 
-    def setup(self, stage: str) -> None:
-        begins = stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None
-        if begins and self.weights is None:
-            self.weights = read(str(self.init_from))
-        super().setup(stage)
-        if begins:
-            weights = cast(Weights, self.weights)
-            if self.keep_head:
-                self.check_head(weights)
-            fresh = ["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"]
-            if weights.config.get("norm", "tokens") != self.vit.config.norm:
-                fresh += ["norm.*", "fc_norm.*"]
-            if weights.config.get("pool", "cls") != self.vit.config.pool:
-                fresh += ["attn_pool.*"]
-            report = load_weights(self.vit, weights, skip=fresh)
-            fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
-            if fixed and "attn_pool.latent" in report.new:
-                raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
-            self.hparams["vit"] = describe(self.vit)  # with the settings that came with the weights
-            report = report._replace(new=[name for name in report.new if ".lora_" not in name])
-            rank_zero_only(print)(f"weights of {self.init_from}: {report}")
-            self.init_from = self.weights = None  # a second fit continues
+    def start(self, weights: Weights) -> None:
+        if self.keep_head:
+            self.check_head(weights)
+        report = start(self.vit, weights, fresh=["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"])
+        fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
+        if fixed and "attn_pool.latent" in report.new:
+            raise UserError(f"{weights.path} has no attention pool, and model.freeze would leave a random one")
 
     def check_head(self, weights: Weights) -> None:
         """UserError unless the weights' head is one linear layer for the data's classes."""

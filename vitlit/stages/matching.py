@@ -22,14 +22,27 @@ def check_labels(objective: Objective, data: Any) -> None:
         raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
 
 
-def check_images(objective: Objective, vit: ViT, data: Any) -> None:
-    """UserError if the data gives other views than the objective needs, or images of a size that the ViT is not for."""
+def check_accumulation(objective: Objective, micro_batches: int) -> None:
+    """UserError if the objective needs the whole batch at once, and a step has several micro-batches."""
+    if objective.whole_batch and micro_batches > 1:
+        name, several = type(objective).__name__, f"{micro_batches} micro-batches would change what it learns"
+        raise UserError(
+            f"{name} compares the images of a batch: {several}; raise data.micro_batch, or take more devices"
+        )
+
+
+def check_views(objective: Objective, views: int) -> None:
+    """UserError if the objective needs another number of views than a batch has."""
     name, wanted = type(objective).__name__, objective.views
-    views = getattr(data, "num_views", wanted)
     if views > 1 == wanted:
         raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
     if views < wanted:
         raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
+
+
+def check_images(objective: Objective, vit: ViT, data: Any) -> None:
+    """UserError if the data gives other views than the objective needs, or images of a size that the ViT is not for."""
+    check_views(objective, getattr(data, "num_views", objective.views))
     for kind in getattr(data, "views", ()):
         try:
             vit.grid_of(*kind.pixels)

@@ -4,4 +4,4 @@ from vitlit.stages.stage import Stage
 
 
 class Pretrain(Stage):
-    """Train a ViT from its initialisation on an objective."""
+    """Train a ViT on an objective, from its initialisation or from weights."""

@@ -24,10 +24,11 @@ from vitlit.run.config import with_public_paths
 from vitlit.seeds import global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.fsdp import shard
-from vitlit.stages.matching import check_images, check_labels
+from vitlit.stages.matching import check_accumulation, check_images, check_labels, check_views
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
-from vitlit.weights import Weights, load, preprocess
+from vitlit.stages.starting import start, starting_vit
+from vitlit.weights import Weights, load, preprocess, read
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
 
@@ -39,22 +40,25 @@ class Stage(LightningModule):
     """A ViT, an objective, an optimizer and a schedule: the base of `Pretrain` and `Finetune`.
 
     Args:
-        vit: the headless ViT; the objective gives it a head if it needs one.
+        vit: the headless ViT; the objective gives it a head if it needs one. None is that of init_from.
         objective: makes the objective from the ViT, such as partial(Supervised, num_classes=10).
         optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
+        init_from: weights to start from, like Finetune's: those of the encoder, and of a teacher that follows it.
     """
 
     def __init__(
         self,
-        vit: ViT,
+        vit: ViT | None,
         objective: Callable[[ViT], Objective],
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
+        vit = starting_vit(vit, init_from)
         record = {"vit": vit, "objective": objective, "optimizer": optimizer, "schedule": schedule, "groups": groups}
         # From these, Lightning and jsonargparse rebuild the stage: {class_path, init_args} become objects again.
         self.hparams.update(
@@ -67,10 +71,11 @@ class Stage(LightningModule):
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
         self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
-        self.weights: Weights | None = None  # that training starts from, once they have been read
+        self.init_from = init_from  # until training has started from it
+        self.weights: Weights | None = None  # of init_from, once they have been read
         self._checked = 0  # the id of the data that was compared with the network
         self._lr = self._progress = 0.0
-        self._total_steps = 1
+        self._total_steps, self._first_draw = 1, 0
 
     @property
     def data(self) -> Any:
@@ -117,6 +122,7 @@ class Stage(LightningModule):
         layers = self.vit.layers()
         layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
         optimizer = build_optimizer(self.optimizer, layers, self, self.groups, self.lr_scale())
+        self._decays = schedule.weight_decays(optimizer)
         scheduler = LambdaLR(optimizer, schedule.over(int(total), epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -139,10 +145,21 @@ class Stage(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.check_data(self.data)
-        else:
+        if stage != "fit":
             self.lead(self.data)
+            return
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            self.weights = self.weights or read(self.init_from)
+        self.check_data(self.data)
+        check_accumulation(self.objective, self.trainer.accumulate_grad_batches)
+        if self.weights is not None and self.trainer.ckpt_path is None:
+            self.start(self.weights)
+            self.hparams["vit"] = describe(self.vit)  # with the settings that came with the weights
+            self.objective.begin(self.vit)
+            self.init_from = self.weights = None  # a second fit continues
+
+    def start(self, weights: Weights) -> None:
+        start(self.vit, weights, fresh=["head*"])
 
     def lead(self, data: Any) -> None:
         """Give data the weights' preprocessing and classes; UserError if it was given others. Other data is left."""
@@ -181,15 +198,18 @@ class Stage(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
-        seed = getattr(self.data, "seed", None)
-        seed = global_seed() if seed is None else seed
-        seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank)
+        seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
+        micro = batch_idx % trainer.accumulate_grad_batches
+        self._first_draw = seed_step(seed, trainer.global_step, micro, self.global_rank)
         self._progress = trainer.global_step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self.schedule.set_weight_decay(trainer.optimizers[0], self._decays, self._progress)
 
     @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = Batch.of(batch, self._first_draw)
+        check_views(self.objective, len(batch.views))
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
         return step.loss

@@ -15,6 +15,10 @@ from vitlit.model import ViT
 from vitlit.weights.files import Contents, load_torch
 from vitlit.weights.weights import Weights, count_blocks, tensors
 
+# A checkpoint's weights are those of the average of the steps' weights, where the run kept one, and so of the teacher
+# that an objective moves, where it has one; else the encoder's. EMA's average is under the names of the encoder.
+TEACHER = "objective.teacher_vit."
+
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a vitlit checkpoint, its tensors mapped from the file; UserError if it is missing or damaged."""
@@ -36,7 +40,8 @@ def read(contents: Contents) -> Weights | None:
         about = json.loads(about)
     else:
         state = in_units_of_labels(state)
-        state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
+        vit = TEACHER if any(name.startswith(TEACHER) for name in state) else "vit."
+        state = {name.removeprefix(vit): t for name, t in state.items() if name.startswith(vit)}
     unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
     config, blocks = about["vit"], count_blocks(state)
     if config["depth"] != blocks:  # a huge depth would take all memory

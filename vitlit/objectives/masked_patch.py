@@ -1,0 +1,92 @@
+"""Masked patch prediction (2010.11929, appendix B.1.2): corrupt half of the patches and predict their mean colours."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitlit.errors import UserError
+from vitlit.model import ViT
+from vitlit.model.init import xavier
+from vitlit.objectives.mae import patchify
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, image_noise, uniform
+
+MASKED, OTHER = 0.8, 0.1  # shares of the corrupted patches; the rest is kept
+LEVELS = 8  # of a channel: 3 bits
+
+
+class MaskedPatch(Objective):
+    """Cross entropy on the 3-bit mean colours of corrupted patches, one of 512 (2010.11929, appendix B.1.2).
+
+    Of each image half of the patches are corrupted: 80 % of these become the mask token, 10 % another patch, 10 % stay.
+    A linear layer predicts the colours of all of these, 8 for grey images; its `accuracy` is logged. Which patches
+    follows `Batch.draws`.
+
+    Args:
+        vit: the encoder; its head is removed.
+
+    Raises:
+        UserError: the ViT has fewer than 2 patches, or an attention pool. In a step: mean and std of the images are
+            unknown; a data module has them, else `vit.preprocess`.
+    """
+
+    def __init__(self, vit: ViT) -> None:
+        super().__init__(vit)
+        if math.prod(vit.grid) < 2:
+            raise UserError("MaskedPatch needs a ViT of at least 2 patches; give larger images or smaller patches")
+        if vit.config.pool == "map":
+            raise UserError("MaskedPatch does not train with model.vit.pool map; set it when you finetune")
+        vit.set_head("finetune", 0)
+        vit.add_mask_token()
+        self.head = nn.Linear(vit.width, LEVELS**vit.config.in_channels)
+        xavier(self.head)
+        self._preprocess: Any = None
+
+    def prepare(self, data: Any) -> None:
+        self._preprocess = getattr(data, "preprocess", None)
+
+    def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
+        images, preprocess = batch.views[0], self._preprocess or cast(Any, vit.preprocess)
+        if preprocess is None:
+            raise UserError("MaskedPatch must know the images' mean and std: set vit.preprocess, or use a data module")
+        corrupted, mask, source = corruption(batch.draws, math.prod(vit.grid))
+        colours = mean_colours(images, vit.patch_size, preprocess.mean, preprocess.std).gather(1, corrupted)
+        tokens = vit.encode(vit.embed(rearranged(images, source, vit.patch_size), mask), vit.grid)
+        patches = vit.fc_norm(tokens[:, vit.prefix :]).gather(1, corrupted[..., None].expand(-1, -1, vit.width))
+        logits = at_least_float32(self.head(patches)).flatten(0, 1)
+        accuracy = (logits.argmax(-1) == colours.flatten()).float().mean()
+        return Step(F.cross_entropy(logits, colours.flatten()), logs={"accuracy": accuracy})
+
+
+def corruption(draws: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """By the images' draws (B,), of N patches: which to corrupt, indices (B, N // 2); which of these to mask, (B, N),
+    bool; and whose pixels each one shows, indices (B, N)."""
+    order, kind, other = image_noise(draws, 3 * patches).chunk(3, dim=1)
+    corrupted, share = order.argsort(dim=1)[:, : patches // 2], uniform(kind)
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, corrupted, True)
+    own = torch.arange(patches, device=draws.device)
+    another = (own + 1 + (uniform(other) * (patches - 1)).long()) % patches
+    replaced = chosen & (share >= MASKED) & (share < MASKED + OTHER)
+    return corrupted, chosen & (share < MASKED), torch.where(replaced, another, own)
+
+
+def rearranged(images: Tensor, source: Tensor, patch_size: int) -> Tensor:
+    """Images (B, C, H, W) whose patch n shows the pixels of patch source[:, n]."""
+    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
+    patches = patchify(images, patch_size)
+    pixels = patches.gather(1, source[..., None].expand_as(patches)).unflatten(1, (rows, columns))
+    pixels = pixels.unflatten(-1, (patch_size, patch_size, -1)).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(len(images), -1, rows * patch_size, columns * patch_size)
+
+
+def mean_colours(images: Tensor, patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The three highest bits of the patches' mean colours, (B, C, H, W) normalised -> (B, N); of red the highest."""
+    means = patchify(at_least_float32(images), patch_size).unflatten(-1, (-1, images.shape[1])).mean(2)
+    colours = torch.zeros_like(means[..., 0], dtype=torch.long)
+    for channel in range(images.shape[1]):
+        level = (means[..., channel] * std[channel] + mean[channel]) * 255
+        # Rounding must not make 127.9999 of 128.
+        colours = colours * LEVELS + ((level + 1e-3) / (256 // LEVELS)).long().clamp(0, LEVELS - 1)
+    return colours
