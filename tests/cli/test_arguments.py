@@ -48,7 +48,7 @@ MISTAKES = {
     "--lr 3": ["no key lr; did you mean model.optimizer.lr?"],
     "--weight-decay 3": ["no key weight-decay; did you mean model.optimizer.weight_decay?"],
     "--model.objective Foo": [
-        "model.objective: expected class, not Foo; give one of Distillation, MAE, Regression, Supervised"
+        "model.objective: expected class, not Foo; give one of DINO, Distillation, LeJEPA, MAE, MaskedPatch, Regress"
     ],
     "--seed_everything true": ["seed_everything: expected int, not true"],
     "--seed_everything -1": ["seed_everything -1 is not from 0 to 4294967295"],
@@ -80,9 +80,7 @@ MISTAKES = {
     ],
     "--model.objective vitlit.objectives.Objective": ["is a base class; name one that is derived from it"],
     "--model.optimizer vitlit.optim.build_optimizer": ["model.optimizer: expected its keys, not build_optimizer"],
-    "--model.vit vitlit.objectives.Supervised": [
-        "model.vit: Import path vitlit.objectives.Supervised does not correspond to a subclass of ViT"
-    ],
+    "--model.vit vitlit.objectives.Supervised": ["model.vit: Import path does not correspond to a subclass of ViT"],
     "--trainer.callbacks [vitlit.ViT]": [
         "trainer.callbacks: Import path vitlit.ViT does not correspond to a subclass of Callback"
     ],

@@ -14,7 +14,7 @@ from vitlit.optim import Groups, OptimizerFactory, Schedule
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.stages.starting import start, starting_vit
-from vitlit.weights import Weights
+from vitlit.weights import LoadReport, Weights
 
 
 class Finetune(Stage):
@@ -85,13 +85,14 @@ class Finetune(Stage):
         if not keep_head and frozen(self.vit.head):
             raise UserError(f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out")
 
-    def start(self, weights: Weights) -> None:
+    def start(self, weights: Weights) -> LoadReport:
         if self.keep_head:
             self.check_head(weights)
         report = start(self.vit, weights, fresh=["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"])
         fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
         if fixed and "attn_pool.latent" in report.new:
-            raise UserError(f"{weights.path} has no attention pool, and model.freeze would leave a random one")
+            raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
+        return report
 
     def check_head(self, weights: Weights) -> None:
         """UserError unless the weights' head is one linear layer for the data's classes."""

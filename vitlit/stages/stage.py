@@ -28,7 +28,7 @@ from vitlit.stages.matching import check_accumulation, check_images, check_label
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.stages.starting import start, starting_vit
-from vitlit.weights import Weights, load, preprocess, read
+from vitlit.weights import LoadReport, Weights, load, preprocess, read
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
 
@@ -153,13 +153,13 @@ class Stage(LightningModule):
         self.check_data(self.data)
         check_accumulation(self.objective, self.trainer.accumulate_grad_batches)
         if self.weights is not None and self.trainer.ckpt_path is None:
-            self.start(self.weights)
+            rank_zero_only(print)(f"weights of {self.init_from}: {self.start(self.weights)}")
             self.hparams["vit"] = describe(self.vit)  # with the settings that came with the weights
             self.objective.begin(self.vit)
             self.init_from = self.weights = None  # a second fit continues
 
-    def start(self, weights: Weights) -> None:
-        start(self.vit, weights, fresh=["head*"])
+    def start(self, weights: Weights) -> LoadReport:
+        return start(self.vit, weights, fresh=["head*"])
 
     def lead(self, data: Any) -> None:
         """Give data the weights' preprocessing and classes; UserError if it was given others. Other data is left."""

@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from vitlit.errors import UserError
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.config import DROPOUTS
-from vitlit.weights import Weights, load_weights, network, read
-from vitlit.weights.door import LoadReport
+from vitlit.weights import LoadReport, Weights, load_weights, network, read
 
 # Options that belong to a training run, not to the weights it starts from.
 OF_THE_RUN = (*DROPOUTS, "drop_path_decay", "init", "float32_head", "activation_checkpointing")
@@ -38,6 +35,4 @@ def start(vit: ViT, weights: Weights, fresh: Sequence[str]) -> LoadReport:
     if weights.config.get("pool", "cls") != vit.config.pool:
         fresh += ["attn_pool.*"]
     report = load_weights(vit, weights, skip=fresh)
-    new = [name for name in report.new if ".lora_" not in name]
-    rank_zero_only(print)(f"weights of {weights.path}: {report._replace(new=new)}")
-    return report
+    return report._replace(new=[name for name in report.new if ".lora_" not in name])
