@@ -22,10 +22,11 @@ from vitlit.callbacks import EMA
 from vitlit.cli.main import main
 from vitlit.cli.trainer import Trainer as OwnTrainer
 from vitlit.data import ImageFolderData
+from vitlit.data.views import Views
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA
-from vitlit.objectives import Supervised
+from vitlit.objectives import DINO, Supervised
 from vitlit.optim import LAMB, Groups, Schedule
 from vitlit.stages import Finetune, Pretrain, Stage
 
@@ -108,6 +109,12 @@ def adapting(vit: ViT) -> Stage:
     return Finetune(vit=vit, num_classes=4, lora=LoRA(rank=2), optimizer=optimizer, schedule=Schedule(warmup=1))
 
 
+def distilling(vit: ViT) -> Stage:
+    optimizer = partial(torch.optim.AdamW, lr=3e-3, eps=1e-4, weight_decay=0.04)
+    dino = partial(DINO, prototypes=16, hidden_dim=16, bottleneck=8, masked=1.0, koleo=0.1, freeze_prototypes=0.3)
+    return Pretrain(vit, dino, optimizer, Schedule(warmup=1, weight_decay_end=0.4))
+
+
 CASES: dict[str, Any] = {
     "groups, accumulated": (pretraining, {}, {"batch_size": 8, "micro_batch": 2}),
     # Evaluated by fives, the 11 images would be two batches on the one rank and one on the other, which hung.
@@ -116,6 +123,7 @@ CASES: dict[str, Any] = {
         {"activation_checkpointing": True, "position": "sincos2d", "pool": "map"},
         {"batch_size": 10},
     ),
+    "a teacher, its average": (distilling, {}, {"batch_size": 8, "views": [Views(1, 16), Views(1, 8)]}),
 }
 
 
@@ -166,7 +174,9 @@ def difference(a: Any, b: Any) -> float:
     return 0.0
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long if "teacher" in case else ()) for case in CASES]
+)
 def test_two_devices_of_fsdp2_are_one_device_and_each_continues_the_other(case: str, few: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     runs: list[tuple[Path, str, int, Path | None]] = [
@@ -192,7 +202,9 @@ def test_two_devices_of_fsdp2_are_one_device_and_each_continues_the_other(case: 
             losses = {step: loss for step, loss in reference["losses"].items() if source is None or step > HALF}
             assert watched["losses"] == pytest.approx(losses, abs=1e-5)
             assert watched["share"] < 0.7 if devices == 2 else watched["share"] == 1
-            for name in watched["metrics"].keys() - {"train/images_per_second", "train/data_wait"}:
+            # Lightning's mean of an objective's logs is over ranks, whose shares of the images differ by one.
+            rough = {"train/images_per_second", "train/data_wait", "val/loss_image", "val/loss_patch"}
+            for name in watched["metrics"].keys() - rough:
                 assert watched["metrics"][name] == pytest.approx(reference["metrics"][name], abs=1e-5)
 
 

@@ -30,10 +30,10 @@ class DINO(Objective):
     all pairs of a teacher's and a student's view that are not the same. Of an image with `masked`, the student sees
     half of the global views with blocks of patches masked, and learns the teacher's patches there. DINOv2's objective
     has masked 1, koleo 0.1 and centring sinkhorn. Finetuning and `vitlit.load` take the teacher from a checkpoint. In
-    validation, which has one view, both see the same one, and batch statistics are a device's.
+    validation, which has one view, both see the same one, without KoLeo, and sinkhorn is over a device's batch.
 
-    Logged are `loss_image`, `loss_patch`, `loss_koleo`, without their weights, and `teacher_entropy`, of the mean of
-    its predictions: log K if all prototypes are used equally often, 0 if it is one.
+    Logged are `loss_image`, `loss_patch`, `loss_koleo`, without their weights, and in training `teacher_entropy`, of
+    the mean of its predictions: log K if all prototypes are used equally often, 0 if it is one.
 
     Args:
         vit: the student; its head is removed.
@@ -114,13 +114,15 @@ class DINO(Objective):
             teacher_tokens = self.teacher_vit.features(first)
             teacher_features = self.teacher_vit.pool(teacher_tokens)
             targets = self.targets(0, self.teacher_heads[0](teacher_features), temperature)
-            mean = targets.mean(0)
         tokens = vit.encode(vit.embed(first, mask), vit.grid)
         features = vit.pool(tokens)
         pooled = torch.cat([features, *(vit.pool(vit.features(torch.cat(views))) for views in others)])
         predicted = log_softmax(self.heads[0](pooled))
         loss = pair_loss(targets.unflatten(0, (count, -1)), predicted.unflatten(0, (len(batch.views), -1)))
-        logs = {"loss_image": loss, "teacher_entropy": -torch.special.xlogy(mean, mean).sum()}
+        logs = {"loss_image": loss}
+        if self.training:
+            mean = device_mean(targets.mean(0))
+            logs["teacher_entropy"] = -torch.special.xlogy(mean, mean).sum()
         if self.masked:
             most = max(1, int(blocks.shape[1] * MASK_RATIO[1]))
             positions = blocks.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -132,8 +134,8 @@ class DINO(Objective):
             errors = -(targets * predicted).sum(-1) * used
             logs["loss_patch"] = (errors.sum(1) / used.sum(1)).sum() / len(first)
             loss = loss + self.masked * logs["loss_patch"]
-        if self.koleo:
-            logs["loss_koleo"] = sum((koleo(view, self.training) for view in features.chunk(count)), loss.new_zeros(()))
+        if self.koleo and self.training:
+            logs["loss_koleo"] = sum((koleo(view) for view in features.chunk(count)), loss.new_zeros(()))
             loss = loss + self.koleo * logs["loss_koleo"]
         return Step(loss, logs=logs, features=teacher_features[: len(batch.indices)])
 
@@ -221,11 +223,10 @@ def sinkhorn(outputs: Tensor, temperature: float, used: Tensor, of_all_devices: 
     return shares
 
 
-def koleo(features: Tensor, of_all_devices: bool = False) -> Tensor:
+def koleo(features: Tensor) -> Tensor:
     """Minus the mean log distance of normalised features (B, D) from the nearest others (1806.03198, equation 2)."""
     with torch.autocast(features.device.type, enabled=False):
-        features = F.normalize(at_least_float32(features), dim=-1)
-        features = gather(features) if of_all_devices else features
+        features = gather(F.normalize(at_least_float32(features), dim=-1))
         nearest = (features @ features.T).detach().fill_diagonal_(-2).argmax(1)
         return -(F.pairwise_distance(features, features[nearest], eps=1e-8) + 1e-8).log().mean()
 
