@@ -64,8 +64,6 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
         self.decays.append([group["weight_decay"] for group in trainer.optimizers[0].param_groups])
-
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self.stop is not None and trainer.global_step == self.stop:
             trainer.save_checkpoint(str(self.checkpoint))
             raise KeyboardInterrupt
@@ -85,7 +83,7 @@ def fit(
         with torch.no_grad():
             for parameter in stage.parameters():
                 parameter.add_(1)  # the checkpoint has them
-    runner = trainer(max_epochs=2, callbacks=[watch, *([EMA(0.7)] if averaged else [])])
+    runner = trainer(max_epochs=2, callbacks=[*([EMA(0.7)] if averaged else []), watch])
     try:
         runner.fit(stage, data(root, **of_data), ckpt_path=source, weights_only=True)
     except (KeyboardInterrupt, SystemExit):

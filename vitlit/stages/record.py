@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
@@ -67,3 +68,10 @@ def path_of(cls: type) -> str:
         if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
             return f"{package}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def subclasses(base: Any) -> Iterator[Any]:
+    """A class and all that are derived from it."""
+    yield base
+    for derived in base.__subclasses__():
+        yield from subclasses(derived)

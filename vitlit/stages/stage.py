@@ -1,7 +1,7 @@
 """What the two stages share: optimizer, training and evaluation steps, checkpoints."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_accumulation, check_images, check_labels, check_views
 from vitlit.stages.metrics import direction, metrics, update
-from vitlit.stages.record import check_class_paths, describe, path_of
+from vitlit.stages.record import check_class_paths, describe, path_of, subclasses
 from vitlit.stages.starting import start, starting_vit
 from vitlit.weights import LoadReport, Weights, load, preprocess, read
 from vitlit.weights.adapt import set_numerics
@@ -214,11 +214,15 @@ class Stage(LightningModule):
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
         return step.loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not as the batch ends: callbacks that save a checkpoint then come first.
+        self.objective.after_step(self.vit, self._progress)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
         if not step_ends(trainer, batch_idx):
             return
-        self.objective.after_step(self.vit, self._progress)
         logs = {name: torch.stack([micro[name] for micro in self._logs]).mean() for name in self._logs[0]}
         self._logs.clear()
         if trainer.global_step == trainer.max_steps:
@@ -341,10 +345,3 @@ def logs_now(trainer: Any) -> bool:
     """Whether to log the optimiser step that just ended: every log_every_n_steps steps, and the last of an epoch."""
     every = trainer.log_every_n_steps
     return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)
-
-
-def subclasses(stage: type[Stage]) -> Iterator[type[Stage]]:
-    """A stage and all of its subclasses."""
-    yield stage
-    for derived in stage.__subclasses__():
-        yield from subclasses(derived)
