@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import user_error
+from conftest import SMALL as SMALL_RUN
+from conftest import Result, refused, user_error
 from lightning.pytorch import Callback, Trainer
 from small_stage import data, trainer
 from test_ddp import no_rank_is_left_behind, read
@@ -15,9 +16,10 @@ from test_resume import assert_same
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import vitlit
+from vitlit import load
 from vitlit.callbacks import EMA
 from vitlit.data.views import Views
+from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.objectives import DINO, MAE, Batch, LeJEPA, MaskedPatch, Objective
 from vitlit.optim import Schedule
@@ -197,7 +199,7 @@ def test_training_starts_from_weights_and_hands_on_the_teachers(name: str, few: 
     runner.save_checkpoint(tmp_path / "a.ckpt")
     dino = stage.objective if isinstance(stage.objective, DINO) else None
     goes_on = dino.teacher_vit if dino else stage.vit
-    loaded = dict(vitlit.load(tmp_path / "a.ckpt").state_dict())
+    loaded = dict(load(tmp_path / "a.ckpt").state_dict())
     assert_same(loaded, {name: t for name, t in goes_on.state_dict().items() if name != "mask_token"})
     if dino:
         assert any(not torch.equal(loaded[name], stage.vit.state_dict()[name]) for name in loaded)
@@ -238,10 +240,29 @@ def test_plain_loaders_draw_anew_in_every_step() -> None:
 
     Draws.seen = []
     vit = ViT(**TINY)
-    vit.preprocess = vitlit.images.preprocess.Preprocess((16, 16))
+    vit.preprocess = Preprocess((16, 16))
     stage = Pretrain(vit, Draws, partial(torch.optim.SGD, lr=0.1))
     images = DataLoader(torch.randn(8, 3, 16, 16), batch_size=4)  # type: ignore[arg-type, var-annotated]
     trainer().fit(stage, images, images)
     first, second, *validated = Draws.seen
     assert len({*first, *second}) == 8
     assert validated == [[0, 1, 2, 3]] * 2
+
+
+def test_the_command_line_distils_continues_and_starts_another_from_the_teacher(
+    vitlit: Callable[..., Result], few: Path, run: Path
+) -> None:
+    views = ["--data.root", few, "--data.views", '[{"count": 1, "size": 16}, {"count": 2, "size": 8}]']
+    small = ["--model.objective.prototypes", 16, "--model.objective.hidden_dim", 8, "--model.objective.masked", 1]
+    command = ["fit", *SMALL_RUN, *views, "--model.objective", "DINO", *small, "--model.schedule.weight_decay_end", 0.5]
+    assert vitlit(*command, "--trainer.max_steps", 3).code == 0
+    result = vitlit(*command)
+    assert result.code == 0, result.err
+    assert "continuing runs/pretrain" in result.out
+    assert "weights of" not in result.out
+    start = ["--model.init_from", run, "--model.objective", "LeJEPA", "--model.objective.hidden_dim", 8]
+    shared = [*SMALL_RUN[:2], *SMALL_RUN[10:]]  # without the sizes of model.vit
+    result = vitlit("fit", *shared, *views, "--model.vit", "null", *start, "--run.name", "another")
+    assert result.code == 0, result.err
+    assert f"weights of {run}: 30 matched" in result.out
+    refused(vitlit("fit", *shared, *views, "--model.vit", "null", "--run.name", "none"), "give --model.init_from")

@@ -148,11 +148,12 @@ class Stage(LightningModule):
         if stage != "fit":
             self.lead(self.data)
             return
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            self.weights = self.weights or read(self.init_from)
+        begins = self.init_from is not None and self.trainer.ckpt_path is None
+        if begins:
+            self.weights = self.weights or read(str(self.init_from))
         self.check_data(self.data)
         check_accumulation(self.objective, self.trainer.accumulate_grad_batches)
-        if self.weights is not None and self.trainer.ckpt_path is None:
+        if begins and self.weights is not None:
             rank_zero_only(print)(f"weights of {self.init_from}: {self.start(self.weights)}")
             self.hparams["vit"] = describe(self.vit)  # with the settings that came with the weights
             self.objective.begin(self.vit)
