@@ -279,3 +279,9 @@ def test_a_pth_keeps_what_no_tensor_tells(format: Any, tmp_path: Path) -> None:
             options: dict[str, Any] = {**size, "num_classes": 10, "act_layer": "gelu_tanh", "norm_layer": norm}
             theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(file), **options).eval()
         assert (theirs(images) - vit(images)).abs().max() < 1e-5
+
+
+def test_a_pth_for_timm_without_a_head_is_not_taken_for_dinos(tmp_path: Path) -> None:
+    vit = vit_of(width=36, heads=6, num_classes=0)
+    file = package.save_weights(vit, tmp_path / "a.pth", "timm")
+    assert package.load(file).config == vit.config
