@@ -63,6 +63,7 @@ MISTAKES = {
     "--trainer.callbacks [vitlit.callbacks.Ema]": ["no attribute 'Ema'; did you mean EMA?"],
     "--trainer.max_time 00:01:00:00": ["trainer.max_time cannot be set", "use run.time_limit"],
     "--model.optimizer AdanW": ["model.optimizer: expected class, not AdanW; did you mean AdamW?"],
+    "--ckpt_path runs/gone.ckpt": ["checkpoint runs/gone.ckpt does not exist"],
     "--model.optimizer.betas [0.8,0.9] --model.optimizer SGD": ["model.optimizer: no key betas"],
     "--trainer.limit_val_batches 0 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val/loss": [
         "EarlyStopping waits for val/loss, but trainer.limit_val_batches is 0"

@@ -137,7 +137,7 @@ def test_after_a_training_any_loader_is_evaluated(few: Path) -> None:
     runner.fit(stage, data := small_stage.data(few))
     predicted = runner.predict(stage, data.val_dataloader())
     assert len(torch.cat(predicted)) == len(data.split("val"))  # type: ignore[arg-type]
-    pairs = [(torch.randn(3, 16, 16), 1)] * 5
+    pairs: Any = [(torch.randn(3, 16, 16), 1)] * 5
     assert set(runner.test(stage, DataLoader(pairs, 2), verbose=False)[0]) >= {"test/loss"}
 
 
