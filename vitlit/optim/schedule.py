@@ -4,9 +4,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.errors import UserError
 
@@ -116,6 +117,14 @@ class Schedule:
             return curve * (min(1.0, max(0, total - step) / cooldown) if cooldown else 1.0)
 
         return factor
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the rates of this schedule at its step, if that is known without the steps before."""
+    if isinstance(scheduler, LambdaLR):
+        rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, peak, factor in rates:
+            group["lr"] = peak * factor(scheduler.last_epoch)
 
 
 def length(name: str, value: int | str, total: int, epoch: int) -> int:

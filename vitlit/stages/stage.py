@@ -20,6 +20,7 @@ from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import merge, zero_adapters
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.optim.schedule import follow_schedule
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
@@ -194,6 +195,8 @@ class Stage(LightningModule):
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
         self._logs.clear()
         self._total_steps = int(self.trainer.estimated_stepping_batches)
+        for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
+            follow_schedule(config.scheduler)
         self.vit.preprocess = getattr(self.data, "preprocess", self.vit.preprocess)
         self.vit.classes = self.classes
 
