@@ -19,8 +19,7 @@ from vitlit.model import ViT
 from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import merge, zero_adapters
 from vitlit.objectives import Batch, Objective, Step
-from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
-from vitlit.optim.schedule import follow_schedule
+from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
