@@ -20,7 +20,7 @@ from vitlit.stages import Stage
 
 Command = Callable[..., Result]
 FIT = ("fit", *SMALL, "--model.vit.dropout", "0.1")  # 6 steps, 2 an epoch
-SPEED = ("train/images_per_second", "train/data_wait", "unix_seconds")
+SPEED = ("train/images_per_second", "train/data_wait", "train/memory_gib", "unix_seconds")
 
 
 def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: bool = False) -> Callable[[], None]:
