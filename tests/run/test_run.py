@@ -105,7 +105,7 @@ def test_overwriting_begins_again_in_an_empty_folder(vitlit: Command, few: Path,
     assert saved["run"]["overwrite"] is False
 
 
-@pytest.mark.parametrize("ends", [(3, 4, 7), (2, 6)])
+@pytest.mark.parametrize("ends", [(5, 6, 9), (4, 6)])
 def test_more_steps_continue_a_finished_run(vitlit: Command, few: Path, run: Path, ends: tuple[int, ...]) -> None:
     head = ""
     for end in ends:
