@@ -4,10 +4,10 @@
 
 The same architecture, batch, precision, optimiser (AdamW, fused on a GPU) and setting of torch.compile for all. On a
 GPU S/16, B/16 and L/16 in bf16, on a CPU S/16 in float32 with 8 images on one core and one thread; 224 pixels. In a
-round each takes its turn, on the same images in the device's memory. Seconds are CPU time on a CPU, so that other work on the
-machine changes little, and wall-clock time on a GPU. Read the ratios, each from one round. Through the Trainer is a
-Pretrain with vitlit's callbacks and metrics.csv. Memory is the peak of a training step in a process of its own: what
-torch holds on a GPU, or by how much the process grew on a CPU. A library that is missing is left out.
+round each takes its turn, on the same images in the device's memory. Seconds are CPU time on a CPU, so that other work
+on the machine changes little, and wall-clock time on a GPU. Read the ratios, each from one round. Through the Trainer
+is a Pretrain with vitlit's callbacks and metrics.csv. Memory is the peak of a training step in a process of its own:
+what torch holds on a GPU, or by how much the process grew on a CPU. A library that is missing is left out.
 """
 
 import os
@@ -18,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -183,7 +184,9 @@ def through_trainer(setting: Setting, rounds: int, repeats: int, others: Callabl
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        trainer.fit(stage, turns)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there are no images for validation, and few steps
+            trainer.fit(stage, turns)
     return turns.seconds
 
 

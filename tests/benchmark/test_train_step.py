@@ -1,20 +1,18 @@
 """benchmarks/train_step.py from end to end, with a tiny network."""
 
 import json
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Result, forked
+from conftest import REPOSITORY, forked
 
 
 def test_every_contender_takes_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    import train_step
-
+    train_step = import_module("train_step")
     flags = ["--models", "Ti/16", "--image_size", "32", "--batch_size", "2", "--rounds", "2", "--peers", "timm"]
-    run: Callable[[], int] = lambda: train_step.main([*flags, "--out", "result.json"]) or 0  # noqa: E731
-    result: Result = forked(run, tmp_path)
+    result = forked(lambda: train_step.main([*flags, "--out", "result.json"]) or 0, tmp_path)
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "result.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["vitlit", "vitlit through its Trainer", "timm"]
