@@ -64,7 +64,8 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
     real = {"FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
     arguments = [real.get(part, part) for part in shlex.split(command)[1:]]
     if arguments[0] == "benchmark":
-        return [*arguments, "--image_size", "32", "--model", "Ti/16"]
+        network = ["--model", "Ti/16"] if "data" in arguments else ["--preset", "Ti/16"]
+        return [*arguments, "--image_size", "32", *network]
     if arguments[0] != "fit" or any("help" in part or "print_config" in part for part in arguments):
         return arguments
     if "--data.image_size" in arguments:  # as large would be slow, not other

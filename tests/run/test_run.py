@@ -20,7 +20,7 @@ from vitlit.stages import Stage
 
 Command = Callable[..., Result]
 FIT = ("fit", *SMALL, "--model.vit.dropout", "0.1")  # 6 steps, 2 an epoch
-SPEED = ("train/images_per_second", "train/data_wait", "unix_seconds")
+SPEED = ("train/images_per_second", "train/data_wait", "train/memory_gib", "unix_seconds")
 
 
 def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: bool = False) -> Callable[[], None]:
@@ -105,7 +105,7 @@ def test_overwriting_begins_again_in_an_empty_folder(vitlit: Command, few: Path,
     assert saved["run"]["overwrite"] is False
 
 
-@pytest.mark.parametrize("ends", [(3, 4, 7), (2, 6)])
+@pytest.mark.parametrize("ends", [(5, 6, 9), (4, 6)])
 def test_more_steps_continue_a_finished_run(vitlit: Command, few: Path, run: Path, ends: tuple[int, ...]) -> None:
     head = ""
     for end in ends:

@@ -192,7 +192,7 @@ def test_two_devices_of_fsdp2_are_one_device_and_each_continues_the_other(case: 
             losses = {step: loss for step, loss in reference["losses"].items() if source is None or step > HALF}
             assert watched["losses"] == pytest.approx(losses, abs=1e-5)
             assert watched["share"] < 0.7 if devices == 2 else watched["share"] == 1
-            for name in watched["metrics"].keys() - {"train/images_per_second", "train/data_wait"}:
+            for name in watched["metrics"].keys() - {"train/images_per_second", "train/data_wait", "train/memory_gib"}:
                 assert watched["metrics"][name] == pytest.approx(reference["metrics"][name], abs=1e-5)
 
 

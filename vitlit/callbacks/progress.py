@@ -14,6 +14,8 @@ FIGURES = {
     "val/map": ("mAP", 100, "{:.2f} %"),
     "train/images_per_second": ("images/s", 1, "{:,.0f}"),
     "train/data_wait": ("data wait", 100, "{:.0f} %"),
+    "train/mfu": ("MFU", 100, "{:.1f} %"),
+    "train/memory_gib": ("memory", 1, "{:.1f} GiB"),
 }
 
 

@@ -185,7 +185,8 @@ class CLI(LightningCLI):
         self.callbacks: list[Any] = []
         if fitting:
             folder = self.folder if self.keeps else None
-            self.callbacks += [callbacks.NonFinite(), callbacks.Throughput(), Begin(self.line, folder, recorded)]
+            speed = callbacks.Throughput(self.folder.options.peak_tflops)
+            self.callbacks += [callbacks.NonFinite(), speed, Begin(self.line, folder, recorded)]
         if self.keeps:
             check_idle(config.data, self.line.content)
             self.callbacks += [callbacks.Tracking(self.plain()), callbacks.Mistakes()]

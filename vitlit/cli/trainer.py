@@ -139,7 +139,7 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
     known = [*stage.measured]
     if any(isinstance(callback, EMA) for callback in callbacks):
         known += [f"{name}_raw" for name in known]
-    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
+    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait", "memory_gib", "mfu")]
     makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)

@@ -19,7 +19,7 @@ from vitlit.run.lock import Lock
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
     *("data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
-    *("run.keep_every", "run.name", "run.root", "run.save_minutes", "run.time_limit"),
+    *("run.keep_every", "run.name", "run.peak_tflops", "run.root", "run.save_minutes", "run.time_limit"),
     *("trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*", "trainer.num_nodes"),
     *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
 )
@@ -42,6 +42,8 @@ class RunOptions:
         keep_every: optimiser steps between checkpoints that are kept for good, as step-N.ckpt.
         time_limit: of this command: HH:MM:SS, D:HH:MM:SS or seconds. Then training saves and exits with code 75, and
             the same command continues it.
+        peak_tflops: of one device, for train/mfu: its dense peak in the run's precision; by default, for many GPUs,
+            that of NVIDIA's data sheet.
     """
 
     name: str | None = None
@@ -51,12 +53,15 @@ class RunOptions:
     save_minutes: float = 15.0
     keep_every: int | None = None
     time_limit: int | str | None = None
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if not self.save_minutes >= 0:
             raise UserError(f"run.save_minutes {self.save_minutes} is less than 0")
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"run.peak_tflops {self.peak_tflops} is not above 0")
 
 
 class Decision(NamedTuple):
