@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitlit.errors import UserError
@@ -14,6 +14,30 @@ from vitlit.objectives import Batch
 from vitlit.stages.fsdp import gather_full
 from vitlit.stages.metrics import update
 from vitlit.weights.adapt import set_numerics
+
+
+class Average(AveragedModel):
+    """torch's, whose update waits for no device: what has been averaged is read from it once."""
+
+    multi_avg_fn: Any
+    _members: tuple[list[Tensor], list[Tensor]] | None = None  # of the average and of the model
+    _begun = False
+
+    def update_parameters(self, model: nn.Module) -> None:
+        if self._members is None:
+            self._begun = bool(self.n_averaged)
+            mine, theirs = ([p.detach() for p in part.parameters()] for part in (self.module, model))
+            self._members = mine, theirs
+        average, current = self._members
+        if self._begun:
+            self.multi_avg_fn(average, current, self.n_averaged)
+        else:
+            for tensor, newer in zip(average, current, strict=True):
+                tensor.copy_(newer)
+        for tensor, newer in zip(self.module.buffers(), model.buffers(), strict=True):
+            tensor.copy_(newer)
+        self.n_averaged += 1
+        self._begun = True
 
 
 class EMA(WeightAveraging):
@@ -42,7 +66,7 @@ class EMA(WeightAveraging):
             raise UserError(f"an EMA cannot average weights of trainer.precision {trainer.precision}; use bf16-mixed")
         if stage == "fit":
             average = get_ema_multi_avg_fn(self.decay)
-            self._average_model = AveragedModel(pl_module, pl_module.device, multi_avg_fn=average)
+            self._average_model = Average(pl_module, pl_module.device, multi_avg_fn=average)
             self._average_model.module.configure_model()  # sharded weights cannot be copied, only sharded again
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -43,7 +43,9 @@ class NonFinite(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.precision != "16-mixed":
-            self._note(GRADIENT, [p.grad for p in pl_module.parameters() if p.grad is not None])
+            self._note(
+                GRADIENT, [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note(LOSS, [outputs["loss"]])

@@ -46,8 +46,9 @@ class Throughput(Callback):
             waits = (ended.elapsed_time(begun) / 1000 if self._on_gpu else begun - ended for ended, begun in self._gaps)
             speed, wait = self._images / elapsed, min(1.0, sum(waits) / elapsed)
             self._begin_lap()
-            pl_module.log("train/images_per_second", speed, prog_bar=True)
-            pl_module.log("train/data_wait", wait, prog_bar=True)
+            # As tensors of the host: of a number Lightning makes one on the device, and reads it at every step.
+            pl_module.log("train/images_per_second", torch.tensor(speed), prog_bar=True)
+            pl_module.log("train/data_wait", torch.tensor(wait), prog_bar=True)
 
     def _now(self) -> Any:
         if not self._on_gpu:

@@ -206,8 +206,9 @@ class Stage(LightningModule):
         if logs_now(trainer):
             for name, value in logs.items():
                 mean = trainer.strategy.reduce(value, reduce_op="mean")
-                self.log(f"train/{name}", mean, prog_bar=name == "loss")
-            self.log("train/lr", self._lr)
+                # On the host: Lightning reads what the bar shows at every step.
+                self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
+            self.log("train/lr", torch.tensor(self._lr))
 
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
