@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,8 @@ class Data(watched.Watched):
 
 
 @pytest.mark.parametrize("recipe", watched.RECIPES)
-def test_no_step_between_logs_waits(recipe: str, few: Path, tmp_path: Path) -> None:
+def test_no_step_between_logs_waits(recipe: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "meta", SimpleNamespace(manual_seed=lambda seed: None), raising=False)
     options = {"image_size": 16, "batch_size": 8, "num_workers": 0, "pin_memory": False}
     data = Data(str(few), **{**options, **watched.RECIPES[recipe][1]})
     device = Device()
