@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from small_stage import TINY
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
 from vitlit.callbacks import EMA, Bar, NonFinite, Throughput
 from vitlit.data import ImageFolderData
@@ -17,7 +17,7 @@ from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
 from vitlit.model import ViT
 from vitlit.objectives import MAE, Distillation, Supervised
-from vitlit.optim import LAMB, Groups, Schedule
+from vitlit.optim import LAMB, Groups, Muon, Schedule
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.interrupt import Interrupt
 from vitlit.stages import Finetune, Pretrain, Stage
@@ -51,7 +51,7 @@ def distilled(folder: Path) -> Stage:
         vit=ViT(**TINY, distilled=True, drop_path=0.2),
         num_classes=4,
         objective=partial(Distillation, teacher=str(folder / "teacher.safetensors")),
-        optimizer=partial(SGD, lr=0.1, momentum=0.9),
+        optimizer=partial(Muon, lr=0.01),
         groups=Groups(layer_decay=0.75),
     )
 
