@@ -48,7 +48,7 @@ def distilled(folder: Path) -> Stage:
     with torch.device("cpu"):
         save_weights(ViT(**TINY, num_classes=4), folder / "teacher.safetensors")
     return Finetune(
-        vit=ViT(**TINY, distilled=True, drop_path=0.2),
+        vit=ViT(**TINY, distilled=True, drop_path=0.5, drop_path_subset=True, patch_dropout=0.5),
         num_classes=4,
         objective=partial(Distillation, teacher=str(folder / "teacher.safetensors")),
         optimizer=partial(Muon, lr=0.01),
