@@ -17,27 +17,21 @@ from vitlit.weights.adapt import set_numerics
 
 
 class Average(AveragedModel):
-    """torch's, whose update waits for no device: what has been averaged is read from it once."""
+    """torch's, whose update does not ask the device at every step whether it is the first."""
 
     multi_avg_fn: Any
-    _members: tuple[list[Tensor], list[Tensor]] | None = None  # of the average and of the model
-    _begun = False
+    _members: list[list[Tensor]] | None = None  # of the average and of the model
 
     def update_parameters(self, model: nn.Module) -> None:
         if self._members is None:
-            self._begun = bool(self.n_averaged)
-            mine, theirs = ([p.detach() for p in part.parameters()] for part in (self.module, model))
-            self._members = mine, theirs
-        average, current = self._members
-        if self._begun:
-            self.multi_avg_fn(average, current, self.n_averaged)
-        else:
-            for tensor, newer in zip(average, current, strict=True):
-                tensor.copy_(newer)
-        for tensor, newer in zip(self.module.buffers(), model.buffers(), strict=True):
-            tensor.copy_(newer)
+            self._members = [[p.detach() for p in part.parameters()] for part in (self.module, model)]
+            if not self.n_averaged:
+                for average, current in zip(*self._members, strict=True):
+                    average.copy_(current)
+        self.multi_avg_fn(*self._members, self.n_averaged)
+        for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(current)
         self.n_averaged += 1
-        self._begun = True
 
 
 class EMA(WeightAveraging):

@@ -60,8 +60,8 @@ def build_optimizer(
     """
     try:
         probe = make([{"params": [torch.zeros(1, 1)], "layers": ["head"]}])
-        keys = ("params", "layers", "matrices") if isinstance(probe, Muon) else ("params", "layers")
-        members = group_members(layers, module, groups, split="matrices" in keys)
+        members = group_members(layers, module, groups, split=isinstance(probe, Muon))
+        keys = ("params", "layers", *(["matrices"] if isinstance(probe, Muon) else []))
         optimizer = make([{key: group[key] for key in keys} for group in members])
     except ValueError as error:
         raise UserError(f"model.optimizer: {error}") from error
@@ -70,8 +70,8 @@ def build_optimizer(
     if optimizer.defaults.get("capturable") and members[0]["params"][0].device.type == "cpu":
         raise UserError("model.optimizer.capturable is for a GPU; leave it out")
     for group, multiples in zip(optimizer.param_groups, members, strict=True):
-        said = group.get("fused", False) is not None or group.get("foreach") is not None
-        if isinstance(optimizer, Adam | SGD | Muon) and not said and all(p.is_cuda for p in group["params"]):
+        unsaid = isinstance(optimizer, Adam | SGD | Muon) and group.get("fused", 0) is group.get("foreach") is None
+        if unsaid and all(p.is_cuda for p in group["params"]):
             group["fused"] = True
         group["lr"] *= multiples["lr"] * lr_scale
         if "weight_decay" in group:
@@ -112,7 +112,7 @@ def group_members(layers: Layers, module: nn.Module, groups: Groups, split: bool
                 continue
             lr = groups.layer_decay ** below_norm.get(layer, 0) * multiple(groups.lr, name, default=1.0)
             decay = multiple(groups.weight_decay, name, default=float(id(parameter) in kernels))
-            own = {"lr": lr, "weight_decay": decay, "matrices": stacked(name, parameter) if split else 0}
+            own = {"lr": lr, "weight_decay": decay} | ({"matrices": stacked(name, parameter)} if split else {})
             group = members.setdefault((*own.values(),), {"params": [], "layers": [], **own})
             group["params"].append(parameter)
             if layer not in group["layers"]:
