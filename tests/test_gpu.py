@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: a killed run continues bit for bit in each precision, and the numbers are the CPU's."""
+"""On an NVIDIA GPU: a killed run continues bit for bit, the numbers are the CPU's, and no step waits."""
 
 import csv
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import watched
 from conftest import REPOSITORY, SMALL
 from test_resume import COMMAND, assert_same, left
 
@@ -106,3 +107,11 @@ def test_a_sharded_run_is_one_file_that_a_cpu_evaluates(few: Path, tmp_path: Pat
     top1 = sum(guess == file.parent.name for guess, file in zip(guesses, files, strict=True)) / len(files)
     best = max(float(row["val/top1"]) for row in rows(tmp_path / "fsdp2") if row["val/top1"])
     assert top1 == pytest.approx(best)
+
+
+@pytest.mark.parametrize("recipe", watched.RECIPES)
+def test_no_step_between_logs_waits_for_the_gpu(recipe: str, few: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    command = [sys.executable, watched.__file__, recipe, str(few), str(tmp_path)]
+    subprocess.run(command, env=environment, check=True)

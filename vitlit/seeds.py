@@ -11,6 +11,7 @@ import torch
 # Purposes. Streams of different purposes never share numbers; a new one goes to the end.
 ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW = range(8)
 LARGEST = 2**64 - 1
+CPU = torch.device("cpu")
 
 
 def global_seed() -> int:
@@ -50,6 +51,10 @@ def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0)
         yield
 
 
-def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
+def seed_step(seed: int, step: int, micro: int, rank: int, device: torch.device = CPU) -> None:
     """Seed torch for the model's draws, such as dropout, in one micro-batch of one step on one device."""
-    torch.manual_seed(mix_one(STEP, seed, step, micro, rank))
+    number = mix_one(STEP, seed, step, micro, rank)
+    # torch.manual_seed would keep the stack as text for each kind of device that is not there: a millisecond a step.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)

@@ -232,10 +232,10 @@ def test_an_optimizer_of_whole_weights_is_refused_before_training(
 
     def run() -> int:
         os.chdir(tmp_path)
-        return main([*fit, "--trainer.strategy", "fsdp2", "--model.optimizer", "torch.optim.Adafactor"])
+        return main([*fit, "--trainer.strategy", "fsdp2", "--model.optimizer", "vitlit.optim.Muon"])
 
     assert ranks(run) == [2, 2]
-    assert "vitlit: error: trainer.strategy fsdp2 does not work with Adafactor" in capfd.readouterr().err
+    assert "vitlit: error: trainer.strategy fsdp2 does not work with Muon" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ class Throughput(Callback):
                 logs["mfu"] = self._flop * speed / (trainer.world_size * self._peak * 1e12)
             self._begin_lap()
             for name, value in logs.items():
-                pl_module.log(f"train/{name}", value, prog_bar=True)
+                # As a tensor of the host: of a number Lightning makes one on the device, and reads it at every step.
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
 
     def _count(self, objective: Objective, batch: Batch) -> None:
         """Once: the FLOP of an image's step."""

@@ -62,13 +62,13 @@ def boxes(erasing: Erasing, seed: int, step: int, rows: Sequence[int], height: i
 def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int]) -> Tensor:
     """Erase normalised images (B, C, H, W), these rows of a step's global batch, in place; returns them."""
     # Seeded for each row, so that its noise is the same however the batch is sliced, if not on a CPU and a GPU.
-    generator = torch.Generator(images.device)
+    generator = torch.Generator(images.device) if erasing.fill == "noise" else None
     seeds = mix(ERASING, seed, step, np.asarray(rows, np.int64)).tolist()
     for image, box, row_seed in zip(images, boxes(erasing, seed, step, rows, *images.shape[-2:]), seeds, strict=True):
         if box is None:
             continue
         part = image[:, *box.slices]
-        if erasing.fill == "noise":
+        if generator is not None:
             # Not part.normal_(), whose numbers would depend on the memory layout.
             generator.manual_seed(row_seed)
             part.copy_(torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device))

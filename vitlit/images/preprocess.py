@@ -69,7 +69,7 @@ class Preprocess:
             images = F.rgb_to_grayscale(images)
         mean, std = (
             # Not made on the device, which would wait for the GPU.
-            torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=images.is_cuda)
+            torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=True)
             for numbers in (self.mean, self.std)
         )
         return images.float().div_(255).sub_(mean).div_(std).to(dtype)

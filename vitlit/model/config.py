@@ -74,6 +74,11 @@ class ViTConfig:
     """Stochastic depth (1603.09382): the rate of the last block."""
     drop_path_decay: Literal["linear", "constant"] = "linear"
     """Whether that rate is reached linearly from 0 at the first block, or is every block's (DeiT III)."""
+    drop_path_subset: bool = False
+    """Whether a block drops a fixed number of a batch's samples and does not compute them (2304.07193, section 5); by
+    default it computes all and drops each by chance."""
+    patch_dropout: float = 0.0
+    """The share of the patches that training leaves out, at random in each image (2208.07220)."""
     init: Init = "vision_transformer"
     """Whose initial weights; see `vitlit.model.init.init_weights`."""
     float32_head: bool = False
@@ -91,8 +96,8 @@ class ViTConfig:
     edges cut, as in timm."""
     resampling: Resampling = "antialias"
     """How a learned table is resampled to another grid; see `vitlit.model.position.resample`."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more time."""
+    activation_checkpointing: bool | int = False
+    """Recompute each block, or every so many-th, in the backward pass: less memory, up to a third more time."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):
@@ -137,8 +142,8 @@ class ViTConfig:
 
 
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ViTConfig).items() if get_origin(kind) is Literal}
-DROPOUTS = ("dropout", "attention_dropout", "drop_path")
+DROPOUTS = ("dropout", "attention_dropout", "drop_path", "patch_dropout")
 MINIMUM = {
     **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
-    **dict.fromkeys(("num_classes", "registers"), 0),
+    **dict.fromkeys(("num_classes", "registers", "activation_checkpointing"), 0),
 }

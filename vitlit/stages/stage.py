@@ -185,7 +185,7 @@ class Stage(LightningModule):
         trainer: Any = self.trainer
         seed = getattr(self.data, "seed", None)
         seed = global_seed() if seed is None else seed
-        seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank)
+        seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank, self.device)
         self._progress = trainer.global_step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
@@ -201,15 +201,17 @@ class Stage(LightningModule):
         if not step_ends(trainer, batch_idx):
             return
         self.objective.after_step(self.vit, self._progress)
-        logs = {name: torch.stack([micro[name] for micro in self._logs]).mean() for name in self._logs[0]}
-        self._logs.clear()
+        logs = self._logs
+        self._logs = []
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
         if logs_now(trainer):
-            for name, value in logs.items():
-                mean = trainer.strategy.reduce(value, reduce_op="mean")
-                self.log(f"train/{name}", mean, prog_bar=name == "loss")
-            self.log("train/lr", self._lr)
+            for name in logs[0]:
+                mean = torch.stack([micro[name] for micro in logs]).mean()
+                mean = trainer.strategy.reduce(mean, reduce_op="mean")
+                # On the host: Lightning reads what the bar shows at every step.
+                self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
+            self.log("train/lr", torch.tensor(self._lr))
 
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
