@@ -37,8 +37,8 @@ class Compiling:
         """Before training: UserError if this machine or this training cannot be compiled as asked."""
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if self.mode in CUDA_GRAPHS and (sharded or trainer.accumulate_grad_batches > 1):
-            what = "trainer.strategy fsdp2" if sharded else "micro-batches (data.micro_batch)"
-            raise UserError(f"model.compile {self.mode} does not work with {what}; give model.compile default")
+            neither = "works with neither trainer.strategy fsdp2 nor micro-batches (data.micro_batch)"
+            raise UserError(f"model.compile {self.mode} {neither}; give model.compile default")
         if self.mode not in ("auto", False) and (lacking := lacks(trainer.strategy.root_device)):
             raise UserError(f"model.compile {self.mode}: {lacking}, or give model.compile false")
 
@@ -65,7 +65,7 @@ class Compiling:
         stage.compiling = self
         # Otherwise inductor may time kernels that round differently, and take the fastest.
         options = torch._inductor.list_mode_options(str(self._chosen or "default"))
-        options |= {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         for part in (part for root in roots for part in root.modules()):
             part._compiled_call_impl = None
             if self._chosen and (part is stage.objective if self._chosen in CUDA_GRAPHS else isinstance(part, Block)):
