@@ -54,9 +54,12 @@ def losses(folder: Path) -> list[float]:
     return [float(row["train/loss"]) for row in rows(folder) if row["train/loss"]]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_killed_run_ends_as_the_undisturbed_one(precision: str, few: Path, tmp_path: Path) -> None:
-    command = (*COMMAND, *GPU, *WIDE, "--data.root", few, "--trainer.precision", precision)
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [("32-true", "false"), ("bf16-mixed", "false"), ("16-mixed", "false"), ("bf16-mixed", "reduce-overhead")],
+)
+def test_a_killed_run_ends_as_the_undisturbed_one(precision: str, mode: str, few: Path, tmp_path: Path) -> None:
+    command = (*COMMAND, *GPU, *WIDE, "--data.root", few, "--trainer.precision", precision, "--model.compile", mode)
     command += ("--trainer.deterministic", "true", "--trainer.max_epochs", 4)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
@@ -91,6 +94,19 @@ def test_losses_are_those_of_the_cpu(few: Path, tmp_path: Path) -> None:
     found = losses(tmp_path / "gpu")
     assert len(found) == 10
     assert found == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+def test_compiled_losses_are_those_of_an_uncompiled_run(few: Path, tmp_path: Path) -> None:
+    command = ("fit", *SMALL, *WIDE, *GPU, "--data.root", few, "--trainer.precision", "32-true")
+    command += ("--trainer.max_steps", 12, "--model.optimizer.init_args.eps", 1e-4)
+    found = {}
+    for mode in ("false", "default", "reduce-overhead", "max-autotune"):
+        (tmp_path / mode).mkdir()
+        finish(tmp_path / mode, *command, "--model.compile", mode, "--trainer.callbacks", "[vitlit.callbacks.EMA]")
+        found[mode] = losses(tmp_path / mode)
+        found[mode] += [float(row["val/loss"]) for row in rows(tmp_path / mode) if row["val/loss"]]
+    for mode, values in found.items():
+        assert values == pytest.approx(found["false"], rel=1e-4), mode
 
 
 def test_a_sharded_run_is_one_file_that_a_cpu_evaluates(few: Path, tmp_path: Path) -> None:

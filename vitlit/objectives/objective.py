@@ -98,7 +98,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        """The loss of a batch, in training (`self.training`) or not; `progress` in [0, 1) is step / total steps."""
+        """The loss, in training or not; `progress` in [0, 1), a tensor with CUDA graphs, is step / total steps."""
 
     def after_step(self, vit: ViT, progress: float) -> None:
         """Called after every optimiser step with the updated ViT and that step's progress, e.g. to move a teacher."""

@@ -13,6 +13,7 @@ from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import LoRA, add_lora
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
+from vitlit.stages.compiling import Compile
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.weights import Weights, load_weights, network, read
@@ -45,6 +46,7 @@ class Finetune(Stage):
             peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters, such as layer-wise decay.
+        compile: how training is compiled; see `Stage`.
 
     Attributes:
         weights: the weights of init_from, if they have been read already.
@@ -69,6 +71,7 @@ class Finetune(Stage):
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
+        compile: Compile = "auto",
     ) -> None:
         if vit is None:
             if init_from is None:
@@ -83,7 +86,7 @@ class Finetune(Stage):
         if given not in (None, num_classes):
             raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; drop the former")
         vit.set_head("finetune", num_classes or 0)
-        super().__init__(vit, objective, optimizer, schedule, groups)
+        super().__init__(vit, objective, optimizer, schedule, groups, compile)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
         self.hparams.update(describe({"num_classes": num_classes, **ways}))
         self.init_from, self.keep_head = init_from, keep_head

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
+from vitlit.stages.compiling import Compile, Compiling
 from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_images, check_labels
 from vitlit.stages.metrics import direction, metrics, update
@@ -30,9 +30,6 @@ from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights import Weights, load, preprocess
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
-
-# What Lightning calls changes from step to step: torch.compile(stage) compiles what it calls in turn.
-not_compiled = partial(torch.compiler.disable, recursive=False)
 
 
 class Stage(LightningModule):
@@ -44,6 +41,7 @@ class Stage(LightningModule):
         optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
+        compile: how training is compiled (docs/speed.md); auto compiles what takes more than a minute on a GPU.
     """
 
     def __init__(
@@ -53,6 +51,7 @@ class Stage(LightningModule):
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
+        compile: Compile = "auto",
     ) -> None:
         super().__init__()
         record = {"vit": vit, "objective": objective, "optimizer": optimizer, "schedule": schedule, "groups": groups}
@@ -66,6 +65,8 @@ class Stage(LightningModule):
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
+        self.compiling = Compiling(compile)
+        self.teachers: list[ViT] = []  # a list hides them from checkpoints
         self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
         self.weights: Weights | None = None  # that training starts from, once they have been read
         self._checked = 0  # the id of the data that was compared with the network
@@ -97,10 +98,9 @@ class Stage(LightningModule):
         best = {f"val/{name}": direction(name, metric) for name, metric in self.measures["val"].named_children()}
         return {**{name: way for name, way in best.items() if name != "val/loss"}, "val/loss": "min"}
 
-    @not_compiled
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
-        return self.objective(self.vit, Batch.of(batch), self._progress)
+        return self.compiling.step(self, Batch.of(batch), self._progress)
 
     def configure_model(self) -> None:
         shard(self, self.vit.blocks, methods=["step"])
@@ -139,7 +139,10 @@ class Stage(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
+        if self._compiler_ctx is not None:
+            raise UserError('torch.compile(stage) would compile at every step; give the stage compile="default"')
         if stage == "fit":
+            self.compiling.check(self.trainer)
             self.check_data(self.data)
         else:
             self.lead(self.data)
@@ -168,12 +171,15 @@ class Stage(LightningModule):
         check_labels(objective, data)
         check_images(objective, self.vit, data)
         if objective.teacher is not None:
-            objective.set_teacher(load(objective.teacher))
+            self.teachers = [load(objective.teacher)]
+            objective.set_teacher(self.teachers[0])
         objective.prepare(data)
         self._checked = id(data)
 
     def on_train_start(self) -> None:
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
+        for teacher in self.teachers:
+            teacher.to(self.device)
         self._logs.clear()
         self._total_steps = int(self.trainer.estimated_stepping_batches)
         for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
@@ -183,6 +189,7 @@ class Stage(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
+        self.compiling.begin(self, batch)
         seed = getattr(self.data, "seed", None)
         seed = global_seed() if seed is None else seed
         seed_step(seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, self.global_rank, self.device)
@@ -190,7 +197,6 @@ class Stage(LightningModule):
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
-    @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
@@ -213,17 +219,17 @@ class Stage(LightningModule):
                 self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
             self.log("train/lr", torch.tensor(self._lr))
 
+    def on_train_end(self) -> None:
+        Compiling(self.compiling.mode).compile(self)
+
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
-    @not_compiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         return self._measure("val", batch, self.step(batch))
 
-    @not_compiled
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         return self._measure("test", batch, self.step(batch))
 
-    @torch.compiler.disable
     def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Tensor] | None:
         labels = Batch.of(batch).labels
         measures: Any = self.measures[split]
@@ -237,7 +243,6 @@ class Stage(LightningModule):
         predicted = self.objective.predictions(step.logits)
         return None if predicted is None else {"probabilities": predicted}
 
-    @not_compiled
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """What the objective predicts: class probabilities (B, num_classes) or numbers (B,), float32."""
         predicted = self.objective.predictions(self.vit(Batch.of(batch).views[0]))
