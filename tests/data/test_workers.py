@@ -47,7 +47,7 @@ def test_a_worker_does_not_collect_what_the_main_process_left() -> None:
     gc.disable()  # as late as it can come
     try:
         Bound()
-        assert len(list(data_workers.loader(Collecting(), range(4), 2, 2))) == 2  # type: ignore[arg-type]
+        assert len(list(data_workers.loader(Collecting(), range(4), 2, 2))) == 2
     finally:
         gc.enable()
         gc.collect()  # or a process forked by a later test would
