@@ -113,9 +113,9 @@ BATCHES = """
 import sys, torch
 from test_loaders import Recorder, folder_data, trainer
 from vitlit.data import workers
+from vitlit.data.dataset import ImagesOnDevice
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
-from vitlit.data.on_device import ImagesOnDevice
 
 root, out, device, cache, stream = sys.argv[1:]
 if stream == "none":

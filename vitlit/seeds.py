@@ -44,13 +44,10 @@ def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0)
 
     Without data workers the model uses the same generator.
     """
+    values = (VIEW, seed, epoch, index, repeat, view) if view else (SAMPLE, seed, epoch, index, repeat)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(sample_seed(seed, epoch, index, repeat, view))
+        torch.default_generator.manual_seed(mix_one(*values))
         yield
-
-
-def sample_seed(seed: int, epoch: int, index: int, repeat: int, view: int = 0) -> int:
-    return mix_one(*((VIEW, seed, epoch, index, repeat, view) if view else (SAMPLE, seed, epoch, index, repeat)))
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:

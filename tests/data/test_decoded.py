@@ -113,7 +113,10 @@ def test_a_transform_that_writes_into_its_image_leaves_what_is_kept(few: Path) -
 
 
 @pytest.mark.parametrize("cache", ["memory", "device"])
-def test_what_cannot_be_read_is_replaced_as_without_a_cache(few: Path, tmp_path: Path, cache: Any) -> None:
+def test_what_cannot_be_read_is_replaced_as_without_a_cache(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the list of them is kept
     root = Path(shutil.copytree(few, tmp_path / "broken"))
     for file in sorted((root / "train" / "1").iterdir())[:2]:
         file.write_bytes(b"no image")

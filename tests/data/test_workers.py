@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, TensorDataset
 
 from vitlit.data import workers as data_workers
@@ -111,6 +112,7 @@ class Side:
 def test_a_batch_is_copied_while_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend()
     monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    monkeypatch.setattr(Tensor, "record_stream", lambda part, stream: backend.calls.append(f"{stream.name} keeps it"))
 
     def batches() -> Iterator[list[Any]]:
         for number in range(3):
@@ -120,7 +122,8 @@ def test_a_batch_is_copied_while_the_one_before_is_used(monkeypatch: pytest.Monk
     for tensor, number in data_workers.ahead(batches(), torch.device("cpu")):
         backend.calls.append(f"{backend.current.name} uses {int(tensor)} {number}")
     assert backend.calls == [
-        *("copy waits for step", "copy takes 0", "copy takes 1", "step waits for copy 0", "step uses 0 0"),
-        *("copy takes 2", "step waits for copy 1", "step uses 1 1", "step waits for copy 2", "step uses 2 2"),
+        *("copy waits for step", "copy takes 0", "copy takes 1", "step waits for copy 0", "step keeps it"),
+        *("step uses 0 0", "copy takes 2", "step waits for copy 1", "step keeps it", "step uses 1 1"),
+        *("step waits for copy 2", "step keeps it", "step uses 2 2"),
     ]
     assert list(data_workers.ahead(iter([]), torch.device("cpu"))) == []

@@ -16,6 +16,7 @@ from vitlit.data.stream import Sample
 from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
 from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
+from vitlit.images.resample import cut_all
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
 
@@ -114,3 +115,31 @@ class Images(Dataset[tuple[Any, ...]]):
 def channels_last(image: Tensor) -> Tensor:
     """(3, H, W) -> (H, W, 3), dense."""
     return image.permute(1, 2, 0).contiguous()
+
+
+@dataclass(eq=False)
+class ImagesOnDevice(Dataset[Any]):
+    """Batches of `images` whose pixels are kept on a device, made there: the same draws, and pixels within a level."""
+
+    images: Images
+    kept: Decoded
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, items: list[Any]) -> list[Any]:
+        training = [items[0].position] if isinstance(items[0], Sample) else []
+        samples = items if training else [Sample(0, item, 0, 0) for item in items]
+        indices = [next(i for i in self.images.candidates(sample) if self.kept.sizes[i, 0]) for sample in samples]
+        labels = default_collate([self.images.label(index) for index in indices])
+        transforms = (self.images.transform, *self.images.further)
+        views = [self._view(view, transform, indices, samples) for view, transform in enumerate(transforms)]
+        return [views[0], labels, torch.tensor(indices), *training, *views[1:]]
+
+    def _view(self, view: int, transform: Any, indices: list[int], samples: list[Sample]) -> Tensor:
+        sizes, cuts = self.kept.sizes[indices].tolist(), []
+        for size, sample in zip(sizes, samples, strict=True):
+            with seeded_sample(self.images.seed, sample.epoch, sample.index, sample.repeat, view):
+                cuts.append(transform.plan(*size))
+        places = zip(self.kept.starts[indices].tolist(), (width for _, width in sizes), strict=True)
+        return cut_all(self.kept.pixels, list(places), cuts, getattr(transform, "crop", transform))

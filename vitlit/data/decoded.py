@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,15 +13,13 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
 from vitlit.data.progress import Progress
-from vitlit.data.workers import loader, whole
+from vitlit.data.workers import loader
 from vitlit.errors import UserError
 
 MEMORY, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 AT_ONCE = 64  # images that a worker hands over together, and that the size of all is estimated by
 
 Cache = Literal["none", "memory", "device"]
-Decode = Callable[[int], Tensor | None]  # of an image's number: as decode_bytes, or None if it cannot be read
-Check = Callable[[float], None]  # raises UserError if there is no room for so many bytes
 
 
 class Decoded:
@@ -36,22 +34,25 @@ class Decoded:
         size = os.fstat(self._file.fileno()).st_size
         content = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
         self.sizes = content[: 16 * count].view(torch.int64).view(-1, 2).clone()
+        self.starts = self.sizes.prod(1).cumsum(0) - self.sizes.prod(1)
         self.pixels = content[16 * count :].view(-1, 3)
-        areas = self.sizes.prod(1)
-        self.starts = areas.cumsum(0) - areas
+
+    @property
+    def path(self) -> str:
+        """By which any process of the machine can open it."""
+        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def __reduce__(self) -> Any:  # for workers that are not forked
-        return Decoded, (path_of(self._file), len(self.sizes))
+        return Decoded, (self.path, len(self.sizes))
 
     def __getitem__(self, index: int) -> Tensor | None:
-        """A copy of an image, uint8 (3, H, W), memory (H, W, 3)."""
-        height, width = self.sizes[index].tolist()
-        start = int(self.starts[index])
+        """A copy of an image as `decode_bytes` gives it, or None if it cannot be read."""
+        (height, width), start = self.sizes[index].tolist(), int(self.starts[index])
         image = self.pixels[start : start + height * width].clone()
         return image.view(height, width, 3).permute(2, 0, 1) if height else None
 
     def move(self, device: torch.device) -> None:
-        """Keep the pixels on a device, and no longer in the machine's memory."""
+        """Leave the machine's memory for a device's."""
         self.pixels = self.pixels.to(device)
         self._file.close()
 
@@ -60,32 +61,24 @@ class Decoded:
 class _Packed(Dataset[Any]):
     """Images one after the other, (pixels, sizes)."""
 
-    decode: Decode
-    collate = staticmethod(whole)
+    images: Any
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images = list(map(self.decode, indices))
+        images = [self.images.decode(index) for index in indices]
+        sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
         pixels = [image.permute(1, 2, 0).flatten() for image in images if image is not None]
-        sizes = [[0, 0] if image is None else image.shape[1:] for image in images]
         return torch.cat([torch.empty(0, dtype=torch.uint8), *pixels]), torch.tensor(sizes)
 
 
-def path_of(file: BinaryIO) -> str:
-    """By which every process of the machine can open a file of this one."""
-    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
-
-
-def decode_all(decode: Decode, count: int, workers: int, check: Check) -> BinaryIO:
-    """The content of `Decoded`. There must be room by an estimate first, then for each image."""
+def decode_all(images: Any, workers: int, check: Callable[[float], None]) -> Decoded:
+    """All of `Images`; `check` raises if there is no room for so many bytes."""
     if not hasattr(os, "memfd_create"):
         raise UserError("data.cache is for Linux; leave it out")
-    packed = _Packed(decode)
+    packed, count, sizes, progress = _Packed(images), len(images), list[Tensor](), Progress()
     some = np.linspace(0, count - 1, min(count, AT_ONCE)).astype(int).tolist()
     check(len(packed.__getitems__(some)[0]) / len(some) * count)
     file = os.fdopen(os.memfd_create("vitlit"), "w+b")
     file.seek(16 * count)
-    sizes: list[Tensor] = []
-    progress = Progress()
     for pixels, those in loader(packed, range(count), AT_ONCE, workers):
         check(file.tell() + len(pixels))
         file.write(pixels.numpy().data)
@@ -94,7 +87,7 @@ def decode_all(decode: Decode, count: int, workers: int, check: Check) -> Binary
     file.seek(0)
     file.write(torch.cat(sizes).numpy().data)
     file.flush()
-    return file
+    return Decoded(f"/proc/self/fd/{file.fileno()}", count)
 
 
 def decode_once(images: Any, workers: int, cache: Cache, trainer: Any) -> Decoded:
@@ -102,39 +95,37 @@ def decode_once(images: Any, workers: int, cache: Cache, trainer: Any) -> Decode
 
     `workers` are each device's.
     """
-    device, count = trainer.strategy.root_device, len(images)
+    device = trainer.strategy.root_device if cache == "device" else torch.device("cpu")
     room = {"the machine": free_memory()}
-    if cache == "device" and device.type == "cuda":
+    if device.type == "cuda":
         room["the GPU"] = torch.cuda.mem_get_info(device)[0]
 
     def check(needed: float) -> None:
         for place, free in room.items():
             if needed > free:
-                takes = f"the {count:,} decoded images take {needed / 1e9:.3g} GB, but {place} has {free / 1e9:.3g} GB"
+                takes = f"the {len(images):,} decoded images take {needed / 1e9:.3g} GB, but {place} has"
                 remedy = "give data.cache memory" if place == "the GPU" else "leave it out"
-                raise UserError(f"data.cache {cache}: {takes} free; {remedy}")
+                raise UserError(f"data.cache {cache}: {takes} {free / 1e9:.3g} GB free; {remedy}")
 
-    file = decode_all(images.decode, count, workers * trainer.num_devices, check) if trainer.local_rank == 0 else None
-    path = path_of(file) if file else ""
+    kept = decode_all(images, workers * trainer.num_devices, check) if trainer.local_rank == 0 else None
     if trainer.world_size > 1:
         told: list[Any] = [None] * trainer.world_size
-        distributed.all_gather_object(told, (trainer.node_rank, path))
+        distributed.all_gather_object(told, (trainer.node_rank, kept and kept.path))
         path = next(path for node, path in told if path and node == trainer.node_rank)
-    kept = Decoded(path, count)
-    if trainer.world_size > 1:
-        trainer.strategy.barrier()  # until here the rank that decoded has the file open
-    if cache == "device":
+        kept = kept or Decoded(path, len(images))
+        trainer.strategy.barrier()  # until here no rank has closed it
+    assert kept is not None
+    if device.type == "cuda":
         kept.move(device)
     return kept
 
 
 def free_memory() -> int:
     """Bytes that this process may still use, by the machine and its container."""
-    found = re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())
+    found, limit = re.search(r"MemAvailable: +(\d+)", MEMORY.read_text()), CONTAINER / "memory.max"
     free = int(found[1]) * 1024 if found else 0
-    limit = (CONTAINER / "memory.max").read_text().strip() if (CONTAINER / "memory.max").is_file() else "max"
-    if limit == "max":
+    if not limit.is_file() or limit.read_text() == "max\n":
         return free
-    used = {name: int(number) for name, number in map(str.split, (CONTAINER / "memory.stat").read_text().splitlines())}
-    kept = int((CONTAINER / "memory.current").read_text()) - used["file"] + used["shmem"]  # other files make room
-    return min(free, int(limit) - kept)
+    used = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+    kept = int((CONTAINER / "memory.current").read_text()) - int(used["file"]) + int(used["shmem"])
+    return min(free, int(limit.read_text()) - kept)  # files that were read make room

@@ -13,13 +13,12 @@ from torchvision.transforms import v2
 
 from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import Images, ImagesOnDevice
 from vitlit.data.decoded import Cache, Decoded, decode_once
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing, soft_targets
-from vitlit.data.on_device import ImagesOnDevice
 from vitlit.data.splits import Splits
 from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
@@ -310,7 +309,8 @@ class ImageFolderData(LightningDataModule):
             images.kept = self._kept[split]
             if self.cache == "device":
                 images, processes, pin = ImagesOnDevice(images, images.kept), 0, False
-        batches = workers.loader(images, sampler, batch_size, processes, self.prefetch, pin, device)
+        batches = workers.loader(images, sampler, batch_size, processes, self.prefetch, pin)
+        batches.to = device
         return BatchLoader(batches, self) if trainer is NoTrainer else batches
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Dataset
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # only the main process acts on them
@@ -31,13 +32,10 @@ def count(devices: int) -> int:
 class Loader(DataLoader[Any]):
     """A DataLoader whose workers start with the first batch, and outlive a signal to the process group.
 
-    Lightning asks for an iterator before it restores the step, and before the run has its folder. Batches come on the
-    `device`, if it is a GPU.
+    Lightning asks for an iterator before it restores the step, and before the run has its folder.
     """
 
-    def __init__(self, *args: Any, device: torch.device | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.device = device
+    to: torch.device | None = None  # where batches come
 
     def __iter__(self) -> Any:
         # A worker inherits torch's signal handlers, which would end it before `leave_signals` runs, and this process's
@@ -49,44 +47,32 @@ class Loader(DataLoader[Any]):
         finally:
             gc.unfreeze()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield from ahead(batches, self.device) if self.device and self.device.type == "cuda" else batches
+        yield from ahead(batches, self.to) if self.to and self.to.type == "cuda" else batches
 
 
 def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """Each batch on a device, made or copied on a stream of its own while the step before it runs."""
+    """Batches of tensors, made or copied on a device in a stream of its own while the step before runs."""
     backend = torch.get_device_module(device)
-    stream, waiting = backend.Stream(device), None
+    stream, before = backend.Stream(device), None
     stream.wait_stream(backend.current_stream(device))
     while True:
         with backend.stream(stream):
-            batch = next(batches, None)
-            moved = batch and [part.to(device, non_blocking=True) if torch.is_tensor(part) else part for part in batch]
+            batch = move_data_to_device(next(batches, None), device)
             copied = stream.record_event()
-        if waiting is not None:
-            yield arrived(*waiting, backend.current_stream(device))
-        if moved is None:
+        if before is not None:
+            using = backend.current_stream(device)
+            using.wait_event(before[1])
+            for part in filter(torch.is_tensor, before[0]):
+                part.record_stream(using)  # or its memory might be taken while the step still reads it
+            yield before[0]
+        if batch is None:
             return
-        waiting = moved, copied
-
-
-def arrived(batch: list[Any], copied: Any, stream: Any) -> list[Any]:
-    """A batch for use on a stream, once it is copied; its memory is not given to another while that works on it."""
-    stream.wait_event(copied)
-    for part in batch:
-        if torch.is_tensor(part) and part.is_cuda:
-            part.record_stream(stream)
-    return batch
+        before = batch, copied
 
 
 def loader(
-    dataset: Dataset[Any],
-    sampler: Iterable[Any],
-    batch_size: int,
-    workers: int,
-    prefetch: int = 2,
-    pin: bool = False,
-    device: torch.device | None = None,
-) -> DataLoader[Any]:
+    dataset: Dataset[Any], sampler: Iterable[Any], batch_size: int, workers: int, prefetch: int = 2, pin: bool = False
+) -> Loader:
     """Batches in a sampler's order, `prefetch` of them prepared ahead by each of `workers` processes (0: this one).
 
     A dataset may `collate` its samples, or make whole batches in `__getitems__`.
@@ -95,8 +81,7 @@ def loader(
         end_at_exit()
     return Loader(
         dataset,
-        device=device,
-        collate_fn=getattr(dataset, "collate", None),
+        collate_fn=getattr(dataset, "collate", list if hasattr(dataset, "__getitems__") else None),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
@@ -105,11 +90,6 @@ def loader(
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals,
     )
-
-
-def whole(batch: Any) -> Any:
-    """The `collate` of a dataset that makes whole batches."""
-    return batch
 
 
 def leave_signals(worker: int) -> None:
