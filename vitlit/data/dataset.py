@@ -55,7 +55,8 @@ class Images(Dataset[tuple[Any, ...]]):
             if image is None:
                 return channels_last(self.transform(torch.zeros(3, 8, 8, dtype=torch.uint8))), self.label(item), -1
             return channels_last(self.transform(image)), self.label(item), item
-        image, index = self._sample(item)
+        pairs = ((index, self._image(index)) for index in self.candidates(item))
+        index, image = next((index, image) for index, image in pairs if image is not None)
         views = []
         for view, transform in enumerate((self.transform, *self.further)):
             with seeded_sample(self.seed, item.epoch, item.index, item.repeat, view):
@@ -87,13 +88,6 @@ class Images(Dataset[tuple[Any, ...]]):
                 raise UserError(f"{error}; {self.remedy}") from error
             self.bad.note(path, reason(error, path))
             return None
-
-    def _sample(self, item: Sample) -> tuple[Tensor, int]:
-        """A training image and its index: the sample's own, or the first in drawn order with its label."""
-        for index in self.candidates(item):
-            if (image := self._image(index)) is not None:
-                return image, index
-        raise AssertionError  # `candidates` does not end
 
     def candidates(self, item: Sample) -> Iterator[int]:
         """The image of a training sample, then those that replace it if it cannot be read."""

@@ -30,17 +30,17 @@ class Decoded:
     """
 
     def __init__(self, path: str, count: int) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115
-        size = os.fstat(self._file.fileno()).st_size
+        self.file = open(path, "rb")  # noqa: SIM115
+        size = os.fstat(self.file.fileno()).st_size
         content = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-        self.sizes = content[: 16 * count].view(torch.int64).view(-1, 2).clone()
-        self.starts = self.sizes.prod(1).cumsum(0) - self.sizes.prod(1)
+        self.sizes = content[: 16 * count].view(torch.int64).view(-1, 2).numpy().copy()
+        self.starts = self.sizes.prod(1).cumsum() - self.sizes.prod(1)
         self.pixels = content[16 * count :].view(-1, 3)
 
     @property
     def path(self) -> str:
         """By which any process of the machine can open it."""
-        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
 
     def __reduce__(self) -> Any:  # for workers that are not forked
         return Decoded, (self.path, len(self.sizes))
@@ -50,11 +50,6 @@ class Decoded:
         (height, width), start = self.sizes[index].tolist(), int(self.starts[index])
         image = self.pixels[start : start + height * width].clone()
         return image.view(height, width, 3).permute(2, 0, 1) if height else None
-
-    def move(self, device: torch.device) -> None:
-        """Leave the machine's memory for a device's."""
-        self.pixels = self.pixels.to(device)
-        self._file.close()
 
 
 @dataclass(eq=False)
@@ -95,9 +90,8 @@ def decode_once(images: Any, workers: int, cache: Cache, trainer: Any) -> Decode
 
     `workers` are each device's.
     """
-    device = trainer.strategy.root_device if cache == "device" else torch.device("cpu")
-    room = {"the machine": free_memory()}
-    if device.type == "cuda":
+    device, room = trainer.strategy.root_device, {"the machine": free_memory()}
+    if on_gpu := cache == "device" and device.type == "cuda":
         room["the GPU"] = torch.cuda.mem_get_info(device)[0]
 
     def check(needed: float) -> None:
@@ -115,8 +109,9 @@ def decode_once(images: Any, workers: int, cache: Cache, trainer: Any) -> Decode
         kept = kept or Decoded(path, len(images))
         trainer.strategy.barrier()  # until here no rank has closed it
     assert kept is not None
-    if device.type == "cuda":
-        kept.move(device)
+    if on_gpu:
+        kept.pixels = kept.pixels.to(device)
+        kept.file.close()
     return kept
 
 

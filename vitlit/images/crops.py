@@ -19,10 +19,7 @@ LOG_RATIO = torch.log(torch.tensor(RATIO, device="cpu")).tolist()  # rounded as 
 
 
 class Cut(NamedTuple):
-    """What a crop takes of an image: a box, the size to resize it to, and where the crop begins in the result.
-
-    A beginning below 0 is in a border around the resized box.
-    """
+    """What a crop takes of an image: a box, its size when resized, and where in that (or before it) the crop begins."""
 
     box: Box
     resized: tuple[int, int]
@@ -127,18 +124,15 @@ class PadCrop:
         image = F.resize(image, list(self.resized(*image.shape[-2:])), self.interpolation, antialias=True)
         return F.pad(image, [self.padding], padding_mode=self.mode) if self.padding else image
 
-    def place(self, room: int) -> int:
-        """Where the crop begins along a side of the padded image that has so much room for it."""
-        return _below(room + 1)
+    def place(self, outer: int, inner: int) -> int:
+        """Where the crop begins along a side of the resized image."""
+        return _below(outer + 2 * self.padding - inner + 1) - self.padding
 
     def plan(self, rows: int, columns: int) -> Cut:
         """What a call would take of an image of this size, with the same draws."""
-        resized = self.resized(rows, columns)
-        top, left = (
-            self.place(outer + 2 * self.padding - inner) - self.padding
-            for outer, inner in zip(resized, self.size, strict=True)
-        )
-        return Cut((0, 0, rows, columns), resized, (top, left))
+        height, width = self.resized(rows, columns)
+        top, left = self.place(height, self.size[0]), self.place(width, self.size[1])
+        return Cut((0, 0, rows, columns), (height, width), (top, left))
 
     def __call__(self, image: Tensor) -> Tensor:
         top, left = (first + self.padding for first in self.plan(*image.shape[-2:]).begin)
@@ -180,8 +174,8 @@ class ResmallCrop(PadCrop):
 class CenterCrop(ResmallCrop):
     """Evaluation's crop: resize to size / crop_ratio, or just to cover that without `squash`, and crop the centre."""
 
-    def place(self, room: int) -> int:
-        return round(room / 2)  # as torchvision does
+    def place(self, outer: int, inner: int) -> int:
+        return round((outer - inner) / 2)  # as torchvision does
 
 
 def cover(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
