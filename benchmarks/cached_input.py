@@ -36,8 +36,8 @@ ROWS = {
 TIMM = f"""
 --model vit_tiny_patch16_224 --img-size 28 --num-classes 10 --device cpu --workers 1 --batch-size {BATCH} --no-aug
 --model-kwargs img_size=28 patch_size=7 embed_dim=96 depth=6 num_heads=3 mlp_ratio=2
---mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --crop-pct 1.0 --opt adamw --lr 1e-3 --weight-decay 0.05 --clip-grad 1.0 --smoothing 0.1
---log-interval {EVERY} --train-split train --val-split val --epochs 1 --warmup-epochs 0
+--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --crop-pct 1.0 --opt adamw --lr 1e-3 --weight-decay 0.05 --clip-grad 1.0
+--smoothing 0.1 --log-interval {EVERY} --train-split train --val-split val --epochs 1 --warmup-epochs 0
 """
 
 
