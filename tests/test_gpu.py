@@ -131,3 +131,54 @@ def test_no_step_between_logs_waits_for_the_gpu(recipe: str, few: Path, tmp_path
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     command = [sys.executable, watched.__file__, recipe, str(few), str(tmp_path)]
     subprocess.run(command, env=environment, check=True)
+
+
+# The batches of two epochs under a Trainer, to a file.
+BATCHES = """
+import sys, torch
+from test_loaders import Recorder, folder_data, trainer
+from vitlit.data import workers
+from vitlit.data.dataset import ImagesOnDevice
+from vitlit.data.erasing import Erasing
+from vitlit.data.mixing import Mixing
+
+root, out, device, cache, stream = sys.argv[1:]
+if stream == "none":
+    workers.ahead = lambda batches, device: batches
+original = ImagesOnDevice.__getitems__
+def unwaiting(self, items):
+    torch.cuda.set_sync_debug_mode("error")
+    batch = original(self, items)
+    torch.cuda.set_sync_debug_mode("default")
+    return batch
+if device == "gpu":
+    ImagesOnDevice.__getitems__ = unwaiting
+module = Recorder()
+data = folder_data(root, cache=cache, num_workers=1, mixing=Mixing(0.8, 1.0), erasing=Erasing(0.5, fill="mean"))
+trainer(accelerator=device, devices=1).fit(module, data)
+batches = [*module.train_batches, *module.val_batches]
+assert all(part.device.type == module.number.device.type for batch in batches for part in (*batch.views, batch.labels))
+torch.save([[*(view.cpu() for view in b.views), b.labels.cpu(), b.indices.cpu()] for b in batches], out)
+"""
+
+
+def batches(root: Path, out: Path, *arguments: str) -> list[list[torch.Tensor]]:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "data")]
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", BATCHES, root, out, *arguments], env=environment, check=True)
+    found: list[list[torch.Tensor]] = torch.load(out)
+    return found
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "device"])
+def test_batches_on_a_stream_of_their_own_are_the_same(cache: str, few: Path, tmp_path: Path) -> None:
+    streamed, plain, host = (
+        batches(few, tmp_path / f"{number}.pt", *arguments)
+        for number, arguments in enumerate((("gpu", cache, "own"), ("gpu", cache, "none"), ("cpu", "none", "none")))
+    )
+    for ours, same, theirs in zip(streamed, plain, host, strict=True):
+        assert all(map(torch.equal, ours, same))
+        assert all(one.shape == other.shape for one, other in zip(ours, theirs, strict=True))
+        assert (ours[0] - theirs[0]).abs().max() < (1.01 * 2 / 255 if cache == "device" else 1e-5)
+        assert torch.equal(ours[-1], theirs[-1])

@@ -99,13 +99,6 @@ NAMES = [
         "catch its RuntimeError",
     ),
     Name(
-        "stages/stage.py",
-        "_compiler_ctx",
-        STAGE,
-        "what torch.compile(stage) leaves, of which the Trainer compiles every step anew",
-        "compare type(stage).training_step with stage.training_step",
-    ),
-    Name(
         "stages/compiling.py",
         "_compiled_call_impl",
         "torch.nn:Module",

@@ -253,8 +253,6 @@ def test_what_cannot_be_compiled_is_refused_before_training(few: Path, monkeypat
         r"reduce-overhead works with neither .* nor micro-batches.*give model.compile default",
         partial(fit, compiling("reduce-overhead"), few, {"micro_batch": 4}),
     )
-    whole: Any = COMPILE(compiling(False))
-    user_error(r'give the stage compile="default"', partial(trainer().fit, whole, data(few)))
     monkeypatch.setenv("CXX", "no-compiler")
     user_error(
         r"default: there is no C\+\+ compiler; apt install g\+\+, or give", partial(fit, compiling("default"), few)

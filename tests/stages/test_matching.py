@@ -11,6 +11,7 @@ import torch
 from conftest import randomized, user_error
 from lightning.pytorch import seed_everything
 from small_stage import TINY, data, distance, finetune, fit, pretrain, state_of, trainer
+from torch._dynamo.utils import counters
 
 import vitlit
 from vitlit.data import Preprocess
@@ -63,7 +64,7 @@ def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given:
     vit.preprocess = Preprocess((16, 16), 1.0, "bilinear", squash=True)
     folder.follow(vit)
     assert folder.preprocess == replace(vit.preprocess, **how)
-    assert folder.transform.crop.interpolation.value == ("bilinear" if given is None else "bicubic")  # type: ignore[attr-defined]
+    assert folder.transform.crop.interpolation.value == ("bilinear" if given is None else "bicubic")
 
 
 def test_a_loaded_vit_brings_its_preprocessing_and_classes(weights: Path, few: Path, tmp_path: Path) -> None:
@@ -133,3 +134,13 @@ def test_seed_everything_seeds_data_and_dropout(few: Path, monkeypatch: pytest.M
     assert orders[0] == orders[2] != orders[1]
     assert distance(ends[0], ends[2]) == 0 < distance(ends[0], ends[1])
     assert data(few, seed=5).seed == 5  # given, it is meant
+
+
+def test_a_compiled_stage_is_not_compiled_again_at_each_step(few: Path) -> None:
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    plain, compiled = (copy.deepcopy(stage) for stage in [pretrain()] * 2)
+    fit(plain, few, max_steps=8, max_epochs=2)
+    trainer(max_steps=8, max_epochs=2).fit(torch.compile(compiled, backend="eager"), data(few))  # type: ignore[arg-type]
+    assert counters["stats"]["unique_graphs"] - before <= 4  # training and evaluation, and their last batches
+    assert distance(state_of(plain), state_of(compiled)) < 1e-6

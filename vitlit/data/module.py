@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 
 from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import Images, ImagesOnDevice
+from vitlit.data.decoded import Cache, Decoded, decode_once
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
@@ -72,6 +73,8 @@ class ImageFolderData(LightningDataModule):
         ground: the colour under transparency, a CSS name or '#rrggbb'; white unless given here or by the weights.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
+        cache: keep decoded images, if they fit: in memory, once for all processes of a machine, or on the device, which
+            then makes the batches without workers, but cannot run `augment`.
         pin_memory: whether batches are put into pinned memory; by default if there is a GPU.
         seed: for order and augmentation; by default what seed_everything was given, or 0.
 
@@ -106,6 +109,7 @@ class ImageFolderData(LightningDataModule):
         ground: str | None = None,
         num_workers: int | None = None,
         prefetch: int = 2,
+        cache: Cache = "none",
         pin_memory: bool | None = None,
         seed: int | None = None,
     ) -> None:
@@ -133,13 +137,14 @@ class ImageFolderData(LightningDataModule):
         self.batch_size, self.micro_batch, self._seed = batch_size, micro_batch, seed
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.cache = on_bad_image, cache
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
         self._trainer_done = False  # Lightning leaves it attached
 
     def _use(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
         self.transform = train_transform(preprocess, *self._train_options)
+        self._kept: dict[str, Decoded] = {}  # decoded over another ground, perhaps
         flip, augment = self._train_options[2:]
         self._further = [each for kind in self.views for each in kind.transforms(preprocess, flip, augment)]
 
@@ -221,6 +226,8 @@ class ImageFolderData(LightningDataModule):
         """Refuse data that does not fit a stage (fit, validate, test or predict) or a split on so many devices."""
         if stage == "fit":
             self.plan(world_size)
+            if self.cache == "device" and self.transform.augment:
+                raise UserError("data.cache device makes batches without data.augment; give memory, or leave it out")
             for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:
                 check_augment(self.transform.augment, size)
         name = "val" if stage in ("fit", "validate") else stage
@@ -242,6 +249,7 @@ class ImageFolderData(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self._trainer_done = True
+        self._kept.clear()
 
     @property
     def _active_trainer(self) -> Any:
@@ -258,7 +266,7 @@ class ImageFolderData(LightningDataModule):
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         ground = self.preprocess.ground
         images = Images(index, self.transform, self.seed, self._bad_images(index), self._further, ground=ground)
-        return self._loader(images, stream, micro)
+        return self._loader(images, stream, micro, "train")
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
         index = self.split("train")
@@ -282,7 +290,10 @@ class ImageFolderData(LightningDataModule):
         batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
         bad = self._bad_images(index, photos) if photos else None
         images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
-        return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch)
+        images.remedy = (
+            "--data.on_bad_image skip leaves it out" if photos else "evaluation takes every image: restore or remove it"
+        )
+        return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch, split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
         if self.on_bad_image == "error":
@@ -290,18 +301,20 @@ class ImageFolderData(LightningDataModule):
         file = Path(self._active_trainer.default_root_dir) / ("bad_photos.csv" if photos else "bad_images.csv")
         return BadImages((self.bad_photos if photos else None) or file, len(index))
 
-    def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> Loader:
+    def _loader(self, images: Any, sampler: Any, batch_size: int, split: str) -> Loader:
         trainer = self._active_trainer
+        device = trainer.strategy.root_device
         processes = workers.count(trainer.num_devices) if self.num_workers is None else self.num_workers
-        pin = trainer.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
-        batches = workers.loader(dataset, sampler, batch_size, processes, self.prefetch, pin)
+        pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        if self.cache != "none" and (trainer is NoTrainer or trainer.state.fn == TrainerFn.FITTING):  # else read once
+            if split not in self._kept:
+                self._kept[split] = decode_once(images, processes, self.cache, trainer)
+            images.kept = self._kept[split]
+            if self.cache == "device":
+                images, processes, pin = ImagesOnDevice(images, images.kept), 0, False
+        batches = workers.loader(images, sampler, batch_size, processes, self.prefetch, pin)
+        batches.to = device
         return BatchLoader(batches, self) if trainer is NoTrainer else batches
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        images, labels, indices, *training = batch
-        if training:  # the first sample's position stays on the host: reading it on the device would wait
-            training[0] = int(training[0][0])
-        return [images, labels, indices, *training]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         images, labels, indices, *training = batch

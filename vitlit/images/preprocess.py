@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vitlit.errors import UserError
-from vitlit.images.crops import enlarged
+from vitlit.images.crops import CenterCrop
 from vitlit.images.decode import GROUND, colour, decode, decode_bytes, decode_picture
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -57,11 +57,11 @@ class Preprocess:
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
         colour(self.ground)
 
-    def crop(self, image: Tensor) -> Tensor:
+    @property
+    def crop(self) -> CenterCrop:
         """Resize to image_size / crop_ratio, or just to cover it, crop the centre: uint8 (3, H, W) -> (3, h, w)."""
-        size = enlarged(self.image_size, self.crop_ratio, self.squash, image)
-        image = F.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
-        return F.center_crop(image, list(self.image_size))
+        how = InterpolationMode(self.interpolation)
+        return CenterCrop(self.image_size, how, crop_ratio=self.crop_ratio, squash=self.squash)
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised (B, C, H, W) of `dtype`, on the images' device."""

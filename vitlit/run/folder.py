@@ -18,7 +18,7 @@ from vitlit.run.lock import Lock
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
-    *("data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
+    *("data.cache", "data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
     *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.root", "run.save_minutes"),
     *("run.time_limit", "trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*"),
     *("trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),

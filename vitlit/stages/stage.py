@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,9 @@ from vitlit.stages.record import check_class_paths, describe, path_of
 from vitlit.weights import Weights, load, preprocess
 from vitlit.weights.adapt import set_numerics
 from vitlit.weights.checkpoint import about, open_checkpoint
+
+# What Lightning calls changes from step to step: torch.compile(stage) compiles what it calls in turn.
+not_compiled = partial(torch.compiler.disable, recursive=False)
 
 
 class Stage(LightningModule):
@@ -98,6 +102,7 @@ class Stage(LightningModule):
         best = {f"val/{name}": direction(name, metric) for name, metric in self.measures["val"].named_children()}
         return {**{name: way for name, way in best.items() if name != "val/loss"}, "val/loss": "min"}
 
+    @not_compiled
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
         return self.compiling.step(self, Batch.of(batch), self._progress)
@@ -139,8 +144,6 @@ class Stage(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        if self._compiler_ctx is not None:
-            raise UserError('torch.compile(stage) would compile at every step; give the stage compile="default"')
         if stage == "fit":
             self.compiling.check(self.trainer)
             self.check_data(self.data)
@@ -197,6 +200,7 @@ class Stage(LightningModule):
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
+    @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
@@ -224,12 +228,15 @@ class Stage(LightningModule):
 
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
+    @not_compiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         return self._measure("val", batch, self.step(batch))
 
+    @not_compiled
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         return self._measure("test", batch, self.step(batch))
 
+    @torch.compiler.disable
     def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Tensor] | None:
         labels = Batch.of(batch).labels
         measures: Any = self.measures[split]
@@ -243,6 +250,7 @@ class Stage(LightningModule):
         predicted = self.objective.predictions(step.logits)
         return None if predicted is None else {"probabilities": predicted}
 
+    @not_compiled
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """What the objective predicts: class probabilities (B, num_classes) or numbers (B,), float32."""
         predicted = self.objective.predictions(self.vit(Batch.of(batch).views[0]))
