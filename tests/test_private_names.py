@@ -105,6 +105,16 @@ NAMES = [
         "the keys by which Lightning builds a stage from its checkpoint (load_from_checkpoint)",
         "follow the keys of the new Lightning, and read the old ones too",
     ),
+    *(
+        Name(
+            f"weights/{file}.py",
+            "_metadata",
+            "torch.nn:Module",
+            "what torch keeps beside the tensors of a state dict: loaders ignore it, weights_only reads it",
+            "write no metadata: the report says what was assumed",
+        )
+        for file in ("save", "files")
+    ),
     Name("cli/completion.py", "_class_path", CLI, "as in stages/stage.py", "as in stages/stage.py"),
     Name(
         "cli/trainer.py",

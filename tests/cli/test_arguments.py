@@ -63,6 +63,14 @@ MISTAKES = {
     "--trainer.callbacks [vitlit.callbacks.Ema]": ["no attribute 'Ema'; did you mean EMA?"],
     "--trainer.max_time 00:01:00:00": ["trainer.max_time cannot be set", "use run.time_limit"],
     "--model.optimizer AdanW": ["model.optimizer: expected class, not AdanW; did you mean AdamW?"],
+    "--ckpt_path runs/gone.ckpt": ["checkpoint runs/gone.ckpt does not exist"],
+    "--model.optimizer.betas [0.8,0.9] --model.optimizer SGD": ["model.optimizer: no key betas"],
+    "--trainer.limit_val_batches 0 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val/loss": [
+        "EarlyStopping waits for val/loss, but trainer.limit_val_batches is 0"
+    ],
+    "--trainer.log_every_n_steps 0 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor train/loss": [
+        "EarlyStopping waits for train/loss, but trainer.log_every_n_steps is 0"
+    ],
     "--model.optimizer torch.optim.AdanW": ["no attribute 'AdanW'; did you mean AdamW?"],
     "--trainer.callbacks [vitlit.callbacks.ema.EMAA]": ["no attribute 'EMAA'; did you mean EMA?"],
     "--data.augment [vitlit.data.augment.TimRandAugment]": ["did you mean TimmRandAugment?"],
@@ -315,6 +323,14 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
 )
 def test_values_that_make_no_sense_are_refused(vitlit: Command, few: Path, flag: str, value: str, words: str) -> None:
     refused(vitlit("fit", *SMALL, "--data.root", few, flag, value), words)
+
+
+@pytest.mark.parametrize("key", ["model.optimizer", "model.optimizer.class_path"])
+def test_a_class_may_follow_its_options(vitlit: Command, key: str) -> None:
+    out = done(
+        vitlit("fit", *SMALL, "--model.optimizer.momentum", 0.7, f"--{key}", "torch.optim.SGD", "--print_config")
+    )
+    assert yaml.safe_load(out)["model"]["init_args"]["optimizer"]["init_args"]["momentum"] == 0.7
 
 
 def test_a_config_of_ones_own_is_found_first_and_a_folder_is_called_one(

@@ -91,6 +91,11 @@ def test_mistakes_in_the_layout_are_named_with_the_remedy(tmp_path: Path) -> Non
     user_error("class folder .*/b holds no image", scan_train, tmp_path / "hole")
     paint(tmp_path / "strange" / "val" / "z" / "1.png")
     user_error("has the class 'z', which the training", scan_split, tmp_path / "strange" / "val", ["a", "b"])
+    paint(tmp_path / "case" / "val" / "cat" / "1.png")
+    user_error("lack; they have 'Cat': rename one", scan_split, tmp_path / "case" / "val", ["Cat", "dog"])
+    paint(tmp_path / "mac" / "val" / "cafe\u0301" / "1.png")  # as macOS writes it
+    told = r"has the class 'cafe\\u0301', .* they have 'caf\\xe9'"
+    user_error(told, scan_split, tmp_path / "mac" / "val", ["caf\xe9", "dog"])
     paint(tmp_path / "loose" / "val" / "1.png")
     user_error("holds images but no class folders", scan_split, tmp_path / "loose" / "val", ["a", "b"])
     (tmp_path / "empty" / "val" / "a").mkdir(parents=True)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_stage
 import torch
 from conftest import paint
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vitlit.data import ImageFolderData
@@ -128,6 +130,15 @@ def test_a_val_folder_without_some_class_is_said_in_a_line(tmp_path: Path, capsy
     assert capsys.readouterr().out == f"{tmp_path / 'val'} has no image of 3 of the 4 classes, such as 'a'\n"
     data.split("val")
     assert capsys.readouterr().out == ""
+
+
+def test_after_a_training_any_loader_is_evaluated(few: Path) -> None:
+    stage, runner = small_stage.pretrain(), small_stage.trainer()
+    runner.fit(stage, data := small_stage.data(few))
+    predicted = runner.predict(stage, data.val_dataloader())
+    assert len(torch.cat(predicted)) == len(data.split("val"))  # type: ignore[arg-type]
+    pairs: Any = [(torch.randn(3, 16, 16), 1)] * 5
+    assert set(runner.test(stage, DataLoader(pairs, 2), verbose=False)[0]) >= {"test/loss"}
 
 
 def test_what_the_data_lacks_is_refused_before_training(few: Path, tree: Path) -> None:

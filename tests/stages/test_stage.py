@@ -238,6 +238,16 @@ def test_a_run_that_ends_within_an_epoch_is_validated_at_its_end(few: Path, step
     assert len(memory.rows["val/top1"]) == validations
 
 
+def test_a_longer_training_goes_on_at_its_own_rate(few: Path, tmp_path: Path) -> None:
+    stage, memories = partial(pretrain, schedule=Schedule(warmup=2)), [Memory(), Memory()]
+    fit(stage(), few, logger=memories[0], max_epochs=3)
+    fit(stage(), few).save_checkpoint(path := tmp_path / "first.ckpt")
+    longer = trainer(logger=memories[1], max_epochs=3)
+    longer.fit(stage(), data(few), ckpt_path=path, weights_only=True)
+    expected, rates = (memory.rows["train/lr"] for memory in memories)
+    assert rates == expected[5:]
+
+
 def test_training_without_an_end_is_refused(few: Path) -> None:
     with pytest.raises(UserError, match="training has no end"):
         fit(pretrain(), few, max_epochs=-1)

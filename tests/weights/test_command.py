@@ -174,10 +174,9 @@ def test_what_the_file_does_not_tell_the_user_does(vitlit: Command, few: Path, f
 def test_an_export_whose_check_fails_leaves_no_file(
     vitlit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: str
 ) -> None:
-    vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40)  # timm's file does not tell heads
+    vit = ViT(image_size=32, patch_size=8, width=24, depth=1, heads=3, mlp_dim=40)
     package.save_weights(vit, tmp_path / "a.ckpt")
-    if name != "a.pth":  # whose safetensors and config.json tell them
-        monkeypatch.setattr("vitlit.cli.weights.TOLERANCE", -1.0)
+    monkeypatch.setattr("vitlit.cli.weights.TOLERANCE", -1.0)
     refused(vitlit("weights", "convert", "a.ckpt", name, "--format", format), name)
     assert not (tmp_path / name).exists()
 
@@ -232,13 +231,6 @@ def test_an_output_that_cannot_be_written_is_one_line(vitlit: Command, tmp_path:
     (tmp_path / "file").write_text("")
     format = {"a.safetensors": "vitlit", "a.npz": "google", "folder": "hf"}[Path(out).name]
     refused(vitlit("weights", "convert", "a.ckpt", out, "--format", format), out, "cannot be written")
-
-
-def test_what_a_timm_file_does_not_keep_is_named(vitlit: Command, tmp_path: Path) -> None:
-    vit = stranger_like(norm_eps=0.1)
-    package.save_weights(vit, tmp_path / "a.ckpt")
-    refused(vitlit("weights", "convert", "a.ckpt", "b.pth", "--format", "timm"), "timm does not keep norm_eps 0.1")
-    assert not (tmp_path / "b.pth").exists()
 
 
 def stranger_like(**options: Any) -> ViT:

@@ -80,5 +80,8 @@ def test_finetuning_starts_from_a_model_of_the_hub(vitlit: Callable[..., Result]
     flags += " --model.schedule.warmup 0 --trainer.logger false --model.init_from hf:owner/name"
     result = vitlit("fit", "--config", "finetune", "--data.root", few, *flags.split())
     assert result.code == 0, result.err
-    assert "weights of hf:owner/name: hf vit; " in result.out
+    assert (
+        "weights of hf:owner/name: hf vit, assuming what the file does not say: preprocess transformers' defaults"
+        in result.out
+    )
     assert "4 x 4 patches" in result.out

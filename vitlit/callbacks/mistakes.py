@@ -81,7 +81,7 @@ def draw(title: str, rows: Tensor, index: Index, classes: list[str], ground: str
         left, top = place % ACROSS * cell + MARGIN, place // ACROSS * tall + 2 * TEXT
         right, truth = label == guess, f"({classes[int(label)]})"
         for line, words in enumerate([f"{classes[int(guess)]}  {100 * probability:.0f} %", "" if right else truth]):
-            words = words.encode(errors="replace").decode()  # a name may be no text
+            words = " ".join(words.encode(errors="replace").decode().splitlines())  # a name may be no text
             while pen.textlength(words, font) > SIDE:
                 words = words.rstrip("…")[:-1] + "…"
             pen.text((left, top + line * TEXT), words, "black" if right else "firebrick", font)

@@ -56,6 +56,7 @@ class CommandLine:
         trainers = [dict(content["trainer"]) for content in contents if isinstance(content.get("trainer"), dict)]
         wandb = "--trainer.logger=vitlit.loggers.Wandb"  # the default, whose options may follow
         flags = [wandb if flag.lower() == "--trainer.logger=true" else flag for flag in flags]
+        classes_first(flags)
         insert(flags, "--model.vit", "vitlit.ViT.from_preset", only="--model.vit.preset")  # for the config's class
         if not any(isinstance(trainer.get("logger"), str | dict | list) for trainer in trainers):
             insert(flags, "--trainer.logger", "vitlit.loggers.Wandb")
@@ -91,6 +92,16 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str
         else:
             others.append(part)
     return found
+
+
+def classes_first(flags: list[str]) -> None:
+    """Move each class before the options of its key: jsonargparse drops what the class before has alone."""
+    for place, flag in enumerate(flags):
+        key, _, value = flag.partition("=")
+        if re.fullmatch(r"(\w+\.)*[A-Z]\w*(\.\w+)?", value):
+            options = f"{key.removesuffix('.class_path')}."
+            first = next(i for i, other in enumerate(flags) if other.startswith(options) or i == place)
+            flags.insert(first, flags.pop(place))
 
 
 def insert(flags: list[str], key: str, value: str, only: str = "") -> None:

@@ -20,6 +20,7 @@ from vitlit.stages.finetune import TRAINING
 from vitlit.stages.matching import no_classes
 from vitlit.weights import Weights, network, read
 from vitlit.weights.checkpoint import open_checkpoint
+from vitlit.weights.weights import ASSUMED
 
 # Settings that a checkpoint's optimizer state was made with; of the rest of the schedule it holds nothing.
 STATEFUL = ("lora", "freeze", "last_blocks", "groups", "optimizer", "schedule.lr_per")
@@ -206,7 +207,7 @@ def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:
     """Refuse a network that differs from its weights in more than the `free` options."""
     config = built.plain()
     for name, value in weights.config.items():
-        if name in free or (name == "heads" and name not in weights.stated):
+        if name in free or (name in ASSUMED and name not in weights.stated and value != "swiglu"):
             continue
         if name == "layer_scale" and None not in (value, config[name]):
             continue

@@ -169,7 +169,7 @@ class CLI(LightningCLI):
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
         recorded = self.plain()
         if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
-            own = self.folder.last.with_name(f"{config.ckpt_path}.ckpt")
+            own = self.folder.last.parent / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(own) if own.is_file() or config.ckpt_path in ("best", "last") else config.ckpt_path
         if fitting:
             self.decide(recorded)

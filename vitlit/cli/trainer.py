@@ -143,7 +143,13 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
     makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor in known:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
+            continue
+        if monitor.startswith("val/") and not trainer.limit_val_batches:
+            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.limit_val_batches is 0")
+        if monitor.startswith("train/") and not trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.log_every_n_steps is 0")
+        if monitor in known:
             continue
         # The user's own callbacks and objective may log metrics of their own.
         if makers <= {"vitlit", "lightning"} or get_close_matches(monitor, known, 1, 0.7):

@@ -2,6 +2,7 @@
 
 import os
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -164,7 +165,10 @@ def _labelled(folder: Path, classes: list[str]) -> tuple[Index, str]:
     names = folders_in(folder) or ([] if classes else [""])
     strange = sorted(set(names) - {"", *classes})
     if strange:
-        raise UserError(f"{folder} has the class {strange[0]!r}, which the training images lack")
+        near = [ascii(name) for name in classes if alike(name) == alike(strange[0])]
+        lack = f"lack; they have {near[0]}: rename one" if near else "lack"
+        named = ascii(strange[0]) if near else repr(strange[0])
+        raise UserError(f"{folder} has the class {named}, which the training images {lack}")
     files, counts, passed = cache.load(folder, names) or _scan(folder, names)
     if not len(files):
         if not names and walk(os.fsencode(folder)).images:
@@ -230,6 +234,11 @@ def _hold_groups(groups: np.ndarray, labels: np.ndarray, counts: np.ndarray, wan
             held[by_group[group]] = True
             taken += own
     return held
+
+
+def alike(name: str) -> str:
+    """The same for names that differ only in case, in spaces around them, or in how accents are composed."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def brief(names: list[str]) -> str:

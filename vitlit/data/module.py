@@ -218,7 +218,7 @@ class ImageFolderData(LightningDataModule):
         return list(islice(self._stream(lambda: step), self.batch_size))
 
     def check(self, stage: str, world_size: int) -> None:
-        """Refuse data that does not fit a stage (fit, validate, test or predict) on so many devices."""
+        """Refuse data that does not fit a stage (fit, validate, test or predict) or a split on so many devices."""
         if stage == "fit":
             self.plan(world_size)
             for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:
@@ -232,8 +232,9 @@ class ImageFolderData(LightningDataModule):
         self._trainer_done = False
         vit = getattr(self._active_trainer.lightning_module, "vit", None)
         self.splits.expect(getattr(vit, "classes", []))  # a folder to evaluate on may lack the training images
-        # TrainerFn turns Lightning's stage, which prints as TrainerFn.TESTING, into its name.
-        self.check(TrainerFn(stage).value, self._active_trainer.world_size)
+        if stage == "fit" or self.trainer is None:  # a Trainer may evaluate on other loaders than these
+            # TrainerFn turns Lightning's stage, which prints as TrainerFn.TESTING, into its name.
+            self.check(TrainerFn(stage).value, self._active_trainer.world_size)
         if DECODER == "Pillow":
             rank_zero_only(print)(f"torchcodec is missing, so Pillow decodes, in {PILLOW_SLOWER} times the time")
         if stage == "fit" and self.trainer is not None:
@@ -274,7 +275,9 @@ class ImageFolderData(LightningDataModule):
         return self._eval_loader("predict")
 
     def _eval_loader(self, split: str) -> Loader:
-        trainer, index, photos = self._active_trainer, self.split(split), split == "predict"
+        trainer, photos = self._active_trainer, split == "predict"
+        self.check(split, trainer.world_size)
+        index = self.split(split)
         most = -(-self.batch_size // trainer.world_size)
         batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
         bad = self._bad_images(index, photos) if photos else None

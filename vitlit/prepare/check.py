@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vitlit.data.folder import SPELLINGS, Tree, folders_in, hold_out, parse_share, unread, walk
+from vitlit.data.folder import SPELLINGS, Tree, alike, folders_in, hold_out, parse_share, unread, walk
 from vitlit.data.index import Index
 from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
@@ -156,7 +155,7 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
             report.add("missing_class", missing, split)
     similar = defaultdict(list)
     for name in sorted(set().union(*counts.values())):
-        similar[unicodedata.normalize("NFC", name).strip().casefold()].append(name)
+        similar[alike(name)].append(name)
     report.add("similar_class", [names for names in similar.values() if len(names) > 1])
     if filled and max(filled.values()) > RARE * min(filled.values()):
         rarest, largest = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)

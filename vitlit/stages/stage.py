@@ -176,6 +176,8 @@ class Stage(LightningModule):
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
         self._logs.clear()
         self._total_steps = int(self.trainer.estimated_stepping_batches)
+        for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
+            follow_schedule(config.scheduler)
         self.vit.preprocess = getattr(self.data, "preprocess", self.vit.preprocess)
         self.vit.classes = self.classes
 
@@ -312,6 +314,14 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {path}, not a {cls.__name__}")
         bound: Any = super(Stage, kind)
         return bound.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the rates of this schedule at its step, if that is known without the steps before."""
+    if isinstance(scheduler, LambdaLR):
+        rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, peak, factor in rates:
+            group["lr"] = peak * factor(scheduler.last_epoch)
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:

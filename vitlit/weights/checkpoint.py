@@ -12,6 +12,7 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
+from vitlit.model.lora import merge
 from vitlit.weights.files import Contents, load_torch
 from vitlit.weights.weights import Weights, count_blocks, tensors
 
@@ -35,7 +36,7 @@ def read(contents: Contents) -> Weights | None:
             raise UserError("the file is damaged: its checksum is wrong")
         about = json.loads(about)
     else:
-        state = in_units_of_labels(state)
+        state = in_units_of_labels(merge(state)[0])  # the raw weights beside an average have their adapters
         state = {name.removeprefix("vit."): t for name, t in state.items() if name.startswith("vit.")}
     unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
     config, blocks = about["vit"], count_blocks(state)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
-from vitlit.model import ViT
+from vitlit.model import ViT, ViTConfig
 from vitlit.model.init import fill_positions
 from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
-from vitlit.weights.files import locate, open_file
-from vitlit.weights.weights import NOT_SAID, Weights, in_words, usual_heads
+from vitlit.weights.averaged import Choice
+from vitlit.weights.files import locate, open_file, skips
+from vitlit.weights.names import how_to_skip
+from vitlit.weights.weights import ASSUMED, NOT_SAID, Weights, in_words, usual_heads
 
 MOST_PATCHES = 1 << 18  # of an image: no file holds a sin-cos table, so its image_size could ask for any memory
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
@@ -44,88 +46,103 @@ class LoadReport(NamedTuple):
         return "; ".join([*format, ", ".join(counts), *rest])
 
 
-def read(source: str | Path) -> Weights:
+def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[str] = ()) -> Weights:
     """The weights of a run's or model's folder, of a file of any known format or of hf:OWNER/NAME[@REVISION]."""
     path = hub.fetch(str(source)) if str(source).startswith("hf:") else locate(source)
-    contents, weights = open_file(path), None
+    contents, found = open_file(path, weights, [skip] if isinstance(skip, str) else skip), None
     for reader in READERS:
         try:
-            weights = reader(contents)
+            found = reader(contents)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             format, why = reader.__module__.rsplit(".", 1)[-1], " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{path} looks like a file of {format}, but is not whole ({why})") from error
-        if weights is not None:
+        if found is not None:
             break
     else:
         some = ", ".join(list(contents.tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is in no checkpoint format that vitlit knows; it holds {some}")
-    # In another format's file, before `fuse` makes float32 of a layer with one part of integers.
-    used = {n: t for n, t in contents.tensors.items() if n not in weights.unused}
-    for name, tensor in (weights.state if weights.format == "vitlit" else used).items():
+    found.skipped = [name for name in found.state if skips(contents.skip, name)]
+    found.state = {name: tensor for name, tensor in found.state.items() if name not in found.skipped}
+    config, used = found.config, found.state
+    if found.skipped and not any(name.startswith("head.") for name in found.state):
+        config |= {"num_classes": 0, "hidden_dim": None}
+        found.classes = []
+    if found.format != "vitlit":  # before `fuse` makes float32 of a layer with one part of integers
+        left = [*found.unused, *(f"*{pattern}" for pattern in contents.skip)]
+        used = {name: tensor for name, tensor in contents.tensors.items() if not skips(left, name)}
+    for name, tensor in used.items():
         if tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{path} holds {name} without its numbers, or sparse; a ViT has dense tensors")
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{path} holds {kind} numbers in {name}; a ViT has floating-point ones")
-    config = weights.config
+            raise UserError(f"{path} holds {kind} numbers in {name}, unlike a ViT; {how_to_skip(name, used)}")
     if "heads" not in config and (heads := usual_heads(config)) is not None:
-        config["heads"], weights.origins["heads"] = heads, f"{heads} (usual for its width); {NOT_SAID}"
-    if config.get("position", "learned") == "learned" and "image_size" not in weights.stated:
-        weights.origins["image_size"] = f"a square grid; {NOT_SAID}"
-    return weights
+        config["heads"], found.origins["heads"] = heads, f"{heads} (usual for its width); {NOT_SAID}"
+    if config.get("position", "learned") == "learned" and "image_size" not in found.stated:
+        found.origins["image_size"] = f"a square grid; {NOT_SAID}"
+    if contents.origin:
+        found.origins["weights"] = contents.origin
+    return found
 
 
-def load_weights(vit: ViT, path: str | Path | Weights, skip: str | Sequence[str] = ()) -> LoadReport:
+def load_weights(
+    vit: ViT, path: str | Path | Weights, skip: str | Sequence[str] = (), weights: Choice = "averaged"
+) -> LoadReport:
     """Load weights into a ViT. Every tensor must match, except those that `skip` names.
 
     The image size (2010.11929, section 3.2), the number of channels and the class token's position may differ. A ViT
     without a head ignores the file's. Settings of the weights that no tensor shows (epsilon of the norms, kind of GELU,
-    resampling) are set on the ViT.
+    resampling) are set on the ViT, except that a guess does not replace what is not ViTConfig's default.
 
     Args:
         vit: changed in place, or unchanged if an error is raised.
         path: the folder of a run, a file of any known format, hf:OWNER/NAME[@REVISION], or the result of `read`.
-        skip: shell patterns of tensor names to leave alone, one or several, such as `head*`.
+        skip: shell patterns of tensor names to leave alone, one or several, such as `head*`: names of the ViT or, for
+            what is beside it, of the file.
+        weights: averaged or raw, for a file with both, as `load` has it; `read` has chosen already.
 
     Raises:
         UserError: the file cannot be read, or the named tensor is missing, unexpected, not finite or of another shape.
     """
-    weights = path if isinstance(path, Weights) else read(path)
+    found = path if isinstance(path, Weights) else read(path, weights, skip)
     own = vit.state_dict()
     globs = ["mask_token", *([skip] if isinstance(skip, str) else skip), *([] if vit.config.num_classes else ["head*"])]
-    skipped = {name for name in own.keys() | weights.state if any(fnmatchcase(name, glob) for glob in globs)}
-    state = dict(weights.state)
-    adapt(state, weights, vit, skipped)
-    adapted = {name for name in state.keys() | weights.state if state.get(name) is not weights.state.get(name)}
+    skipped = {name for name in (*own, *found.state, *found.skipped) if skips(globs, name)}
+    # What the file does not state does not replace what a user gives.
+    given = {name for name in ASSUMED if getattr(vit.config, name) != getattr(ViTConfig, name)} - found.stated
+    found = replace(found, config={name: value for name, value in found.config.items() if name not in given})
+    state = dict(found.state)
+    adapt(state, found, vit, skipped)
+    adapted = {name for name in state.keys() | found.state if state.get(name) is not found.state.get(name)}
     state = {name: tensor for name, tensor in state.items() if name not in skipped}
     wanted = {name: tensor for name, tensor in own.items() if name not in skipped}
-    problems = differences(vit, wanted, state, weights)
+    problems = differences(vit, wanted, state, found)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         head = all(name.startswith(("head.", "head_dist.")) for name in problems)
         hint = "; skip=['head*'] leaves the head alone" if head else ""
-        raise UserError(f"{weights.path} does not fit the model: {next(iter(problems.values()))}{more}{hint}")
+        raise UserError(f"{found.path} does not fit the model: {next(iter(problems.values()))}{more}{hint}")
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{weights.path} holds NaN or infinity in {name} {list(tensor.shape)}")
+            raise UserError(f"{found.path} holds NaN or infinity in {name} {list(tensor.shape)}")
 
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
     fill_positions(vit)
-    origins = dict(weights.origins)
+    origins = dict(found.origins)
     if "image_size" in origins and vit.grid[0] != vit.grid[1] and "pos_embed" in state and "pos_embed" not in adapted:
         origins["image_size"] = "the model's grid of {} x {}; ".format(*vit.grid) + NOT_SAID
     return LoadReport(
         matched=[name for name in state if name not in adapted],
         resampled=sorted(adapted - skipped),
-        new=sorted(skipped & own.keys() - weights.state.keys()),
-        skipped=sorted(skipped & weights.state.keys()),
-        unexpected=weights.unused,
-        format=weights.format,
-        settings=set_numerics(vit, weights.config),
+        new=sorted(skipped & own.keys() - {*found.state, *found.skipped}),
+        skipped=sorted(skipped & {*found.state, *found.skipped}),
+        unexpected=found.unused,
+        format=found.format,
+        settings=set_numerics(vit, found.config),
         origins=origins,
     )
 
@@ -138,7 +155,7 @@ def differences(vit: ViT, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
         if theirs is None:
             problems[name] = f"{name} {ours} is missing from the file"
         elif ours is None:
-            problems[name] = f"the model has no {name} {theirs}"
+            problems[name] = f"the model has no {name} {theirs}; {how_to_skip(name, own)}"
         elif ours != theirs:
             problems[name] = f"{name} is {theirs} in the file and {ours} in the model"
     if problems:
@@ -151,19 +168,22 @@ def differences(vit: ViT, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
     return problems
 
 
-def load(source: str | Path) -> ViT:
+def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[str] = ()) -> ViT:
     """The ViT of a run (its best checkpoint), of a file of any known format or of hf:OWNER/NAME, in evaluation mode.
 
     `vit.classes` are the class names in the order of the logits, and `vit(vit.preprocess(paths))` the logits of images.
 
+    `weights` are the averaged ones (an EMA, a teacher) or the raw ones, where the file has both; `skip` has shell
+    patterns, one or several, of the names of tensors to leave out: those that are not the ViT's, or `head*`.
+
     Raises:
         UserError: there is no such run or file, it cannot be read, or it does not show the whole architecture.
     """
-    weights = read(source)
-    vit = empty(weights)
+    found = read(source, weights, skip)
+    vit = empty(found)
     vit.to_empty(device="cpu")
-    load_weights(vit, weights)
-    vit.classes, vit.preprocess = weights.classes, preprocess(weights.preprocess, vit)
+    load_weights(vit, found)
+    vit.classes, vit.preprocess = found.classes, preprocess(found.preprocess, vit)
     return vit.eval()
 
 

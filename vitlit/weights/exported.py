@@ -1,4 +1,4 @@
-"""What vitlit knows of a network beyond its tensors, in the metadata of the safetensors files of other formats."""
+"""What vitlit knows of a network beyond its tensors, in the metadata of the files that it writes in other formats."""
 
 import json
 from typing import Any, NamedTuple
@@ -29,9 +29,9 @@ def metadata(vit: ViT) -> dict[str, str]:
 
 
 def exported(contents: Contents) -> Exported:
-    """What vitlit wrote into the metadata of a safetensors file of another format; UserError if it is damaged."""
+    """What vitlit wrote into the metadata of a file of another format; UserError if it is damaged."""
     text = contents.rest.get(KEY)
-    if contents.kind != "safetensors" or text is None:
+    if text is None:
         return Exported({}, [], {})
     try:
         known = json.loads(text)

@@ -2,13 +2,14 @@
 
 import re
 
+from vitlit.weights.exported import KEY
 from vitlit.weights.files import Contents
 from vitlit.weights.names import prefix_of, strip
 from vitlit.weights.timm import place
 from vitlit.weights.weights import IMAGENET, STEM, Weights, architecture
 
 # Tensors in such a file that are not part of the ViT.
-UNUSED = r"mask_token|decoder_.*|(?:module\.)?(?:dino_head|ibot_head)\..*|(?:module\.)?head\.(?:mlp|last_layer)\..*"
+UNUSED = r"mask_token|decoder_.*|(?:.+\.)?(?:dino_head|ibot_head)\..*|(?:.+\.)?head\.(?:mlp|last_layer)\..*"
 NAMES = (
     (r"^register_tokens$", "reg_token"),
     (r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma"),  # DeiT III
@@ -19,13 +20,14 @@ NAMES = (
 
 
 def read(contents: Contents) -> Weights | None:
-    prefix = prefix_of(contents.tensors, STEM)
-    if contents.kind != "torch" or prefix is None:
+    prefix = prefix_of(contents, STEM)
+    if contents.kind != "torch" or prefix is None or KEY in contents.rest:
         return None
-    kind = model_of({name.removeprefix(prefix) for name in contents.tensors}, contents.wrapper)
+    wrapper = "teacher" if re.search("teacher|student", prefix) else contents.wrapper
+    kind = model_of({name.removeprefix(prefix) for name in contents.tensors}, wrapper)
     if kind is None:
         return None
-    named, unused = strip(contents.tensors, prefix, UNUSED)
+    named, unused = strip(contents, prefix, UNUSED)
     state = {}
     for name, tensor in named.items():
         for pattern, ours in NAMES:
@@ -46,10 +48,10 @@ def model_of(names: set[str], wrapper: str) -> str | None:
         return "mae"
     if "register_tokens" in names or "mask_token" in names:
         return "dinov2"
-    if wrapper == "teacher":
+    if wrapper in ("teacher", "student"):
         return "dinov2" if any("ls1" in name for name in names) else "dino"
     head = "head.weight" in names
-    if wrapper == "model":
+    if wrapper in ("model", "model_ema"):
         return "deit" if head and "fc_norm.weight" not in names else "mae"
     plain = not (head or wrapper or names & {"blocks.0.ls1.gamma", "reg_token"})
     return "dino" if plain and {"norm.weight", "cls_token"} <= names else None

@@ -6,6 +6,8 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +18,18 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.files import MOST_UNPACKED, check_archive, damaged, expand
+from vitlit.weights.averaged import RAW, Choice, pick_key, pick_names
 
-# The first that is there has the state dict. Averaged weights go before raw ones.
-WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "model", "state_dict", "module")
 # Plain values that training scripts leave in checkpoints and that torch does not allow by itself; the last is
 # numpy's scalar.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
 RECORDS += [np.float64(0).__reduce__()[0]]
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+def skips(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of some shell patterns is that of a name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Contents(NamedTuple):
@@ -34,6 +40,8 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
     wrapper: str  # the key that the tensors were under, empty for none
     rest: dict[str, Any]  # the other values of a torch file, or the metadata of a safetensors file
+    origin: str = ""  # of averaged or raw weights; empty if the file does not tell which it has
+    skip: Sequence[str] = ()  # shell patterns of names that the user leaves out
 
     def beside(self, name: str) -> dict[str, Any]:
         """The content of a JSON file in the same folder, empty if there is none."""
@@ -66,8 +74,21 @@ def locate(source: str | Path) -> Path:
     raise UserError(f"{source} does not exist; {remedy}")
 
 
-def open_file(path: Path) -> Contents:
-    """Read a weight file, in whatever container its first bytes show; UserError if it is missing or damaged."""
+def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()) -> Contents:
+    """Read the averaged or the raw weights of a file; UserError if it is missing, damaged, or does not have those."""
+    contents = open_container(path, weights)
+    stems = [name for name, tensor in contents.tensors.items() if tensor.ndim == 4]
+    if picked := pick_names(stems, weights):
+        tensors = {name: tensor for name, tensor in contents.tensors.items() if not name.startswith(picked[0])}
+        contents = contents._replace(tensors=tensors, origin=picked[1])
+    if weights == "raw" and not contents.origin:
+        remedy = "name last.ckpt" if path.name == "best.ckpt" else "leave weights='raw' out"
+        raise UserError(f"{path} has no raw weights beside averaged ones; {remedy}")
+    return contents._replace(skip=skip)
+
+
+def open_container(path: Path, weights: Choice) -> Contents:
+    """Read a weight file, in whatever container its first bytes show."""
     if path.name.endswith(".index.json"):
         return open_shards(path)
     try:
@@ -84,7 +105,7 @@ def open_file(path: Path) -> Contents:
             return open_npz(path)
     elif first[8:9] == b"{":
         return open_safetensors(path)
-    return open_torch(path)
+    return open_torch(path, weights)
 
 
 def load_torch(path: Path) -> Any:
@@ -100,21 +121,25 @@ def load_torch(path: Path) -> Any:
         raise damaged(path, why) from error
 
 
-def open_torch(path: Path) -> Contents:
+def open_torch(path: Path, weights: Choice) -> Contents:
     content = load_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} instead of named tensors")
-    rest, wrapper = {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}, ""
+    rest = {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}
     bare = len(rest) < len(content)
-    for name in WRAPPERS if bare else (*WRAPPERS, *rest):
-        if isinstance(rest.get(name), dict):
-            content, wrapper = rest[name], name
-            break
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    values = {name: value.values() for name, value in rest.items() if isinstance(value, dict)}
+    keys = [name for name in values if any(isinstance(value, Tensor) for value in values[name])]
+    wrapper, origin = pick_key(keys, weights)
+    wrapper = wrapper or next((name for name in (*RAW, *([] if bare else keys)) if name in keys), "")
+    content = rest[wrapper] if wrapper else content
+    match getattr(content, "_metadata", None):  # what `exported` may have left there
+        case {"": dict(about)}:
+            rest |= {name: value for name, value in about.items() if isinstance(value, str)}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor) and key != "n_averaged"}
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > MOST_UNPACKED * path.stat().st_size:  # a tensor may repeat one number in any shape, or hold none
         raise damaged(path, f"its tensors claim {claimed:,} bytes")
-    return Contents(path, "torch", tensors, wrapper, rest)
+    return Contents(path, "torch", tensors, wrapper, rest, origin)
 
 
 def open_safetensors(path: Path) -> Contents:

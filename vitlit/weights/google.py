@@ -45,7 +45,7 @@ def read(contents: Contents) -> Weights | None:
     prefix = next((p for p in PREFIXES if f"{p}embedding/kernel" in contents.tensors), None)
     if contents.kind != "npz" or prefix is None:
         return None
-    named, unused = strip(contents.tensors, prefix, UNUSED)
+    named, unused = strip(contents, prefix, UNUSED)
     named = {re.sub("(kernel|scale)$", "weight", n).replace("/", "."): t for n, t in unstacked(named).items()}
     big_vision = "Transformer.encoderblock_0.MultiHeadDotProductAttention_0.query.weight" in named
     state = translate(named, table(big_vision, "pre_logits.weight" in named))
@@ -58,7 +58,9 @@ def read(contents: Contents) -> Weights | None:
     origins = {"mlp": "JAX's default", "preprocess": "AugReg and SigLIP"}
     if not learned:
         origins["position"] = "big_vision, if a file has no table"
-    return Weights(contents.path, "google", state, config, [], HALF, unused, frozenset({"heads"}), origins)
+    return Weights(
+        contents.path, "google", state, config, [], HALF, unused, frozenset({"heads", "mlp", "norm_eps"}), origins
+    )
 
 
 def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,12 +13,13 @@ from vitlit.model import ViT, ViTConfig
 from vitlit.model.config import Resampling
 from vitlit.model.position import resample
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
-from vitlit.weights.names import Table, backwards, fuse, prefix_of, split, translate
-from vitlit.weights.weights import HALF, IMAGENET, PLAIN, Weights, architecture, require, square, tensors
+from vitlit.weights.names import Table, backwards, fuse, prefix_of, split, strip, translate
+from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, PLAIN, Weights, architecture, require, square, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
 UNUSED = ("embeddings.mask_token", "pooler.", "decoder.")  # names that begin so are not part of the ViT
+BESIDE = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")  # the base model, such as vit.
 
 
 def block(theirs: str, *parts: tuple[str, str]) -> Table:
@@ -48,14 +49,20 @@ DINOV2: Table = [
     *block("encoder.layer", *SCALES, *NORMS, ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")),
 ]
 GATED_DINOV2: Table = block("encoder.layer", ("mlp.weights_in", "mlp.fc1"), ("mlp.weights_out", "mlp.fc2"))
+ATTENTION = (*((f"attention.{name}_proj", f"attn.{name}") for name in "qkv"), ("attention.o_proj", "attn.proj"))
+SPLIT = (("mlp.gate_proj", "mlp.gate"), ("mlp.up_proj", "mlp.up"), ("mlp.down_proj", "mlp.fc2"))
 DINOV3: Table = [
     (CLS_TOKEN, "cls_token"),
     ("embeddings.register_tokens", "reg_token"),
     ("embeddings.patch_embeddings", "patch_embed.proj"),
     ("norm", "norm"),
-    *block("layer", *((f"attention.{name}_proj", f"attn.{name}") for name in "qkv"), ("attention.o_proj", "attn.proj")),
-    *block("layer", *SCALES, *NORMS),
-    *block("layer", ("mlp.gate_proj", "mlp.gate"), ("mlp.up_proj", "mlp.up"), ("mlp.down_proj", "mlp.fc2")),
+    *block("layer", *ATTENTION, *SCALES, *NORMS, *SPLIT),
+]
+IN_MEMORY: Table = [  # the names of transformers 5 before it saves a model, as in a checkpoint of a module of one's own
+    *block("layers", *ATTENTION, ("layernorm_before", "norm1"), ("layernorm_after", "norm2")),
+    *block("layers", ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")),
+    *block("encoder.layer", *ATTENTION, *SPLIT),
+    *block("model.layer", *ATTENTION, *SCALES, *NORMS, *SPLIT),
 ]
 DISTILLED = [("embeddings.distillation_token", "dist_token"), ("distillation_classifier", "head_dist")]
 TABLES: dict[str, Table] = {
@@ -79,20 +86,25 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "ge
 
 
 def read(contents: Contents) -> Weights | None:
-    prefix = prefix_of(contents.tensors, CLS_TOKEN)
+    prefix = prefix_of(contents, CLS_TOKEN)
     if prefix is None:
         return None
-    named = {name.removeprefix(prefix): tensor for name, tensor in contents.tensors.items()}
+    base = next((f"{kind}." for kind in TABLES if f".{prefix}".endswith(f".{kind}.")), "")
+    outer = prefix.removesuffix(base)  # of a module of one's own
+    beside = tuple(outer + head for head in BESIDE if base)
+    moved = {prefix + n.removeprefix(outer) if n.startswith(beside) else n: t for n, t in contents.tensors.items()}
+    named, left = strip(contents._replace(tensors=moved), prefix)
     about = contents.beside(CONFIG)
     about = about if "model_type" in about else {}
     kind = str(about.get("model_type") or model_type_of(named))
     if kind not in TABLES:
         raise UserError(f"transformers' model type {kind}; vitlit reads {' '.join(TABLES)}")
-    origins = {"norm_eps": f"transformers' defaults for {kind}"}
-
-    unused = [name for name in contents.tensors if name.removeprefix(prefix).startswith(UNUSED)]
+    origins, unused = (
+        {},
+        left + [n for n in contents.tensors if n.removeprefix(prefix).removeprefix(outer).startswith(UNUSED)],
+    )
     state = {n: t for n, t in named.items() if not n.startswith(UNUSED) and t.numel()}  # DINOv3 may have 0 registers
-    state = translate(state, TABLES[kind])
+    state = translate(state, [*TABLES[kind], *IN_MEMORY])
     if kind == "dinov3_vit":  # its keys have no bias
         biases = {n.replace(".q.", ".k."): torch.zeros_like(t) for n, t in state.items() if n.endswith("attn.q.bias")}
         state = biases | state
@@ -102,7 +114,7 @@ def read(contents: Contents) -> Weights | None:
     state = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in state.items()}
     head = state.get("head.weight")
     if kind.startswith("dinov2") and head is not None and head.shape[-1] == 2 * state["norm.weight"].shape[0]:
-        unused += [name for name in contents.tensors if name.startswith("classifier.")]
+        unused += [name for name in contents.tensors if name.startswith(f"{outer}classifier.")]
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         origins["head"] = "left out: it reads the class token and the patches' mean"
     if "dist_token" in state and "head_dist.weight" not in state:
@@ -115,11 +127,13 @@ def read(contents: Contents) -> Weights | None:
     config = {"mlp": "gelu", **architecture(state, position, class_position=True), "norm_eps": EPS[kind]}
     if kind == "dinov2":
         config["resampling"] = "offset"
-    stated = stated_by(about, config, state)
+    stated = stated_by(about, config, state) if about else {}
     config |= stated
     if kind.startswith("dinov2"):
         square_table(state, config)
     origins |= dict.fromkeys(stated.keys() & {"norm_eps", "heads"}, CONFIG)
+    guessed = [name for name in ("norm_eps", "mlp") if name not in stated and config[name] != "swiglu"]
+    origins |= {name: f"{config[name]} (transformers' default for {kind}); {NOT_SAID}" for name in guessed}
     labels = about.get("id2label") or {}
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if len(classes) != config["num_classes"] or classes == [f"LABEL_{i}" for i in range(len(classes))]:
@@ -189,7 +203,7 @@ def preprocessing(about: dict[str, Any], kind: str) -> tuple[dict[str, Any], str
     if kind in ("vit", "dinov3_vit"):
         known |= {"interpolation": "bilinear", "crop_ratio": 1.0, "squash": True}
     if "image_mean" not in about:
-        return known, f"transformers' defaults for {kind}"
+        return known, f"transformers' defaults for {kind}; {NOT_SAID}"
     for name, only in (("do_rescale", True), ("do_normalize", True), ("rescale_factor", 1 / 255)):
         if abs(about.get(name, only) - only) > 1e-6:
             raise UserError(f"{PREPROCESSOR} has {name} {about[name]}; vitlit scales by 1 / 255 and normalises")

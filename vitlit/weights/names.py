@@ -1,12 +1,13 @@
 """Tensor names of other formats to the ViT's and back; parts of a fused layer to one tensor and back."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vitlit.errors import UserError
+from vitlit.weights.files import Contents, skips
 
 # (theirs, ours): whole names, or their beginnings up to a dot; {} is the number of a block.
 Table = Sequence[tuple[str, str]]
@@ -28,23 +29,34 @@ def backwards(table: Table) -> Table:
     return list({ours: theirs for theirs, ours in reversed(table)}.items())
 
 
-def prefix_of(tensors: Mapping[str, Tensor], anchor: str) -> str | None:
-    """What precedes `anchor` in the first name that ends with it; None if no name does."""
-    return next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
+def prefix_of(contents: Contents, anchor: str) -> str | None:
+    """What precedes `anchor` in the first name that ends with it, if possible one not to skip; None if no name does."""
+    names = [name for name in contents.tensors if name.endswith(anchor)]
+    first = min(names, key=lambda name: skips(contents.skip, name), default=None)
+    return None if first is None else first.removesuffix(anchor)
 
 
-def strip(tensors: Mapping[str, Tensor], prefix: str, unused: str = "") -> tuple[dict[str, Tensor], list[str]]:
-    """Take a prefix off the ViT's names; also returns the full names of tensors whose short names match `unused`."""
+def strip(contents: Contents, prefix: str, unused: str = "") -> tuple[dict[str, Tensor], list[str]]:
+    """Take a prefix off the ViT's names; also returns the full names of what to skip, or is `unused` by short name."""
     kept, left = {}, []
-    for name, tensor in tensors.items():
+    for name, tensor in contents.tensors.items():
         short = name.removeprefix(prefix)
-        if re.fullmatch(unused, short):
+        if re.fullmatch(unused, short) or (prefix and skips(contents.skip, name)):  # else it may be the ViT's
             left.append(name)
         elif name.startswith(prefix):
             kept[short] = tensor
         else:
-            raise UserError(f"{name} {list(tensor.shape)} lies outside the ViT in {prefix.rstrip('./')}")
+            hint = how_to_skip(name, [other for other in contents.tensors if other.startswith(prefix)])
+            raise UserError(f"{name} {list(tensor.shape)} lies outside the ViT in {prefix.rstrip('./')}; {hint}")
     return kept, left
+
+
+def how_to_skip(name: str, vit: Collection[str]) -> str:
+    """How to leave out a tensor, and what is beside it, that is none of the names of a ViT."""
+    parts = name.split(".")
+    roots = (".".join(parts[:i]) + "." for i in range(1, len(parts)))
+    pattern = next((f"{root}*" for root in roots if not any(other.startswith(root) for other in vit)), name)
+    return f"skip=['{pattern}'] leaves it out, and so does `vitlit weights convert --skip '{pattern}'`"
 
 
 def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Write a ViT's weights in any of the formats."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -72,6 +73,9 @@ def write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None =
                 with partial.open("wb") as file:
                     np.savez(file, **content)
             else:
+                if metadata:  # where Module.state_dict has some; load_state_dict ignores what it does not know
+                    content = OrderedDict(content)
+                    content._metadata = {"": metadata}  # type: ignore[attr-defined]
                 torch.save(content, partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}") from error

@@ -62,10 +62,10 @@ KNOWN = (
 
 
 def read(contents: Contents) -> Weights | None:
-    prefix = prefix_of(contents.tensors, STEM)
+    prefix = prefix_of(contents, STEM)
     if prefix is None:
         return None
-    state = strip(contents.tensors, prefix)[0]
+    state, unused = strip(contents, prefix)
     for pattern, part in PARTS.items():
         if name := next((name for name in state if re.search(pattern, name)), None):
             raise UserError(f"it has {part} ({name}), which vitlit does not have")
@@ -115,7 +115,7 @@ def read(contents: Contents) -> Weights | None:
     if not classes and isinstance(names, list) and len(names) == config["num_classes"]:
         classes = [str(name) for name in names]
     said = {*stated} if origins["preprocess"].endswith(NOT_SAID) else {*stated, "preprocess"}
-    return Weights(contents.path, "timm", state, config, classes, preprocess, [], frozenset(said), origins)
+    return Weights(contents.path, "timm", state, config, classes, preprocess, unused, frozenset(said), origins)
 
 
 def stated_by(about: dict[str, Any]) -> dict[str, Any]:

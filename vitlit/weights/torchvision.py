@@ -6,7 +6,7 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.exported import EXPORTED, exported
 from vitlit.weights.files import Contents
-from vitlit.weights.names import Table, backwards, translate
+from vitlit.weights.names import Table, backwards, prefix_of, strip, translate
 from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require, tensors
 
 LAYER, BLOCK = "encoder.layers.encoder_layer_{}.", "blocks.{}."
@@ -30,10 +30,11 @@ TANH: Table = [("heads.pre_logits", "head.pre_logits"), ("heads.head", "head.out
 
 
 def read(contents: Contents) -> Weights | None:
-    tensors = {name.removeprefix("module."): tensor for name, tensor in contents.tensors.items()}
-    if "conv_proj.weight" not in tensors or "class_token" not in tensors:
+    prefix = prefix_of(contents, "conv_proj.weight")
+    if prefix is None or f"{prefix}class_token" not in contents.tensors:
         return None
-    state = translate(tensors, [*TABLE, *(TANH if "heads.pre_logits.weight" in tensors else LINEAR)])
+    named, unused = strip(contents, prefix)
+    state = translate(named, [*TABLE, *(TANH if "heads.pre_logits.weight" in named else LINEAR)])
     config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
     preprocess = {**IMAGENET, "interpolation": "bilinear"}
     origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
@@ -42,8 +43,10 @@ def read(contents: Contents) -> Weights | None:
         config |= known.options
         preprocess = known.preprocess or preprocess
         origins = dict.fromkeys((*known.options, *(["preprocess"] if known.preprocess else origins)), EXPORTED)
-    stated = frozenset({"class_position", *known.options, *(["preprocess"] if known.preprocess else [])})
-    return Weights(contents.path, "torchvision", state, config, known.classes, preprocess, [], stated, origins)
+    stated = frozenset(
+        {"class_position", "mlp", "norm_eps", *known.options, *(["preprocess"] if known.preprocess else [])}
+    )
+    return Weights(contents.path, "torchvision", state, config, known.classes, preprocess, unused, stated, origins)
 
 
 def write(vit: ViT) -> dict[str, Tensor]:

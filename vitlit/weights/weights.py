@@ -19,6 +19,7 @@ NOT_SAID = "the file does not say"  # ends the origin of what was assumed
 STEM = "patch_embed.proj.weight"  # identifies a ViT with timm's names
 HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by width: the presets, DINOv3's largest
 
+ASSUMED = ("heads", "norm_eps", "mlp", "resampling", "pool")  # where a file does not state these, a user may
 # The options of the ViT of 2010.11929, for `require`; ViTConfig's defaults are its.
 FEATURES = (
     "pool",
@@ -55,6 +56,7 @@ class Weights:
     unused: list[str] = field(default_factory=list)  # names in the file of what is not part of a ViT, such as a decoder
     stated: frozenset[str] = frozenset()  # options, and preprocess, that the file or its format states
     origins: dict[str, str] = field(default_factory=dict)  # where settings that no tensor shows come from, by name
+    skipped: list[str] = field(default_factory=list)  # names by the ViT's parameter names that the user left out
 
 
 def architecture(
