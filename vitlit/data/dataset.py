@@ -19,6 +19,10 @@ from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
 from vitlit.images.resample import cut_all
 from vitlit.seeds import REPLACE, mix, seeded_sample
 
+# What to do about an image of a prediction, or of an evaluation, that cannot be read.
+LEAVE_OUT = "--data.on_bad_image skip leaves it out"
+NEEDED = "evaluation takes every image: restore or remove it"
+
 
 @dataclass(eq=False)
 class Images(Dataset[tuple[Any, ...]]):

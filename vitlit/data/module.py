@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
-from vitlit.data.dataset import Images, ImagesOnDevice
+from vitlit.data.dataset import LEAVE_OUT, NEEDED, Images, ImagesOnDevice
 from vitlit.data.decoded import Cache, Decoded, decode_once
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
@@ -290,9 +290,7 @@ class ImageFolderData(LightningDataModule):
         batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
         bad = self._bad_images(index, photos) if photos else None
         images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
-        images.remedy = (
-            "--data.on_bad_image skip leaves it out" if photos else "evaluation takes every image: restore or remove it"
-        )
+        images.remedy = LEAVE_OUT if photos else NEEDED
         return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch, split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
@@ -303,9 +301,8 @@ class ImageFolderData(LightningDataModule):
 
     def _loader(self, images: Any, sampler: Any, batch_size: int, split: str) -> Loader:
         trainer = self._active_trainer
-        device = trainer.strategy.root_device
         processes = workers.count(trainer.num_devices) if self.num_workers is None else self.num_workers
-        pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        pin = trainer.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
         if self.cache != "none" and (trainer is NoTrainer or trainer.state.fn == TrainerFn.FITTING):  # else read once
             if split not in self._kept:
                 self._kept[split] = decode_once(images, processes, self.cache, trainer)
@@ -313,7 +310,7 @@ class ImageFolderData(LightningDataModule):
             if self.cache == "device":
                 images, processes, pin = ImagesOnDevice(images, images.kept), 0, False
         batches = workers.loader(images, sampler, batch_size, processes, self.prefetch, pin)
-        batches.to = device
+        batches.to = trainer.strategy.root_device
         return BatchLoader(batches, self) if trainer is NoTrainer else batches
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
