@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.errors import UserError
 
@@ -104,3 +106,11 @@ def length(name: str, value: int | str, total: int, epoch: int) -> int:
     if unit.startswith("epoch") and not epoch:
         raise UserError(f"{name} {value!r}: the steps of an epoch are not known here; give steps")
     return round(amount * {"": 1, "%": total / 100}.get(unit, epoch))
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the rates of this schedule at its step, if that is known without the steps before."""
+    if isinstance(scheduler, LambdaLR):
+        rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, peak, factor in rates:
+            group["lr"] = peak * factor(scheduler.last_epoch)

@@ -20,6 +20,7 @@ from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import merge, zero_adapters
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer
+from vitlit.optim.schedule import follow_schedule
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
@@ -327,14 +328,6 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {path}, not a {cls.__name__}")
         bound: Any = super(Stage, kind)
         return bound.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
-
-
-def follow_schedule(scheduler: Any) -> None:
-    """Give the optimizer the rates of this schedule at its step, if that is known without the steps before."""
-    if isinstance(scheduler, LambdaLR):
-        rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, peak, factor in rates:
-            group["lr"] = peak * factor(scheduler.last_epoch)
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
