@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Layers = Mapping[str, Mapping[str, nn.Parameter]]
@@ -37,6 +37,7 @@ class Groups:
     weight_decay: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "model.groups.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
         for name in ("lr", "weight_decay"):
