@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result, refused
+from conftest import SMALL, Result, done, refused
 
 from vitlit.errors import UserError
 from vitlit.run.folder import Decision, RunFolder, RunOptions, flatten, longer, seconds
@@ -342,3 +342,46 @@ def test_the_class_paths_of_earlier_versions_name_the_same_run(vitlit: Command, 
     assert "vitlit.callbacks.EMA" in config
     (run / "config.yaml").write_text(config.replace("vitlit.callbacks.EMA", "vitlit.averaging.EMA"))
     assert "is complete" in fit("vitlit.callbacks.EMA").out
+
+
+def older(run: Path, *keys: str) -> None:
+    """Make a complete run one that an older version, which lacked these keys, has not finished."""
+    (run / "finished.json").unlink()
+    file = run / "config.yaml"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if line.split(":")[0].strip() not in keys))
+    state = checkpoint(run)
+    for part in ("groups", "schedule"):
+        state["hyper_parameters"][part] = {k: v for k, v in state["hyper_parameters"][part].items() if k not in keys}
+    torch.save(state, run / "checkpoints" / "last.ckpt")
+
+
+def test_a_run_of_an_older_version_has_the_defaults_of_what_is_new(vitlit: Command, few: Path, finished: Path) -> None:
+    older(finished, "partial_patches", "drop_path_decay", "layer_decay", "repeats", "start")
+    again = (*FIT, "--data.root", few)
+    refused(vitlit(*again, "--data.repeats", 2), "another config (data.repeats 1 -> 2);")
+    refused(vitlit(*again, "--model.groups.layer_decay", 0.5), "(model.init_args.groups.layer_decay 1.0 -> 0.5);")
+    assert "continuing" in done(vitlit(*again))
+
+
+def test_a_checkpoint_of_an_older_version_has_the_defaults_of_what_is_new(
+    vitlit: Command, few: Path, finished: Path
+) -> None:
+    older(finished, "layer_decay")
+    branch = (*FIT, "--data.root", few, "--ckpt_path", finished / "checkpoints" / "last.ckpt", "--run.name", "b")
+    branch = (*branch, "--trainer.max_steps", 7)
+    refused(vitlit(*branch, "--model.groups.layer_decay", 0.5), "model.groups.layer_decay 1.0 -> 0.5")
+    done(vitlit(*branch))
+
+
+def test_a_config_records_the_image_size_of_the_vit(vitlit: Command, few: Path, finished: Path) -> None:
+    """And an earlier version's, which recorded the ViT's default, is the same run."""
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    vit = config["model"]["init_args"]["vit"]["init_args"]
+    assert vit["image_size"] == config["data"]["image_size"] == 16
+    another = ("fit", "--config", finished / "config.yaml", "--run.name", "b", "--trainer.max_steps", 3)
+    done(vitlit(*another, "--data.image_size", 24))
+    refused(vitlit(*another, "--model.vit.image_size", 24), "model.vit.image_size is 24 and data.image_size 16;")
+    vit["image_size"] = 224
+    (finished / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "is complete" in done(vitlit(*FIT, "--data.root", few))

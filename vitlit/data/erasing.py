@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitlit.data.mixing import Box
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.seeds import ERASING, mix
 
 ATTEMPTS = 10
@@ -35,6 +35,7 @@ class Erasing:
     fill: Literal["noise", "mean"] = "noise"
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "data.erasing.")
         if not 0 <= self.prob <= 1:
             raise UserError(f"data.erasing.prob {self.prob} is not a probability; give 0 to 1")
         if not 0 < self.area[0] <= self.area[1] <= 1:

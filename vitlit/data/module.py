@@ -24,7 +24,7 @@ from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
 from vitlit.data.transforms import PIXELS, CropName, check_augment, check_scale, matched, train_transform
 from vitlit.data.views import Views
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.model import ViT
@@ -113,6 +113,9 @@ class ImageFolderData(LightningDataModule):
         pin_memory: bool | None = None,
         seed: int | None = None,
     ) -> None:
+        views = [Views(**view) if isinstance(view, dict) else view for view in views or ()]
+        # `augment` may be any callable.
+        check_types(ImageFolderData.__init__, {n: value for n, value in locals().items() if n != "augment"}, "data.")
         super().__init__()
         limits = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
         limits |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
@@ -131,7 +134,7 @@ class ImageFolderData(LightningDataModule):
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std), "ground": ground}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self.views, augment = tuple(views or ()), (augment,) if callable(augment) else tuple(augment or ())
+        self.views, augment = tuple(views), (augment,) if callable(augment) else tuple(augment or ())
         self._train_options = crop, crop_scale, flip, augment
         self._use(Preprocess(size, **self._given))
         self.batch_size, self.micro_batch, self._seed = batch_size, micro_batch, seed

@@ -57,8 +57,6 @@ def train_transform(
         "resmall": lambda: ResmallCrop(size, how, crop_ratio=preprocess.crop_ratio, squash=preprocess.squash),
         "center": lambda: preprocess.crop,
     }
-    if crop not in crops:
-        raise UserError(f"data.crop {crop} is unknown; give one of {' '.join(crops)}")
     return TrainTransform(crops[crop](), flip, tuple(augment))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.images.crops import CenterCrop
 from vitlit.images.decode import GROUND, colour, decode, decode_bytes, decode_picture
 
@@ -51,6 +51,7 @@ class Preprocess:
     ground: str = GROUND
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
             raise UserError(f"mean {self.mean} must be finite and std {self.std} above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):

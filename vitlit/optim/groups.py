@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.optim.muon import Muon
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -39,6 +39,7 @@ class Groups:
     weight_decay: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "model.groups.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
         for name in ("lr", "weight_decay"):

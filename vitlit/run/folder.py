@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +20,7 @@ from vitlit.run.lock import Lock
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
     *("data.cache", "data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
+    "model.init_args.vit.init_args.image_size",  # is data.image_size, but 224 in the configs of earlier versions
     *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.root", "run.save_minutes"),
     *("run.time_limit", "trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*"),
     *("trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
@@ -95,8 +97,13 @@ class RunFolder:
         self.lock, self.history = Lock(self.path / LOCK), History(self.path / "run.json")
         self._wandb_id = self.path / "wandb" / "run-id"
 
-    def decide(self, config: dict[str, Any]) -> Decision:
-        """Compare a config with what is in the folder; UserError if that is another run, or none."""
+    def decide(
+        self, config: dict[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before
+    ) -> Decision:
+        """Compare a config with what is in the folder; UserError if that is another run, or none.
+
+        `completed` adds the defaults of keys that the folder's config lacks, which an older version may have written.
+        """
         if not self.path.exists() or (self.path.is_dir() and not any(self._content())):
             return Decision("begin")
         if not self.config.is_file():
@@ -107,7 +114,10 @@ class RunFolder:
             if (self.path / "metrics.csv").is_file():
                 print(f"{self.path} has no checkpoint to continue from, so it begins again", flush=True)
             return Decision("begin")
-        before, after = flatten(read_config(self.config)), flatten(config)
+        stored, after = read_config(self.config), flatten(config)
+        before = flatten(stored)
+        if after.keys() - before.keys():
+            before = flatten(completed(stored))
         differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
         differing = [key for key in differing if not any(fnmatchcase(key, free) for free in FREE)]
         finished = self.marker.is_file()

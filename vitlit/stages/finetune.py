@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from vitlit.errors import UserError, first_difference
+from vitlit.errors import UserError, check_types, first_difference
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import LoRA, add_lora
@@ -73,6 +73,7 @@ class Finetune(Stage):
         groups: Groups = Groups(),
         compile: Compile = "auto",
     ) -> None:
+        check_types(Finetune.__init__, locals(), "model.")
         if vit is None:
             if init_from is None:
                 raise UserError("finetuning needs model.init_from (a run folder or a file of weights) or model.vit")

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.model import ViT
 from vitlit.model.config import DROPOUTS
 from vitlit.model.lora import merge, zero_adapters
@@ -66,6 +66,7 @@ class Stage(LightningModule):
             _class_path=path_of(type(self)),
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
+        check_types(Stage.__init__, locals(), "model.")
         self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
