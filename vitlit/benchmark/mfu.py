@@ -45,14 +45,10 @@ def peak_tflops(device: str, precision: str) -> float | None:
     """
     name = re.sub(r"NVIDIA |GeForce |Tesla |[ -]\d+GB\b| HBM\w+", "", device)
     half, single = PEAKS.get(name, (None, None))
-    kind = (
-        "tf32"
-        if precision == "32-true" and torch.get_float32_matmul_precision() != "highest"
-        else precision.partition("-")[0]
-    )
-    if kind in ("tf32", "bf16") and name in BEFORE_AMPERE:
-        return single if kind == "tf32" else None
-    return {"16": half, "bf16": half, "32": single, "tf32": half and half / 2}.get(kind)
+    ampere = half if name not in BEFORE_AMPERE else None
+    if ampere and precision == "32-true" and torch.get_float32_matmul_precision() != "highest":
+        return ampere / 2
+    return {"16": half, "bf16": ampere, "32": single}.get(precision.partition("-")[0])
 
 
 def flop_of_step(vit: ViT, objective: Objective, batch: Batch) -> int:

@@ -243,10 +243,9 @@ class ViT(nn.Module):
         return layers
 
 
+EMBED = ("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "norm_pre")
 LAYER_OF = {
-    **dict.fromkeys(
-        ("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "norm_pre"), "embed"
-    ),
+    **dict.fromkeys(EMBED, "embed"),
     **dict.fromkeys(("norm", "fc_norm"), "norm"),
     **dict.fromkeys(("attn_pool", "head", "head_dist"), "head"),
 }
