@@ -39,10 +39,7 @@ BEFORE_AMPERE = ("V100-SXM2", "V100-PCIE", "T4")  # neither bfloat16 nor TF32
 
 
 def peak_tflops(device: str, precision: str) -> float | None:
-    """The dense peak of a GPU by the name that torch gives it, at a precision of Lightning's Trainer; None if unknown.
-
-    float32 is TF32's where torch's matrix products use that.
-    """
+    """A GPU's dense peak, by torch's name for it, in a Trainer's precision (TF32 if torch uses it); None if unknown."""
     name = re.sub(r"NVIDIA |GeForce |Tesla |[ -]\d+GB\b| HBM\w+", "", device)
     half, single = PEAKS.get(name, (None, None))
     ampere = half if name not in BEFORE_AMPERE else None

@@ -99,7 +99,8 @@ def worthwhile(trainer: Any, vit: ViT, batch: Batch) -> Compile:
     micro = trainer.accumulate_grad_batches
     if int(trainer.estimated_stepping_batches) * micro * max(computing, launching) < 60:
         return False
-    return "reduce-overhead" if micro == trainer.world_size == 1 and launching > computing else "default"
+    alone = micro == trainer.world_size == 1 and not isinstance(trainer.strategy, ModelParallelStrategy)
+    return "reduce-overhead" if alone and launching > computing else "default"
 
 
 def lacks(device: torch.device) -> str:

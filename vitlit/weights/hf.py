@@ -310,13 +310,11 @@ def config(vit: ViT) -> dict[str, Any]:
 def processor(preprocess: Preprocess) -> dict[str, Any]:
     """The preprocessor_config.json of a preprocessing, as ViTImageProcessor reads it."""
     height, width = preprocess.image_size
-    larger = [math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width)]
+    tall, broad = (math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width))
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": dict(zip(("height", "width"), larger, strict=True))
-        if preprocess.squash
-        else {"shortest_edge": min(larger)},
+        "size": {"height": tall, "width": broad} if preprocess.squash else {"shortest_edge": min(tall, broad)},
         "resample": RESAMPLE[preprocess.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
