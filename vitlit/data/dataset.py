@@ -56,9 +56,8 @@ class Images(Dataset[tuple[Any, ...]]):
     def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
         if isinstance(item, int):
             image = self._image(item)
-            if image is None:
-                return channels_last(self.transform(torch.zeros(3, 8, 8, dtype=torch.uint8))), self.label(item), -1
-            return channels_last(self.transform(image)), self.label(item), item
+            pixels = torch.zeros(3, 8, 8, dtype=torch.uint8) if image is None else image
+            return channels_last(self.transform(pixels)), self.label(item), -1 if image is None else item
         pairs = ((index, self._image(index)) for index in self.candidates(item))
         index, image = next((index, image) for index, image in pairs if image is not None)
         views = []

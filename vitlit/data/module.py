@@ -1,6 +1,7 @@
 """Image folders and shards as a LightningDataModule."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -120,10 +121,9 @@ class ImageFolderData(LightningDataModule):
         limits = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
         limits |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
         for name, (value, least) in limits.items():
-            if value is not None and value < least:
-                raise UserError(f"data.{name} {value} is less than {least}")
-            if value is not None and value >= 2**63:
-                raise UserError(f"data.{name} {value} does not fit in 64 bits")
+            if value is not None and not least <= value < 2**63:
+                wrong = f"is less than {least}" if value < least else "does not fit in 64 bits"
+                raise UserError(f"data.{name} {value} {wrong}")
         if (num_workers or 0) > (most := max(64, 8 * workers.cores())):
             raise UserError(f"data.num_workers {num_workers} is more than {most}, all that could be of use here")
         check_scale("data.crop_scale", crop_scale)
@@ -261,11 +261,8 @@ class ImageFolderData(LightningDataModule):
     def train_dataloader(self) -> Loader:
         trainer, index = self._active_trainer, self.split("train")
         micro, _ = self.plan(trainer.world_size)
-        epoch_starts = count(0, self.steps_per_epoch)
-
-        def position() -> int:
-            return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
-
+        starts = count(0, self.steps_per_epoch)  # of epochs
+        position = partial(next, starts) if trainer is NoTrainer else lambda: int(trainer.global_step)
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         ground = self.preprocess.ground
         images = Images(index, self.transform, self.seed, self._bad_images(index), self._further, ground=ground)
@@ -307,9 +304,8 @@ class ImageFolderData(LightningDataModule):
         processes = workers.count(trainer.num_devices) if self.num_workers is None else self.num_workers
         pin = trainer.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
         if self.cache != "none" and (trainer is NoTrainer or trainer.state.fn == TrainerFn.FITTING):  # else read once
-            if split not in self._kept:
-                self._kept[split] = decode_once(images, processes, self.cache, trainer)
-            images.kept = self._kept[split]
+            kept = self._kept.get(split) or decode_once(images, processes, self.cache, trainer)
+            images.kept = self._kept[split] = kept
             if self.cache == "device":
                 images, processes, pin = ImagesOnDevice(images, images.kept), 0, False
         batches = workers.loader(images, sampler, batch_size, processes, self.prefetch, pin)
