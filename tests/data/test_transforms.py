@@ -99,7 +99,7 @@ def test_a_crop_by_name_is_the_one_that_it_names() -> None:
         found = train_transform(preprocess, name, (0.2, 0.5), 0.0)(image)
         torch.manual_seed(1)
         assert torch.equal(found, crop(image)), name
-    with pytest.raises(UserError, match=r"data\.crop is 'middle' .* 'random_resized', 'inception'"):
+    with pytest.raises(UserError, match=r"data\.crop is 'middle' .*'random_resized', 'inception'"):
         ImageFolderData("FOLDER", crop="middle")  # type: ignore[arg-type]
 
 
