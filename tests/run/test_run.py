@@ -228,6 +228,15 @@ def test_a_run_is_named_by_itself_or_its_config(tmp_path: Path) -> None:
     assert folder(tmp_path, name="yours").path == tmp_path / "yours"
 
 
+def test_a_complete_run_stays_complete_without_its_last_checkpoint(tmp_path: Path) -> None:
+    config = {"trainer": {"max_steps": 6}}
+    made = begun(tmp_path, config, finished=True)
+    made.last.unlink()
+    assert made.decide(config) == Decision("finished", "")
+    with pytest.raises(UserError, match=r"last\.ckpt is missing; --run\.overwrite true begins again"):
+        made.decide({"trainer": {"max_steps": 7}})
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../up", "/", "/tmp/up", "a\0b", "a" * 300])
 def test_a_name_that_leads_out_of_the_root_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"run\.root"):

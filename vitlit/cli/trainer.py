@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISIO
 
 from vitlit.callbacks import EMA
 from vitlit.errors import UserError
-from vitlit.run.checkpoints import Files
+from vitlit.run.checkpoints import Best, Files
 from vitlit.run.folder import RunFolder
 from vitlit.run.ranks import launched
 from vitlit.stages import Stage
@@ -138,7 +138,7 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
     makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or isinstance(callback, Best):
             continue
         if monitor.startswith("val/") and not trainer.limit_val_batches:
             raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.limit_val_batches is 0")

@@ -110,7 +110,8 @@ class RunFolder:
             raise UserError(f"{self.path} has no config.yaml, so it is no run: restore it, or give another --run.name")
         if self.options.overwrite:
             return Decision("begin")
-        if not self.checkpoints():
+        finished = self.marker.is_file()
+        if not finished and not self.checkpoints():
             if (self.path / "metrics.csv").is_file():
                 print(f"{self.path} has no checkpoint to continue from, so it begins again", flush=True)
             return Decision("begin")
@@ -120,7 +121,6 @@ class RunFolder:
             before = flatten(completed(stored))
         differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
         differing = [key for key in differing if not any(fnmatchcase(key, free) for free in FREE)]
-        finished = self.marker.is_file()
         if not set(differing) <= set(LONGER) or (differing and not finished):
             listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
