@@ -65,13 +65,13 @@ class HostBatches:
     """Batches as a loader leaves them in the host's memory: uint8 images, labels, indices, position."""
 
     def __init__(self, size: int) -> None:
-        self.batch = [torch.zeros(size, 16, 16, 3, dtype=torch.uint8), torch.zeros(size, dtype=torch.int64)]
-        self.batch += [torch.arange(size), torch.zeros(size, dtype=torch.int64)]
+        images, labels = torch.zeros(size, 16, 16, 3, dtype=torch.uint8), torch.zeros(size, dtype=torch.int64)
+        self.batch = [images, labels, torch.arange(size), 0]
 
     def __len__(self) -> int:
         return 40
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return iter([list(self.batch) for _ in range(len(self))])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Dataset
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # only the main process acts on them
@@ -57,7 +56,7 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     stream.wait_stream(backend.current_stream(device))
     while True:
         with backend.stream(stream):
-            batch = move_data_to_device(next(batches, None), device)
+            batch = [p.to(device, non_blocking=True) if torch.is_tensor(p) else p for p in next(batches, ())]
             copied = stream.record_event()
         if before is not None:
             using = backend.current_stream(device)
@@ -65,7 +64,7 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
             for part in filter(torch.is_tensor, before[0]):
                 part.record_stream(using)  # or its memory might be taken while the step still reads it
             yield before[0]
-        if batch is None:
+        if not batch:
             return
         before = batch, copied
 

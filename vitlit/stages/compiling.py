@@ -27,8 +27,8 @@ class Compiling:
     """How a stage is compiled while it trains: in place, so that the names in its state dict stay."""
 
     def __init__(self, mode: Compile) -> None:
-        if mode not in ("auto", False, "default", *CUDA_GRAPHS):
-            raise UserError(f"model.compile {mode!r} is none of auto false default reduce-overhead max-autotune")
+        if mode is True:
+            raise UserError("model.compile true is no mode; give auto, default, reduce-overhead or max-autotune")
         self.mode = mode
         self._chosen: Compile | None = None  # by the first batch
         self._shapes: dict[bool, list[torch.Size]] = {}
