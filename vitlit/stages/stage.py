@@ -61,8 +61,11 @@ class Stage(LightningModule):
         super().__init__()
         record = {"vit": vit, "objective": objective, "optimizer": optimizer, "schedule": schedule, "groups": groups}
         # From these, Lightning and jsonargparse rebuild the stage: {class_path, init_args} become objects again.
-        how = {"_class_path": path_of(type(self)), "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-        self.hparams.update(describe(record) | how)
+        self.hparams.update(
+            describe(record),
+            _class_path=path_of(type(self)),
+            _instantiator="lightning.pytorch.cli.instantiate_module",
+        )
         check_types(Stage.__init__, locals(), "model.")
         self.vit = vit.train()
         self.objective = objective(vit)
