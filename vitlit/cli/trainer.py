@@ -140,10 +140,9 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or isinstance(callback, Best):
             continue
-        if monitor.startswith("val/") and not trainer.limit_val_batches:
-            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.limit_val_batches is 0")
-        if monitor.startswith("train/") and not trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.log_every_n_steps is 0")
+        option = {"val": "limit_val_batches", "train": "log_every_n_steps"}.get(monitor.partition("/")[0])
+        if option is not None and not getattr(trainer, option):
+            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.{option} is 0")
         if monitor in known:
             continue
         # The user's own callbacks and objective may log metrics of their own.
