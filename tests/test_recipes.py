@@ -17,7 +17,6 @@ from conftest import REPOSITORY, Result
 from jsonargparse import Namespace
 
 import vitlit.cli.completion
-from vitlit.cli.arguments import fill_size
 from vitlit.cli.parser import Parser
 from vitlit.data import ImageFolderData, Preprocess
 from vitlit.model import ViT
@@ -202,7 +201,7 @@ def built(name: str) -> Built:
     config.ckpt_path = None
     splits: Any = SimpleNamespace(scan=lambda: None, classes=[str(i) for i in range(classes)], multi_label=False)
     weights = begins(name)
-    fill_size(config, recipe)
+    vitlit.cli.completion.fill_size(config, recipe)
     vitlit.cli.completion.fill_config(config, weights, splits)
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))

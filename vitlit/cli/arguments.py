@@ -11,7 +11,6 @@ from jsonargparse import Namespace
 from vitlit.cli.configs import find_config
 from vitlit.errors import UserError
 from vitlit.files import expand
-from vitlit.model import ViTConfig
 from vitlit.run.config import read_config, told_to_trust, with_public_paths
 from vitlit.stages.record import check_class_paths
 
@@ -138,18 +137,6 @@ def check_groups(config: Namespace) -> None:
         if not isinstance(value, Namespace):
             given = "null" if value is None else getattr(value, "__name__", value)
             raise UserError(f"{key.replace('.init_args', '')}: expected its keys, not {given}")
-
-
-def fill_size(config: Namespace, source: dict[str, Any]) -> None:
-    """Give a ViT that the config names the data's image size; `source` is the config file's content, before flags."""
-    vit, written = config.model.init_args.get("vit"), (source.get("data") or {}).get("image_size")
-    if vit is None:
-        return
-    sizes = (vit.init_args.image_size, config.data.image_size, written)
-    given, size, written = (list(size) if isinstance(size, tuple) else size for size in sizes)
-    if given not in (ViTConfig.image_size, size, written):
-        raise UserError(f"model.vit.image_size is {given} and data.image_size {size}; give the latter alone")
-    vit.init_args.image_size = size
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:

@@ -81,6 +81,17 @@ def as_lists(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def fill_size(config: Namespace, source: dict[str, Any]) -> None:
+    """Give a ViT that the config names the data's image size; `source` is the config file's content, before flags."""
+    vit, written = config.model.init_args.get("vit"), (source.get("data") or {}).get("image_size")
+    if vit is None:
+        return
+    given, size, written = as_lists([vit.init_args.image_size, config.data.image_size, written])
+    if given not in (ViTConfig.image_size, size, written):
+        raise UserError(f"model.vit.image_size is {given} and data.image_size {size}; give the latter alone")
+    vit.init_args.image_size = size
+
+
 def fill_labels(config: Namespace) -> None:
     """Read a manifest's labels as numbers where the objective learns numbers."""
     module, _, name = config.model.init_args.objective.class_path.rpartition(".")

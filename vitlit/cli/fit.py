@@ -15,8 +15,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
-from vitlit.cli.arguments import HELP, CommandLine, build, check_groups, expand_paths, fill_size
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
+from vitlit.cli.arguments import HELP, CommandLine, build, check_groups, expand_paths
+from vitlit.cli.completion import (
+    check_idle,
+    config_warnings,
+    fill_config,
+    fill_labels,
+    fill_loggers,
+    fill_size,
+    starting_weights,
+)
 from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser

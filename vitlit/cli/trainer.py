@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
+from vitlit.benchmark.model import automatic
 from vitlit.callbacks import EMA
 from vitlit.errors import UserError
 from vitlit.run.checkpoints import Best, Files
@@ -59,8 +60,7 @@ class Trainer(LightningTrainer):
         accelerator = kwargs.get("accelerator", "auto")
         gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
         if precision == "auto":
-            mixed = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-            precision = mixed if gpu else "32-true"  # type: ignore[assignment]
+            precision = automatic(torch.device("cuda" if gpu else "cpu"))  # type: ignore[assignment]
         elif not gpu and str(precision) in ("16-true", "16-mixed", "16"):
             raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
         try:

@@ -6,6 +6,7 @@ One graph of a block serves all blocks. An S/16 compiles in a twelfth of the tim
 
 import math
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 from shutil import which
 from typing import Any, Literal
@@ -61,24 +62,26 @@ class Compiling:
 
     def compile(self, stage: Any) -> None:
         """Compile what was chosen in a stage: its own, or the copy of an EMA."""
-        roots = (stage, *stage.teachers) if self._chosen or stage.compiling._chosen else ()
-        stage.compiling = self
+        before, stage.compiling = stage.compiling, self
+        if not (self._chosen or before._chosen):
+            return
         # Otherwise inductor may time kernels that round differently, and take the fastest.
         options = torch._inductor.list_mode_options(str(self._chosen or "default"))
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        for part in (part for root in roots for part in root.modules()):
+        for part in (part for root in (stage, *stage.teachers) for part in root.modules()):
             part._compiled_call_impl = None
             if self._chosen and (part is stage.objective if self._chosen in CUDA_GRAPHS else isinstance(part, Block)):
                 part.compile(dynamic=False, options=options)
 
     def step(self, stage: Any, batch: Batch, progress: Any) -> Step:
         """The objective's step. Compiled is the first shape of batch, not an evaluation's smaller last."""
-        shapes = [part.shape for part in (*batch.views, batch.labels)]
-        if self._chosen and self._shapes.setdefault(stage.training, shapes) != shapes:
-            with torch.compiler.set_stance("force_eager"):
-                return Step(*stage.objective(stage.vit, batch, progress))
-        if self._chosen not in CUDA_GRAPHS:
+        if not self._chosen:
             return Step(*stage.objective(stage.vit, batch, progress))
+        shapes = [part.shape for part in (*batch.views, batch.labels)]
+        other = self._shapes.setdefault(stage.training, shapes) != shapes
+        if other or self._chosen not in CUDA_GRAPHS:
+            with torch.compiler.set_stance("force_eager") if other else nullcontext():
+                return Step(*stage.objective(stage.vit, batch, progress))
         torch.compiler.cudagraph_mark_step_begin()
         # A float would become part of the graph, and a copy from the host would wait for the device.
         step = stage.objective(stage.vit, batch, torch.full((), progress, device=batch.labels.device))
