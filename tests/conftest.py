@@ -23,6 +23,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+# First, as in the command: typing keeps one order of int and float for all that ask later, and with the other order
+# --trainer.limit_val_batches 1 would be taken for 1.0, all batches.
+import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 from PIL import Image

@@ -1,13 +1,16 @@
 """Every command that a document or a config names is run, on a few images and with a small ViT."""
 
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, SMALL, Result, stranger
+from conftest import REPOSITORY, SMALL, Result, done, stranger
+from conftest import command as execute
 from safetensors.torch import save_file
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -27,18 +30,26 @@ RECIPE = {
 }
 
 
+def unrolled(block: str) -> str:
+    """A shell block with its loops as the commands that they run."""
+    loop = r"for (\w+) in (.+); do\n(.*?)done\n"
+    return re.sub(loop, lambda m: "".join(m[3].replace(f"${m[1]}", word) for word in m[2].split()), block, flags=re.S)
+
+
 def commands(sources: list[Path]) -> list[str]:
-    """The `vitlit` lines of documents' shell blocks and of configs' headers, in order and once."""
+    """The lines of documents' shell blocks and of configs' headers that work on runs, in order and once."""
     lines: list[str] = []
     for path in sources:
         text = path.read_text()
         if path.suffix == ".md":
-            found = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+            blocks = map(unrolled, re.findall(r"```sh\n(.*?)```", text, re.S))
+            found = [line for block in blocks for line in block.splitlines()]
         else:
             found = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
         lines += [line.split("  # ")[0].strip() for line in found]
     # tests/prepare/test_sources.py downloads, from a server of its own.
-    return [line for line in dict.fromkeys(lines) if line.startswith("vitlit ") and "data cifar10" not in line]
+    works = ("vitlit ", "mv ", "rm ")
+    return [line for line in dict.fromkeys(lines) if line.startswith(works) and "data cifar10" not in line]
 
 
 def shrunken(arguments: list[str], cwd: Path) -> list[str]:
@@ -64,7 +75,8 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
     real = {"FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
     arguments = [real.get(part, part) for part in shlex.split(command)[1:]]
     if arguments[0] == "benchmark":
-        return [*arguments, "--image_size", "32", "--model", "Ti/16"]
+        network = ["--model", "Ti/16"] if "data" in arguments else ["--preset", "Ti/16"]
+        return [*arguments, "--image_size", "32", *network]
     if arguments[0] != "fit" or any("help" in part or "print_config" in part for part in arguments):
         return arguments
     if "--data.image_size" in arguments:  # as large would be slow, not other
@@ -78,6 +90,10 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
             keep = [i for i, part in enumerate(SHRINK) if part.startswith("--model.vit.")]
             shrink = [part for i, part in enumerate(SHRINK) if i not in keep and i - 1 not in keep]
             shrink = [*shrink, "--data.image_size", "24"]
+        if "--ckpt_path" in arguments:
+            shrink = [*shrink, "--trainer.max_steps", "9"]
+        pairs = zip(shrink[::2], shrink[1::2], strict=True)
+        shrink = [part for pair in pairs if pair[0] not in arguments or "max_steps" in pair[0] for part in pair]
     strategy = ["--trainer.strategy", "ddp_fork"] if "ddp" in arguments else []
     extra = ["--data.root", str(folder)] if "--data.root" not in arguments else []
     return [*arguments, *shrink, *strategy, *extra]
@@ -106,6 +122,9 @@ def test_every_command_works(sources: list[Path], vitlit: Callable[..., Result],
     listed = commands(sources)
     assert len(listed) >= 16
     for i, command in enumerate(listed):
+        if not command.startswith("vitlit "):
+            subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+            continue
         arguments = small(command, few, few / "val", tmp_path)
         if "convert" in command:
             arguments[3] = f"{i}-{arguments[3]}"
@@ -128,12 +147,34 @@ def test_a_config_opens_with_its_command(path: Path) -> None:
     "page", [page for page in PAGES[1:] if "```python" in page.read_text()], ids=lambda path: path.stem
 )
 def test_the_python_of_a_page_runs(
-    page: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path, few: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
-    (tmp_path / "photo.png").write_bytes(next((few / "val" / "0").iterdir()).read_bytes())
-    (tmp_path / "FOLDER").symlink_to(few)
-    monkeypatch.chdir(tmp_path)
+    """In a folder where runs/pretrain is complete."""
+    save_file(stranger().state_dict(), work / "timm.safetensors")
+    (work / "photo.png").write_bytes(next((few / "val" / "0").iterdir()).read_bytes())
+    (work / "FOLDER").symlink_to(few)
+    monkeypatch.chdir(work)
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(block, {})
     assert capsys.readouterr().out
+
+
+def test_the_sweep_of_the_page_gives_each_trial_its_run(few: Path, tmp_path: Path) -> None:
+    """W&B's agent replaces ${args} by --KEY=VALUE, and sets the trial's id."""
+    page = (REPOSITORY / "docs" / "python.md").read_text()
+    sweep = yaml.safe_load(re.findall(r"```yaml\n(program.*?)```", page, re.S)[0])
+    assert sweep["metric"]["name"] == "val/top1"
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    choices = {key: each["values"] for key, each in sweep["parameters"].items()}
+    assert all(isinstance(value, float) for values in choices.values() for value in values)
+    for trial in range(2):
+        given = [f"--{key}={values[trial]}" for key, values in choices.items()]
+        words = [part for word in sweep["command"] for part in (given if word == "${args}" else [word])]
+
+        def agent(name: str = f"trial{trial}") -> None:
+            os.environ.update(WANDB_SWEEP_ID="sweep", WANDB_RUN_ID=name)
+
+        done(execute(*small(shlex.join(words), few, few, tmp_path), cwd=tmp_path, before=agent))
+    runs = {path.name: yaml.safe_load((path / "config.yaml").read_text()) for path in (tmp_path / "runs").iterdir()}
+    rates = {name: run["model"]["init_args"]["optimizer"]["init_args"]["lr"] for name, run in runs.items()}
+    assert rates == {"pretrain-trial0": 0.0003, "pretrain-trial1": 0.001}

@@ -100,6 +100,27 @@ NAMES = [
         "catch its RuntimeError",
     ),
     Name(
+        "stages/compiling.py",
+        "_compiled_call_impl",
+        "torch.nn:Module",
+        "what Module.compile sets, and nothing public takes back",
+        "compile a function that calls the module, and keep it beside the module",
+    ),
+    Name(
+        "stages/compiling.py",
+        "_inductor",
+        "torch",
+        "list_mode_options, which torch.compile's documentation names: it takes a mode or options, not both",
+        "write the modes' options out",
+    ),
+    Name(
+        "stages/compiling.py",
+        "_dynamo",
+        "torch",
+        "config.recompile_limit: deep networks have more blocks than it allows graphs",
+        "pass recompile_limit to Module.compile, from torch 2.15 on",
+    ),
+    Name(
         "stages/stage.py",
         "_class_path _instantiator",
         CLI,

@@ -201,6 +201,7 @@ def built(name: str) -> Built:
     config.ckpt_path = None
     splits: Any = SimpleNamespace(scan=lambda: None, classes=[str(i) for i in range(classes)], multi_label=False)
     weights = begins(name)
+    vitlit.cli.completion.fill_size(config, recipe)
     vitlit.cli.completion.fill_config(config, weights, splits)
     with torch.device("meta"):
         made = parser().instantiate_classes(Namespace(model=config.model, data=config.data))

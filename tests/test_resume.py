@@ -280,7 +280,8 @@ def left(folder: Path) -> dict[str, Any]:
     best = torch.load(run / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    metrics = [{name: row[name] for name in row if "second" not in name and "wait" not in name} for row in rows]
+    speed = ("second", "wait", "memory")
+    metrics = [{name: row[name] for name in row if not any(word in name for word in speed)} for row in rows]
     made = {name: content[name] for name in names}
     return {**made, "step": content["global_step"], "best": best["state_dict"], "metrics": metrics}
 

@@ -1,7 +1,11 @@
 """The errors a user sees as one line."""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from inspect import formatannotation
+from os import PathLike
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -20,6 +24,30 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; {self.prog} --help says more")
+
+
+def check_types(owner: Callable[..., Any], values: Mapping[str, Any], prefix: str = "") -> None:
+    """UserError for the first value that is not of its type in `owner`: a dataclass, or a function with arguments."""
+    for name, hint in get_type_hints(owner).items():
+        if name in values and not fits(value := values[name], hint):
+            given = " ".join(repr(value).split())[:80]
+            raise UserError(f"{prefix}{name} is {given} ({type(value).__name__}); give {formatannotation(hint)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; of lists and tuples the items too. A path is a text, and no bool is a number."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if kind is Literal:
+        return value in inner
+    if kind in (tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        each = inner if kind is tuple and inner[-1] is not ... else inner[:1] * len(value)
+        return len(value) == len(each) and all(map(fits, value, each))
+    wider: Any = {float: int | float, str: str | PathLike}.get(kind, kind)
+    return kind is Any or (isinstance(value, wider) and (kind is bool or not isinstance(value, bool)))
 
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:

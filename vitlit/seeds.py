@@ -11,6 +11,7 @@ import torch
 # Purposes. Streams of different purposes never share numbers; a new one goes to the end.
 ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW, DRAWS = range(9)
 LARGEST = 2**64 - 1
+CPU = torch.device("cpu")
 
 
 def global_seed() -> int:
@@ -50,15 +51,20 @@ def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0)
         yield
 
 
-def row_draws(seed: int, step: int, rows: range) -> torch.Tensor:
+def first_draw(seed: int, step: int, *where: int) -> int:
+    """What `Batch.draws` count from in one step, for a device that does not know its rows in one micro-batch."""
+    return mix_one(DRAWS, seed, step, *where) >> 2
+
+
+def row_draws(seed: int, step: int, rows: range, device: torch.device = CPU) -> torch.Tensor:
     """`Batch.draws` of these rows of a step's global batch, int64."""
-    return torch.from_numpy((mix(DRAWS, seed, step, np.asarray(rows)) >> np.uint64(1)).astype(np.int64))
+    return torch.arange(rows.start, rows.stop, device=device) + first_draw(seed, step)
 
 
-def seed_step(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed torch for the model's draws, such as dropout, in one micro-batch of one step on one device.
-
-    Returns the first of the draws of images whose row in the global batch is not known.
-    """
-    torch.manual_seed(mix_one(STEP, seed, step, micro, rank))
-    return mix_one(DRAWS, seed, step, micro, rank) >> 2
+def seed_step(seed: int, step: int, micro: int, rank: int, device: torch.device = CPU) -> None:
+    """Seed torch for the model's draws, such as dropout, in one micro-batch of one step on one device."""
+    number = mix_one(STEP, seed, step, micro, rank)
+    # torch.manual_seed would keep the stack as text for each kind of device that is not there: a millisecond a step.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)

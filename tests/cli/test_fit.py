@@ -151,7 +151,7 @@ def test_metrics_have_their_names(vitlit: Command, digits: Path, tmp_path: Path,
             (tmp_path / "part" / split).mkdir(parents=True, exist_ok=True)
             (tmp_path / "part" / split / str(label)).symlink_to(digits / split / str(label))
     done(vitlit("fit", *SMALL, "--data.root", "part"))
-    names = {"train/loss", "train/lr", "train/images_per_second", "train/data_wait"}
+    names = {"train/loss", "train/lr", "train/images_per_second", "train/data_wait", "train/memory_gib"}
     names |= {"val/loss", "val/top1", "val/top1_macro"}
     assert columns(tmp_path / "runs" / "pretrain") == {"step", "epoch", "unix_seconds"} | names | (
         {"val/top5"} if top5 else set()

@@ -47,7 +47,7 @@ def batches(index: Index, workers: int, first: int = 0, steps: int = 8) -> list[
 def assert_same(one: list[list[torch.Tensor]], other: list[list[torch.Tensor]]) -> None:
     assert len(one) == len(other)
     for ours, theirs in zip(one, other, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(map(torch.equal, map(torch.as_tensor, ours), map(torch.as_tensor, theirs)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -360,8 +360,8 @@ def test_draws_are_a_function_of_seed_epoch_index_and_repeat() -> None:
 
 
 def test_draws_of_the_model_are_a_function_of_step_micro_batch_and_rank_and_not_those_of_a_sample() -> None:
-    def draw(*values: int) -> float:
-        seed_step(*values)
+    def draw(seed: int, step: int, micro: int, rank: int) -> float:
+        seed_step(seed, step, micro, rank)
         return torch.rand(()).item()
 
     assert draw(0, 5, 0, 1) == draw(0, 5, 0, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
-from vitlit.data import Preprocess
+from vitlit.data import ImageFolderData, Preprocess
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.dataset import Images
 from vitlit.data.folder import scan_train
@@ -99,8 +99,8 @@ def test_a_crop_by_name_is_the_one_that_it_names() -> None:
         found = train_transform(preprocess, name, (0.2, 0.5), 0.0)(image)
         torch.manual_seed(1)
         assert torch.equal(found, crop(image)), name
-    with pytest.raises(UserError, match=r"data\.crop middle is unknown; give one of random_resized inception"):
-        train_transform(preprocess, "middle", (0.2, 0.5), 0.0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"data\.crop is 'middle' .*'random_resized', 'inception'"):
+        ImageFolderData("FOLDER", crop="middle")  # type: ignore[arg-type]
 
 
 def test_transforms_go_to_workers_of_any_start_method() -> None:

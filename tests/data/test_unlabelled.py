@@ -111,7 +111,7 @@ def test_a_kept_scan_knows_a_new_image(loose: Path, name: str, monkeypatch: pyte
 def test_an_objective_without_labels_learns_from_it(loose: Path) -> None:
     trainer = fit(loose, Mean)
     assert trainer.global_step == 5
-    watched = {"train/images_per_second", "train/data_wait"}
+    watched = {"train/images_per_second", "train/data_wait", "train/memory_gib"}
     assert set(trainer.callback_metrics) == {"train/loss", "train/lr", "val/loss", *watched}
 
 

@@ -1,13 +1,18 @@
-"""Worker processes: their signals, their garbage, and an error beside them."""
+"""Worker processes: their signals, their garbage, and an error beside them; and batches copied ahead."""
 
 import gc
+import itertools
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, TensorDataset
 
 from vitlit.data import workers as data_workers
@@ -47,7 +52,7 @@ def test_a_worker_does_not_collect_what_the_main_process_left() -> None:
     gc.disable()  # as late as it can come
     try:
         Bound()
-        assert len(list(data_workers.loader(Collecting(), range(4), 2, 2))) == 2  # type: ignore[arg-type]
+        assert len(list(data_workers.loader(Collecting(), range(4), 2, 2))) == 2
     finally:
         gc.enable()
         gc.collect()  # or a process forked by a later test would
@@ -67,3 +72,58 @@ def test_an_error_beside_data_workers_ends_the_process() -> None:
     process.start()
     process.join()
     assert process.exitcode == 1
+
+
+class Backend:
+    """Notes what is asked of a device's streams."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.current, self.events = Side(self, "step"), itertools.count()
+
+    def Stream(self, device: torch.device) -> "Side":
+        return Side(self, "copy")
+
+    def current_stream(self, device: torch.device) -> "Side":
+        return self.current
+
+    @contextmanager
+    def stream(self, stream: "Side") -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+@dataclass
+class Side:
+    backend: Backend
+    name: str
+
+    def wait_stream(self, other: "Side") -> None:
+        self.backend.calls.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> int:
+        return next(self.backend.events)
+
+    def wait_event(self, event: int) -> None:
+        self.backend.calls.append(f"{self.name} waits for copy {event}")
+
+
+def test_a_batch_is_copied_while_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    monkeypatch.setattr(Tensor, "record_stream", lambda part, stream: backend.calls.append(f"{stream.name} keeps it"))
+
+    def batches() -> Iterator[list[Any]]:
+        for number in range(3):
+            backend.calls.append(f"{backend.current.name} takes {number}")
+            yield [torch.tensor(number), number]
+
+    for tensor, number in data_workers.ahead(batches(), torch.device("cpu")):
+        backend.calls.append(f"{backend.current.name} uses {int(tensor)} {number}")
+    assert backend.calls == [
+        *("copy waits for step", "copy takes 0", "copy takes 1", "step waits for copy 0", "step keeps it"),
+        *("step uses 0 0", "copy takes 2", "step waits for copy 1", "step keeps it", "step uses 1 1"),
+        *("step waits for copy 2", "step keeps it", "step uses 2 2"),
+    ]
+    assert list(data_workers.ahead(iter([]), torch.device("cpu"))) == []

@@ -3,7 +3,7 @@
 import math
 import random
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlit.errors import UserError
-from vitlit.model import ViT
-from vitlit.model.config import CHOICES
+from vitlit.model import ViT, ViTConfig
 from vitlit.model.init import init_weights
 
+CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ViTConfig).items() if get_origin(kind) is Literal}
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_dim": 48}
 
 
@@ -429,7 +429,10 @@ ALONE: list[dict[str, Any]] = [
     {"drop_path": 0.1, "drop_path_decay": "constant"},
     {"init": "timm"},
     {"float32_head": True},
+    {"drop_path": 0.1, "drop_path_subset": True},
+    {"patch_dropout": 0.2},
     {"activation_checkpointing": True},
+    {"activation_checkpointing": 2},
     {"in_channels": 1},
     {"image_size": (16, 40)},
     {"hidden_dim": 7},
@@ -534,7 +537,12 @@ def test_any_options_run_in_other_precisions(options: dict[str, Any]) -> None:
         ({"registers": -1}, "registers -1"),
         ({"drop_path": 1.0}, "drop_path 1.0"),
         ({"drop_path": -0.1}, "drop_path -0.1"),
-        *(({name: "other"}, f"{name} 'other' is none of {' '.join(choices)}") for name, choices in CHOICES.items()),
+        ({"patch_dropout": 1.0}, "patch_dropout 1.0"),
+        ({"activation_checkpointing": -1}, "activation_checkpointing -1"),
+        *(
+            ({name: "other"}, rf"{name} is 'other' .*{', '.join(map(repr, choices))}")
+            for name, choices in CHOICES.items()
+        ),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:

@@ -149,7 +149,7 @@ def test_an_existing_head_stays_unless_another_kind_is_given() -> None:
     ("options", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing 1.0 is not between 0 and 1"),
-        ({"loss": "hinge"}, "loss 'hinge' is none of softmax sigmoid bce"),
+        ({"loss": "hinge"}, r"loss is 'hinge' \(str\); give Literal\['softmax', 'sigmoid', 'bce'\]"),
         (
             {"multi_label": True},
             "but the data has several; give --model.objective.loss sigmoid or bce",

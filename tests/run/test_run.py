@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result, refused
+from conftest import SMALL, Result, done, refused
 
 from vitlit.errors import UserError
 from vitlit.run.folder import Decision, RunFolder, RunOptions, flatten, longer, seconds
@@ -20,7 +20,7 @@ from vitlit.stages import Stage
 
 Command = Callable[..., Result]
 FIT = ("fit", *SMALL, "--model.vit.dropout", "0.1")  # 6 steps, 2 an epoch
-SPEED = ("train/images_per_second", "train/data_wait", "unix_seconds")
+SPEED = ("train/images_per_second", "train/data_wait", "train/memory_gib", "unix_seconds")
 
 
 def signalled(step: int, *numbers: int, hook: str = "training_step", sanity: bool = False) -> Callable[[], None]:
@@ -105,7 +105,7 @@ def test_overwriting_begins_again_in_an_empty_folder(vitlit: Command, few: Path,
     assert saved["run"]["overwrite"] is False
 
 
-@pytest.mark.parametrize("ends", [(3, 4, 7), (2, 6)])
+@pytest.mark.parametrize("ends", [(5, 6, 9), (4, 6)])
 def test_more_steps_continue_a_finished_run(vitlit: Command, few: Path, run: Path, ends: tuple[int, ...]) -> None:
     head = ""
     for end in ends:
@@ -228,6 +228,15 @@ def test_a_run_is_named_by_itself_or_its_config(tmp_path: Path) -> None:
     assert folder(tmp_path, name="yours").path == tmp_path / "yours"
 
 
+def test_a_complete_run_stays_complete_without_its_last_checkpoint(tmp_path: Path) -> None:
+    config = {"trainer": {"max_steps": 6}}
+    made = begun(tmp_path, config, finished=True)
+    made.last.unlink()
+    assert made.decide(config) == Decision("finished", "")
+    with pytest.raises(UserError, match=r"last\.ckpt is missing; --run\.overwrite true begins again"):
+        made.decide({"trainer": {"max_steps": 7}})
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../up", "/", "/tmp/up", "a\0b", "a" * 300])
 def test_a_name_that_leads_out_of_the_root_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"run\.root"):
@@ -342,3 +351,46 @@ def test_the_class_paths_of_earlier_versions_name_the_same_run(vitlit: Command, 
     assert "vitlit.callbacks.EMA" in config
     (run / "config.yaml").write_text(config.replace("vitlit.callbacks.EMA", "vitlit.averaging.EMA"))
     assert "is complete" in fit("vitlit.callbacks.EMA").out
+
+
+def older(run: Path, *keys: str) -> None:
+    """Make a complete run one that an older version, which lacked these keys, has not finished."""
+    (run / "finished.json").unlink()
+    file = run / "config.yaml"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if line.split(":")[0].strip() not in keys))
+    state = checkpoint(run)
+    for part in ("groups", "schedule"):
+        state["hyper_parameters"][part] = {k: v for k, v in state["hyper_parameters"][part].items() if k not in keys}
+    torch.save(state, run / "checkpoints" / "last.ckpt")
+
+
+def test_a_run_of_an_older_version_has_the_defaults_of_what_is_new(vitlit: Command, few: Path, finished: Path) -> None:
+    older(finished, "partial_patches", "drop_path_decay", "layer_decay", "repeats", "start")
+    again = (*FIT, "--data.root", few)
+    refused(vitlit(*again, "--data.repeats", 2), "another config (data.repeats 1 -> 2);")
+    refused(vitlit(*again, "--model.groups.layer_decay", 0.5), "(model.init_args.groups.layer_decay 1.0 -> 0.5);")
+    assert "continuing" in done(vitlit(*again))
+
+
+def test_a_checkpoint_of_an_older_version_has_the_defaults_of_what_is_new(
+    vitlit: Command, few: Path, finished: Path
+) -> None:
+    older(finished, "layer_decay")
+    branch = (*FIT, "--data.root", few, "--ckpt_path", finished / "checkpoints" / "last.ckpt", "--run.name", "b")
+    branch = (*branch, "--trainer.max_steps", 7)
+    refused(vitlit(*branch, "--model.groups.layer_decay", 0.5), "model.groups.layer_decay 1.0 -> 0.5")
+    done(vitlit(*branch))
+
+
+def test_a_config_records_the_image_size_of_the_vit(vitlit: Command, few: Path, finished: Path) -> None:
+    """And an earlier version's, which recorded the ViT's default, is the same run."""
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    vit = config["model"]["init_args"]["vit"]["init_args"]
+    assert vit["image_size"] == config["data"]["image_size"] == 16
+    another = ("fit", "--config", finished / "config.yaml", "--run.name", "b", "--trainer.max_steps", 3)
+    done(vitlit(*another, "--data.image_size", 24))
+    refused(vitlit(*another, "--model.vit.image_size", 24), "model.vit.image_size is 24 and data.image_size 16;")
+    vit["image_size"] = 224
+    (finished / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "is complete" in done(vitlit(*FIT, "--data.root", few))

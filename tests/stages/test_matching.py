@@ -64,7 +64,7 @@ def test_how_evaluation_resizes_comes_from_the_weights_but_may_be_changed(given:
     vit.preprocess = Preprocess((16, 16), 1.0, "bilinear", squash=True)
     folder.follow(vit)
     assert folder.preprocess == replace(vit.preprocess, **how)
-    assert folder.transform.crop.interpolation.value == ("bilinear" if given is None else "bicubic")  # type: ignore[attr-defined]
+    assert folder.transform.crop.interpolation.value == ("bilinear" if given is None else "bicubic")
 
 
 def test_a_loaded_vit_brings_its_preprocessing_and_classes(weights: Path, few: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitlit.errors import UserError
@@ -15,6 +15,24 @@ from vitlit.objectives import Batch
 from vitlit.stages.fsdp import gather_full
 from vitlit.stages.metrics import update
 from vitlit.weights.adapt import set_numerics
+
+
+class Average(AveragedModel):
+    """torch's, whose update does not ask the device at every step whether it is the first."""
+
+    multi_avg_fn: Any
+    _members: list[list[Tensor]] | None = None  # of the average and of the model
+
+    def update_parameters(self, model: nn.Module) -> None:
+        if self._members is None:
+            self._members = [[p.detach() for p in part.parameters()] for part in (self.module, model)]
+            if not self.n_averaged:
+                for average, current in zip(*self._members, strict=True):
+                    average.copy_(current)
+        self.multi_avg_fn(*self._members, self.n_averaged)
+        for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(current)
+        self.n_averaged += 1
 
 
 class EMA(WeightAveraging):
@@ -43,7 +61,7 @@ class EMA(WeightAveraging):
             raise UserError(f"an EMA cannot average weights of trainer.precision {trainer.precision}; use bf16-mixed")
         if stage == "fit":
             average = get_ema_multi_avg_fn(self.decay)
-            self._average_model = AveragedModel(pl_module, pl_module.device, multi_avg_fn=average)
+            self._average_model = Average(pl_module, pl_module.device, multi_avg_fn=average)
             self._average_model.module.configure_model()  # sharded weights cannot be copied, only sharded again
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -70,7 +88,7 @@ class EMA(WeightAveraging):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # swaps the two
         if self._average_model is not None and not trainer.sanity_checking:
-            self._average_model.module.eval()
+            pl_module.compiling.compile(self._average_model.module.eval())
             self._raw = pl_module.new_metrics().to(pl_module.device)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from vitlit.errors import UserError
 from vitlit.stages.stage import logs_now, step_ends
 
-LOSS, GRADIENT = range(2)
 NEVER = 2**63 - 1
 
 
@@ -30,11 +29,12 @@ class NonFinite(Callback):
     """
 
     def __init__(self) -> None:
-        self._first = torch.full((2,), NEVER)  # step whose LOSS, and whose GRADIENT, is not finite
+        self._first = torch.full((2,), NEVER)  # step whose loss, and whose gradient, is not finite
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first = torch.full((2,), NEVER, device=pl_module.device)
         self._first_loss: Tensor | None = None  # that this training logged
+        self._gradient: Tensor | None = None  # whether this step's is finite
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -43,10 +43,14 @@ class NonFinite(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.precision != "16-mixed":
-            self._note(GRADIENT, [p.grad for p in pl_module.parameters() if p.grad is not None])
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._gradient = all_finite(gradients)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._note(LOSS, [outputs["loss"]])
+        loss = outputs["loss"].isfinite()
+        finite = torch.stack([loss, loss if self._gradient is None else self._gradient])
+        self._first = torch.where(finite, self._first, self._first.clamp(max=self._step))
+        self._gradient = None
         if step_ends(trainer, batch_idx) and logs_now(trainer):
             self._check(trainer)
 
@@ -74,10 +78,6 @@ class NonFinite(Callback):
             remedy = "lower the learning rate (--model.optimizer.init_args.lr)"
             rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
 
-    def _note(self, kind: int, values: list[Tensor]) -> None:
-        first = torch.where(all_finite(values), NEVER, self._step)
-        self._first[kind] = torch.minimum(self._first[kind], first)
-
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
         if trainer.world_size > 1:
@@ -97,8 +97,8 @@ def all_finite(values: Iterable[Tensor]) -> Tensor:
     """Whether all elements of the tensors are finite, a scalar on their device; of a sharded tensor, this rank's."""
     parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
     # A norm of finite elements is finite, unless they are so large that training has failed anyway.
-    norms: Any = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
-    return torch.stack([norm.float() for norm in norms]).isfinite().all()
+    norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
+    return torch.stack(norms).isfinite().all()
 
 
 def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> UserError:

@@ -62,10 +62,7 @@ class Predictions(Callback):
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table, names that are no text as the bytes they are."""
-    with (
-        whole_file(path) as partial,
-        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([head, *rows])
 
 

@@ -14,11 +14,20 @@ FIGURES = {
     "val/map": ("mAP", 100, "{:.2f} %"),
     "train/images_per_second": ("images/s", 1, "{:,.0f}"),
     "train/data_wait": ("data wait", 100, "{:.0f} %"),
+    "train/mfu": ("MFU", 100, "{:.1f} %"),
+    "train/memory_gib": ("memory", 1, "{:.1f} GiB"),
 }
 
 
 class Bar(RichProgressBar):
-    """Lightning's progress bar with loss, accuracy and images/s."""
+    """Lightning's progress bar with loss, accuracy and images/s, drawn ten times a second and not at every step."""
+
+    _drawn = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.is_last_batch or time.monotonic() - self._drawn >= 0.1:
+            self._drawn = time.monotonic()
+            super().on_train_batch_end(trainer, *arguments)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return progress(trainer)

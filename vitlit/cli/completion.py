@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
 from vitlit.model import Size, ViT, ViTConfig
+from vitlit.model.lora import LoRA
+from vitlit.optim import Groups, Schedule
 from vitlit.run.folder import RunFolder, flatten
 from vitlit.stages.matching import no_classes
 from vitlit.stages.starting import TRAINING
@@ -49,7 +52,10 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
 
 def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: Path) -> None:
     """Refuse to continue with other settings than the optimizer state holds, because the state's would win."""
-    now, then = flatten(as_lists(arguments.as_dict())), flatten(before)
+    kinds = {"groups": Groups, "lora": LoRA, "schedule": Schedule}
+    whole = {part: {**asdict(kind()), **before[part]} for part, kind in kinds.items() if before.get(part)}
+    # An older version's checkpoint lacks keys, for which today's defaults stand.
+    now, then = flatten(as_lists(arguments.as_dict())), flatten(as_lists({**before, **whole}))
     differing = []
     for key in sorted(now.keys() | then.keys()):
         part = key.partition(".")[0]
@@ -72,6 +78,17 @@ def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: P
 def as_lists(value: Any) -> Any:
     """A value with its tuples as lists."""
     return json.loads(json.dumps(value, default=str))
+
+
+def fill_size(config: Namespace, source: dict[str, Any]) -> None:
+    """Give a ViT that the config names the data's image size; `source` is the config file's content, before flags."""
+    vit, written = config.model.init_args.get("vit"), (source.get("data") or {}).get("image_size")
+    if vit is None:
+        return
+    given, size, written = as_lists([vit.init_args.image_size, config.data.image_size, written])
+    if given not in (ViTConfig.image_size, size, written):
+        raise UserError(f"model.vit.image_size is {given} and data.image_size {size}; give the latter alone")
+    vit.init_args.image_size = size
 
 
 def fill_labels(config: Namespace) -> None:
@@ -158,21 +175,18 @@ NEW = {"image_size", "in_channels", "class_position", "pool", "pool_prefix", "no
 
 
 def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bool) -> None:
-    """Give the ViT the data's image size, and what the config leaves at its default from the weights."""
-    size = list(image_size) if isinstance(image_size, list | tuple) else image_size
+    """Give the ViT what the config leaves at its default from the weights."""
     if model.get("image_size") is not None:
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         if weights is None:
             raise UserError("model.vit null is the network of weights: give --model.init_from too, or a model.vit")
+        size = as_lists(image_size)
         config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **(TRAINING if new else {}))
         model.vit = Namespace(class_path="vitlit.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
-    if vit.image_size not in (ViTConfig.image_size, size):
-        raise UserError(f"model.vit.image_size is {vit.image_size} and data.image_size {size}; give the latter alone")
     if vit.get("num_classes"):
         raise UserError("model.vit.num_classes is the head's, which follows from the data; leave it out")
-    vit.image_size = size
     preset = model.vit.class_path.endswith("from_preset")
     if weights is not None and model.init_from is not None:
         kept = (*SIZE, *TRAINING, *((*Size._fields, "patch_size") if preset else ()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from jsonargparse import get_loader, set_loader, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -16,7 +16,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
 from vitlit.cli.arguments import HELP, CommandLine, build, check_groups, expand_paths
-from vitlit.cli.completion import check_idle, config_warnings, fill_config, fill_labels, fill_loggers, starting_weights
+from vitlit.cli.completion import (
+    check_idle,
+    config_warnings,
+    fill_config,
+    fill_labels,
+    fill_loggers,
+    fill_size,
+    starting_weights,
+)
 from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
@@ -167,7 +175,8 @@ class CLI(LightningCLI):
         check_groups(config)
         fill_modes(config.trainer.callbacks, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
-        recorded = self.plain()
+        fill_size(config, self.line.content)
+        recorded = self.plain(self.config)
         if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
             own = self.folder.last.parent / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(own) if own.is_file() or config.ckpt_path in ("best", "last") else config.ckpt_path
@@ -185,23 +194,31 @@ class CLI(LightningCLI):
         self.callbacks: list[Any] = []
         if fitting:
             folder = self.folder if self.keeps else None
-            self.callbacks += [callbacks.NonFinite(), callbacks.Throughput(), Begin(self.line, folder, recorded)]
+            speed = callbacks.Throughput(self.folder.options.peak_tflops)
+            self.callbacks += [callbacks.NonFinite(), speed, Begin(self.line, folder, recorded)]
         if self.keeps:
             check_idle(config.data, self.line.content)
-            self.callbacks += [callbacks.Tracking(self.plain()), callbacks.Mistakes()]
+            self.callbacks += [callbacks.Tracking(self.plain(self.config)), callbacks.Mistakes()]
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
         if config.ckpt_path:
             config.model.init_args.init_from = None  # it may be gone by now
         fill_loggers(config, self.folder)
 
-    def plain(self) -> dict[str, Any]:
-        """The config as plain values, without what is not a setting of the run."""
-        plain = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
+    def plain(self, config: Namespace) -> dict[str, Any]:
+        """A config as plain values, without what is not a setting of the run."""
+        plain = yaml.safe_load(self.parser.dump(config, skip_unset=False))[self.subcommand]
         for key in ("config", "ckpt_path", "out"):
             plain.pop(key, None)
         plain["run"].update(name=self.folder.name, overwrite=False)
         return dict(plain)
+
+    def completed(self, before: dict[str, Any]) -> dict[str, Any]:
+        """The config of a run that an older version made, with the defaults of the keys that are new."""
+        try:
+            return self.plain(self.parser.parse_object({self.subcommand: before}))
+        except UserError:  # it also has keys that are no more, which the comparison names
+            return before
 
     def decide(self, recorded: dict[str, Any]) -> None:
         """Begin the run, continue it, or say that it is complete. Rank 0 decides for all."""
@@ -229,7 +246,7 @@ class CLI(LightningCLI):
         config = self.config.fit
         root = str(config.data.root)
         try:
-            decision = self.folder.decide(recorded) if self.keeps else Decision("begin")
+            decision = self.folder.decide(recorded, self.completed) if self.keeps else Decision("begin")
         except UserError as error:
             if root == DIGITS or "://" in root or Path(root).exists():
                 raise

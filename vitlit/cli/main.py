@@ -22,6 +22,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit data show RUN --step N                     which images a step of a run was trained on
   vitlit data imagenet TARS OUT                     unpack ILSVRC 2012
   vitlit benchmark data ROOT                        which stage of loading is slowest, and what a ViT would need
+  vitlit benchmark model [--preset B/16]            how fast this machine trains a ViT, and its largest batch
   vitlit doctor [--json]                            report on this machine, and what to fix on it
   vitlit weights show FILE                          what is in a weight file: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs

@@ -90,7 +90,7 @@ ELSEWHERE = {
 }
 # What to use instead of classes that a config cannot make.
 INSTEAD = {
-    "ThroughputMonitor": "train/images_per_second and train/data_wait are logged in any case; leave it out",
+    "ThroughputMonitor": "train/images_per_second, train/data_wait and train/mfu are logged in any case; leave it out",
     "CSVLogger": "metrics.csv is written in any case; leave it out, or give it a save_dir of its own",
     "CSV": "metrics.csv is written in any case; leave it out (trainer.logger false for no other logger)",
     "Logger": "a base class, which logs nothing; name one derived from it, or vitlit.loggers.Wandb",

@@ -9,19 +9,15 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    ModelCheckpoint,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
+from vitlit.benchmark.model import automatic
 from vitlit.callbacks import EMA
 from vitlit.errors import UserError
-from vitlit.run.checkpoints import Files
+from vitlit.run.checkpoints import Best, Files
 from vitlit.run.folder import RunFolder
 from vitlit.run.ranks import launched
 from vitlit.stages import Stage
@@ -64,8 +60,7 @@ class Trainer(LightningTrainer):
         accelerator = kwargs.get("accelerator", "auto")
         gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
         if precision == "auto":
-            mixed = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-            precision = mixed if gpu else "32-true"  # type: ignore[assignment]
+            precision = automatic(torch.device("cuda" if gpu else "cpu"))  # type: ignore[assignment]
         elif not gpu and str(precision) in ("16-true", "16-mixed", "16"):
             raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
         try:
@@ -139,16 +134,15 @@ def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
     known = [*stage.measured]
     if any(isinstance(callback, EMA) for callback in callbacks):
         known += [f"{name}_raw" for name in known]
-    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait")]
+    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait", "memory_gib", "mfu")]
     makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or isinstance(callback, Best):
             continue
-        if monitor.startswith("val/") and not trainer.limit_val_batches:
-            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.limit_val_batches is 0")
-        if monitor.startswith("train/") and not trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.log_every_n_steps is 0")
+        option = {"val": "limit_val_batches", "train": "log_every_n_steps"}.get(monitor.partition("/")[0])
+        if option is not None and not getattr(trainer, option):
+            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.{option} is 0")
         if monitor in known:
             continue
         # The user's own callbacks and objective may log metrics of their own.

@@ -6,7 +6,7 @@ from typing import cast, get_args
 
 import torch
 
-from vitlit.errors import UserError
+from vitlit.errors import CommandParser, UserError
 from vitlit.model import SIZES, ViT, ViTConfig
 from vitlit.weights.averaged import Choice
 from vitlit.weights.door import empty, load, read
@@ -40,25 +40,19 @@ def run(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
-    words: list[str] = []
-    options: dict[str, list[str]] = {"--format": [], "--weights": [], "--skip": []}
-    rest = iter(arguments)
-    for word in rest:
-        name, _, value = word.partition("=")
-        if name in options:
-            options[name].append(value or next(rest, ""))
-        else:
-            words.append(word)
-    formats, choices, skip = options.values()
-    choice = cast(Choice, choices[-1] if choices else "averaged")
-    if choice not in get_args(Choice):
-        raise UserError(f"--weights {choice} is none of {' '.join(get_args(Choice))}")
-    match words, formats:
-        case ["show", source], [] if not source.startswith("-"):
-            for name, value in describe(read(source, choice, skip)).items():
+    parser = CommandParser("vitlit weights", HELP)
+    parser.add_argument("--format")
+    parser.add_argument("--weights", default="averaged")
+    parser.add_argument("--skip", action="append", default=[])
+    given, words = parser.parse_known_args(arguments)
+    if given.weights not in get_args(Choice):
+        raise UserError(f"--weights {given.weights} is none of {' '.join(get_args(Choice))}")
+    match words, given.format:
+        case ["show", source], None if not source.startswith("-"):
+            for name, value in describe(read(source, given.weights, given.skip)).items():
                 print(f"{name:<13}{value}")
-        case ["convert", source, out], [format] if "-" not in (source[:1], out[:1]):
-            convert(source, Path(out), format, choice, skip)
+        case ["convert", source, out], str(format) if "-" not in (source[:1], out[:1]):
+            convert(source, Path(out), format, given.weights, given.skip)
         case _:
             raise UserError("usage: vitlit weights show FILE, or vitlit weights convert FILE OUT --format FORMAT")
     return 0

@@ -1,21 +1,27 @@
 """Images of an index as samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from vitlit.data.bad_images import BadImages
+from vitlit.data.decoded import Decoded
 from vitlit.data.index import Index, StorageUserError
 from vitlit.data.stream import Sample
 from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
 from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
+from vitlit.images.resample import cut_all
 from vitlit.seeds import REPLACE, mix, seeded_sample
+
+# What to do about an image of a prediction, or of an evaluation, that cannot be read.
+LEAVE_OUT = "--data.on_bad_image skip leaves it out"
+NEEDED = "evaluation takes every image: restore or remove it"
 
 
 @dataclass(eq=False)
@@ -24,7 +30,7 @@ class Images(Dataset[tuple[Any, ...]]):
 
     Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. `bad` lists images that
     cannot be read, which are an error without it: in training another of the same class, always the same one, replaces
-    each; in prediction (`photos`) it is black, with the index -1.
+    each; in prediction (`photos`) it is black, with the index -1. `kept` images are not decoded again.
     """
 
     index: Index
@@ -34,26 +40,37 @@ class Images(Dataset[tuple[Any, ...]]):
     further: Sequence[Transform] = ()
     photos: bool = False
     ground: str = GROUND
+    remedy: str = "--data.on_bad_image skip trains without it"
+    kept: Decoded | None = None
     _told: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool).share_memory_(), init=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @staticmethod
+    def collate(samples: list[Any]) -> list[Any]:
+        """A batch, with the first sample's position alone, which stays on the host: reading it back would wait."""
+        images, labels, indices, *training = default_collate(samples)
+        return [images, labels, indices, *([int(training[0][0]), *training[1:]] if training else [])]
+
     def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
         if isinstance(item, int):
-            needed = "evaluation takes every image: restore or remove it"
-            image = self._decode(item, "--data.on_bad_image skip leaves it out" if self.photos else needed)
-            if image is None:
-                return channels_last(self.transform(torch.zeros(3, 8, 8, dtype=torch.uint8))), self._label(item), -1
-            return channels_last(self.transform(image)), self._label(item), item
-        image, index = self._sample(item)
+            image = self._image(item)
+            pixels = torch.zeros(3, 8, 8, dtype=torch.uint8) if image is None else image
+            return channels_last(self.transform(pixels)), self.label(item), -1 if image is None else item
+        pairs = ((index, self._image(index)) for index in self.candidates(item))
+        index, image = next((index, image) for index, image in pairs if image is not None)
         views = []
         for view, transform in enumerate((self.transform, *self.further)):
             with seeded_sample(self.seed, item.epoch, item.index, item.repeat, view):
                 views.append(channels_last(transform(image)))
-        return views[0], self._label(index), index, item.position, *views[1:]
+        return views[0], self.label(index), index, item.position, *views[1:]
 
-    def _decode(self, index: int, remedy: str) -> Tensor | None:
+    def _image(self, index: int) -> Tensor | None:
+        kept = None if self.kept is None else self.kept[index]
+        return self.decode(index) if kept is None else kept
+
+    def decode(self, index: int) -> Tensor | None:
         """An image, or None after listing it as bad."""
         path = self.index.path(index)
         try:
@@ -71,25 +88,21 @@ class Images(Dataset[tuple[Any, ...]]):
             raise
         except UserError as error:
             if self.bad is None:
-                raise UserError(f"{error}; {remedy}") from error
+                raise UserError(f"{error}; {self.remedy}") from error
             self.bad.note(path, reason(error, path))
             return None
 
-    def _sample(self, item: Sample) -> tuple[Tensor, int]:
-        """A training image and its index: the sample's own, or the first in drawn order with its label."""
-        remedy = "--data.on_bad_image skip trains without it"
-        if (image := self._decode(item.index, remedy)) is not None:
-            return image, item.index
+    def candidates(self, item: Sample) -> Iterator[int]:
+        """The image of a training sample, then those that replace it if it cannot be read."""
+        yield item.index
         labels = self.index.labels.reshape(len(self), -1)
         alike = np.flatnonzero((labels == labels[item.index]).all(1) | (labels.dtype.kind == "f"))
         drawn = np.argsort(mix(REPLACE, self.seed, item.epoch, item.index, item.repeat, alike), kind="stable")
-        for index in alike[drawn].tolist():
-            if (image := self._decode(index, remedy)) is not None:
-                return image, index
+        yield from alike[drawn].tolist()
         assert self.bad is not None
         raise UserError(f"no image can be read of the class of {self.index.path(item.index)}; see {self.bad.file}")
 
-    def _label(self, index: int) -> int | Tensor:
+    def label(self, index: int) -> int | Tensor:
         label = self.index.labels[index]
         if label.ndim == 0 and label.dtype.kind == "f":
             return torch.tensor(float(label))  # float32
@@ -99,3 +112,31 @@ class Images(Dataset[tuple[Any, ...]]):
 def channels_last(image: Tensor) -> Tensor:
     """(3, H, W) -> (H, W, 3), dense."""
     return image.permute(1, 2, 0).contiguous()
+
+
+@dataclass(eq=False)
+class ImagesOnDevice(Dataset[Any]):
+    """Batches of `images` whose pixels are kept on a device, made there: the same draws, and pixels within a level."""
+
+    images: Images
+    kept: Decoded
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, items: list[Any]) -> list[Any]:
+        training = [items[0].position] if isinstance(items[0], Sample) else []
+        samples = items if training else [Sample(0, item, 0, 0) for item in items]
+        indices = [next(i for i in self.images.candidates(sample) if self.kept.sizes[i, 0]) for sample in samples]
+        labels = default_collate([self.images.label(index) for index in indices])
+        transforms = (self.images.transform, *self.images.further)
+        views = [self._view(view, transform, indices, samples) for view, transform in enumerate(transforms)]
+        return [views[0], labels, torch.tensor(indices), *training, *views[1:]]
+
+    def _view(self, view: int, transform: Any, indices: list[int], samples: list[Sample]) -> Tensor:
+        sizes, cuts = self.kept.sizes[indices].tolist(), []
+        for size, sample in zip(sizes, samples, strict=True):
+            with seeded_sample(self.images.seed, sample.epoch, sample.index, sample.repeat, view):
+                cuts.append(transform.plan(*size))
+        places = zip(self.kept.starts[indices].tolist(), (width for _, width in sizes), strict=True)
+        return cut_all(self.kept.pixels, list(places), cuts, getattr(transform, "crop", transform))

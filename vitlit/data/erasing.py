@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitlit.data.mixing import Box
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.seeds import ERASING, mix
 
 ATTEMPTS = 10
@@ -35,6 +35,7 @@ class Erasing:
     fill: Literal["noise", "mean"] = "noise"
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "data.erasing.")
         if not 0 <= self.prob <= 1:
             raise UserError(f"data.erasing.prob {self.prob} is not a probability; give 0 to 1")
         if not 0 < self.area[0] <= self.area[1] <= 1:
@@ -62,13 +63,13 @@ def boxes(erasing: Erasing, seed: int, step: int, rows: Sequence[int], height: i
 def erase(images: Tensor, erasing: Erasing, seed: int, step: int, rows: Sequence[int]) -> Tensor:
     """Erase normalised images (B, C, H, W), these rows of a step's global batch, in place; returns them."""
     # Seeded for each row, so that its noise is the same however the batch is sliced, if not on a CPU and a GPU.
-    generator = torch.Generator(images.device)
+    generator = torch.Generator(images.device) if erasing.fill == "noise" else None
     seeds = mix(ERASING, seed, step, np.asarray(rows, np.int64)).tolist()
     for image, box, row_seed in zip(images, boxes(erasing, seed, step, rows, *images.shape[-2:]), seeds, strict=True):
         if box is None:
             continue
         part = image[:, *box.slices]
-        if erasing.fill == "noise":
+        if generator is not None:
             # Not part.normal_(), whose numbers would depend on the memory layout.
             generator.manual_seed(row_seed)
             part.copy_(torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.seeds import MIXING, mix
 
 
@@ -57,6 +57,7 @@ class Mixing:
     switch: float = 0.5
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "data.mixing.")
         for name in ("mixup", "cutmix"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"data.mixing.{name} {value} is no parameter of Beta; give 0 for none, or more")

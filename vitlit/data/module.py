@@ -1,6 +1,7 @@
 """Image folders and shards as a LightningDataModule."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from torchvision.transforms import v2
 
 from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import LEAVE_OUT, NEEDED, Images, ImagesOnDevice
+from vitlit.data.decoded import Cache, Decoded, decode_once
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
@@ -23,7 +25,7 @@ from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
 from vitlit.data.transforms import PIXELS, CropName, check_augment, check_scale, matched, train_transform
 from vitlit.data.views import Views
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.model import ViT
@@ -72,6 +74,8 @@ class ImageFolderData(LightningDataModule):
         ground: the colour under transparency, a CSS name or '#rrggbb'; white unless given here or by the weights.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
+        cache: keep decoded images, if they fit: in memory, once for all processes of a machine, or on the device, which
+            then makes the batches without workers, but cannot run `augment`.
         pin_memory: whether batches are put into pinned memory; by default if there is a GPU.
         seed: for order and augmentation; by default what seed_everything was given, or 0.
 
@@ -106,17 +110,20 @@ class ImageFolderData(LightningDataModule):
         ground: str | None = None,
         num_workers: int | None = None,
         prefetch: int = 2,
+        cache: Cache = "none",
         pin_memory: bool | None = None,
         seed: int | None = None,
     ) -> None:
+        views = [Views(**view) if isinstance(view, dict) else view for view in views or ()]
+        # `augment` may be any callable.
+        check_types(ImageFolderData.__init__, {n: value for n, value in locals().items() if n != "augment"}, "data.")
         super().__init__()
         limits = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
         limits |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
         for name, (value, least) in limits.items():
-            if value is not None and value < least:
-                raise UserError(f"data.{name} {value} is less than {least}")
-            if value is not None and value >= 2**63:
-                raise UserError(f"data.{name} {value} does not fit in 64 bits")
+            if value is not None and not least <= value < 2**63:
+                wrong = f"is less than {least}" if value < least else "does not fit in 64 bits"
+                raise UserError(f"data.{name} {value} {wrong}")
         if (num_workers or 0) > (most := max(64, 8 * workers.cores())):
             raise UserError(f"data.num_workers {num_workers} is more than {most}, all that could be of use here")
         check_scale("data.crop_scale", crop_scale)
@@ -127,19 +134,20 @@ class ImageFolderData(LightningDataModule):
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std), "ground": ground}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self.views, augment = tuple(views or ()), (augment,) if callable(augment) else tuple(augment or ())
+        self.views, augment = tuple(views), (augment,) if callable(augment) else tuple(augment or ())
         self._train_options = crop, crop_scale, flip, augment
         self._use(Preprocess(size, **self._given))
         self.batch_size, self.micro_batch, self._seed = batch_size, micro_batch, seed
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.cache = on_bad_image, cache
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
         self._trainer_done = False  # Lightning leaves it attached
 
     def _use(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
         self.transform = train_transform(preprocess, *self._train_options)
+        self._kept: dict[str, Decoded] = {}  # decoded over another ground, perhaps
         flip, augment = self._train_options[2:]
         self._further = [each for kind in self.views for each in kind.transforms(preprocess, flip, augment)]
 
@@ -221,6 +229,8 @@ class ImageFolderData(LightningDataModule):
         """Refuse data that does not fit a stage (fit, validate, test or predict) or a split on so many devices."""
         if stage == "fit":
             self.plan(world_size)
+            if self.cache == "device" and self.transform.augment:
+                raise UserError("data.cache device makes batches without data.augment; give memory, or leave it out")
             for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:
                 check_augment(self.transform.augment, size)
         name = "val" if stage in ("fit", "validate") else stage
@@ -242,6 +252,7 @@ class ImageFolderData(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self._trainer_done = True
+        self._kept.clear()
 
     @property
     def _active_trainer(self) -> Any:
@@ -250,15 +261,12 @@ class ImageFolderData(LightningDataModule):
     def train_dataloader(self) -> Loader:
         trainer, index = self._active_trainer, self.split("train")
         micro, _ = self.plan(trainer.world_size)
-        epoch_starts = count(0, self.steps_per_epoch)
-
-        def position() -> int:
-            return next(epoch_starts) if trainer is NoTrainer else int(trainer.global_step)
-
+        starts = count(0, self.steps_per_epoch)  # of epochs
+        position = partial(next, starts) if trainer is NoTrainer else lambda: int(trainer.global_step)
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         ground = self.preprocess.ground
         images = Images(index, self.transform, self.seed, self._bad_images(index), self._further, ground=ground)
-        return self._loader(images, stream, micro)
+        return self._loader(images, stream, micro, "train")
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
         index = self.split("train")
@@ -282,7 +290,8 @@ class ImageFolderData(LightningDataModule):
         batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
         bad = self._bad_images(index, photos) if photos else None
         images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
-        return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch)
+        images.remedy = LEAVE_OUT if photos else NEEDED
+        return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch, split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
         if self.on_bad_image == "error":
@@ -290,33 +299,32 @@ class ImageFolderData(LightningDataModule):
         file = Path(self._active_trainer.default_root_dir) / ("bad_photos.csv" if photos else "bad_images.csv")
         return BadImages((self.bad_photos if photos else None) or file, len(index))
 
-    def _loader(self, dataset: Images, sampler: Any, batch_size: int) -> Loader:
+    def _loader(self, images: Any, sampler: Any, batch_size: int, split: str) -> Loader:
         trainer = self._active_trainer
         processes = workers.count(trainer.num_devices) if self.num_workers is None else self.num_workers
         pin = trainer.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
-        batches = workers.loader(dataset, sampler, batch_size, processes, self.prefetch, pin)
+        if self.cache != "none" and (trainer is NoTrainer or trainer.state.fn == TrainerFn.FITTING):  # else read once
+            kept = self._kept.get(split) or decode_once(images, processes, self.cache, trainer)
+            images.kept = self._kept[split] = kept
+            if self.cache == "device":
+                images, processes, pin = ImagesOnDevice(images, images.kept), 0, False
+        batches = workers.loader(images, sampler, batch_size, processes, self.prefetch, pin)
+        batches.to = trainer.strategy.root_device
         return BatchLoader(batches, self) if trainer is NoTrainer else batches
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        images, labels, indices, *training = batch
-        if training:  # the first sample's position stays on the host: reading it on the device would wait
-            position = int(training[0][0])
-            step, row = divmod(position, self.batch_size)
-            training[:1] = [position, row_draws(self.seed, step, range(row, row + len(indices)))]
-        return [images, labels, indices, *training]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         images, labels, indices, *training = batch
         dtype = self._active_trainer.lightning_module.dtype
-        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[2:])]
+        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[1:])]
         if not training:
             return Batch(views, labels, indices, indices)
         step, row = divmod(training[0], self.batch_size)
+        rows = range(row, row + len(indices))
         if self.erasing.prob:
-            views[0] = erase(views[0], self.erasing, self.seed, step, range(row, row + len(indices)))
+            views[0] = erase(views[0], self.erasing, self.seed, step, rows)
         if self.mixing.on:
             views[0], labels = self.mixing(views[0], soft_targets(labels, len(self.classes)), self.seed, step)
-        return Batch(views, labels, indices, training[1])
+        return Batch(views, labels, indices, row_draws(self.seed, step, rows, indices.device))
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from vitlit.errors import UserError
-from vitlit.images.crops import InceptionCrop, PadCrop, RandomResizedCrop, ResmallCrop, SimpleCrop
+from vitlit.images.crops import BoxCrop, Cut, InceptionCrop, PadCrop, RandomResizedCrop, ResmallCrop, SimpleCrop
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
@@ -22,9 +22,14 @@ CropName = Literal["random_resized", "inception", "simple", "pad", "resmall", "c
 class TrainTransform:
     """Crop, flip with a probability, augment: uint8 (3, H, W) -> uint8 (3, height, width)."""
 
-    crop: Transform
+    crop: BoxCrop | PadCrop
     flip: float
     augment: tuple[Transform, ...]
+
+    def plan(self, rows: int, columns: int) -> Cut:
+        """What a call would take of an image of this size, with the same draws."""
+        cut = self.crop.plan(rows, columns)
+        return cut._replace(flip=torch.rand(()).item() < self.flip)
 
     def __call__(self, image: Tensor) -> Tensor:
         image = self.crop(image)
@@ -44,7 +49,7 @@ def train_transform(
     if not 0.1 <= preprocess.crop_ratio <= 1:  # images are resized to image_size / crop_ratio
         raise UserError(f"data.crop_ratio {preprocess.crop_ratio} is not between 0.1 and 1")
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
-    crops: dict[CropName, Callable[[], Transform]] = {
+    crops: dict[CropName, Callable[[], BoxCrop | PadCrop]] = {
         "random_resized": lambda: RandomResizedCrop(size, scale, how),
         "inception": lambda: InceptionCrop(size, scale, how),
         "simple": lambda: SimpleCrop(size, how),
@@ -52,8 +57,6 @@ def train_transform(
         "resmall": lambda: ResmallCrop(size, how, crop_ratio=preprocess.crop_ratio, squash=preprocess.squash),
         "center": lambda: preprocess.crop,
     }
-    if crop not in crops:
-        raise UserError(f"data.crop {crop} is unknown; give one of {' '.join(crops)}")
     return TrainTransform(crops[crop](), flip, tuple(augment))
 
 

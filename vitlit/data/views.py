@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vitlit.data.transforms import Transform, check_scale, train_transform
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.images.preprocess import Preprocess
 
 
@@ -25,6 +25,7 @@ class Views:
     scale: tuple[float, float] = (0.05, 1.0)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "data.views: ")
         if self.count < 1:
             raise UserError(f"data.views: count {self.count} is less than 1; give more, or leave the entry out")
         if min(self.pixels) < 1:

@@ -4,11 +4,13 @@ import gc
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # only the main process acts on them
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, and the period
@@ -32,6 +34,8 @@ class Loader(DataLoader[Any]):
     Lightning asks for an iterator before it restores the step, and before the run has its folder.
     """
 
+    to: torch.device | None = None  # where batches come
+
     def __iter__(self) -> Any:
         # A worker inherits torch's signal handlers, which would end it before `leave_signals` runs, and this process's
         # garbage: collecting an event or a stream of a GPU ends a worker.
@@ -42,17 +46,41 @@ class Loader(DataLoader[Any]):
         finally:
             gc.unfreeze()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield from batches
+        yield from ahead(batches, self.to) if self.to and self.to.type == "cuda" else batches
+
+
+def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Batches of tensors, made or copied on a device in a stream of its own while the step before runs."""
+    backend = torch.get_device_module(device)
+    stream, before = backend.Stream(device), None
+    stream.wait_stream(backend.current_stream(device))
+    while True:
+        with backend.stream(stream):
+            batch = [p.to(device, non_blocking=True) if torch.is_tensor(p) else p for p in next(batches, ())]
+            copied = stream.record_event()
+        if before is not None:
+            using = backend.current_stream(device)
+            using.wait_event(before[1])
+            for part in filter(torch.is_tensor, before[0]):
+                part.record_stream(using)  # or its memory might be taken while the step still reads it
+            yield before[0]
+        if not batch:
+            return
+        before = batch, copied
 
 
 def loader(
-    dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, prefetch: int = 2, pin: bool = False
-) -> DataLoader[Any]:
-    """Batches in a sampler's order, `prefetch` of them prepared ahead by each of `workers` processes (0: this one)."""
+    dataset: Dataset[Any], sampler: Iterable[Any], batch_size: int, workers: int, prefetch: int = 2, pin: bool = False
+) -> Loader:
+    """Batches in a sampler's order, `prefetch` of them prepared ahead by each of `workers` processes (0: this one).
+
+    A dataset may `collate` its samples, or make whole batches in `__getitems__`.
+    """
     if workers:
         end_at_exit()
     return Loader(
         dataset,
+        collate_fn=getattr(dataset, "collate", list if hasattr(dataset, "__getitems__") else None),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,

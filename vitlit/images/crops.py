@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ RATIO = (3 / 4, 4 / 3)  # width / height of torchvision's crop
 LOG_RATIO = torch.log(torch.tensor(RATIO, device="cpu")).tolist()  # rounded as torchvision rounds it
 
 
+class Cut(NamedTuple):
+    """What a crop takes of an image: a box, its size when resized, and where in that (or before it) the crop begins."""
+
+    box: Box
+    resized: tuple[int, int]
+    begin: tuple[int, int] = (0, 0)
+    flip: bool = False
+
+
 @dataclass(frozen=True)
 class BoxCrop(ABC):
     """Crop a box of random area (`scale`, shares of the image's) and aspect, then resize it with antialiasing."""
@@ -27,10 +36,15 @@ class BoxCrop(ABC):
     size: tuple[int, int]
     scale: tuple[float, float] = (0.05, 1.0)
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    mode: ClassVar = "constant"
 
     @abstractmethod
     def draw(self, rows: int, columns: int) -> Box:
         """A random box within an image."""
+
+    def plan(self, rows: int, columns: int) -> Cut:
+        """What a call would take of an image of this size, with the same draws."""
+        return Cut(self.draw(rows, columns), self.size)
 
     def cut(self, image: Tensor, box: Box) -> Tensor:
         # torch resizes a dense channels-last uint8 copy in three quarters of the time that it needs for a view.
@@ -103,17 +117,26 @@ class PadCrop:
     padding: int = 4
     mode: ClassVar = "constant"
 
-    def resized(self, image: Tensor) -> tuple[int, int]:
+    def resized(self, rows: int, columns: int) -> tuple[int, int]:
         return self.size
 
     def padded(self, image: Tensor) -> Tensor:
-        image = F.resize(image, list(self.resized(image)), self.interpolation, antialias=True)
-        return F.pad(image, [self.padding], padding_mode=self.mode)
+        image = F.resize(image, list(self.resized(*image.shape[-2:])), self.interpolation, antialias=True)
+        return F.pad(image, [self.padding], padding_mode=self.mode) if self.padding else image
+
+    def place(self, outer: int, inner: int) -> int:
+        """Where the crop begins along a side of the resized image."""
+        return _below(outer + 2 * self.padding - inner + 1) - self.padding
+
+    def plan(self, rows: int, columns: int) -> Cut:
+        """What a call would take of an image of this size, with the same draws."""
+        height, width = self.resized(rows, columns)
+        top, left = self.place(height, self.size[0]), self.place(width, self.size[1])
+        return Cut((0, 0, rows, columns), (height, width), (top, left))
 
     def __call__(self, image: Tensor) -> Tensor:
-        image = self.padded(image)
-        top, left = (_below(outer - inner + 1) for outer, inner in zip(image.shape[1:], self.size, strict=True))
-        return image[:, top : top + self.size[0], left : left + self.size[1]]
+        top, left = (first + self.padding for first in self.plan(*image.shape[-2:]).begin)
+        return self.padded(image)[:, top : top + self.size[0], left : left + self.size[1]]
 
 
 @dataclass(frozen=True)
@@ -126,8 +149,8 @@ class SimpleCrop(PadCrop):
         if self.padding >= min(self.size):
             raise UserError(f"padding {self.padding} must be smaller than both sides of {self.size} to mirror them")
 
-    def resized(self, image: Tensor) -> tuple[int, int]:
-        return cover(self.size, image)
+    def resized(self, rows: int, columns: int) -> tuple[int, int]:
+        return cover(self.size, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -141,20 +164,23 @@ class ResmallCrop(PadCrop):
     crop_ratio: float = 0.875
     squash: bool = False
 
-    def resized(self, image: Tensor) -> tuple[int, int]:
-        return enlarged(self.size, self.crop_ratio, self.squash, image)
+    def resized(self, rows: int, columns: int) -> tuple[int, int]:
+        # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
+        height, width = (math.floor(side / self.crop_ratio + 1e-6) for side in self.size)
+        return (height, width) if self.squash else cover((height, width), rows, columns)
 
 
-def enlarged(size: tuple[int, int], crop_ratio: float, squash: bool, image: Tensor) -> tuple[int, int]:
-    """(height, width) to which evaluation resizes an image: size / crop_ratio with squash, else just covering that."""
-    # Rounded down as timm does; 224 / (224 / 248) is a little below 248.
-    height, width = (math.floor(side / crop_ratio + 1e-6) for side in size)
-    return (height, width) if squash else cover((height, width), image)
+@dataclass(frozen=True)
+class CenterCrop(ResmallCrop):
+    """Evaluation's crop: resize to size / crop_ratio, or just to cover that without `squash`, and crop the centre."""
+
+    def place(self, outer: int, inner: int) -> int:
+        return round((outer - inner) / 2)  # as torchvision does
 
 
-def cover(size: tuple[int, int], image: Tensor) -> tuple[int, int]:
+def cover(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
     """(height, width) at which an image just covers a size, aspect kept, rounded down as in torchvision's Resize."""
-    (rows, columns), (height, width) = image.shape[-2:], size
+    height, width = size
     if rows * width <= columns * height:
         return height, max(width, height * columns // rows)
     return max(height, width * rows // columns), width

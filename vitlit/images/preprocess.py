@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.errors import UserError
-from vitlit.images.crops import enlarged
+from vitlit.errors import UserError, check_types
+from vitlit.images.crops import CenterCrop
 from vitlit.images.decode import GROUND, colour, decode, decode_bytes, decode_picture
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -51,17 +51,18 @@ class Preprocess:
     ground: str = GROUND
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not all(0 < number < math.inf for number in self.std) or not all(map(math.isfinite, self.mean)):
             raise UserError(f"mean {self.mean} must be finite and std {self.std} above 0")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(f"mean {self.mean} and std {self.std} must have 3 numbers each, or 1 for grey images")
         colour(self.ground)
 
-    def crop(self, image: Tensor) -> Tensor:
+    @property
+    def crop(self) -> CenterCrop:
         """Resize to image_size / crop_ratio, or just to cover it, crop the centre: uint8 (3, H, W) -> (3, h, w)."""
-        size = enlarged(self.image_size, self.crop_ratio, self.squash, image)
-        image = F.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
-        return F.center_crop(image, list(self.image_size))
+        how = InterpolationMode(self.interpolation)
+        return CenterCrop(self.image_size, how, crop_ratio=self.crop_ratio, squash=self.squash)
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised (B, C, H, W) of `dtype`, on the images' device."""
@@ -69,7 +70,7 @@ class Preprocess:
             images = F.rgb_to_grayscale(images)
         mean, std = (
             # Not made on the device, which would wait for the GPU.
-            torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=images.is_cuda)
+            torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=True)
             for numbers in (self.mean, self.std)
         )
         return images.float().div_(255).sub_(mean).div_(std).to(dtype)

@@ -1,5 +1,8 @@
 """The parts of a ViT: patch embedding, attention, MLP, encoder block. B is the batch, D the width."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,7 +139,18 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         rises = config.drop_path_decay == "linear"
         self.drop_path = DropPath(config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path)
+        self.subset = config.drop_path_subset and self.drop_path.p > 0
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = self.add(x, lambda x, rotary: self.ls1(self.attn(self.norm1(x), rotary)), rotary)
+        return self.add(x, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
+
+    def add(self, x: Tensor, branch: Callable[[Tensor, Any], Tensor], rotary: Rotary | None = None) -> Tensor:
+        """x and a branch of it, less what stochastic depth drops."""
+        if not (self.subset and self.training):
+            return x + self.drop_path(branch(x, rotary))
+        batch = x.shape[0]
+        rows = torch.rand(batch, device=x.device).argsort()[: max(1, int(batch * (1 - self.drop_path.p)))]
+        if rotary is not None and rotary[0].ndim > 2:  # of the patches of each image
+            rotary = rotary[0][rows], rotary[1][rows]
+        return x.index_add(0, rows, branch(x[rows], rotary).to(x.dtype), alpha=batch / rows.shape[0])

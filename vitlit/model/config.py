@@ -1,9 +1,9 @@
 """The options of a ViT."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Init = Literal["vision_transformer", "big_vision", "timm"]
@@ -74,6 +74,11 @@ class ViTConfig:
     """Stochastic depth (1603.09382): the rate of the last block."""
     drop_path_decay: Literal["linear", "constant"] = "linear"
     """Whether that rate is reached linearly from 0 at the first block, or is every block's (DeiT III)."""
+    drop_path_subset: bool = False
+    """Whether a block drops a fixed number of a batch's samples and does not compute them (2304.07193, section 5); by
+    default it computes all and drops each by chance."""
+    patch_dropout: float = 0.0
+    """The share of the patches that training leaves out, at random in each image (2208.07220)."""
     init: Init = "vision_transformer"
     """Whose initial weights; see `vitlit.model.init.init_weights`."""
     float32_head: bool = False
@@ -91,10 +96,11 @@ class ViTConfig:
     edges cut, as in timm."""
     resampling: Resampling = "antialias"
     """How a learned table is resampled to another grid; see `vitlit.model.position.resample`."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more time."""
+    activation_checkpointing: bool | int = False
+    """Recompute each block, or every so many-th, in the backward pass: less memory, up to a third more time."""
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if self.class_token is None:
@@ -108,9 +114,6 @@ class ViTConfig:
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)!r} is none of {' '.join(choices)}")
         if min(self.sides) < 1:
             raise UserError("image size {} x {} is less than 1 x 1".format(*self.sides))
         if self.width % self.heads:
@@ -136,9 +139,8 @@ class ViTConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ViTConfig).items() if get_origin(kind) is Literal}
-DROPOUTS = ("dropout", "attention_dropout", "drop_path")
+DROPOUTS = ("dropout", "attention_dropout", "drop_path", "patch_dropout")
 MINIMUM = {
     **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
-    **dict.fromkeys(("num_classes", "registers"), 0),
+    **dict.fromkeys(("num_classes", "registers", "activation_checkpointing"), 0),
 }

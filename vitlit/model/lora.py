@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.model.vit import ViT
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -32,6 +32,7 @@ class LoRA:
     layers: Sequence[str] = ("attn.qkv", "attn.proj")
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "model.lora.")
         if self.rank < 1:
             raise UserError(f"model.lora.rank {self.rank} is less than 1")
         if self.alpha <= 0:

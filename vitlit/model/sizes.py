@@ -30,7 +30,7 @@ SIZES = {
 
 def parse_preset(preset: str) -> tuple[Size, int]:
     """The size and the patch size in pixels of a preset such as B/16; UserError if it is not SIZE/PATCH."""
-    name, _, patch = preset.partition("/")
+    name, _, patch = str(preset).partition("/")
     if name not in SIZES or not patch.isdecimal() or int(patch) == 0:
         raise UserError(f"preset {preset!r} is not SIZE/PATCH with SIZE one of {' '.join(SIZES)}, such as B/16")
     return SIZES[name], int(patch)

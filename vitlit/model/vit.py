@@ -106,8 +106,16 @@ class ViT(nn.Module):
         return logits if distilled is None else (logits + distilled) / 2
 
     def features(self, images: Tensor) -> Tensor:
-        """The encoded tokens of images, (B, C, H, W) -> (B, S + N, D); not normalised with `norm: pooled`."""
-        return self.encode(self.embed(images), self.grid_of(*images.shape[-2:]))
+        """The encoded tokens of images, (B, C, H, W) -> (B, S + N, D); not normalised with `norm: pooled`.
+
+        Those of K patches, (B, S + K, D), in training with patch dropout.
+        """
+        grid, keep = self.grid_of(*images.shape[-2:]), None
+        if self.config.patch_dropout and self.pos_drop.training:
+            patches = math.prod(grid)
+            kept = max(1, int(patches * (1 - self.config.patch_dropout)))
+            keep = torch.rand(images.shape[0], patches, device=images.device).argsort(dim=1)[:, :kept]
+        return self.encode(self.embed(images, keep=keep), grid, keep)
 
     def embed(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Prefix tokens and patches with positions (equation 1): (B, C, H, W) -> (B, S + N, D).
@@ -148,8 +156,9 @@ class ViT(nn.Module):
             head_width = self.width // self.config.heads
             rotary = rotary2d(grid or self.grid, head_width, self.prefix, like=tokens, keep=keep)
         tokens = self.norm_pre(tokens)
-        for block in self.blocks:
-            if self.config.activation_checkpointing and self.training:
+        every = int(self.config.activation_checkpointing)
+        for i, block in enumerate(self.blocks):
+            if every and i % every == 0 and self.training:
                 tokens = checkpoint(block, tokens, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, rotary)
@@ -234,10 +243,9 @@ class ViT(nn.Module):
         return layers
 
 
+EMBED = ("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "norm_pre")
 LAYER_OF = {
-    **dict.fromkeys(
-        ("patch_embed", "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "norm_pre"), "embed"
-    ),
+    **dict.fromkeys(EMBED, "embed"),
     **dict.fromkeys(("norm", "fc_norm"), "norm"),
     **dict.fromkeys(("attn_pool", "head", "head_dist"), "head"),
 }

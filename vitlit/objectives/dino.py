@@ -6,7 +6,7 @@ number of prototypes.
 
 import copy
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -139,10 +139,11 @@ class DINO(Objective):
             loss = loss + self.koleo * logs["loss_koleo"]
         return Step(loss, logs=logs, features=teacher_features[: len(batch.indices)])
 
-    def temperature(self, progress: float) -> float:
-        """The teacher's temperature."""
+    def temperature(self, progress: Any) -> Any:
+        """The teacher's temperature at a progress, a float or a tensor."""
         start, end = self.temperatures
-        return end if progress >= self.warmup else start + (end - start) * progress / self.warmup
+        left = 1 - progress / self.warmup if self.warmup else 0.0
+        return end - (end - start) * left * (left > 0)
 
     def targets(self, part: int, outputs: Tensor, temperature: float, used: Tensor | None = None) -> Tensor:
         """The teacher's predictions (rows, K) from a head's outputs (rows, K), of which only those `used` count."""

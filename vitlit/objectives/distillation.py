@@ -50,7 +50,9 @@ class Distillation(Supervised):
         if self.multi_label:
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature
-        self._teacher: list[Any] = []  # network, scale and shift; a list hides its parameters from this module's
+        self._teacher: list[ViT] = []  # a list hides its parameters from this module's
+        self.to_teacher: Tensor  # factor and summand of an image's channels
+        self.register_buffer("to_teacher", torch.ones(2, 1, vit.config.in_channels, 1, 1), persistent=False)
 
     def set_teacher(self, teacher: ViT) -> None:
         self._teacher = [teacher.requires_grad_(False).eval()]
@@ -58,7 +60,7 @@ class Distillation(Supervised):
     def prepare(self, data: Any) -> None:
         """Adapt the teacher to the data's normalisation; UserError if it has other classes or cannot see the images."""
         super().prepare(data)
-        teacher: ViT = self._teacher[0]
+        teacher = self._teacher[0]
         classes = teacher.config.num_classes
         if not classes:
             raise UserError(f"the teacher {self.teacher} has no head; finetune it first")
@@ -77,7 +79,7 @@ class Distillation(Supervised):
         if ours is not None and theirs is not None:
             std = torch.tensor(theirs.std)
             scale, shift = torch.tensor(ours.std) / std, (torch.tensor(ours.mean) - torch.tensor(theirs.mean)) / std
-        self._teacher = [teacher, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)]
+        self.to_teacher.copy_(torch.stack([scale, shift]).view(2, 1, -1, 1, 1))
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         if not self.training:
@@ -92,10 +94,8 @@ class Distillation(Supervised):
         return Step(loss, logits, {"loss_labels": by_labels.detach(), "loss_teacher": by_teacher.detach()})
 
     def _teacher_loss(self, logits: Tensor, images: Tensor) -> Tensor:
-        self._teacher = [part.to(images.device) for part in self._teacher]
-        teacher, scale, shift = self._teacher
         with torch.no_grad():
-            target = teacher(images * scale + shift)
+            target = self._teacher[0](images.float() * self.to_teacher[0] + self.to_teacher[1])
         if self.kind == "hard":
             return F.cross_entropy(logits, target.argmax(-1))
         logits, target = (F.log_softmax(x / self.temperature, -1) for x in (logits, target))

@@ -29,7 +29,7 @@ def device_count() -> int:
 
 def device_mean(x: Tensor) -> Tensor:
     """The mean over the devices of a tensor, which has the same shape on each."""
-    mean: Tensor = DeviceMean.apply(x) if device_count() > 1 else x
+    mean: Tensor = DeviceMean.apply(x) if device_count() > 1 and not x.is_meta else x
     return mean
 
 

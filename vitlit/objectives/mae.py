@@ -48,6 +48,8 @@ class MAE(Objective):
             raise UserError(f"mask_ratio {mask_ratio} must hide some of {patches} patches and leave others visible")
         if vit.config.pool == "map" or vit.config.norm == "pooled":
             raise UserError("MAE does not train with model.vit.pool map or norm pooled; set them when you finetune")
+        if vit.config.patch_dropout:
+            raise UserError("MAE hides patches itself, by its mask_ratio; leave model.vit.patch_dropout out")
         vit.set_head("finetune", 0)
         self.kept, self.normalize_pixels = int(patches * (1 - mask_ratio)), normalize_pixels
         try:

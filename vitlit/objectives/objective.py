@@ -105,7 +105,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        """The loss of a batch, in training (`self.training`) or not; `progress` in [0, 1) is step / total steps."""
+        """The loss, in training or not; `progress` in [0, 1), a tensor with CUDA graphs, is step / total steps."""
 
     def begin(self, vit: ViT) -> None:
         """Called when the ViT has got the weights that a training starts from, e.g. to make a teacher of them."""

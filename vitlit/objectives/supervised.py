@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.model import ViT
 from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
 
@@ -50,6 +50,7 @@ class Supervised(Objective):
         class_weights: Literal["balanced"] | None = None,
         multi_label: bool = False,
     ) -> None:
+        check_types(Supervised.__init__, locals(), "model.objective.")
         super().__init__(vit)
         num_classes = vit.config.num_classes if num_classes is None else num_classes
         if num_classes < 2:
@@ -58,8 +59,6 @@ class Supervised(Objective):
             raise UserError(f"label_smoothing {label_smoothing} is not between 0 and 1")
         if not (0 <= head_std < math.inf and math.isfinite(head_bias)):
             raise UserError(f"head_std {head_std} is not a standard deviation, or head_bias {head_bias} not finite")
-        if loss not in ("softmax", "sigmoid", "bce"):
-            raise UserError(f"loss {loss!r} is none of softmax sigmoid bce")
         if multi_label and (loss == "softmax" or class_weights is not None):
             wrong = "loss softmax" if loss == "softmax" else "class_weights"
             remedy = "give --model.objective.loss sigmoid or bce" if loss == "softmax" else "leave it out"

@@ -1,6 +1,7 @@
 """Parameter groups: the learning rate and the weight decay of each parameter."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -8,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
+from vitlit.optim.muon import Muon
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Layers = Mapping[str, Mapping[str, nn.Parameter]]
@@ -37,6 +39,7 @@ class Groups:
     weight_decay: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "model.groups.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
         for name in ("lr", "weight_decay"):
@@ -53,11 +56,14 @@ def build_optimizer(
     """An optimizer over the trainable parameters of a module, in groups with their own lr and weight_decay.
 
     Each of these parameters must be in a layer (`ViT.layers`). Layer decay acts on embed and blocks.N; all other layers
-    learn at the full rate. `lr_scale` is a factor of every learning rate.
+    learn at the full rate. `lr_scale` is a factor of every learning rate. On a GPU, torch's fused Adam, AdamW and SGD
+    are taken unless `make` says foreach or fused. `Muon` gets the matrices of the blocks in groups of their own.
     """
-    members = group_members(layers, module, groups)
     try:
-        optimizer = make([{"params": group["params"], "layers": group["layers"]} for group in members])
+        probe = make([{"params": [torch.zeros(1, 1)], "layers": ["head"]}])
+        members = group_members(layers, module, groups, split=isinstance(probe, Muon))
+        keys = ("params", "layers", *(["matrices"] if isinstance(probe, Muon) else []))
+        optimizer = make([{key: group[key] for key in keys} for group in members])
     except ValueError as error:
         raise UserError(f"model.optimizer: {error}") from error
     if optimizer.defaults.get("differentiable"):
@@ -65,6 +71,9 @@ def build_optimizer(
     if optimizer.defaults.get("capturable") and members[0]["params"][0].device.type == "cpu":
         raise UserError("model.optimizer.capturable is for a GPU; leave it out")
     for group, multiples in zip(optimizer.param_groups, members, strict=True):
+        unsaid = isinstance(optimizer, Adam | SGD | Muon) and group.get("fused", 0) is group.get("foreach") is None
+        if unsaid and all(p.is_cuda for p in group["params"]):
+            group["fused"] = True
         group["lr"] *= multiples["lr"] * lr_scale
         if "weight_decay" in group:
             group["weight_decay"] *= multiples["weight_decay"]
@@ -76,8 +85,11 @@ def build_optimizer(
     return optimizer
 
 
-def group_members(layers: Layers, module: nn.Module, groups: Groups) -> list[dict[str, Any]]:
-    """The groups with their multiples, {params, layers, lr, weight_decay}, in the order of the layers."""
+def group_members(layers: Layers, module: nn.Module, groups: Groups, split: bool = False) -> list[dict[str, Any]]:
+    """The groups with their multiples, {params, layers, lr, weight_decay}, in the order of the layers.
+
+    `split` keeps the matrices of the blocks apart from all else, and adds `matrices`, how many a weight stacks.
+    """
     in_layers = {id(parameter) for parameters in layers.values() for parameter in parameters.values()}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in in_layers:
@@ -94,18 +106,25 @@ def group_members(layers: Layers, module: nn.Module, groups: Groups) -> list[dic
     kernels = {id(parameter) for part in linear for parameter in part.parameters(recurse=False) if parameter.ndim > 1}
     depth = sum(layer.startswith("blocks.") for layer in layers)
     below_norm = {"embed": depth + 1, **{f"blocks.{i}": depth - i for i in range(depth)}}
-    members: dict[tuple[float, float], dict[str, Any]] = {}
+    members: dict[tuple[float, ...], dict[str, Any]] = {}
     for layer, parameters in layers.items():
         for name, parameter in parameters.items():
             if not parameter.requires_grad:
                 continue
             lr = groups.layer_decay ** below_norm.get(layer, 0) * multiple(groups.lr, name, default=1.0)
             decay = multiple(groups.weight_decay, name, default=float(id(parameter) in kernels))
-            group = members.setdefault((lr, decay), {"params": [], "layers": [], "lr": lr, "weight_decay": decay})
+            own = {"lr": lr, "weight_decay": decay} | ({"matrices": stacked(name, parameter)} if split else {})
+            group = members.setdefault((*own.values(),), {"params": [], "layers": [], **own})
             group["params"].append(parameter)
             if layer not in group["layers"]:
                 group["layers"].append(layer)
     return list(members.values())
+
+
+def stacked(name: str, parameter: nn.Parameter) -> int:
+    """How many matrices of a block a weight stacks: 3 of queries, keys and values, 0 if it is in no block."""
+    in_block = re.search(r"blocks\.\d+\.(?!.*lora_)", name) is not None and parameter.ndim == 2
+    return in_block * (3 if name.endswith("qkv.weight") else 1)
 
 
 def multiple(multiples: Mapping[str, float], name: str, default: float) -> float:

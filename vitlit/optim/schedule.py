@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Schedule:
     weight_decay_end: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "model.schedule.")
         for name in ("warmup", "cooldown"):
             length(f"model.schedule.{name}", getattr(self, name), 1, 1)
         for name in ("start", "final"):
@@ -54,8 +55,6 @@ class Schedule:
                 raise UserError(f"model.schedule.{name} {getattr(self, name)} is not between 0 and 1")
         if self.start and not length("model.schedule.warmup", self.warmup, 100, 1):
             raise UserError("model.schedule.start is for a warm-up; give model.schedule.warmup, or leave it out")
-        if self.interval not in ("step", "epoch"):
-            raise UserError(f"model.schedule.interval {self.interval!r} is neither step nor epoch")
         if not 0 <= (self.weight_decay_end or 0) < math.inf:
             raise UserError(f"model.schedule.weight_decay_end {self.weight_decay_end} is not at least 0")
         if self.timescale < 1:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class Best(ModelCheckpoint):
 
     def __init__(self, folder: Path, monitor: str, mode: str) -> None:
         super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True)
+
+    @cached_property
+    def state_key(self) -> str:  # which Lightning composes from the arguments in every hook of every step
+        return super().state_key
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,10 +19,11 @@ from vitlit.run.lock import Lock
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
-    *("data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
-    *("run.keep_every", "run.name", "run.root", "run.save_minutes", "run.time_limit"),
-    *("trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*", "trainer.num_nodes"),
-    *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
+    *("data.cache", "data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
+    "model.init_args.vit.init_args.image_size",  # is data.image_size, but 224 in the configs of earlier versions
+    *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.root", "run.save_minutes"),
+    *("run.time_limit", "trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*"),
+    *("trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
 )
 MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and W&B's are longer than the run's
 LOCK = ".lock"
@@ -42,6 +44,8 @@ class RunOptions:
         keep_every: optimiser steps between checkpoints that are kept for good, as step-N.ckpt.
         time_limit: of this command: HH:MM:SS, D:HH:MM:SS or seconds. Then training saves and exits with code 75, and
             the same command continues it.
+        peak_tflops: of one device, for train/mfu: its dense peak in the run's precision; by default, for many GPUs,
+            that of NVIDIA's data sheet.
     """
 
     name: str | None = None
@@ -51,12 +55,15 @@ class RunOptions:
     save_minutes: float = 15.0
     keep_every: int | None = None
     time_limit: int | str | None = None
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if not self.save_minutes >= 0:
             raise UserError(f"run.save_minutes {self.save_minutes} is less than 0")
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"run.peak_tflops {self.peak_tflops} is not above 0")
 
 
 class Decision(NamedTuple):
@@ -90,22 +97,30 @@ class RunFolder:
         self.lock, self.history = Lock(self.path / LOCK), History(self.path / "run.json")
         self._wandb_id = self.path / "wandb" / "run-id"
 
-    def decide(self, config: dict[str, Any]) -> Decision:
-        """Compare a config with what is in the folder; UserError if that is another run, or none."""
+    def decide(
+        self, config: dict[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before
+    ) -> Decision:
+        """Compare a config with what is in the folder; UserError if that is another run, or none.
+
+        `completed` adds the defaults of keys that the folder's config lacks, which an older version may have written.
+        """
         if not self.path.exists() or (self.path.is_dir() and not any(self._content())):
             return Decision("begin")
         if not self.config.is_file():
             raise UserError(f"{self.path} has no config.yaml, so it is no run: restore it, or give another --run.name")
         if self.options.overwrite:
             return Decision("begin")
-        if not self.checkpoints():
+        finished = self.marker.is_file()
+        if not finished and not self.checkpoints():
             if (self.path / "metrics.csv").is_file():
                 print(f"{self.path} has no checkpoint to continue from, so it begins again", flush=True)
             return Decision("begin")
-        before, after = flatten(read_config(self.config)), flatten(config)
+        stored, after = read_config(self.config), flatten(config)
+        before = flatten(stored)
+        if after.keys() - before.keys():
+            before = flatten(completed(stored))
         differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
         differing = [key for key in differing if not any(fnmatchcase(key, free) for free in FREE)]
-        finished = self.marker.is_file()
         if not set(differing) <= set(LONGER) or (differing and not finished):
             listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""

@@ -6,11 +6,12 @@ from typing import Self
 
 from torch import nn
 
-from vitlit.errors import UserError, first_difference
+from vitlit.errors import UserError, check_types, first_difference
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora
 from vitlit.objectives import Objective, Supervised
 from vitlit.optim import Groups, OptimizerFactory, Schedule
+from vitlit.stages.compiling import Compile
 from vitlit.stages.record import describe
 from vitlit.stages.stage import Stage
 from vitlit.stages.starting import start, starting_vit
@@ -40,6 +41,7 @@ class Finetune(Stage):
             peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters, such as layer-wise decay.
+        compile: how training is compiled; see `Stage`.
 
     Attributes:
         weights: the weights of init_from, if they have been read already.
@@ -64,7 +66,9 @@ class Finetune(Stage):
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
+        compile: Compile = "auto",
     ) -> None:
+        check_types(Finetune.__init__, locals(), "model.")
         vit = starting_vit(vit, init_from, image_size)
         if sum([bool(freeze), last_blocks is not None, lora is not None]) > 1:
             raise UserError("model.freeze, model.last_blocks and model.lora exclude one another; give one")
@@ -72,7 +76,7 @@ class Finetune(Stage):
         if given not in (None, num_classes):
             raise UserError(f"the objective has num_classes {given}, but the stage {num_classes}; drop the former")
         vit.set_head("finetune", num_classes or 0)
-        super().__init__(vit, objective, optimizer, schedule, groups, init_from)
+        super().__init__(vit, objective, optimizer, schedule, groups, compile, init_from)
         ways = {"freeze": freeze, "last_blocks": last_blocks, "lora": lora}
         self.hparams.update(describe({"num_classes": num_classes, **ways}))
         self.keep_head = keep_head

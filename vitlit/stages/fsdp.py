@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import LBFGS, Adafactor, Optimizer
 
 from vitlit.errors import UserError
+from vitlit.optim import Muon
 
 
 class FSDP2(ModelParallelStrategy):
@@ -31,7 +32,7 @@ class FSDP2(ModelParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            if isinstance(optimizer, Adafactor | LBFGS):
+            if isinstance(optimizer, Adafactor | LBFGS | Muon):
                 name = type(optimizer).__name__
                 raise UserError(f"trainer.strategy fsdp2 does not work with {name}, which needs full weights; use ddp")
 

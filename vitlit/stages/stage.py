@@ -8,29 +8,27 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.model import ViT
-from vitlit.model.config import DROPOUTS
-from vitlit.model.lora import merge, zero_adapters
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
 from vitlit.run.config import with_public_paths
-from vitlit.seeds import global_seed, seed_step
+from vitlit.seeds import first_draw, global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
+from vitlit.stages.compiling import Compile, Compiling
 from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_accumulation, check_images, check_labels, check_views
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of, subclasses
+from vitlit.stages.resuming import restore, save
 from vitlit.stages.starting import start, starting_vit
 from vitlit.weights import LoadReport, Weights, load, preprocess, read
-from vitlit.weights.adapt import set_numerics
-from vitlit.weights.checkpoint import about, open_checkpoint
+from vitlit.weights.checkpoint import open_checkpoint
 
 # What Lightning calls changes from step to step: torch.compile(stage) compiles what it calls in turn.
 not_compiled = partial(torch.compiler.disable, recursive=False)
@@ -45,6 +43,7 @@ class Stage(LightningModule):
         optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
+        compile: how training is compiled (docs/speed.md); auto compiles what takes more than a minute on a GPU.
         init_from: weights to start from, like Finetune's: those of the encoder, and of a teacher that follows it.
     """
 
@@ -55,6 +54,7 @@ class Stage(LightningModule):
         optimizer: OptimizerFactory,
         schedule: Schedule = Schedule(),
         groups: Groups = Groups(),
+        compile: Compile = "auto",
         init_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -66,10 +66,13 @@ class Stage(LightningModule):
             _class_path=path_of(type(self)),
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
+        check_types(Stage.__init__, locals(), "model.")
         self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
         self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
+        self.compiling = Compiling(compile)
+        self.teachers: list[ViT] = []  # a list hides them from checkpoints
         self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
         self.init_from = init_from  # until training has started from it
         self.weights: Weights | None = None  # of init_from, once they have been read
@@ -105,7 +108,7 @@ class Stage(LightningModule):
     @not_compiled
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
-        return self.objective(self.vit, Batch.of(batch), self._progress)
+        return self.compiling.step(self, Batch.of(batch), self._progress)
 
     def configure_model(self) -> None:
         shard(self, self.vit.blocks, methods=["step"])
@@ -148,6 +151,7 @@ class Stage(LightningModule):
         if stage != "fit":
             self.lead(self.data)
             return
+        self.compiling.check(self.trainer)
         begins = self.init_from is not None and self.trainer.ckpt_path is None
         if begins:
             self.weights = self.weights or read(str(self.init_from))
@@ -186,12 +190,15 @@ class Stage(LightningModule):
         check_labels(objective, data)
         check_images(objective, self.vit, data)
         if objective.teacher is not None:
-            objective.set_teacher(load(objective.teacher))
+            self.teachers = [load(objective.teacher)]
+            objective.set_teacher(self.teachers[0])
         objective.prepare(data)
         self._checked = id(data)
 
     def on_train_start(self) -> None:
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
+        for teacher in self.teachers:
+            teacher.to(self.device)
         self._logs.clear()
         self._total_steps = int(self.trainer.estimated_stepping_batches)
         for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
@@ -201,9 +208,11 @@ class Stage(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
+        self.compiling.begin(self, batch)
         seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
-        micro = batch_idx % trainer.accumulate_grad_batches
-        self._first_draw = seed_step(seed, trainer.global_step, micro, self.global_rank)
+        where = (batch_idx % trainer.accumulate_grad_batches, self.global_rank)
+        seed_step(seed, trainer.global_step, *where, self.device)
+        self._first_draw = first_draw(seed, trainer.global_step, *where)
         self._progress = trainer.global_step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
@@ -226,15 +235,20 @@ class Stage(LightningModule):
         trainer: Any = self.trainer
         if not step_ends(trainer, batch_idx):
             return
-        logs = {name: torch.stack([micro[name] for micro in self._logs]).mean() for name in self._logs[0]}
-        self._logs.clear()
+        logs = self._logs
+        self._logs = []
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
         if logs_now(trainer):
-            for name, value in logs.items():
-                mean = trainer.strategy.reduce(value, reduce_op="mean")
-                self.log(f"train/{name}", mean, prog_bar=name == "loss")
-            self.log("train/lr", self._lr)
+            for name in logs[0]:
+                mean = torch.stack([micro[name] for micro in logs]).mean()
+                mean = trainer.strategy.reduce(mean, reduce_op="mean")
+                # On the host: Lightning reads what the bar shows at every step.
+                self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
+            self.log("train/lr", torch.tensor(self._lr))
+
+    def on_train_end(self) -> None:
+        Compiling(self.compiling.mode).compile(self)
 
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
@@ -271,56 +285,10 @@ class Stage(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["devices"] = self.trainer.world_size
-        checkpoint["vitlit"] = about(self.vit, self.classes, getattr(self.data, "preprocess", None))
-        averaging = self._averaging()
-        if averaging is not None and "averaging_state" not in checkpoint:
-            # A weights-only checkpoint skips callbacks, but must hold the averaged weights, which were validated.
-            averaging.on_save_checkpoint(self.trainer, self, checkpoint)
-            for name in ("current_model_state", "averaging_state"):
-                checkpoint.pop(name, None)  # there are none before training
-        checkpoint["state_dict"], adapters = merge(checkpoint["state_dict"])
-        if adapters and "optimizer_states" in checkpoint:
-            checkpoint["adapters"] = adapters
-
-    def _averaging(self) -> WeightAveraging | None:
-        """The callback that averages weights, if there is one."""
-        trainer: Any = self.trainer
-        return next((callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)), None)
+        save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        made = checkpoint["vitlit"]
-        set_numerics(self.vit, made["vit"])
-        self.vit.preprocess = preprocess(made["preprocess"], self.vit)
-        self.vit.classes = made["classes"] if len(made["classes"]) == self.vit.config.num_classes else []
-        zeros = {f"vit.{name}": tensor for name, tensor in zero_adapters(self.vit).items()}
-        checkpoint["state_dict"] |= checkpoint.get("adapters") or zeros
-        if self._trainer is None:
-            return
-        self.lead(self.data)
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and "averaging_state" in checkpoint and self._averaging() is None:
-            raise UserError(
-                "the checkpoint's run averages its weights (EMA), this one does not: give its trainer.callbacks, or "
-                "start from the averaged weights (model.init_from)"
-            )
-        if not checkpoint["global_step"]:
-            return
-        # Lightning counts the micro-batches of a device; a step may now have another number of them.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        before = progress["total"]["processed"] // checkpoint["global_step"]
-        was = (checkpoint.get("devices", self.trainer.world_size), before)
-        now = (self.trainer.world_size, self.trainer.accumulate_grad_batches)
-        if fitting and was != now and any(getattr(self.vit.config, name) for name in DROPOUTS):
-            rank_zero_only(print)(
-                "vitlit: warning: steps of {} devices x {} micro-batches continue as {} x {}: the samples are the "
-                "same, but dropout depends on this division".format(*was, *now),
-                flush=True,
-            )
-        for counts in (progress["total"], progress["current"]):
-            ready = counts["ready"]
-            shift = ready // before * self.trainer.accumulate_grad_batches - ready
-            counts.update({name: count + shift for name, count in counts.items()})
+        restore(self, checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

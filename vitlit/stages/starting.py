@@ -9,7 +9,7 @@ from vitlit.model.config import DROPOUTS
 from vitlit.weights import LoadReport, Weights, load_weights, network, read
 
 # Options that belong to a training run, not to the weights it starts from.
-OF_THE_RUN = (*DROPOUTS, "drop_path_decay", "init", "float32_head", "activation_checkpointing")
+OF_THE_RUN = (*DROPOUTS, "drop_path_decay", "drop_path_subset", "init", "float32_head", "activation_checkpointing")
 TRAINING: dict[str, Any] = {name: getattr(ViTConfig, name) for name in OF_THE_RUN}
 
 

@@ -5,14 +5,4 @@ from vitlit.weights.files import locate
 from vitlit.weights.save import save_weights
 from vitlit.weights.weights import Weights
 
-__all__ = [
-    "LoadReport",
-    "Weights",
-    "load",
-    "load_weights",
-    "locate",
-    "network",
-    "preprocess",
-    "read",
-    "save_weights",
-]
+__all__ = ["LoadReport", "Weights", "load", "load_weights", "locate", "network", "preprocess", "read", "save_weights"]

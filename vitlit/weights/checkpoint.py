@@ -47,16 +47,8 @@ def read(contents: Contents) -> Weights | None:
     config, blocks = about["vit"], count_blocks(state)
     if config["depth"] != blocks:  # a huge depth would take all memory
         raise UserError(f"the file states a depth of {config['depth']!r}, but holds {blocks} blocks")
-    return Weights(
-        contents.path,
-        "vitlit",
-        state,
-        config,
-        about["classes"],
-        about["preprocess"],
-        unused,
-        frozenset({*config, "preprocess"}),
-    )
+    known = frozenset({*config, "preprocess"})
+    return Weights(contents.path, "vitlit", state, config, about["classes"], about["preprocess"], unused, known)
 
 
 def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:

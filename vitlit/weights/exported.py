@@ -23,6 +23,10 @@ class Exported(NamedTuple):
     classes: list[str]
     preprocess: dict[str, Any]
 
+    @property
+    def stated(self) -> tuple[str, ...]:
+        return (*self.options, *(["preprocess"] if self.preprocess else []))
+
 
 def metadata(vit: ViT) -> dict[str, str]:
     return {"format": "pt", KEY: json.dumps(about(vit, vit.classes, vit.preprocess))}

@@ -58,9 +58,8 @@ def read(contents: Contents) -> Weights | None:
     origins = {"mlp": "JAX's default", "preprocess": "AugReg and SigLIP"}
     if not learned:
         origins["position"] = "big_vision, if a file has no table"
-    return Weights(
-        contents.path, "google", state, config, [], HALF, unused, frozenset({"heads", "mlp", "norm_eps"}), origins
-    )
+    known = frozenset({"heads", "mlp", "norm_eps"})
+    return Weights(contents.path, "google", state, config, [], HALF, unused, known, origins)
 
 
 def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:

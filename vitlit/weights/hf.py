@@ -99,10 +99,8 @@ def read(contents: Contents) -> Weights | None:
     kind = str(about.get("model_type") or model_type_of(named))
     if kind not in TABLES:
         raise UserError(f"transformers' model type {kind}; vitlit reads {' '.join(TABLES)}")
-    origins, unused = (
-        {},
-        left + [n for n in contents.tensors if n.removeprefix(prefix).removeprefix(outer).startswith(UNUSED)],
-    )
+    origins: dict[str, str] = {}
+    unused = left + [n for n in contents.tensors if n.removeprefix(prefix).removeprefix(outer).startswith(UNUSED)]
     state = {n: t for n, t in named.items() if not n.startswith(UNUSED) and t.numel()}  # DINOv3 may have 0 registers
     state = translate(state, [*TABLES[kind], *IN_MEMORY])
     if kind == "dinov3_vit":  # its keys have no bias
@@ -238,13 +236,8 @@ def write(vit: ViT) -> dict[str, Tensor]:
     config, (kind, name) = vit.config, type_of(vit.config)
     state, table = split(tensors(vit), "attn.qkv", QKV), TABLES[kind]
     if kind in ("vit", "deit"):
-        require(
-            vit,
-            f"transformers' {name}",
-            **{**PLAIN, "distilled": config.distilled},
-            hidden_dim=None,
-            mlp=("gelu", "gelu_tanh"),
-        )
+        options = {**PLAIN, "distilled": config.distilled, "hidden_dim": None, "mlp": ("gelu", "gelu_tanh")}
+        require(vit, f"transformers' {name}", **options)
         if config.distilled and not config.num_classes:
             raise UserError("transformers' DeiTModel has no mean of the class and the distillation token's features")
     else:
@@ -317,13 +310,11 @@ def config(vit: ViT) -> dict[str, Any]:
 def processor(preprocess: Preprocess) -> dict[str, Any]:
     """The preprocessor_config.json of a preprocessing, as ViTImageProcessor reads it."""
     height, width = preprocess.image_size
-    larger = [math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width)]
+    tall, broad = (math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width))
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": dict(zip(("height", "width"), larger, strict=True))
-        if preprocess.squash
-        else {"shortest_edge": min(larger)},
+        "size": {"height": tall, "width": broad} if preprocess.squash else {"shortest_edge": min(tall, broad)},
         "resample": RESAMPLE[preprocess.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},

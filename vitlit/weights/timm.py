@@ -88,15 +88,10 @@ def read(contents: Contents) -> Weights | None:
     stated |= seen
     config |= stated
     origins = dict.fromkeys(stated, EXPORTED if known.options else CONFIG)
-    for name, assumed in (
-        ("mlp", "gelu"),
-        ("norm_eps", 1e-5 if config["pre_norm"] else 1e-6),
-        ("pool", config["pool"]),
-    ):
+    config.setdefault("norm_eps", 1e-5 if config["pre_norm"] else 1e-6)  # CLIP's is the former
+    for name in ("mlp", "norm_eps", "pool"):
         if name not in stated and config.get(name) != "swiglu":
-            origins[name] = f"{assumed} (timm's default); {NOT_SAID}"
-    if config["pre_norm"]:  # CLIP
-        config.setdefault("norm_eps", 1e-5)
+            origins[name] = f"{config.get(name, 'gelu')} (timm's default); {NOT_SAID}"
     classes, preprocess = known.classes, known.preprocess
     if preprocess:
         origins["preprocess"] = EXPORTED
@@ -140,9 +135,9 @@ def stated_by(about: dict[str, Any]) -> dict[str, Any]:
     stated["pool_prefix"] = bool(arguments.get("pool_include_prefix", name == "test_vit3"))
     if pool:
         stated["pool"] = POOLS[pool]
-    heads = next((count for pattern, count in HEADS.items() if re.search(pattern, name)), None)
-    if heads or "num_heads" in arguments:
-        stated["heads"] = int(arguments.get("num_heads") or heads or 0)
+    of_name = next((count for pattern, count in HEADS.items() if re.search(pattern, name)), None)
+    if heads := arguments.get("num_heads", of_name):
+        stated["heads"] = int(heads)
     if "img_size" in arguments:
         stated["image_size"] = arguments["img_size"]
     return stated

@@ -35,17 +35,11 @@ def read(contents: Contents) -> Weights | None:
         return None
     named, unused = strip(contents, prefix)
     state = translate(named, [*TABLE, *(TANH if "heads.pre_logits.weight" in named else LINEAR)])
-    config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6}
-    preprocess = {**IMAGENET, "interpolation": "bilinear"}
-    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights"}
     known = exported(contents)
-    if known.options:
-        config |= known.options
-        preprocess = known.preprocess or preprocess
-        origins = dict.fromkeys((*known.options, *(["preprocess"] if known.preprocess else origins)), EXPORTED)
-    stated = frozenset(
-        {"class_position", "mlp", "norm_eps", *known.options, *(["preprocess"] if known.preprocess else [])}
-    )
+    config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6, **known.options}
+    preprocess = known.preprocess or {**IMAGENET, "interpolation": "bilinear"}
+    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights", **dict.fromkeys(known.stated, EXPORTED)}
+    stated = frozenset({"class_position", "mlp", "norm_eps", *known.stated})
     return Weights(contents.path, "torchvision", state, config, known.classes, preprocess, unused, stated, origins)
 
 

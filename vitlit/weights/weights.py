@@ -22,22 +22,8 @@ HEADS = {size.width: size.heads for size in SIZES.values()} | {4096: 32}  # by w
 ASSUMED = ("heads", "norm_eps", "mlp", "resampling", "pool")  # where a file does not state these, a user may
 # The options of the ViT of 2010.11929, for `require`; ViTConfig's defaults are its.
 FEATURES = (
-    "pool",
-    "position",
-    "class_position",
-    "distilled",
-    "registers",
-    "layer_scale",
-    "qk_norm",
-    "final_norm",
-    "norm",
-    "norm_kind",
-    "patch_bias",
-    "patch_norm",
-    "pre_norm",
-    "sub_norm",
-    "proj_bias",
-    "pool_prefix",
+    *("pool", "pool_prefix", "position", "class_position", "distilled", "registers", "layer_scale", "qk_norm"),
+    *("final_norm", "norm", "norm_kind", "patch_bias", "patch_norm", "pre_norm", "sub_norm", "proj_bias"),
     "partial_patches",
 )
 PLAIN: dict[str, Any] = {name: getattr(ViTConfig, name) for name in FEATURES}

@@ -11,7 +11,8 @@ from conftest import refused
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vitlit.benchmark import advice
+from vitlit.benchmark import model
+from vitlit.benchmark.data import advice
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_reports_the_stages_the_loader_and_the_model(vitlit: Callable[..., Any], photos: Path) -> None:
-    result = vitlit(
-        "benchmark", "data", photos, "--batch_size", 4, "--images", 12, "--image_size", 64, "--model", "Ti/32"
-    )
+    flags = ("--batch_size", 4, "--images", 12, "--image_size", 64, "--model", "Ti/32")
+    result = vitlit("benchmark", "data", photos, *flags, before=lambda: setattr(model, "SECONDS", 0.01))
     assert result.code == 0, result.err
     assert "24 training images of" in result.out
     rows = dict(re.findall(r"^  (read|decode|crop, resize|transfer) +\d+\.\d+ +(\d+)%", result.out, re.M))
@@ -57,7 +57,7 @@ def test_shards_and_holdouts_are_measured_alike(vitlit: Callable[..., Any], phot
     ("arguments", "words"),
     [
         (["data"], "ROOT"),
-        (["model"], "invalid choice: 'model' (choose from"),
+        (["speed"], "invalid choice: 'speed' (choose from"),
         (["data", "nowhere"], "nowhere is not a folder"),
         (["data", "{photos}", "--batch_size", "64"], "24 training images; give a smaller --batch_size"),
         (["data", "{photos}", "--batch_size", "0"], "must be at least 1"),

@@ -3,16 +3,16 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, repeat
 from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import default_collate
 
+from vitlit.benchmark.model import automatic, seconds_of, training_step
 from vitlit.data.dataset import Images, channels_last
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -30,13 +30,11 @@ machine's cores, and how many a ViT takes. Files that were read lately come from
 set is as slow as its disk.
 """
 SECONDS = 5.0  # the loader is timed for
-STEPS = 3  # the model is timed for
 
 
 def run(arguments: list[str]) -> int:
     """`vitlit benchmark data ROOT [options]`; returns the exit code."""
-    parser = CommandParser("vitlit benchmark", HELP)
-    parser.add_argument("what", metavar="data", choices=["data"], help="the word data")
+    parser = CommandParser("vitlit benchmark data", HELP)
     parser.add_argument("root", metavar="ROOT", help="as --data.root: a folder, or shards")
     parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; default 224")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="per device; default 64")
@@ -44,7 +42,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--model", default="B/16", metavar="PRESET", help="of the ViT, or none; default B/16")
     parser.add_argument("--holdout", default="0", metavar="SHARE", help="as --data.holdout, such as 10%%")
     parser.add_argument("--manifest", metavar="FILE", help="as --data.manifest")
-    given = parser.parse_args(arguments or ["--help"])
+    given = parser.parse_args(arguments)
     if min(given.image_size, given.batch_size, given.images) < 1:
         parser.error("--image_size, --batch_size and --images must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,8 +68,9 @@ def run(arguments: list[str]) -> int:
         loaded = time_loader(data, given.batch_size, workers, device.type == "cuda")
     print(f"\nloader       {loaded:,.0f} images/s, {workers} worker(s), all of a device's cores")
     if vit is not None:
-        needed = time_model(vit, given.batch_size, device)
-        print(f"ViT-{given.model:<8} {needed:,.0f} images/s, forward and backward on {device.type}")
+        step = training_step(vit.to(device).train(), given.batch_size, automatic(device), device)
+        needed = given.batch_size / seconds_of(step, device)
+        print(f"ViT-{given.model:<8} {needed:,.0f} images/s, a training step on {device.type}")
         print(advice(needed, 1 / (total - seconds["transfer"]), loaded, workers, slowest))
     return 0
 
@@ -132,23 +131,6 @@ def time_loader(data: Images, batch_size: int, workers: int, pin: bool) -> float
     while time.perf_counter() - start < SECONDS:
         images += len(next(batches)[0])
     return images / (time.perf_counter() - start)
-
-
-def time_model(vit: ViT, batch_size: int, device: torch.device) -> float:
-    """Images per second of forward and backward without a loader, in bf16 on a GPU."""
-    vit = vit.to(device).train()
-    images = torch.randn(batch_size, 3, *vit.config.sides, device=device)
-    labels = torch.arange(batch_size, device=device) % 1000
-    seconds = []
-    for _ in range(1 + STEPS):
-        start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            loss = F.cross_entropy(vit(images), labels)
-        loss.backward()
-        vit.zero_grad()
-        loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return batch_size / min(seconds[1:])
 
 
 def advice(needed: float, one: float, loaded: float, workers: int, slowest: str) -> str:
