@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
 from runs import write
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.callbacks import Bar, Lines, NonFinite, Throughput
+from vitlit.cli.trainer import Trainer
 from vitlit.loggers import CSV
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Supervised
@@ -101,21 +103,22 @@ class Plain(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def trainer(folder: Path, **options: Any) -> Trainer:
-    quiet: dict[str, Any] = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    return Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=folder, **{**quiet, **options})
+def options(folder: Path) -> dict[str, Any]:
+    """What both Trainers are given."""
+    quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    return {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": folder, **quiet}
 
 
 def lightning(loader: Clocked, folder: Path) -> None:
-    trainer(folder, logger=False, enable_checkpointing=False).fit(Plain(len(loader)), loader)
+    LightningTrainer(**options(folder), logger=False, enable_checkpointing=False).fit(Plain(len(loader)), loader)
 
 
 def vitlit(loader: Clocked, folder: Path, bar: bool = False) -> None:
     stage = Pretrain(ViT(**TRIVIAL), OBJECTIVE, OPTIMIZER)
     last = Last(folder)
-    callbacks = [Interrupt(last, None, 30), Best(folder, "val/top1", "max"), last, Bar() if bar else Lines()]
-    runner = trainer(folder, logger=[CSV(folder)], callbacks=[*callbacks, NonFinite(), Throughput()])
-    runner.fit(stage, loader)
+    callbacks: list[Any] = [Interrupt(last, None, 30), Best(folder, "val/top1", "max"), last, Bar() if bar else Lines()]
+    callbacks += [NonFinite(), Throughput()]
+    Trainer(**options(folder), logger=[CSV(folder)], callbacks=callbacks).fit(stage, loader)
 
 
 LOOPS: dict[str, Callable[[Clocked, Path], None]] = {"bare": bare, "lightning": lightning, "vitlit": vitlit}

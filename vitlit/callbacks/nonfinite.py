@@ -15,26 +15,28 @@ from vitlit.errors import UserError
 from vitlit.stages.stage import logs_now, step_ends
 
 NEVER = 2**63 - 1
+MOST = 1000  # losses that are kept
 
 
 class NonFinite(Callback):
     """Stop when a loss, a gradient or a weight is not finite, and warn after training if the loss rose.
 
-    The device notes the first step with a loss or gradient that is not finite. It is read when losses are logged and
-    before a checkpoint is written, so no step waits for the GPU. With trainer.precision 16-mixed gradients are not
-    tested: the scaler does, and skips such a step.
+    Losses and the gradients' norms stay on the device. They are read when losses are logged, before a checkpoint is
+    written and after a thousand steps, so no other step waits for the GPU. With trainer.precision 16-mixed gradients
+    are not tested: the scaler does, and skips such a step.
 
     Raises:
         UserError: something is not finite. It names the step, its images and the last good checkpoint.
     """
 
     def __init__(self) -> None:
-        self._first = torch.full((2,), NEVER)  # step whose loss, and whose gradient, is not finite
+        self._losses: list[tuple[int, Tensor]] = []  # by step, since they were read
+        self._norms: list[tuple[int, Tensor]] = []  # of gradients
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first = torch.full((2,), NEVER, device=pl_module.device)
+        self._losses.clear()
+        self._norms.clear()
         self._first_loss: Tensor | None = None  # that this training logged
-        self._gradient: Tensor | None = None  # whether this step's is finite
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -44,14 +46,11 @@ class NonFinite(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.precision != "16-mixed":
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._gradient = all_finite(gradients)
+            self._norms.append((self._step, norm(gradients)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = outputs["loss"].isfinite()
-        finite = torch.stack([loss, loss if self._gradient is None else self._gradient])
-        self._first = torch.where(finite, self._first, self._first.clamp(max=self._step))
-        self._gradient = None
-        if step_ends(trainer, batch_idx) and logs_now(trainer):
+        self._losses.append((self._step, outputs["loss"]))
+        if len(self._losses) == MOST or (step_ends(trainer, batch_idx) and logs_now(trainer)):
             self._check(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -65,7 +64,7 @@ class NonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
-        finite = bool(all_finite([parameter.detach() for parameter in pl_module.parameters()]).item())
+        finite = math.isfinite(norm([parameter.detach() for parameter in pl_module.parameters()]).item())
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise nonfinite_error(trainer, f"a weight is not finite after step {trainer.global_step}")
 
@@ -80,9 +79,11 @@ class NonFinite(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
+        steps = [first_nonfinite(self._losses), first_nonfinite(self._norms)]
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(self._first, torch.distributed.ReduceOp.MIN)
-        steps = self._first.tolist()
+            of_all = torch.tensor(steps, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MIN)
+            steps = of_all.tolist()
         if (step := min(steps)) == NEVER:
             return
         samples = getattr(trainer.datamodule, "samples", None)  # type: ignore[attr-defined]
@@ -93,12 +94,24 @@ class NonFinite(Callback):
         raise nonfinite_error(trainer, f"the {what} of step {step}{images} is not finite", step)
 
 
-def all_finite(values: Iterable[Tensor]) -> Tensor:
-    """Whether all elements of the tensors are finite, a scalar on their device; of a sharded tensor, this rank's."""
+def first_nonfinite(values: list[tuple[int, Tensor]]) -> int:
+    """The first step whose value is not finite, or NEVER; the list is emptied."""
+    if not values:
+        return NEVER
+    steps, tensors = zip(*values, strict=True)
+    values.clear()
+    numbers = torch.stack(tensors).tolist()
+    return next((step for step, number in zip(steps, numbers, strict=True) if not math.isfinite(number)), NEVER)
+
+
+def norm(values: Iterable[Tensor]) -> Tensor:
+    """The norm of the tensors, a scalar on their device; of a sharded tensor, this rank's.
+
+    It is finite if all elements are, unless they are so large that training has failed anyway.
+    """
     parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
-    # A norm of finite elements is finite, unless they are so large that training has failed anyway.
     norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
-    return torch.stack(norms).isfinite().all()
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> UserError:

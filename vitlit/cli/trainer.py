@@ -8,6 +8,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loggers import Logger
@@ -73,6 +74,7 @@ class Trainer(LightningTrainer):
             raise UserError(f"trainer: {error}") from error
         callbacks: Any = self.callbacks  # type: ignore[attr-defined]
         check_callbacks(callbacks)
+        skip_empty_hooks(callbacks)
         for callback in callbacks:
             if (
                 isinstance(self.strategy, FSDP2)
@@ -92,6 +94,24 @@ class Trainer(LightningTrainer):
             raise UserError(f"trainer.strategy {type(self.strategy).__name__} is not supported; {remedy}")
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
             self.strategy.checkpoint_io = Files()
+
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def skip_empty_hooks(callbacks: list[Any]) -> None:
+    """Make None of a step's hooks that do nothing: Lightning calls what is callable, which costs more than most do."""
+    for callback in callbacks:
+        for hook in STEP_HOOKS:
+            if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
+                setattr(callback, hook, None)
 
 
 def listed(given: Any) -> list[Any]:
