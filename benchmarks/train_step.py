@@ -4,10 +4,12 @@
 
 The same architecture, batch, precision, optimiser (AdamW, fused on a GPU) and setting of torch.compile for all. On a
 GPU S/16, B/16 and L/16 in bf16, on a CPU S/16 in float32 with 8 images on one core and one thread; 224 pixels. In a
-round each takes its turn, on the same images in the device's memory. Seconds are CPU time on a CPU, so that other work
-on the machine changes little, and wall-clock time on a GPU. Read the ratios, each from one round. Through the Trainer
-is a Pretrain with vitlit's callbacks and metrics.csv. Memory is the peak of a training step in a process of its own:
-what torch holds on a GPU, or by how much the process grew on a CPU. A library that is missing is left out.
+round each takes its turn, on the same images in the device's memory, and the next round begins with the next of them:
+whoever comes first finds the memory that another has just freed. Seconds are CPU time on a CPU, so that other work on
+the machine changes little, and wall-clock time on a GPU. Read the ratios, each from one round. Through the Trainer is a
+Pretrain with vitlit's callbacks and metrics.csv. Memory is the peak of a training step in a process of its own, after
+steps of a tiny model: what torch holds on a GPU, or by how much the process grew on a CPU. A library that is missing is
+left out.
 """
 
 import os
@@ -20,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -99,6 +102,12 @@ class Setting:
         self.precision = "bf16-mixed" if self.gpu else "32-true"
         self.batch_size = given.batch_size or (BATCHES.get(preset, 128) if self.gpu else 8)
         self.optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=self.gpu)
+
+    def tiny(self) -> "Setting":
+        """The same with the smallest model and images."""
+        tiny = copy(self)
+        tiny.preset, tiny.image_size = "Ti/16", 16
+        return tiny
 
     def batch(self) -> tuple[Tensor, Tensor]:
         images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=self.device)
@@ -195,18 +204,24 @@ def memory(name: str, setting: Setting) -> float:
     torch.set_num_threads(1)
     status = Path("/proc/self/status")
 
+    def train(setting: Setting) -> None:
+        if name == THROUGH:
+            through_trainer(setting, 0, 0, lambda: None)
+        else:
+            bare = Bare(name, setting)
+            for _ in range(WARM_UP):
+                bare.step()
+
     def kib(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    if not setting.gpu:
+    train(setting.tiny())  # loads what is loaded at the first step
+    if setting.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
         Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
         before = kib("VmRSS")
-    if name == THROUGH:
-        through_trainer(setting, 0, 0, lambda: None)
-    else:
-        bare = Bare(name, setting)
-        for _ in range(WARM_UP):
-            bare.step()
+    train(setting)
     return torch.cuda.max_memory_allocated() / 2**30 if setting.gpu else (kib("VmHWM") - before) / 2**20
 
 
@@ -228,8 +243,9 @@ def compare(setting: Setting, names: list[str], rounds: int, repeats: int) -> li
             times.append((setting.clock() - start) / repeats)
 
     def others() -> None:
-        for name, bare in bares.items():
-            turn([bare.step, bare.infer], [steps[name], inferences[name]])
+        first = len(steps[BARE]) % len(bares)
+        for name in [*bares, *bares][first : first + len(bares)]:
+            turn([bares[name].step, bares[name].infer], [steps[name], inferences[name]])
         print(".", end="", flush=True)
 
     for bare in bares.values():

@@ -199,6 +199,7 @@ class Stage(LightningModule):
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
         for teacher in self.teachers:
             teacher.to(self.device)
+        self.zero_grad()
         self._logs.clear()
         self._total_steps = int(self.trainer.estimated_stepping_batches)
         for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
@@ -210,10 +211,11 @@ class Stage(LightningModule):
         trainer: Any = self.trainer
         self.compiling.begin(self, batch)
         seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
+        step = trainer.global_step
         where = (batch_idx % trainer.accumulate_grad_batches, self.global_rank)
-        seed_step(seed, trainer.global_step, *where, self.device)
-        self._first_draw = first_draw(seed, trainer.global_step, *where)
-        self._progress = trainer.global_step / self._total_steps
+        seed_step(seed, step, *where, self.device)
+        self._first_draw = 0 if isinstance(batch, Batch) else first_draw(seed, step, *where)  # it has draws
+        self._progress = step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         self.schedule.set_weight_decay(trainer.optimizers[0], self._decays, self._progress)
@@ -226,10 +228,14 @@ class Stage(LightningModule):
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
         return step.loss
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # Lightning would keep the gradients until the next forward has filled the memory
         # Not as the batch ends: callbacks that save a checkpoint then come first.
         self.objective.after_step(self.vit, self._progress)
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Nothing: `optimizer_step` has done it."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer: Any = self.trainer
