@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.model.config import Activation, ViTConfig
+from vitlit.model.config import ViTConfig
 from vitlit.model.position import Rotary, rotate
 
 
@@ -70,21 +70,14 @@ class MLP(nn.Module):
     `fc1` has 2 * mlp_dim outputs: the first half, after SiLU, gates the second. `norm` is applied before `fc2`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        mlp_dim: int,
-        activation: Activation,
-        dropout: float,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.activation = activation
-        self.fc1 = nn.Linear(width, 2 * mlp_dim if activation == "swiglu" else mlp_dim, bias=bias)
-        self.norm = norm or nn.Identity()
-        self.fc2 = nn.Linear(mlp_dim, width, bias=bias)
-        self.drop = nn.Dropout(dropout)
+        width, mlp_dim = config.width, config.mlp_dim
+        self.activation = config.mlp
+        self.fc1 = nn.Linear(width, 2 * mlp_dim if config.mlp == "swiglu" else mlp_dim, bias=config.proj_bias)
+        self.norm = new_norm(config, mlp_dim) if config.sub_norm else nn.Identity()
+        self.fc2 = nn.Linear(mlp_dim, width, bias=config.proj_bias)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -134,8 +127,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.norm2 = new_norm(config)
-        sub_norm = new_norm(config, config.mlp_dim) if config.sub_norm else None
-        self.mlp = MLP(width, config.mlp_dim, config.mlp, config.dropout, config.proj_bias, sub_norm)
+        self.mlp = MLP(config)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         rises = config.drop_path_decay == "linear"
         self.drop_path = DropPath(config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path)

@@ -1,6 +1,7 @@
 """The attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.norm = new_norm(config)
-        self.mlp = MLP(width, config.mlp_dim, "gelu" if config.mlp == "swiglu" else config.mlp, dropout=0.0)
+        activation = "gelu" if config.mlp == "swiglu" else config.mlp
+        self.mlp = MLP(replace(config, mlp=activation, dropout=0.0, proj_bias=True, sub_norm=False))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
