@@ -216,7 +216,7 @@ def optimised(name: str) -> tuple[torch.optim.Optimizer, Callable[[int], float],
     stage, data, _, images = built(name)
     trainer, epoch = read(name)["trainer"], images // data.batch_size
     total = trainer["max_steps"] if trainer["max_epochs"] == -1 else epoch * trainer["max_epochs"]
-    stage.trainer = SimpleNamespace(  # type: ignore[assignment]
+    stage.trainer = SimpleNamespace(
         estimated_stepping_batches=total,
         fast_dev_run=False,
         num_training_batches=epoch,

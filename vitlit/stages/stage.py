@@ -47,6 +47,8 @@ class Stage(LightningModule):
         init_from: weights to start from, like Finetune's: those of the encoder, and of a teacher that follows it.
     """
 
+    trainer: Any  # Lightning's type knows no datamodule
+
     def __init__(
         self,
         vit: ViT | None,
@@ -83,8 +85,7 @@ class Stage(LightningModule):
     @property
     def data(self) -> Any:
         """The trainer's data module, or None if it was given loaders."""
-        trainer: Any = self.trainer
-        return trainer.datamodule
+        return self.trainer.datamodule
 
     @property
     def classes(self) -> list[str]:
@@ -114,14 +115,13 @@ class Stage(LightningModule):
         shard(self, self.vit.blocks, methods=["step"])
 
     def configure_optimizers(self) -> Any:
-        trainer: Any = self.trainer
-        total = trainer.estimated_stepping_batches
+        total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
-        batches = trainer.num_training_batches
-        steps = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        batches = self.trainer.num_training_batches
+        steps = 0 if math.isinf(batches) else math.ceil(batches / self.trainer.accumulate_grad_batches)
         epoch = getattr(self.data, "steps_per_epoch", steps)
-        schedule = Schedule(decay="constant") if trainer.fast_dev_run else self.schedule
+        schedule = Schedule(decay="constant") if self.trainer.fast_dev_run else self.schedule
         layers = self.vit.layers()
         layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
         optimizer = build_optimizer(self.optimizer, layers, self, self.groups, self.lr_scale())
@@ -142,9 +142,8 @@ class Stage(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """None; here, before their own setup, the Trainer's are checked."""
-        trainer: Any = self.trainer
-        if trainer.state.fn == TrainerFn.FITTING:
-            check_callbacks(trainer.callbacks)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_callbacks(self.trainer.callbacks)
         return []
 
     def setup(self, stage: str) -> None:
@@ -207,16 +206,16 @@ class Stage(LightningModule):
         self.vit.classes = self.classes
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        trainer: Any = self.trainer
         self.compiling.begin(self, batch)
         seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
-        where = (batch_idx % trainer.accumulate_grad_batches, self.global_rank)
-        seed_step(seed, trainer.global_step, *where, self.device)
-        self._first_draw = first_draw(seed, trainer.global_step, *where)
-        self._progress = trainer.global_step / self._total_steps
+        step, optimizer = self.trainer.global_step, self.trainer.optimizers[0]
+        where = (batch_idx % self.trainer.accumulate_grad_batches, self.global_rank)
+        seed_step(seed, step, *where, self.device)
+        self._first_draw = first_draw(seed, step, *where)
+        self._progress = step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
-        self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        self.schedule.set_weight_decay(trainer.optimizers[0], self._decays, self._progress)
+        self._lr = max(group["lr"] for group in optimizer.param_groups)
+        self.schedule.set_weight_decay(optimizer, self._decays, self._progress)
 
     @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -232,17 +231,16 @@ class Stage(LightningModule):
         self.objective.after_step(self.vit, self._progress)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        trainer: Any = self.trainer
-        if not step_ends(trainer, batch_idx):
+        if not step_ends(self.trainer, batch_idx):
             return
         logs = self._logs
         self._logs = []
-        if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
-        if logs_now(trainer):
+        if self.trainer.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
+        if logs_now(self.trainer):
             for name in logs[0]:
                 mean = torch.stack([micro[name] for micro in logs]).mean()
-                mean = trainer.strategy.reduce(mean, reduce_op="mean")
+                mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
                 # On the host: Lightning reads what the bar shows at every step.
                 self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
             self.log("train/lr", torch.tensor(self._lr))
