@@ -22,7 +22,7 @@ from vitlit.seeds import first_draw, global_seed, seed_step
 from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.compiling import Compile, Compiling
 from vitlit.stages.fsdp import shard
-from vitlit.stages.matching import check_accumulation, check_images, check_labels, check_views
+from vitlit.stages.matching import check_accumulation, check_match, check_views
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import check_class_paths, describe, path_of, subclasses
 from vitlit.stages.resuming import restore, save
@@ -186,8 +186,7 @@ class Stage(LightningModule):
             return
         self.lead(data)
         objective = self.objective
-        check_labels(objective, data)
-        check_images(objective, self.vit, data)
+        check_match(objective, self.vit, data)
         if objective.teacher is not None:
             self.teachers = [load(objective.teacher)]
             objective.set_teacher(self.teachers[0])
