@@ -17,9 +17,9 @@ from vitlit.errors import UserError, check_types
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
+from vitlit.run.callbacks import check_callbacks
 from vitlit.run.config import with_public_paths
 from vitlit.seeds import first_draw, global_seed, seed_step
-from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.compiling import Compile, Compiling
 from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_accumulation, check_match, check_views
