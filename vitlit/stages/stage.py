@@ -18,13 +18,13 @@ from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
 from vitlit.run.callbacks import check_callbacks
-from vitlit.run.config import with_public_paths
+from vitlit.run.config import check_class_paths, with_public_paths
 from vitlit.seeds import first_draw, global_seed, seed_step
 from vitlit.stages.compiling import Compile, Compiling
 from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_accumulation, check_match, check_views
 from vitlit.stages.metrics import direction, metrics, update
-from vitlit.stages.record import check_class_paths, describe, path_of, subclasses
+from vitlit.stages.record import describe, path_of, subclasses
 from vitlit.stages.resuming import restore, save
 from vitlit.stages.starting import start, starting_vit
 from vitlit.weights import LoadReport, Weights, load, preprocess, read
