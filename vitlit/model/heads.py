@@ -46,13 +46,13 @@ def new_head(width: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
     """
     if num_classes == 0:
         return nn.Identity()
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
     if hidden_dim is not None:
-        hidden = layers["pre_logits"] = nn.Linear(width, hidden_dim)
+        hidden = nn.Linear(width, hidden_dim)
         nn.init.xavier_uniform_(hidden.weight)
         nn.init.zeros_(hidden.bias)
-        layers["tanh"] = nn.Tanh()
-    output = layers["out"] = nn.Linear(hidden_dim or width, num_classes)
+        output = new_head(hidden_dim, None, num_classes)
+        return nn.Sequential(OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=output))
+    output = nn.Linear(width, num_classes)
     nn.init.zeros_(output.weight)
     nn.init.zeros_(output.bias)
-    return output if hidden_dim is None else nn.Sequential(layers)
+    return output

@@ -75,8 +75,6 @@ class ViT(nn.Module):
         self.fc_norm = final if config.norm == "pooled" else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         init_weights(self)
-        self.head: nn.Module
-        self.head_dist: nn.Module | None
         self.set_head("pretrain" if config.hidden_dim else "finetune", config.num_classes, config.hidden_dim)
 
     @staticmethod
