@@ -67,10 +67,8 @@ class Supervised(Objective):
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
         if hidden_dim not in (None, vit.config.hidden_dim):
             raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
-        for module in (vit.head, vit.head_dist):
-            if module is not None:
-                output = module if isinstance(module, nn.Linear) else module.get_submodule("out")
-                assert isinstance(output, nn.Linear)
+        for name, output in vit.named_modules():
+            if name in ("head", "head.out", "head_dist", "head_dist.out") and isinstance(output, nn.Linear):
                 if head_std:
                     nn.init.trunc_normal_(output.weight, std=head_std)
                 nn.init.constant_(output.bias, head_bias)
