@@ -40,9 +40,8 @@ class AttentionPool(nn.Module):
 def new_head(width: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
     """A head, (B, width) -> (B, num_classes), whose output layer starts at zero; nothing for 0 classes.
 
-    For pretraining Linear, tanh, Linear. The hidden layer starts Xavier-uniform; google-research's programs have flax's
-    default there, LeCun-normal, whose std is the same where hidden_dim is the width. For finetuning, without a
-    hidden_dim, one Linear.
+    Linear, tanh, Linear; without a hidden_dim, for finetuning, one Linear. The hidden layer starts Xavier-uniform, in
+    google-research's programs LeCun-normal (flax's default), whose std is the same if hidden_dim is the width.
     """
     if num_classes == 0:
         return nn.Identity()

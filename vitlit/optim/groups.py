@@ -26,9 +26,8 @@ class Groups:
     `objective.NAME`. If several patterns match a parameter, their multiples multiply; a pattern must match one.
 
     Args:
-        layer_decay: the learning rate of each layer as a multiple of the next one's: 1 for norm and head, layer_decay
-            for the last block, layer_decay ^ (depth + 1) for the embedding (2106.08254, appendix A.2; MAE's
-            util/lr_decay.py).
+        layer_decay: a layer's learning rate as a multiple of the next one's: 1 for norm and head, layer_decay for the
+            last block, layer_decay ^ (depth + 1) for the embedding (2106.08254, appendix A.2; MAE's lr_decay.py).
         lr: further multiples of the learning rate, by pattern.
         weight_decay: multiples of the weight decay, by pattern. The default is 1 for kernels (weights of linear layers
             and convolutions) and 0 for all other parameters (big_vision, configs/vit_s16_i1k.py).
