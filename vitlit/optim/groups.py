@@ -137,14 +137,9 @@ def table(optimizer: Optimizer) -> str:
     rows = [("layers", "tensors", "parameters", "peak lr", "weight decay")]
     for group in optimizer.param_groups:
         first, last = group["layers"][0], group["layers"][-1]
-        rows.append(
-            (
-                first if first == last else f"{first} to {last}",
-                f"{len(group['params']):,}",
-                f"{sum(parameter.numel() for parameter in group['params']):,}",
-                f"{group.get('initial_lr', group['lr']):.4g}",
-                f"{group.get('weight_decay', 0):g}",
-            )
-        )
+        layers = first if first == last else f"{first} to {last}"
+        size, lr = sum(p.numel() for p in group["params"]), group.get("initial_lr", group["lr"])
+        decay = group.get("weight_decay", 0)
+        rows.append((layers, f"{len(group['params']):,}", f"{size:,}", f"{lr:.4g}", f"{decay:g}"))
     left, *right = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join("  ".join([row[0].ljust(left), *map(str.rjust, row[1:], right)]) for row in rows)
