@@ -89,34 +89,31 @@ def group_members(layers: Layers, module: nn.Module, groups: Groups, split: bool
 
     `split` keeps the matrices of the blocks apart from all else, and adds `matrices`, how many a weight stacks.
     """
-    in_layers = {id(parameter) for parameters in layers.values() for parameter in parameters.values()}
+    trainable = {name: (layer, p) for layer in layers for name, p in layers[layer].items() if p.requires_grad}
+    in_layers = {id(parameter) for _, parameter in trainable.values()}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in in_layers:
             raise UserError(f"the parameter {name} is in no layer of the ViT, so no group would train it")
-    trainable = [name for parameters in layers.values() for name, p in parameters.items() if p.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable; leave something out of model.freeze")
     for kind in ("lr", "weight_decay"):
         for pattern in getattr(groups, kind):
             if not any(fnmatchcase(name, pattern) for name in trainable):
-                example = trainable[-1]
+                example = next(reversed(trainable))
                 raise UserError(f"model.groups.{kind} {pattern!r} matches no trainable parameter, such as {example}")
     linear = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     kernels = {id(parameter) for part in linear for parameter in part.parameters(recurse=False) if parameter.ndim > 1}
     depth = sum(layer.startswith("blocks.") for layer in layers)
     below_norm = {"embed": depth + 1, **{f"blocks.{i}": depth - i for i in range(depth)}}
     members: dict[tuple[float, ...], dict[str, Any]] = {}
-    for layer, parameters in layers.items():
-        for name, parameter in parameters.items():
-            if not parameter.requires_grad:
-                continue
-            lr = groups.layer_decay ** below_norm.get(layer, 0) * multiple(groups.lr, name, default=1.0)
-            decay = multiple(groups.weight_decay, name, default=float(id(parameter) in kernels))
-            own = {"lr": lr, "weight_decay": decay} | ({"matrices": stacked(name, parameter)} if split else {})
-            group = members.setdefault((*own.values(),), {"params": [], "layers": [], **own})
-            group["params"].append(parameter)
-            if layer not in group["layers"]:
-                group["layers"].append(layer)
+    for name, (layer, parameter) in trainable.items():
+        lr = groups.layer_decay ** below_norm.get(layer, 0) * multiple(groups.lr, name, default=1.0)
+        decay = multiple(groups.weight_decay, name, default=float(id(parameter) in kernels))
+        own = {"lr": lr, "weight_decay": decay} | ({"matrices": stacked(name, parameter)} if split else {})
+        group = members.setdefault((*own.values(),), {"params": [], "layers": [], **own})
+        group["params"].append(parameter)
+        if layer not in group["layers"]:
+            group["layers"].append(layer)
     return list(members.values())
 
 
