@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitlit.errors import UserError
 from vitlit.objectives import Batch
-from vitlit.stages.fsdp import gather_full
+from vitlit.run.fsdp import gather_full
 from vitlit.stages.metrics import update
 from vitlit.weights.adapt import set_numerics
 

@@ -19,9 +19,9 @@ from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
 from vitlit.run.callbacks import check_callbacks
 from vitlit.run.config import check_class_paths, with_public_paths
+from vitlit.run.fsdp import shard
 from vitlit.seeds import first_draw, global_seed, seed_step
 from vitlit.stages.compiling import Compile, Compiling
-from vitlit.stages.fsdp import shard
 from vitlit.stages.matching import check_accumulation, check_match, check_views
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import describe, path_of, subclasses
