@@ -72,7 +72,7 @@ class Stage(LightningModule):
         self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
-        self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
+        self.measures = nn.ModuleDict({split: metrics(self.objective.metrics()) for split in ("val", "test")})
         self.compiling = Compiling(compile)
         self.teachers: list[ViT] = []  # a list hides them from checkpoints
         self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
@@ -95,10 +95,6 @@ class Stage(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
-
-    def new_metrics(self) -> nn.ModuleDict:
-        """The metrics of an evaluation, by name."""
-        return metrics(self.objective.metrics())
 
     @property
     def measured(self) -> dict[str, str]:
