@@ -31,10 +31,9 @@ def check_match(objective: Objective, vit: ViT, data: Any) -> None:
 def check_accumulation(objective: Objective, micro_batches: int) -> None:
     """UserError if the objective needs the whole batch at once, and a step has several micro-batches."""
     if objective.whole_batch and micro_batches > 1:
-        name, several = type(objective).__name__, f"{micro_batches} micro-batches would change what it learns"
-        raise UserError(
-            f"{name} compares the images of a batch: {several}; raise data.micro_batch, or take more devices"
-        )
+        remedy = "raise data.micro_batch, or take more devices"
+        several = f"{micro_batches} micro-batches would change what it learns; {remedy}"
+        raise UserError(f"{type(objective).__name__} compares the images of a batch: {several}")
 
 
 def check_views(objective: Objective, views: int) -> None:

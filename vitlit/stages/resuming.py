@@ -43,10 +43,8 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
     stage.lead(stage.data)
     fitting = trainer.state.fn == TrainerFn.FITTING
     if fitting and "averaging_state" in checkpoint and averaging_of(trainer) is None:
-        raise UserError(
-            "the checkpoint's run averages its weights (EMA), this one does not: give its trainer.callbacks, or "
-            "start from the averaged weights (model.init_from)"
-        )
+        remedy = "give its trainer.callbacks, or start from the averaged weights (model.init_from)"
+        raise UserError(f"the checkpoint's run averages its weights (EMA), this one does not: {remedy}")
     if not checkpoint["global_step"]:
         return
     # Lightning counts the micro-batches of a device; a step may now have another number of them.

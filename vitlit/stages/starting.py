@@ -20,9 +20,8 @@ def starting_vit(vit: ViT | None, init_from: str | None, image_size: int | tuple
     if vit is not None:
         return vit
     if init_from is None:
-        raise UserError(
-            "there is no architecture: give model.init_from (a run folder or a file of weights) or model.vit"
-        )
+        remedy = "give model.init_from (a run folder or a file of weights) or model.vit"
+        raise UserError(f"there is no architecture: {remedy}")
     size = {} if image_size is None else {"image_size": image_size}
     return ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **TRAINING, **size))
 
