@@ -88,7 +88,7 @@ class Finetune(Stage):
     def start(self, weights: Weights) -> LoadReport:
         if self.keep_head:
             self.check_head(weights)
-        report = start(self.vit, weights, fresh=["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"])
+        report = start(self.vit, weights, self.keep_head)
         fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
         if fixed and "attn_pool.latent" in report.new:
             raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")

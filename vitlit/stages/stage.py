@@ -25,8 +25,7 @@ from vitlit.stages.compiling import Compile, Compiling
 from vitlit.stages.matching import check_accumulation, check_match, check_views
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import describe, path_of, subclasses
-from vitlit.stages.resuming import restore, save
-from vitlit.stages.starting import start, starting_vit
+from vitlit.stages.starting import restore, save, start, starting_vit
 from vitlit.weights import LoadReport, Weights, load, preprocess, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -159,7 +158,7 @@ class Stage(LightningModule):
             self.init_from = self.weights = None  # a second fit continues
 
     def start(self, weights: Weights) -> LoadReport:
-        return start(self.vit, weights, fresh=["head*"])
+        return start(self.vit, weights)
 
     def lead(self, data: Any) -> None:
         """Give data the weights' preprocessing and classes; UserError if it was given others. Other data is left."""
