@@ -1,4 +1,4 @@
-"""Reading a config file: plain values only, of limited size, that name classes of trusted packages."""
+"""Reading a config file: plain values only, of limited size."""
 
 import os
 from collections.abc import Iterator
