@@ -120,7 +120,7 @@ class Stage(LightningModule):
         layers = self.vit.layers()
         layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
         optimizer = build_optimizer(self.optimizer, layers, self, self.groups, self.lr_scale())
-        self._decays = schedule.weight_decays(optimizer)
+        self._decays = self.schedule.weight_decays(optimizer)
         scheduler = LambdaLR(optimizer, schedule.over(int(total), epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
