@@ -22,12 +22,13 @@ BEST = {
     **dict.fromkeys(("top1", "top1_macro", "top5", "map", "r2", "knn", "probe", "images_per_second", "mfu"), "max"),
     **dict.fromkeys(("loss", "mae", "data_wait", "memory_gib"), "min"),
 }
+RAW = "_raw"  # ends the metrics of the trained weights, beside an EMA
 
 
 def best_mode(monitor: Any) -> str | None:
     """Which value of a metric is best, min or max; None of a metric that vitlit does not log."""
     split, _, name = str(monitor).partition("/")
-    name = name.removesuffix("_raw")  # of the trained weights, beside an EMA
+    name = name.removesuffix(RAW)
     return BEST.get(name) if split in ("train", "val", "test") else None
 
 
