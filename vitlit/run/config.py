@@ -98,13 +98,13 @@ def groups(value: Any) -> Iterator[dict[str, Any]]:
 
 def check_classes(name: str, value: Any) -> None:
     """Raise UserError for a class_path that is no name, a key next to it, or init_args without keys."""
-    for group in groups(value):
-        path = group.get("class_path", "")
+    for group in (group for group in groups(value) if "class_path" in group):
+        path = group["class_path"]
         if not isinstance(path, str):
             raise UserError(f"{name}: class_path is {path!r}, not the name of a class")
-        for key in group.keys() - {"class_path", "init_args", "dict_kwargs"} if path else ():
+        for key in group.keys() - {"class_path", "init_args", "dict_kwargs"}:
             raise UserError(f"{name}: {key} stands next to class_path {path}; put it under init_args")
-        if path and not isinstance(group.get("init_args", {}), dict):
+        if not isinstance(group.get("init_args", {}), dict):
             raise UserError(f"{name}: init_args of {path} holds no keys; give some, or leave it out")
 
 
