@@ -124,7 +124,7 @@ class Block(nn.Module):
         return self.add(x, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x: Tensor, branch: Callable[[Tensor, Any], Tensor], rotary: Rotary | None = None) -> Tensor:
-        """x and a branch of it, which stochastic depth (1603.09382) drops in training for some samples of the batch."""
+        """x and a branch; stochastic depth (1603.09382) drops it for some samples in training, and scales the rest."""
         batch, p = x.shape[0], self.drop_path if self.training else 0.0
         if p == 0:
             return x + branch(x, rotary)

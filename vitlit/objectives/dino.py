@@ -39,7 +39,7 @@ class DINO(Objective):
         prototypes: K, outputs of a head.
         hidden_dim: hidden units of a head's MLP, which has three layers.
         bottleneck: outputs of this MLP, whose cosines with the prototypes are the head's.
-        centring: mean subtracts the teacher's moving average; sinkhorn uses all prototypes equally often (2006.09882).
+        centring: mean subtracts the outputs' moving average; sinkhorn uses all prototypes equally often (2006.09882).
         momentum: the teacher's at the beginning; a cosine raises it to 1.
         temperature: the teacher's after a linear warm-up.
         temperature_start: where this begins.

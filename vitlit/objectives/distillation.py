@@ -23,7 +23,8 @@ class Distillation(Supervised):
     Args:
         vit: the headless ViT; it gets its head here.
         teacher: a run folder, a file of any known format, or hf:OWNER/NAME, with a head for the same classes. It sees
-            the student's images, mixed and erased, in its own normalisation. Read as training starts; in no checkpoint.
+            the student's images, mixing and erasing included, in its own normalisation. It is read when training
+            starts and is not part of a checkpoint.
         kind: hard or soft.
         share: weight of the teacher's loss; the labels' loss has the rest.
         temperature: temperature of soft.
