@@ -65,14 +65,18 @@ class FSDP2(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parallelism with PyTorch's fully_shard")
 
 
-def shard(stage: LightningModule, blocks: Iterable[nn.Module]) -> None:
-    """Shard a stage over the devices, one group per block and one for the rest. A second call does nothing."""
+def shard(stage: LightningModule, blocks: Iterable[nn.Module], methods: Iterable[str]) -> None:
+    """Shard a stage's weights over the devices, one group per block and one for the rest; a second call does nothing.
+
+    `methods` are those that compute with the weights, besides forward.
+    """
     if stage.device_mesh is None or isinstance(stage, FSDPModule):
         return
     for part in [*blocks, stage]:
         # The stage too: an EMA expects weights to be in shards outside of a step.
         fully_shard(part, mesh=stage.device_mesh["data_parallel"], reshard_after_forward=True)
-    register_fsdp_forward_method(stage, "step")
+    for method in methods:
+        register_fsdp_forward_method(stage, method)
 
 
 def gather_full(state: Any, keep: bool) -> Any:

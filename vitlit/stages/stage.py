@@ -107,7 +107,7 @@ class Stage(LightningModule):
         return self.compiling.step(self, Batch.of(batch), self._progress)
 
     def configure_model(self) -> None:
-        shard(self, self.vit.blocks)
+        shard(self, self.vit.blocks, methods=["step"])
 
     def configure_optimizers(self) -> Any:
         total = self.trainer.estimated_stepping_batches
