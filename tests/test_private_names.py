@@ -93,7 +93,7 @@ NAMES = [
         "DTensor.to_local()",
     ),
     Name(
-        "stages/resuming.py",
+        "stages/starting.py",
         "_trainer",
         STAGE,
         "LightningModule.trainer raises where there is none",

@@ -216,7 +216,7 @@ def optimised(name: str) -> tuple[torch.optim.Optimizer, Callable[[int], float],
     stage, data, _, images = built(name)
     trainer, epoch = read(name)["trainer"], images // data.batch_size
     total = trainer["max_steps"] if trainer["max_epochs"] == -1 else epoch * trainer["max_epochs"]
-    stage.trainer = SimpleNamespace(  # type: ignore[assignment]
+    stage.trainer = SimpleNamespace(
         estimated_stepping_batches=total,
         fast_dev_run=False,
         num_training_batches=epoch,
@@ -425,7 +425,7 @@ def test_a_recipe_begins_and_looks_as_its_source_does(name: str) -> None:
     config, rate = stage.vit.config, stage.vit.config.drop_path
     assert config.init == INITS.get(name, "vision_transformer")
     blocks: Any = stage.vit.blocks
-    rates = [block.drop_path.p for block in blocks]
+    rates = [block.drop_path for block in blocks]
     assert (rates[0], rates[-1]) == (rate if name in SAME_DEPTH else 0, rate)
     found = (data.preprocess.interpolation, data.preprocess.squash, config.resampling)
     assert found == SEEN.get(name, ("bicubic", False, "antialias"))

@@ -230,6 +230,13 @@ def test_what_would_change_the_objective_is_refused(few: Path) -> None:
     user_error("give model.init_from", Pretrain, None, MaskedPatch, optimizer)
 
 
+def test_a_trial_of_a_few_batches_runs_whatever_the_schedule(few: Path) -> None:
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    stage = Pretrain(ViT(**TINY), OBJECTIVES["mae"], optimizer, Schedule(warmup=9, weight_decay_end=0.4))
+    trainer(fast_dev_run=2).fit(stage, data(few))
+    assert stage.global_step == 2
+
+
 def test_plain_loaders_draw_anew_in_every_step() -> None:
     class Draws(MaskedPatch):
         seen: list[list[int]]

@@ -12,7 +12,7 @@ from lightning.pytorch import callbacks, loggers, profilers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_stage import data, pretrain, trainer
 
-from vitlit.stages.callbacks import check_callbacks
+from vitlit.run.callbacks import check_callbacks
 
 FIT = ("fit", *SMALL, "--trainer.max_steps", "3")
 OWN = {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "previous.ckpt"}

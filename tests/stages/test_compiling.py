@@ -24,9 +24,9 @@ from vitlit.data.mixing import Mixing, soft_targets
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA
 from vitlit.objectives import MAE, Batch, Regression, Step, Supervised
+from vitlit.run.fsdp import FSDP2
 from vitlit.stages import Pretrain, Stage
 from vitlit.stages.compiling import worthwhile
-from vitlit.stages.fsdp import FSDP2
 from vitlit.weights import Weights
 from vitlit.weights.weights import IMAGENET
 

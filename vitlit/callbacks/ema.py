@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitlit.errors import UserError
 from vitlit.objectives import Batch
-from vitlit.stages.fsdp import gather_full
-from vitlit.stages.metrics import update
+from vitlit.run.fsdp import gather_full
+from vitlit.stages.metrics import metrics, update
 from vitlit.weights.adapt import set_numerics
 
 
@@ -89,7 +89,7 @@ class EMA(WeightAveraging):
         super().on_validation_epoch_start(trainer, pl_module)  # swaps the two
         if self._average_model is not None and not trainer.sanity_checking:
             pl_module.compiling.compile(self._average_model.module.eval())
-            self._raw = pl_module.new_metrics().to(pl_module.device)
+            self._raw = metrics(pl_module.objective.metrics()).to(pl_module.device)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if self._raw is not None:

@@ -11,8 +11,7 @@ from jsonargparse import Namespace
 from vitlit.cli.configs import find_config
 from vitlit.errors import UserError
 from vitlit.files import expand
-from vitlit.run.config import read_config, told_to_trust, with_public_paths
-from vitlit.stages.record import check_class_paths
+from vitlit.run.config import check_class_paths, read_config, told_to_trust, with_public_paths
 
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 

@@ -47,12 +47,11 @@ from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
-from vitlit.run.config import with_public_paths
+from vitlit.run.config import trusted, with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
 from vitlit.run.ranks import check_environment, inherited, rank, share_decision
 from vitlit.stages import Stage
-from vitlit.stages.record import trusted
 from vitlit.weights import locate
 
 

@@ -16,8 +16,8 @@ from vitlit.data import augment
 from vitlit.errors import UserError
 from vitlit.model import Size
 from vitlit.objectives import Objective
+from vitlit.run.config import check_class_paths
 from vitlit.stages import Stage
-from vitlit.stages.record import check_class_paths
 
 
 class Parser(LightningArgumentParser):

@@ -18,12 +18,12 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISIO
 from vitlit.benchmark.model import automatic
 from vitlit.callbacks import EMA
 from vitlit.errors import UserError
+from vitlit.run.callbacks import best_mode, check_callbacks, refuse
 from vitlit.run.checkpoints import Best, Files
 from vitlit.run.folder import RunFolder
+from vitlit.run.fsdp import FSDP2
 from vitlit.run.ranks import launched
 from vitlit.stages import Stage
-from vitlit.stages.callbacks import best_mode, check_callbacks, refuse
-from vitlit.stages.fsdp import FSDP2
 from vitlit.stages.metrics import direction
 from vitlit.weights.checkpoint import open_checkpoint
 

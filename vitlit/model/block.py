@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.model.config import Activation, ViTConfig
+from vitlit.model.config import ViTConfig
 from vitlit.model.position import Rotary, rotate
 
 
@@ -70,21 +70,14 @@ class MLP(nn.Module):
     `fc1` has 2 * mlp_dim outputs: the first half, after SiLU, gates the second. `norm` is applied before `fc2`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        mlp_dim: int,
-        activation: Activation,
-        dropout: float,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.activation = activation
-        self.fc1 = nn.Linear(width, 2 * mlp_dim if activation == "swiglu" else mlp_dim, bias=bias)
-        self.norm = norm or nn.Identity()
-        self.fc2 = nn.Linear(mlp_dim, width, bias=bias)
-        self.drop = nn.Dropout(dropout)
+        width, mlp_dim = config.width, config.mlp_dim
+        self.activation = config.mlp
+        self.fc1 = nn.Linear(width, 2 * mlp_dim if config.mlp == "swiglu" else mlp_dim, bias=config.proj_bias)
+        self.norm = new_norm(config, mlp_dim) if config.sub_norm else nn.Identity()
+        self.fc2 = nn.Linear(mlp_dim, width, bias=config.proj_bias)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -110,20 +103,6 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (1603.09382): in training, drops a sample with probability p and divides the rest by 1 - p."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
-        return x * kept.to(x.dtype) / (1 - self.p)
-
-
 class Block(nn.Module):
     """The block `i` of a pre-norm encoder (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
 
@@ -134,23 +113,26 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.norm2 = new_norm(config)
-        sub_norm = new_norm(config, config.mlp_dim) if config.sub_norm else None
-        self.mlp = MLP(width, config.mlp_dim, config.mlp, config.dropout, config.proj_bias, sub_norm)
+        self.mlp = MLP(config)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         rises = config.drop_path_decay == "linear"
-        self.drop_path = DropPath(config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path)
-        self.subset = config.drop_path_subset and self.drop_path.p > 0
+        self.drop_path = config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path
+        self.subset = config.drop_path_subset
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         x = self.add(x, lambda x, rotary: self.ls1(self.attn(self.norm1(x), rotary)), rotary)
         return self.add(x, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x: Tensor, branch: Callable[[Tensor, Any], Tensor], rotary: Rotary | None = None) -> Tensor:
-        """x and a branch of it, less what stochastic depth drops."""
-        if not (self.subset and self.training):
-            return x + self.drop_path(branch(x, rotary))
-        batch = x.shape[0]
-        rows = torch.rand(batch, device=x.device).argsort()[: max(1, int(batch * (1 - self.drop_path.p)))]
+        """x and a branch; stochastic depth (1603.09382) drops it for some samples in training, and scales the rest."""
+        batch, p = x.shape[0], self.drop_path if self.training else 0.0
+        if p == 0:
+            return x + branch(x, rotary)
+        if not self.subset:
+            added = branch(x, rotary)
+            kept = torch.rand(batch, 1, 1, device=x.device) >= p
+            return x + added * kept.to(added.dtype) / (1 - p)
+        rows = torch.rand(batch, device=x.device).argsort()[: max(1, int(batch * (1 - p)))]
         if rotary is not None and rotary[0].ndim > 2:  # of the patches of each image
             rotary = rotary[0][rows], rotary[1][rows]
         return x.index_add(0, rows, branch(x[rows], rotary).to(x.dtype), alpha=batch / rows.shape[0])

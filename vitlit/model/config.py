@@ -48,8 +48,7 @@ class ViTConfig:
     registers: int = 0
     """Extra tokens without position or output (2309.16588)."""
     mlp: Activation = "gelu"
-    """The MLP's nonlinearity. gelu_tanh is JAX's default, quick_gelu OpenAI's in CLIP; swiglu doubles the first layer's
-    outputs."""
+    """The MLP's nonlinearity. gelu_tanh is JAX's default, quick_gelu OpenAI's in CLIP; swiglu doubles fc1's outputs."""
     patch_bias: bool = True
     """Whether the patch embedding has a bias; CLIP's has none."""
     patch_norm: bool = False
@@ -75,8 +74,7 @@ class ViTConfig:
     drop_path_decay: Literal["linear", "constant"] = "linear"
     """Whether that rate is reached linearly from 0 at the first block, or is every block's (DeiT III)."""
     drop_path_subset: bool = False
-    """Whether a block drops a fixed number of a batch's samples and does not compute them (2304.07193, section 5); by
-    default it computes all and drops each by chance."""
+    """Whether a block drops a fixed number of samples, uncomputed (2304.07193, section 5), not each by chance."""
     patch_dropout: float = 0.0
     """The share of the patches that training leaves out, at random in each image (2208.07220)."""
     init: Init = "vision_transformer"
@@ -92,8 +90,7 @@ class ViTConfig:
     final_norm: bool = True
     """Whether there is a final norm."""
     partial_patches: Literal["refuse", "drop"] = "refuse"
-    """Whether an image that the patch size does not divide is refused, or loses the patches that its right and lower
-    edges cut, as in timm."""
+    """Whether images that the patch size does not divide are refused, or lose the patches that edges cut (timm)."""
     resampling: Resampling = "antialias"
     """How a learned table is resampled to another grid; see `vitlit.model.position.resample`."""
     activation_checkpointing: bool | int = False

@@ -1,6 +1,7 @@
 """The attention pool of 2106.04560 and the two heads of 2010.11929, section 3.1."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.norm = new_norm(config)
-        self.mlp = MLP(width, config.mlp_dim, "gelu" if config.mlp == "swiglu" else config.mlp, dropout=0.0)
+        activation = "gelu" if config.mlp == "swiglu" else config.mlp
+        self.mlp = MLP(replace(config, mlp=activation, dropout=0.0, proj_bias=True, sub_norm=False))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -38,19 +40,18 @@ class AttentionPool(nn.Module):
 def new_head(width: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
     """A head, (B, width) -> (B, num_classes), whose output layer starts at zero; nothing for 0 classes.
 
-    For pretraining Linear, tanh, Linear. The hidden layer starts Xavier-uniform; google-research's programs have flax's
-    default there, LeCun-normal, whose std is the same where hidden_dim is the width. For finetuning, without a
-    hidden_dim, one Linear.
+    Linear, tanh, Linear; without a hidden_dim, for finetuning, one Linear. The hidden layer starts Xavier-uniform, in
+    google-research's programs LeCun-normal (flax's default), whose std is the same if hidden_dim is the width.
     """
     if num_classes == 0:
         return nn.Identity()
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
     if hidden_dim is not None:
-        hidden = layers["pre_logits"] = nn.Linear(width, hidden_dim)
+        hidden = nn.Linear(width, hidden_dim)
         nn.init.xavier_uniform_(hidden.weight)
         nn.init.zeros_(hidden.bias)
-        layers["tanh"] = nn.Tanh()
-    output = layers["out"] = nn.Linear(hidden_dim or width, num_classes)
+        output = new_head(hidden_dim, None, num_classes)
+        return nn.Sequential(OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=output))
+    output = nn.Linear(width, num_classes)
     nn.init.zeros_(output.weight)
     nn.init.zeros_(output.bias)
-    return output if hidden_dim is None else nn.Sequential(layers)
+    return output

@@ -75,8 +75,6 @@ class ViT(nn.Module):
         self.fc_norm = final if config.norm == "pooled" else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         init_weights(self)
-        self.head: nn.Module
-        self.head_dist: nn.Module | None
         self.set_head("pretrain" if config.hidden_dim else "finetune", config.num_classes, config.hidden_dim)
 
     @staticmethod
@@ -94,9 +92,8 @@ class ViT(nn.Module):
         # Written out, so that jsonargparse sees which fields are left for **options.
         (width, depth, mlp_dim, heads), patch = parse_preset(preset)
         if given := {"patch_size", "width", "depth", "mlp_dim", "heads"} & options.keys():
-            raise UserError(
-                f"{' '.join(sorted(given))} follows from the preset {preset}; leave it out, or make a ViT(...)"
-            )
+            named = " ".join(sorted(given))
+            raise UserError(f"{named} follows from the preset {preset}; leave it out, or make a ViT(...)")
         return ViT(
             image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )

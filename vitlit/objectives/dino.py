@@ -1,7 +1,6 @@
 """Self-distillation without labels: DINO (2104.14294), iBOT (2111.07832) and the objective of DINOv2 (2304.07193).
 
-B is the batch, V the number of views, G of them global, M masked, N the patches of a global view, D the width, K the
-number of prototypes.
+B is the batch, V the views, G of them global, M masked, N the patches of a global view, D the width, K the prototypes.
 """
 
 import copy
@@ -40,8 +39,7 @@ class DINO(Objective):
         prototypes: K, outputs of a head.
         hidden_dim: hidden units of a head's MLP, which has three layers.
         bottleneck: outputs of this MLP, whose cosines with the prototypes are the head's.
-        centring: mean subtracts a moving average from the teacher's outputs; sinkhorn assigns a batch to all prototypes
-            equally (2006.09882).
+        centring: mean subtracts the outputs' moving average; sinkhorn uses all prototypes equally often (2006.09882).
         momentum: the teacher's at the beginning; a cosine raises it to 1.
         temperature: the teacher's after a linear warm-up.
         temperature_start: where this begins.
@@ -243,8 +241,7 @@ def masked_views(draws: Tensor, count: int, grid: tuple[int, int]) -> tuple[Tens
 def block_masks(draws: Tensor, grid: tuple[int, int]) -> Tensor:
     """Unions of random blocks, a share in MASK_RATIO of the patches: (B,) -> (B, N), bool (2106.08254, algorithm 1).
 
-    As in iBOT's code, a block has at least the area of a square of a third of the grid. Of the last, patches beyond the
-    share are left out.
+    As in iBOT's code, a block has at least the area of a square of a third of the grid. The last is cut to the share.
     """
     share, (low, high), patches = uniform(image_noise(draws, 1 + 4 * BLOCKS)), MASK_RATIO, math.prod(grid)
     wanted = ((low + (high - low) * share[:, 0]) * patches).long().clamp(min=1)

@@ -15,9 +15,8 @@ class LeJEPA(Objective):
     """(1 - weight) x invariance + weight x SIGReg (2511.08544, equation 9), of projections of the pooled features.
 
     The invariance is the mean squared distance of the views' projections from the mean of the global views', those of
-    the first view's size. SIGReg is the Epps-Pulley statistic of each view's global batch, averaged over random
-    directions, other ones in each step. In validation, which has one view, there is only SIGReg, of a device's batch.
-    Both are logged.
+    the first view's size. SIGReg is the Epps-Pulley statistic of each view's global batch, averaged over directions
+    that each step draws anew. Validation has one view, so only SIGReg, of a device's batch. Both are logged.
 
     Args:
         vit: the encoder; its head is removed.

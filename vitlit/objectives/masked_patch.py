@@ -20,9 +20,8 @@ LEVELS = 8  # of a channel: 3 bits
 class MaskedPatch(Objective):
     """Cross entropy on the 3-bit mean colours of corrupted patches, one of 512 (2010.11929, appendix B.1.2).
 
-    Of each image half of the patches are corrupted: 80 % of these become the mask token, 10 % another patch, 10 % stay.
-    A linear layer predicts the colours of all of these, 8 for grey images; its `accuracy` is logged. Which patches
-    follows `Batch.draws`.
+    `Batch.draws` says which half of an image's patches is corrupted: of these, 80 % become the mask token, 10 % another
+    patch, 10 % stay. A linear layer predicts the colours of all, 8 for grey images; its `accuracy` is logged.
 
     Args:
         vit: the encoder; its head is removed.

@@ -15,8 +15,7 @@ class Batch(NamedTuple):
 
     Attributes:
         views: one tensor of images (B, C, H, W) per view; plain training has one view.
-        labels: class numbers (B,), int64, or shares of classes (B, classes), float; numbers to regress (B,), float32;
-            -1 without labels.
+        labels: class numbers (B,), int64, shares of classes (B, classes), float, or numbers (B,), float32; -1 for none.
         indices: positions of the images in their split, (B,), int64.
         draws: what an objective's random draws for each image follow, (B,), int64: in training the row of the global
             batch, hashed with seed and step, so that they are the same on any number of devices; else the indices.
@@ -87,9 +86,8 @@ class Objective(nn.Module, ABC):
     def metrics(self) -> dict[str, Any]:
         """What validation and test measure besides loss and logs, by name, from a step's logits and targets.
 
-        A value is a torchmetrics.Metric, or the number of outputs for one of vitlit's names: top1, top1_macro and top5
-        of logits (B, classes) and class numbers, map of several classes an image, mae and r2 of numbers (B,). The first
-        chooses the best checkpoint.
+        A value is a torchmetrics.Metric, or the number of outputs for vitlit's own: top1, top1_macro and top5 of logits
+        (B, classes), map of several classes an image, mae and r2 of numbers (B,). best.ckpt follows the first.
         """
         return {}
 

@@ -15,8 +15,7 @@ class Regression(Objective):
     """Predict a number for each image, such as an age or a score, with a head of one output.
 
     The head learns labels standardised by the mean and standard deviation of the training labels, in whose units the
-    loss is. The metrics mae and r2, and predictions, are of the labels as they are, and so are the outputs of the ViT
-    that `vitlit.load` makes of a checkpoint.
+    loss is. The metrics mae and r2, predictions, and what `vitlit.load` gives are in the units of the labels.
 
     Args:
         vit: the headless ViT; it gets its head here.

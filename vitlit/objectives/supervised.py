@@ -17,16 +17,14 @@ class Supervised(Objective):
 
     softmax is the usual loss. sigmoid is binary cross entropy per class, summed over the classes (2106.10270). bce is
     its mean over the classes, with every class of a mixed label counted in full (2110.00476, section 3; DeiT III).
-    Label smoothing and class weights act in training only, not in validation. Options that are out of range or
-    contradict each other raise UserError.
+    Label smoothing and class weights act in training only. Options out of range or in contradiction raise UserError.
 
     Args:
         vit: the headless ViT; it gets its head here.
         num_classes: by default that of the ViT's head; the command line fills it from the data.
         head: pretrain is Linear, tanh, Linear; finetune is one Linear. By default the stage decides.
         hidden_dim: hidden units of the pretraining head; by default the ViT's width.
-        head_std: standard deviation of the output layer's initial weights, normal, truncated at +-2 like timm's; 0 for
-            zeros.
+        head_std: standard deviation of the output layer's initial weights, normal, cut at +-2 as timm's; 0 for zeros.
         head_bias: initial bias of the output layer; about -log(classes) suits sigmoid, where most targets are 0.
         loss: softmax, sigmoid or bce.
         label_smoothing: the share of each label that is spread over all classes (1512.00567, section 7).
@@ -67,10 +65,8 @@ class Supervised(Objective):
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
         if hidden_dim not in (None, vit.config.hidden_dim):
             raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
-        for module in (vit.head, vit.head_dist):
-            if module is not None:
-                output = module if isinstance(module, nn.Linear) else module.get_submodule("out")
-                assert isinstance(output, nn.Linear)
+        for name, output in vit.named_modules():
+            if name in ("head", "head.out", "head_dist", "head_dist.out") and isinstance(output, nn.Linear):
                 if head_std:
                     nn.init.trunc_normal_(output.weight, std=head_std)
                 nn.init.constant_(output.bias, head_bias)

@@ -26,9 +26,8 @@ class Groups:
     `objective.NAME`. If several patterns match a parameter, their multiples multiply; a pattern must match one.
 
     Args:
-        layer_decay: the learning rate of each layer as a multiple of the next one's: 1 for norm and head, layer_decay
-            for the last block, layer_decay ^ (depth + 1) for the embedding (2106.08254, appendix A.2; MAE's
-            util/lr_decay.py).
+        layer_decay: a layer's learning rate as a multiple of the next one's: 1 for norm and head, layer_decay for the
+            last block, layer_decay ^ (depth + 1) for the embedding (2106.08254, appendix A.2; MAE's lr_decay.py).
         lr: further multiples of the learning rate, by pattern.
         weight_decay: multiples of the weight decay, by pattern. The default is 1 for kernels (weights of linear layers
             and convolutions) and 0 for all other parameters (big_vision, configs/vit_s16_i1k.py).
@@ -90,34 +89,31 @@ def group_members(layers: Layers, module: nn.Module, groups: Groups, split: bool
 
     `split` keeps the matrices of the blocks apart from all else, and adds `matrices`, how many a weight stacks.
     """
-    in_layers = {id(parameter) for parameters in layers.values() for parameter in parameters.values()}
+    trainable = {name: (layer, p) for layer in layers for name, p in layers[layer].items() if p.requires_grad}
+    in_layers = {id(parameter) for _, parameter in trainable.values()}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in in_layers:
             raise UserError(f"the parameter {name} is in no layer of the ViT, so no group would train it")
-    trainable = [name for parameters in layers.values() for name, p in parameters.items() if p.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable; leave something out of model.freeze")
     for kind in ("lr", "weight_decay"):
         for pattern in getattr(groups, kind):
             if not any(fnmatchcase(name, pattern) for name in trainable):
-                example = trainable[-1]
+                example = next(reversed(trainable))
                 raise UserError(f"model.groups.{kind} {pattern!r} matches no trainable parameter, such as {example}")
     linear = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     kernels = {id(parameter) for part in linear for parameter in part.parameters(recurse=False) if parameter.ndim > 1}
     depth = sum(layer.startswith("blocks.") for layer in layers)
     below_norm = {"embed": depth + 1, **{f"blocks.{i}": depth - i for i in range(depth)}}
     members: dict[tuple[float, ...], dict[str, Any]] = {}
-    for layer, parameters in layers.items():
-        for name, parameter in parameters.items():
-            if not parameter.requires_grad:
-                continue
-            lr = groups.layer_decay ** below_norm.get(layer, 0) * multiple(groups.lr, name, default=1.0)
-            decay = multiple(groups.weight_decay, name, default=float(id(parameter) in kernels))
-            own = {"lr": lr, "weight_decay": decay} | ({"matrices": stacked(name, parameter)} if split else {})
-            group = members.setdefault((*own.values(),), {"params": [], "layers": [], **own})
-            group["params"].append(parameter)
-            if layer not in group["layers"]:
-                group["layers"].append(layer)
+    for name, (layer, parameter) in trainable.items():
+        lr = groups.layer_decay ** below_norm.get(layer, 0) * multiple(groups.lr, name, default=1.0)
+        decay = multiple(groups.weight_decay, name, default=float(id(parameter) in kernels))
+        own = {"lr": lr, "weight_decay": decay} | ({"matrices": stacked(name, parameter)} if split else {})
+        group = members.setdefault((*own.values(),), {"params": [], "layers": [], **own})
+        group["params"].append(parameter)
+        if layer not in group["layers"]:
+            group["layers"].append(layer)
     return list(members.values())
 
 
@@ -138,14 +134,9 @@ def table(optimizer: Optimizer) -> str:
     rows = [("layers", "tensors", "parameters", "peak lr", "weight decay")]
     for group in optimizer.param_groups:
         first, last = group["layers"][0], group["layers"][-1]
-        rows.append(
-            (
-                first if first == last else f"{first} to {last}",
-                f"{len(group['params']):,}",
-                f"{sum(parameter.numel() for parameter in group['params']):,}",
-                f"{group.get('initial_lr', group['lr']):.4g}",
-                f"{group.get('weight_decay', 0):g}",
-            )
-        )
+        layers = first if first == last else f"{first} to {last}"
+        size, lr = sum(p.numel() for p in group["params"]), group.get("initial_lr", group["lr"])
+        decay = group.get("weight_decay", 0)
+        rows.append((layers, f"{len(group['params']):,}", f"{size:,}", f"{lr:.4g}", f"{decay:g}"))
     left, *right = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join("  ".join([row[0].ljust(left), *map(str.rjust, row[1:], right)]) for row in rows)

@@ -52,8 +52,7 @@ class LAMB(Optimizer):
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             clip = (norm / self.max_grad_norm).clamp(min=1.0)
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
                 self._update(group, parameters, clip)
         return loss
 

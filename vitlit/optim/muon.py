@@ -14,8 +14,7 @@ class Muon(Optimizer):
     Queries, keys and values are a matrix each. Both learn at one rate and decay.
 
     Args:
-        params: parameters, or groups of them; `matrices` of a group is how many of them a weight stacks, by default 1,
-            and 0 is AdamW. A stage fills it in.
+        params: parameters or groups; `matrices`, set by a stage, is how many a weight stacks, by default 1; 0 is AdamW.
         lr: learning rate.
         weight_decay: times learning rate and parameter, subtracted.
         momentum: decay rate of Muon's running average of the gradient.

@@ -26,8 +26,7 @@ class Schedule:
         cooldown: length of the fall to 0 at the end, for rsqrt and constant.
         timescale: steps, for rsqrt.
         final: where cosine and linear end, one step after the last, as a multiple of the peak.
-        lr_per: the global batch size that the optimizer's lr is meant for: the peak is lr x data.batch_size / lr_per.
-            By default the peak is lr.
+        lr_per: the global batch that lr is meant for: the peak is lr x data.batch_size / lr_per, by default lr.
         start: where the warm-up begins, as a multiple of the peak.
         interval: how often the rate changes. epoch is facebookresearch/deit's (`main.py`): timm's scheduler, stepped
             after an epoch with its number. Epochs 0 and 1 have the first rate, epoch n that of n - 1, and the decay
@@ -92,10 +91,8 @@ class Schedule:
         warmup = length("model.schedule.warmup", self.warmup, total, epoch)
         cooldown = length("model.schedule.cooldown", self.cooldown, total, epoch)
         if warmup >= total:
-            raise UserError(
-                f"model.schedule.warmup is {warmup} steps but training has only {total}; "
-                "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
-            )
+            remedy = "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
+            raise UserError(f"model.schedule.warmup is {warmup} steps but training has only {total}; {remedy}")
         if warmup + cooldown > total:
             both = f"{warmup} and {cooldown}"
             raise UserError(f"model.schedule.warmup and cooldown are {both} steps but training has only {total}")

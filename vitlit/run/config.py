@@ -1,5 +1,7 @@
 """Reading a config file: plain values only, of limited size."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import yaml
 
 from vitlit.errors import UserError
 
+# Packages whose classes a config or a checkpoint may name; VITLIT_TRUST adds your own.
+TRUSTED = ("vitlit", "torch.optim", "torchvision.transforms", "torchmetrics", "lightning.pytorch", "lightning.fabric")
 TRUST = "# VITLIT_TRUST="  # how a run's config opens, if it was told to trust packages
 MAX_VALUES = 100_000  # in a config; the shipped ones have about a hundred
 
@@ -83,15 +87,38 @@ def told_to_trust(path: str | Path) -> str:
     return first.removeprefix(TRUST) if first.startswith(TRUST) else ""
 
 
+def groups(value: Any) -> Iterator[dict[str, Any]]:
+    """The groups of keys in plain values, at any depth."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        yield from groups(item)
+
+
 def check_classes(name: str, value: Any) -> None:
     """Raise UserError for a class_path that is no name, a key next to it, or init_args without keys."""
-    if isinstance(value, dict) and "class_path" in value:
-        path = value["class_path"]
+    for group in (group for group in groups(value) if "class_path" in group):
+        path = group["class_path"]
         if not isinstance(path, str):
             raise UserError(f"{name}: class_path is {path!r}, not the name of a class")
-        for key in value.keys() - {"class_path", "init_args", "dict_kwargs"}:
+        for key in group.keys() - {"class_path", "init_args", "dict_kwargs"}:
             raise UserError(f"{name}: {key} stands next to class_path {path}; put it under init_args")
-        if not isinstance(value.get("init_args", {}), dict):
+        if not isinstance(group.get("init_args", {}), dict):
             raise UserError(f"{name}: init_args of {path} holds no keys; give some, or leave it out")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        check_classes(name, item)
+
+
+def trusted() -> list[str]:
+    """Packages and modules whose classes a config or a checkpoint may name."""
+    return [*TRUSTED, *os.environ.get("VITLIT_TRUST", "").replace(",", " ").split()]
+
+
+def check_class_paths(value: Any, told: str = "") -> None:
+    """Raise UserError if a class path is outside the trusted packages, of which the values' run was `told` some."""
+    for group in groups(value):
+        for path in (str(group[key]) for key in ("class_path", "_class_path", "_instantiator") if group.get(key)):
+            if "." in path and not path.startswith(tuple(f"{package}." for package in trusted())):
+                asked = f"VITLIT_TRUST={told or path.partition('.')[0]}"
+                remedy = f"its run was made with {asked}, so set that" if told else f"set {asked}"
+                outside = f"class {path} is outside the packages that may be named ({' '.join(trusted())})"
+                raise UserError(f"{outside}; if you trust its code, {remedy}")

@@ -75,10 +75,8 @@ class Compiling:
 
     def step(self, stage: Any, batch: Batch, progress: Any) -> Step:
         """The objective's step. Compiled is the first shape of batch, not an evaluation's smaller last."""
-        if not self._chosen:
-            return Step(*stage.objective(stage.vit, batch, progress))
         shapes = [part.shape for part in (*batch.views, batch.labels)]
-        other = self._shapes.setdefault(stage.training, shapes) != shapes
+        other = bool(self._chosen) and self._shapes.setdefault(stage.training, shapes) != shapes
         if other or self._chosen not in CUDA_GRAPHS:
             with torch.compiler.set_stance("force_eager") if other else nullcontext():
                 return Step(*stage.objective(stage.vit, batch, progress))

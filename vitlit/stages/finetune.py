@@ -28,17 +28,14 @@ class Finetune(Stage):
         init_from: the weights: a run folder, a file of any known format, or hf:OWNER/NAME[@REVISION]. They are read
             when training starts. For another resolution the position table is resampled. The head is new, and so are
             the final norm and the attention pool if the weights have none in that place.
-        keep_head: keep the head of the weights, which must be one linear layer for the same classes; for another
-            resolution (1906.06423) or more training.
+        keep_head: keep the weights' head, one linear layer for the same classes, e.g. at a new resolution (1906.06423).
         objective: makes the objective from the ViT, which already has one zero-initialised linear layer as its head.
         num_classes: outputs of the head; the command line fills it from the data. None where the objective knows them.
         freeze: true for everything but the head (linear probe), or shell patterns of parameter names, one or a list.
         last_blocks: train only this many blocks at the end, the final norm and the head.
-        lora: train only low-rank adapters and the head. Setting any of its keys turns it on; the rank is 8 by default.
-            It needs a higher learning rate, 1e-3 with AdamW, and groups.layer_decay 1. Checkpoints hold the network
-            with the adapters merged.
-        optimizer: makes the optimizer from parameter groups, such as partial(SGD, lr=0.01, momentum=0.9); its lr is the
-            peak.
+        lora: train only low-rank adapters and the head. Any of its keys turns it on; the rank is 8 by default. It needs
+            a higher learning rate, 1e-3 with AdamW, and groups.layer_decay 1. Checkpoints hold the merged network.
+        optimizer: makes the optimizer from parameter groups, as partial(SGD, lr=0.01, momentum=0.9); lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters, such as layer-wise decay.
         compile: how training is compiled; see `Stage`.
@@ -47,8 +44,7 @@ class Finetune(Stage):
         weights: the weights of init_from, if they have been read already.
 
     Raises:
-        UserError: options contradict each other or do not fit the ViT. At the start of training: the weights do not
-            fit, or have no head to keep.
+        UserError: options contradict each other or do not fit the ViT; as training starts, the weights do not fit.
     """
 
     def __init__(
@@ -92,7 +88,7 @@ class Finetune(Stage):
     def start(self, weights: Weights) -> LoadReport:
         if self.keep_head:
             self.check_head(weights)
-        report = start(self.vit, weights, fresh=["*.lora_*"] if self.keep_head else ["*.lora_*", "head*"])
+        report = start(self.vit, weights, self.keep_head)
         fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
         if fixed and "attn_pool.latent" in report.new:
             raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")

@@ -7,28 +7,33 @@ from vitlit.model import ViT
 from vitlit.objectives import Objective
 
 
-def check_labels(objective: Objective, data: Any) -> None:
-    """UserError if the objective needs labels, or labels of a kind, that the data lacks."""
-    name = type(objective).__name__
+def check_match(objective: Objective, vit: ViT, data: Any) -> None:
+    """UserError if the data lacks the labels or views that the objective needs, or its images are not the ViT's."""
+    name, preprocess = type(objective).__name__, getattr(data, "preprocess", None)
     numbers = getattr(data, "numbers", objective.numbers)
     if objective.numbers and not numbers:
         raise UserError(f"{name} learns numbers: give data.manifest with numbers as labels, and data.labels numbers")
-    if numbers and objective.needs_labels and not objective.numbers:
+    if objective.needs_labels and not objective.numbers and (numbers or not getattr(data, "classes", True)):
         raise no_classes(name, numbers)
-    if objective.needs_labels and not numbers and not getattr(data, "classes", True):
-        raise no_classes(name)
-    mixing = getattr(data, "mixing", None)
-    if mixing is not None and mixing.on and not objective.mixes:
+    if getattr(getattr(data, "mixing", None), "on", False) and not objective.mixes:
         raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
+    check_views(objective, getattr(data, "num_views", objective.views))
+    for kind in getattr(data, "views", ()):
+        try:
+            vit.grid_of(*kind.pixels)
+        except UserError as error:
+            raise UserError(f"data.views: {error}") from error
+    if preprocess is not None and tuple(preprocess.image_size) != vit.config.sides:
+        made_for = vit.config.image_size
+        raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
 
 
 def check_accumulation(objective: Objective, micro_batches: int) -> None:
     """UserError if the objective needs the whole batch at once, and a step has several micro-batches."""
     if objective.whole_batch and micro_batches > 1:
-        name, several = type(objective).__name__, f"{micro_batches} micro-batches would change what it learns"
-        raise UserError(
-            f"{name} compares the images of a batch: {several}; raise data.micro_batch, or take more devices"
-        )
+        remedy = "raise data.micro_batch, or take more devices"
+        several = f"{micro_batches} micro-batches would change what it learns; {remedy}"
+        raise UserError(f"{type(objective).__name__} compares the images of a batch: {several}")
 
 
 def check_views(objective: Objective, views: int) -> None:
@@ -38,19 +43,6 @@ def check_views(objective: Objective, views: int) -> None:
         raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
     if views < wanted:
         raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
-
-
-def check_images(objective: Objective, vit: ViT, data: Any) -> None:
-    """UserError if the data gives other views than the objective needs, or images of a size that the ViT is not for."""
-    check_views(objective, getattr(data, "num_views", objective.views))
-    for kind in getattr(data, "views", ()):
-        try:
-            vit.grid_of(*kind.pixels)
-        except UserError as error:
-            raise UserError(f"data.views: {error}") from error
-    preprocess, made_for = getattr(data, "preprocess", None), vit.config.image_size
-    if preprocess is not None and tuple(preprocess.image_size) != vit.config.sides:
-        raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
 
 
 def no_classes(name: str, numbers: bool = False) -> UserError:

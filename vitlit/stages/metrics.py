@@ -87,5 +87,5 @@ def update(measures: nn.ModuleDict, step: Step, labels: Tensor) -> None:
 def direction(name: str, metric: Any = None) -> str:
     """Which value of a metric or a log is best, min or max: what the metric says, else by the name."""
     higher = getattr(metric, "higher_is_better", None)
-    by_name = not name.endswith(("loss", "error", "mae", "mse", "data_wait", "memory_gib"))
+    by_name = not name.endswith(("loss", "error", "mae", "mse"))
     return "max" if (by_name if higher is None else higher) else "min"

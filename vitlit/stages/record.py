@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass, replace
@@ -10,14 +9,6 @@ from typing import Any
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-
-# Packages whose classes a config or a checkpoint may name; VITLIT_TRUST adds your own.
-TRUSTED = ("vitlit", "torch.optim", "torchvision.transforms", "torchmetrics", "lightning.pytorch", "lightning.fabric")
-
-
-def trusted() -> list[str]:
-    """Packages and modules whose classes a config or a checkpoint may name."""
-    return [*TRUSTED, *os.environ.get("VITLIT_TRUST", "").replace(",", " ").split()]
 
 
 def describe(value: Any) -> Any:
@@ -42,22 +33,6 @@ def describe(value: Any) -> Any:
         if len(classes) == 1:
             return {**describe(classes[0]), "init_args": describe(dict(value.keywords))}
     raise UserError(f"{value!r} cannot be stored in a checkpoint; give a class or a functools.partial of one")
-
-
-def check_class_paths(value: Any, told: str = "") -> None:
-    """Raise UserError if a class path is outside the trusted packages, of which the values' run was `told` some."""
-    if isinstance(value, dict):
-        for key in ("class_path", "_class_path", "_instantiator"):
-            path = value.get(key)
-            if path is not None and "." in str(path) and not str(path).startswith(tuple(f"{t}." for t in trusted())):
-                asked = f"VITLIT_TRUST={told or str(path).partition('.')[0]}"
-                remedy = f"its run was made with {asked}, so set that" if told else f"set {asked}"
-                outside = f"class {path} is outside the packages that may be named ({' '.join(trusted())})"
-                raise UserError(f"{outside}; if you trust its code, {remedy}")
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            check_class_paths(item, told)
 
 
 def path_of(cls: type) -> str:

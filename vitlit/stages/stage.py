@@ -17,16 +17,15 @@ from vitlit.errors import UserError, check_types
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
-from vitlit.run.config import with_public_paths
+from vitlit.run.callbacks import check_callbacks
+from vitlit.run.config import check_class_paths, with_public_paths
+from vitlit.run.fsdp import shard
 from vitlit.seeds import first_draw, global_seed, seed_step
-from vitlit.stages.callbacks import check_callbacks
 from vitlit.stages.compiling import Compile, Compiling
-from vitlit.stages.fsdp import shard
-from vitlit.stages.matching import check_accumulation, check_images, check_labels, check_views
+from vitlit.stages.matching import check_accumulation, check_match, check_views
 from vitlit.stages.metrics import direction, metrics, update
-from vitlit.stages.record import check_class_paths, describe, path_of, subclasses
-from vitlit.stages.resuming import restore, save
-from vitlit.stages.starting import start, starting_vit
+from vitlit.stages.record import describe, path_of, subclasses
+from vitlit.stages.starting import restore, save, start, starting_vit
 from vitlit.weights import LoadReport, Weights, load, preprocess, read
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -46,6 +45,8 @@ class Stage(LightningModule):
         compile: how training is compiled (docs/speed.md); auto compiles what takes more than a minute on a GPU.
         init_from: weights to start from, like Finetune's: those of the encoder, and of a teacher that follows it.
     """
+
+    trainer: Any  # Lightning's type knows no datamodule
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Stage(LightningModule):
         self.vit = vit.train()
         self.objective = objective(vit)
         self.optimizer, self.schedule, self.groups = optimizer, schedule, groups
-        self.measures = nn.ModuleDict({split: self.new_metrics() for split in ("val", "test")})
+        self.measures = nn.ModuleDict({split: metrics(self.objective.metrics()) for split in ("val", "test")})
         self.compiling = Compiling(compile)
         self.teachers: list[ViT] = []  # a list hides them from checkpoints
         self._logs: list[dict[str, Tensor]] = []  # of the current step's micro-batches
@@ -83,8 +84,7 @@ class Stage(LightningModule):
     @property
     def data(self) -> Any:
         """The trainer's data module, or None if it was given loaders."""
-        trainer: Any = self.trainer
-        return trainer.datamodule
+        return self.trainer.datamodule
 
     @property
     def classes(self) -> list[str]:
@@ -94,10 +94,6 @@ class Stage(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
-
-    def new_metrics(self) -> nn.ModuleDict:
-        """The metrics of an evaluation, by name."""
-        return metrics(self.objective.metrics())
 
     @property
     def measured(self) -> dict[str, str]:
@@ -114,18 +110,17 @@ class Stage(LightningModule):
         shard(self, self.vit.blocks, methods=["step"])
 
     def configure_optimizers(self) -> Any:
-        trainer: Any = self.trainer
-        total = trainer.estimated_stepping_batches
+        total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
-        batches = trainer.num_training_batches
-        steps = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        batches = self.trainer.num_training_batches
+        steps = 0 if math.isinf(batches) else math.ceil(batches / self.trainer.accumulate_grad_batches)
         epoch = getattr(self.data, "steps_per_epoch", steps)
-        schedule = Schedule(decay="constant") if trainer.fast_dev_run else self.schedule
+        schedule = Schedule(decay="constant") if self.trainer.fast_dev_run else self.schedule
         layers = self.vit.layers()
         layers["objective"] = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
         optimizer = build_optimizer(self.optimizer, layers, self, self.groups, self.lr_scale())
-        self._decays = schedule.weight_decays(optimizer)
+        self._decays = self.schedule.weight_decays(optimizer)
         scheduler = LambdaLR(optimizer, schedule.over(int(total), epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -142,9 +137,8 @@ class Stage(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """None; here, before their own setup, the Trainer's are checked."""
-        trainer: Any = self.trainer
-        if trainer.state.fn == TrainerFn.FITTING:
-            check_callbacks(trainer.callbacks)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_callbacks(self.trainer.callbacks)
         return []
 
     def setup(self, stage: str) -> None:
@@ -164,7 +158,7 @@ class Stage(LightningModule):
             self.init_from = self.weights = None  # a second fit continues
 
     def start(self, weights: Weights) -> LoadReport:
-        return start(self.vit, weights, fresh=["head*"])
+        return start(self.vit, weights)
 
     def lead(self, data: Any) -> None:
         """Give data the weights' preprocessing and classes; UserError if it was given others. Other data is left."""
@@ -187,8 +181,7 @@ class Stage(LightningModule):
             return
         self.lead(data)
         objective = self.objective
-        check_labels(objective, data)
-        check_images(objective, self.vit, data)
+        check_match(objective, self.vit, data)
         if objective.teacher is not None:
             self.teachers = [load(objective.teacher)]
             objective.set_teacher(self.teachers[0])
@@ -208,17 +201,16 @@ class Stage(LightningModule):
         self.vit.classes = self.classes
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        trainer: Any = self.trainer
         self.compiling.begin(self, batch)
         seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
-        step = trainer.global_step
-        where = (batch_idx % trainer.accumulate_grad_batches, self.global_rank)
+        step, optimizer = self.trainer.global_step, self.trainer.optimizers[0]
+        where = (batch_idx % self.trainer.accumulate_grad_batches, self.global_rank)
         seed_step(seed, step, *where, self.device)
         self._first_draw = 0 if isinstance(batch, Batch) else first_draw(seed, step, *where)  # it has draws
         self._progress = step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
-        self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        self.schedule.set_weight_decay(trainer.optimizers[0], self._decays, self._progress)
+        self._lr = max(group["lr"] for group in optimizer.param_groups)
+        self.schedule.set_weight_decay(optimizer, self._decays, self._progress)
 
     @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -238,17 +230,16 @@ class Stage(LightningModule):
         """Nothing: `optimizer_step` has done it."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        trainer: Any = self.trainer
-        if not step_ends(trainer, batch_idx):
+        if not step_ends(self.trainer, batch_idx):
             return
         logs = self._logs
         self._logs = []
-        if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
-        if logs_now(trainer):
+        if self.trainer.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # mid-epoch, Lightning would end without a validation
+        if logs_now(self.trainer):
             for name in logs[0]:
                 mean = torch.stack([micro[name] for micro in logs]).mean()
-                mean = trainer.strategy.reduce(mean, reduce_op="mean")
+                mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
                 # On the host: Lightning reads what the bar shows at every step.
                 self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
             self.log("train/lr", torch.tensor(self._lr))

@@ -1,4 +1,4 @@
-"""Lightning's own callbacks beside a stage: which of them are refused, and what the others need."""
+"""Lightning's own callbacks in a run: which of them are refused, and what the others need."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 
 from vitlit.errors import UserError
-from vitlit.stages.metrics import KNOWN, direction
 
 BASES = ("Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar")
 # Callbacks that cannot work with a stage, and what to use instead.
@@ -18,16 +17,19 @@ REFUSED = {
     "LearningRateFinder": "would change what the config says; give the optimizer's lr",
     "ModelPruning": "renames the parameters, so that no run could continue; use torch.nn.utils.prune after training",
 }
-# The metrics that vitlit logs and that have a best value.
-JUDGED = {*KNOWN, "loss", "knn", "probe", "images_per_second", "data_wait", "mfu", "memory_gib"}
-RAW = "_raw"  # of the trained weights, beside an EMA
+# Which value is best of the metrics that vitlit logs.
+BEST = {
+    **dict.fromkeys(("top1", "top1_macro", "top5", "map", "r2", "knn", "probe", "images_per_second", "mfu"), "max"),
+    **dict.fromkeys(("loss", "mae", "data_wait", "memory_gib"), "min"),
+}
+RAW = "_raw"  # ends the metrics of the trained weights, beside an EMA
 
 
 def best_mode(monitor: Any) -> str | None:
     """Which value of a metric is best, min or max; None of a metric that vitlit does not log."""
     split, _, name = str(monitor).partition("/")
     name = name.removesuffix(RAW)
-    return direction(name) if split in ("train", "val", "test") and name in JUDGED else None
+    return BEST.get(name) if split in ("train", "val", "test") else None
 
 
 def refuse(name: str) -> None:
@@ -41,31 +43,24 @@ def refuse(name: str) -> None:
 def check_callbacks(callbacks: Iterable[Any]) -> None:
     """Refuse callbacks that cannot work, do nothing or watch a metric the wrong way, and keep `filename` one name."""
     for callback in callbacks:
-        name = type(callback).__name__
-        refuse(name)
-        for base in type(callback).__mro__[1:]:
-            if base.__name__ in REFUSED:
-                refuse(base.__name__)
+        name, *bases = (kind.__name__ for kind in type(callback).__mro__)
+        for refused in (name, *(base for base in bases if base in REFUSED)):
+            refuse(refused)
         if type(callback) is LambdaCallback and not vars(callback):
             raise UserError("trainer.callbacks: LambdaCallback without a function does nothing; derive from Callback")
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint):
-            continue
-        best = best_mode(callback.monitor)
-        if best not in (None, callback.mode):
-            words = "highest" if best == "max" else "lowest"
-            raise UserError(
-                f"{name}'s mode is {callback.mode}, but the {words} {callback.monitor} is best; give mode {best}"
-            )
+        if isinstance(callback, EarlyStopping | ModelCheckpoint):
+            best = best_mode(callback.monitor)
+            if best not in (None, callback.mode):
+                words = f"the {'highest' if best == 'max' else 'lowest'} {callback.monitor} is best"
+                raise UserError(f"{name}'s mode is {callback.mode}, but {words}; give mode {best}")
         if isinstance(callback, ModelCheckpoint) and callback.filename:
             name_files(callback, callback.filename)
 
 
 def name_files(callback: ModelCheckpoint, filename: str) -> None:
     """Let no slash of a filename or of a metric's name make a folder: {val/top1} becomes val_top1=0.9."""
-    fields = re.split(r"(\{[^}]*\})", filename)  # every second is one
-    fields[::2] = [text.replace("/", "_") for text in fields[::2]]
+    filename = re.sub(r"/(?![^{}]*\})", "_", filename)  # not in braces, where it is a metric's
     if callback.auto_insert_metric_name:
         callback.auto_insert_metric_name = False
-        names = [re.split("[:}]", field[1:])[0].replace("/", "_") for field in fields[1::2]]
-        fields[1::2] = [f"{name}={field}" for name, field in zip(names, fields[1::2], strict=True)]
-    callback.filename = "".join(fields)
+        filename = re.sub(r"\{([^:}]*)", lambda field: field[1].replace("/", "_") + "=" + field[0], filename)
+    callback.filename = filename

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,6 +22,10 @@ class FSDP2(ModelParallelStrategy):
     mixes up the parameters in an optimizer state of several groups.
     """
 
+    # As on one device, not as ModelParallelStrategy.
+    load_checkpoint = Strategy.load_checkpoint
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
+
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
@@ -36,15 +40,8 @@ class FSDP2(ModelParallelStrategy):
                 name = type(optimizer).__name__
                 raise UserError(f"trainer.strategy fsdp2 does not work with {name}, which needs full weights; use ddp")
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return gather_full(optimizer.state_dict(), keep=self.is_global_zero)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -56,12 +53,10 @@ class FSDP2(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            # Torch numbers parameters in the order of the groups.
-            numbers = [number for group in state["param_groups"] for number in group["params"]]
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            by_number = dict(zip(numbers, parameters, strict=False))  # torch refuses groups of other sizes
+            # Torch numbers parameters in the order of the groups, and refuses groups of other sizes.
+            parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
             shards = {
-                number: {name: to_shard(value, by_number.get(number)) for name, value in values.items()}
+                number: {name: to_shard(value, parameters.get(number)) for name, value in values.items()}
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": shards})
@@ -70,18 +65,18 @@ class FSDP2(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parallelism with PyTorch's fully_shard")
 
 
-def shard(module: LightningModule, parts: Iterable[nn.Module], methods: Iterable[str]) -> None:
-    """Shard a module's weights over the devices, one group per part and one for the rest. A second call does nothing.
+def shard(stage: LightningModule, blocks: Iterable[nn.Module], methods: Iterable[str]) -> None:
+    """Shard a stage's weights over the devices, one group per block and one for the rest; a second call does nothing.
 
     `methods` are those that compute with the weights, besides forward.
     """
-    if module.device_mesh is None or isinstance(module, FSDPModule):
+    if stage.device_mesh is None or isinstance(stage, FSDPModule):
         return
-    for part in [*parts, module]:
-        # The module too: an EMA expects weights to be in shards outside of a step.
-        fully_shard(part, mesh=module.device_mesh["data_parallel"], reshard_after_forward=True)
+    for part in [*blocks, stage]:
+        # The stage too: an EMA expects weights to be in shards outside of a step.
+        fully_shard(part, mesh=stage.device_mesh["data_parallel"], reshard_after_forward=True)
     for method in methods:
-        register_fsdp_forward_method(module, method)
+        register_fsdp_forward_method(stage, method)
 
 
 def gather_full(state: Any, keep: bool) -> Any:
