@@ -26,12 +26,12 @@ NEEDED = "evaluation takes every image: restore or remove it"
 
 @dataclass(eq=False)
 class Images(Dataset[tuple[Any, ...]]):
-    """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views, and
-    if `keyed` what its colours are drawn from, below 2^63).
+    """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
 
     Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. `bad` lists images that
     cannot be read, which are an error without it: in training another of the same class, always the same one, replaces
-    each; in prediction (`photos`) it is black, with the index -1. `kept` images are not decoded again.
+    each; in prediction (`photos`) it is black, with the index -1. `kept` images are not decoded again. `keyed` samples
+    end with what their colours are drawn from.
     """
 
     index: Index

@@ -15,7 +15,6 @@ from vitlit.model import ViT
 
 Transform = Callable[[Tensor], Tensor]
 PIXELS = ("mean", "std")  # what a network was trained with, and must be evaluated with
-SCALE = (0.05, 1.0)  # of a crop's area, by default
 CropName = Literal["random_resized", "inception", "simple", "pad", "resmall", "center"]
 
 

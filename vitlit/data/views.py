@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vitlit.data.transforms import SCALE, Transform, check_scale, train_transform
+from vitlit.data.transforms import Transform, check_scale, train_transform
 from vitlit.errors import UserError, check_types
 from vitlit.images.preprocess import Preprocess
 from vitlit.seeds import PHOTOMETRIC, mix
 
 CACHED, MOST = 1 << 16, 1 << 23  # pixels changed at once, in a core's cache or in half a gigabyte of a device
-# Of each preset: what parts the areas of global and local views, how many of these there are, and the probabilities of
-# blur and of solarising in the first, the second and the local views.
+# What parts the areas of global and local views, how many are local, and (blur, solarise) of the first, second, local.
 PRESETS = {
     "dino": (0.4, 8, (1.0, 0.0), (0.1, 0.2), (0.5, 0.0)),  # facebookresearch/dino, main_dino.py
     "dinov2": (0.32, 8, (1.0, 0.0), (0.1, 0.2), (0.5, 0.0)),  # facebookresearch/dinov2, ssl_default_config.yaml
@@ -88,7 +87,7 @@ class Views(Photometric):
 
     count: int
     size: int | tuple[int, int]
-    scale: tuple[float, float] = SCALE
+    scale: tuple[float, float] = (0.05, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +118,7 @@ def all_views(first: Views, given: Preset | Sequence[Views], local: int | None, 
     if first.on:
         raise UserError(f"data.views {given} says how colours change; leave data.photometric out")
     parting, count, *chances = PRESETS[given]
-    (height, width), scale = first.pixels, (parting, 1.0) if first.scale == SCALE else first.scale
+    (height, width), scale = first.pixels, (parting, 1.0) if first.scale == Views.scale else first.scale
     small = (max(1, round(height * 3 / 7 / patch)) * patch, max(1, round(width * 3 / 7 / patch)) * patch)
     sigma = (0.1, max(0.1, min(2.0, height / 112, width / 112)))
     make = partial(Views, 1, jitter=0.8, grey=0.2, sigma=sigma)
@@ -158,7 +157,6 @@ def _change(images: Tensor, draws: np.ndarray) -> None:
 
 
 def _each(images: Tensor, numbers: np.ndarray) -> Tensor:
-    """A number for each image, (B, 1, 1, 1)."""
     return torch.from_numpy(numbers.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
