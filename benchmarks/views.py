@@ -10,8 +10,8 @@ float32, normalised. With vitlit the last three are the device's work, here the 
 through one epoch. They take turns of a few batches in random order. Time is the process's CPU time. Read the ratios.
 
 lightly's is DINOTransform with its defaults, stable-pretraining's the transform of its benchmark of DINO
-(benchmarks/imagenet100/dino-vit-tiny.py), on torchvision's ImageFolder. All have the probabilities of 2104.14294, but
-lightly jitters the second view twice as strongly, and stable-pretraining resizes bilinearly, the others bicubically.
+(benchmarks/imagenet100/dino-vit-tiny.py), on torchvision's ImageFolder. All have the probabilities of DINO's code and
+the same strengths; stable-pretraining resizes bilinearly, the others bicubically.
 The last row is vitlit's loader with the same crops and no colours.
 """
 
