@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 # Purposes. Streams of different purposes never share numbers; a new one goes to the end.
-ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW, DRAWS = range(9)
+ORDER, SAMPLE, STEP, BALANCE, MIXING, ERASING, REPLACE, VIEW, DRAWS, PHOTOMETRIC = range(10)
 LARGEST = 2**64 - 1
 CPU = torch.device("cpu")
 

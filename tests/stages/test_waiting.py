@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import watched
@@ -14,6 +15,8 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitlit.data.views import Photometric, change_colours
 
 aten = torch.ops.aten
 
@@ -92,3 +95,14 @@ def test_no_step_between_logs_waits(recipe: str, few: Path, tmp_path: Path, monk
     with device:
         watched.run(recipe, stage, data, tmp_path, device.watch, 2 * watched.EVERY + 2, strategy=place)
     assert device.waits == []
+
+
+def test_no_change_of_colours_waits() -> None:
+    device, kind, keys = Device(), Photometric(jitter=0.8, grey=0.2, blur=0.5, solarise=0.2), np.arange(64)
+    assert set(kind.draw(keys, 0)[:, 0].ravel()) == {-1, *range(6)}
+    with device:
+        view = torch.zeros(64, 3, 16, 16, dtype=torch.uint8, device="meta")
+        device.watch(True)
+        made = change_colours([view, view], [kind, kind], keys)
+    assert device.waits == []
+    assert [(each.shape, each.dtype, each.device.type) for each in made] == [(view.shape, torch.float32, "meta")] * 2

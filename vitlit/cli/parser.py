@@ -157,7 +157,7 @@ def shortened(message: str, defaults: Namespace) -> str:
         nullable = value == "None" and "NoneType" in message  # None is YAML's word for a text
         text += f", not {value if nullable else YAML.get(value, value or repr(value))}"
         text += "; write null" if nullable else ""
-        if choices[:1] in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
+        if choices in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
             default = defaults.get(key[1]) if key else None
             example = list(default) if isinstance(default, tuple | list) else []
             text += f"; write a list, such as {example}" if len(example) > 1 else f"; write [{value}]"

@@ -17,7 +17,7 @@ from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
 from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
 from vitlit.images.resample import cut_all
-from vitlit.seeds import REPLACE, mix, seeded_sample
+from vitlit.seeds import PHOTOMETRIC, REPLACE, mix, mix_one, seeded_sample
 
 # What to do about an image of a prediction, or of an evaluation, that cannot be read.
 LEAVE_OUT = "--data.on_bad_image skip leaves it out"
@@ -30,7 +30,8 @@ class Images(Dataset[tuple[Any, ...]]):
 
     Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. `bad` lists images that
     cannot be read, which are an error without it: in training another of the same class, always the same one, replaces
-    each; in prediction (`photos`) it is black, with the index -1. `kept` images are not decoded again.
+    each; in prediction (`photos`) it is black, with the index -1. `kept` images are not decoded again. `keyed` samples
+    end with what their colours are drawn from.
     """
 
     index: Index
@@ -38,6 +39,7 @@ class Images(Dataset[tuple[Any, ...]]):
     seed: int = 0
     bad: BadImages | None = None
     further: Sequence[Transform] = ()
+    keyed: bool = False
     photos: bool = False
     ground: str = GROUND
     remedy: str = "--data.on_bad_image skip trains without it"
@@ -49,9 +51,10 @@ class Images(Dataset[tuple[Any, ...]]):
 
     @staticmethod
     def collate(samples: list[Any]) -> list[Any]:
-        """A batch, with the first sample's position alone, which stays on the host: reading it back would wait."""
+        """A batch, with the first sample's position alone. It and keys stay on the host: reading back would wait."""
         images, labels, indices, *training = default_collate(samples)
-        return [images, labels, indices, *([int(training[0][0]), *training[1:]] if training else [])]
+        further = [part.numpy() if part.ndim == 1 else part for part in training[1:]]
+        return [images, labels, indices, *([int(training[0][0]), *further] if training else [])]
 
     def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
         if isinstance(item, int):
@@ -64,7 +67,8 @@ class Images(Dataset[tuple[Any, ...]]):
         for view, transform in enumerate((self.transform, *self.further)):
             with seeded_sample(self.seed, item.epoch, item.index, item.repeat, view):
                 views.append(channels_last(transform(image)))
-        return views[0], self.label(index), index, item.position, *views[1:]
+        key = [mix_one(PHOTOMETRIC, self.seed, *item[:3]) >> 1] if self.keyed else []
+        return views[0], self.label(index), index, item.position, *views[1:], *key
 
     def _image(self, index: int) -> Tensor | None:
         kept = None if self.kept is None else self.kept[index]
@@ -131,7 +135,8 @@ class ImagesOnDevice(Dataset[Any]):
         labels = default_collate([self.images.label(index) for index in indices])
         transforms = (self.images.transform, *self.images.further)
         views = [self._view(view, transform, indices, samples) for view, transform in enumerate(transforms)]
-        return [views[0], labels, torch.tensor(indices), *training, *views[1:]]
+        drawn = [mix_one(PHOTOMETRIC, self.images.seed, *sample[:3]) >> 1 for sample in samples if self.images.keyed]
+        return [views[0], labels, torch.tensor(indices), *training, *views[1:], *([np.array(drawn)] if drawn else [])]
 
     def _view(self, view: int, transform: Any, indices: list[int], samples: list[Sample]) -> Tensor:
         sizes, cuts = self.kept.sizes[indices].tolist(), []

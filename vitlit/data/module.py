@@ -24,7 +24,7 @@ from vitlit.data.splits import Splits
 from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
 from vitlit.data.transforms import PIXELS, CropName, check_augment, check_scale, matched, train_transform
-from vitlit.data.views import Views
+from vitlit.data.views import Photometric, Preset, Views, all_views, change_colours
 from vitlit.errors import UserError, check_types
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
@@ -58,7 +58,10 @@ class ImageFolderData(LightningDataModule):
         flip: the probability of a horizontal flip in training.
         augment: further transforms of training images, from vitlit.data.augment or torchvision.transforms.v2; one or
             several.
-        views: further views of a training image: a list of count, size and scale; image_size and crop are the first's.
+        photometric: colour jitter, grey, blur and solarise of training images, on the device; of the first view only.
+        views: further views of a training image: a list of count, size, scale and what is photometric; image_size and
+            crop are the first's. Or all views of a method, whose crop_scale may be given.
+        local_views: how many small views a method has; by default dino and dinov2 8, lejepa 6.
         erasing: random erasing of training images, after normalisation; of the first view only.
         mixing: mixup and cutmix of training images; not with further views.
         repeats: how often an image comes in a batch, augmented anew; an epoch keeps its length, so has fewer images.
@@ -96,7 +99,9 @@ class ImageFolderData(LightningDataModule):
         crop_scale: tuple[float, float] = (0.05, 1.0),
         flip: float = 0.5,
         augment: v2.Transform | Sequence[v2.Transform] | None = None,
-        views: Sequence[Views] | None = None,
+        photometric: Photometric = Photometric(),
+        views: Sequence[Views] | Preset | None = None,
+        local_views: int | None = None,
         erasing: Erasing = Erasing(),
         mixing: Mixing = Mixing(),
         repeats: int = 1,
@@ -114,14 +119,13 @@ class ImageFolderData(LightningDataModule):
         pin_memory: bool | None = None,
         seed: int | None = None,
     ) -> None:
-        views = [Views(**view) if isinstance(view, dict) else view for view in views or ()]
+        views = views if isinstance(views, str) else [Views(**v) if isinstance(v, dict) else v for v in views or ()]
         # `augment` may be any callable.
         check_types(ImageFolderData.__init__, {n: value for n, value in locals().items() if n != "augment"}, "data.")
         super().__init__()
-        limits = {"batch_size": (batch_size, 1), "micro_batch": (micro_batch, 1), "repeats": (repeats, 1)}
-        limits |= {"num_workers": (num_workers, 0), "prefetch": (prefetch, 1), "seed": (seed, 0)}
-        for name, (value, least) in limits.items():
-            if value is not None and not least <= value < 2**63:
+        from_1 = {"batch_size": batch_size, "micro_batch": micro_batch, "repeats": repeats, "prefetch": prefetch}
+        for name, value in {**from_1, "num_workers": num_workers, "seed": seed, "local_views": local_views}.items():
+            if value is not None and not (least := int(name in from_1)) <= value < 2**63:
                 wrong = f"is less than {least}" if value < least else "does not fit in 64 bits"
                 raise UserError(f"data.{name} {value} {wrong}")
         if (num_workers or 0) > (most := max(64, 8 * workers.cores())):
@@ -130,13 +134,12 @@ class ImageFolderData(LightningDataModule):
         if views and mixing.on:
             raise UserError("data.mixing works on one view of an image, but data.views adds more; leave one out")
         self.splits = Splits(root, parse_share(holdout), manifest, labels)
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std), "ground": ground}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self.views, augment = tuple(views), (augment,) if callable(augment) else tuple(augment or ())
-        self._train_options = crop, crop_scale, flip, augment
-        self._use(Preprocess(size, **self._given))
+        self._train_options = crop, flip, (augment,) if callable(augment) else tuple(augment or ())
+        self._view_options = Views(1, image_size, crop_scale, **vars(photometric)), views, local_views
+        self._use(Preprocess(self._view_options[0].pixels, **self._given))
         self.batch_size, self.micro_batch, self._seed = batch_size, micro_batch, seed
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
@@ -144,12 +147,13 @@ class ImageFolderData(LightningDataModule):
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
         self._trainer_done = False  # Lightning leaves it attached
 
-    def _use(self, preprocess: Preprocess) -> None:
+    def _use(self, preprocess: Preprocess, patch: int = 1) -> None:
         self.preprocess = preprocess
-        self.transform = train_transform(preprocess, *self._train_options)
         self._kept: dict[str, Decoded] = {}  # decoded over another ground, perhaps
-        flip, augment = self._train_options[2:]
-        self._further = [each for kind in self.views for each in kind.transforms(preprocess, flip, augment)]
+        first, *self.views = self.kinds = all_views(*self._view_options, patch)
+        crop, flip, augment = self._train_options
+        self.transform = train_transform(preprocess, crop, first.scale, flip, augment)
+        self._further = [kind.transform(preprocess, flip, augment) for kind in self.views]
 
     def follow(self, vit: ViT, source: object = "the ViT", fixed: Iterable[str] = PIXELS) -> None:
         """Take what a ViT's weights were made with: mean, std, interpolation, crop ratio, and the classes of its head.
@@ -157,7 +161,7 @@ class ImageFolderData(LightningDataModule):
         Raises:
             UserError: other classes, or another value of what is `fixed`, was given. `source` is where the weights are.
         """
-        self._use(matched(self._given, self.preprocess.image_size, vit, source, fixed))
+        self._use(matched(self._given, self.preprocess.image_size, vit, source, fixed), vit.patch_size)
         self.splits.expect(vit.classes)
 
     def split(self, name: str) -> Index:
@@ -189,7 +193,7 @@ class ImageFolderData(LightningDataModule):
 
     @property
     def num_views(self) -> int:
-        return 1 + len(self._further)
+        return len(self.kinds)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -264,8 +268,8 @@ class ImageFolderData(LightningDataModule):
         starts = count(0, self.steps_per_epoch)  # of epochs
         position = partial(next, starts) if trainer is NoTrainer else lambda: int(trainer.global_step)
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
-        ground = self.preprocess.ground
-        images = Images(index, self.transform, self.seed, self._bad_images(index), self._further, ground=ground)
+        keyed, bad = any(kind.on for kind in self.kinds), self._bad_images(index)
+        images = Images(index, self.transform, self.seed, bad, self._further, keyed, ground=self.preprocess.ground)
         return self._loader(images, stream, micro, "train")
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
@@ -315,7 +319,9 @@ class ImageFolderData(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         images, labels, indices, *training = batch
         dtype = self._active_trainer.lightning_module.dtype
-        views = [self.preprocess.normalise(view.permute(0, 3, 1, 2), dtype) for view in (images, *training[1:])]
+        views = [view.permute(0, 3, 1, 2) for view in (images, *training[1 : self.num_views])]
+        views = change_colours(views, self.kinds, *training[self.num_views :])
+        views = [self.preprocess.normalise(view, dtype) for view in views]
         if not training:
             return Batch(views, labels, indices, indices)
         step, row = divmod(training[0], self.batch_size)
@@ -332,16 +338,8 @@ class ImageFolderData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.trainer is not None
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        before = {"repeats": 1, "balanced": False, **state_dict}  # older checkpoints lack these
-        for name, value in self._order_settings().items():
-            if (had := before.get(name, value)) == value:
-                continue
-            remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
-            difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
-            other = "or start another from its weights with --model.init_from RUN --run.name NEW"
-            raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, {other}")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            TrainStream.check(state_dict, self._order_settings())
 
     def _order_settings(self) -> dict[str, Any]:
         """What the order of samples depends on besides the step, and which images they are."""

@@ -133,6 +133,18 @@ class TrainStream(DistributedSampler[Any]):
             for row, (index, repeat) in enumerate(zip(indices[draws].tolist(), repeats.tolist(), strict=True)):
                 yield Sample(epoch, index, repeat, position + row)
 
+    @staticmethod
+    def check(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+        """UserError if a checkpoint's stream is not that of these settings."""
+        before = {"repeats": 1, "balanced": False, **saved}  # older checkpoints lack these
+        for name, value in settings.items():
+            if (had := before.get(name, value)) == value:
+                continue
+            remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
+            difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
+            other = "or start another from its weights with --model.init_from RUN --run.name NEW"
+            raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, {other}")
+
 
 class EvalShare(DistributedSampler[Any]):
     """One rank's share of every image exactly once: no rank is padded, so metrics are exact."""
