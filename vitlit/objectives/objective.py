@@ -51,7 +51,8 @@ class Step(NamedTuple):
         loss: the mean over the batch, a scalar.
         logits: what `Objective.metrics` compare with the targets, such as (B, classes); None if nothing is compared.
         logs: further scalars by name, means over the batch: logged in training, validation and test.
-        features: pooled features of the first view, (B, D), detached, if the objective has them; probes use them.
+        features: pooled features of the first view, (B, D), detached, if the objective has them, for probes; outside of
+            training only those that `Stage.features` gives.
         targets: what the logits should be, if not the batch's labels.
     """
 

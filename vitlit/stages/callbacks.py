@@ -19,7 +19,7 @@ REFUSED = {
     "ModelPruning": "renames the parameters, so that no run could continue; use torch.nn.utils.prune after training",
 }
 # The metrics that vitlit logs and that have a best value.
-JUDGED = {*KNOWN, "loss", "knn", "probe", "images_per_second", "data_wait", "mfu", "memory_gib"}
+JUDGED = {*KNOWN, "loss", "knn", "probe", "rank", "deviation", "images_per_second", "data_wait", "mfu", "memory_gib"}
 RAW = "_raw"  # of the trained weights, beside an EMA
 
 
