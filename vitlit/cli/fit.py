@@ -273,7 +273,7 @@ class CLI(LightningCLI):
             if len(self.model.measured) == 1 and not any(isinstance(each, callbacks.Probes) for each in own):
                 self.callbacks.append(callbacks.Probes())
             known = measured(self.model, [*self.callbacks, *own], self.datamodule)
-            self.callbacks[:0] = self.checkpoint_callbacks(known)
+            self.callbacks[:0] = self.checkpoint_callbacks(*monitor(self.model, self.folder.options.monitor, known))
         elif self.subcommand == "predict":
             self.callbacks.append(self.prediction_writer())
         elif self.subcommand != "fit":
@@ -290,13 +290,12 @@ class CLI(LightningCLI):
     def loggers(self) -> list[Any]:
         return [*map(harmless, self.config_init.fit.trainer.logger), CSV(self.folder.path)]
 
-    def checkpoint_callbacks(self, known: dict[str, str]) -> list[Any]:
-        """The callbacks that save checkpoints, and that stop a run after saving one; `known` is what is measured."""
+    def checkpoint_callbacks(self, metric: str, mode: str) -> list[Any]:
+        """The callbacks that save checkpoints, and that stop a run after saving one."""
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        best = Best(folder, *monitor(self.model, options.monitor, known))
-        return [Interrupt(last, until, options.save_minutes), best, last]
+        return [Interrupt(last, until, options.save_minutes), Best(folder, metric, mode), last]
 
     def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""

@@ -12,18 +12,10 @@ SIMILARITIES = 2**25  # at a time: 128 MiB
 def knn(
     train_features: Any, train_labels: Any, features: Any, labels: Any, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """The top-1 accuracy of weighted nearest neighbours (1805.01978, section 3.4), with DINO's k (2104.14294).
+    """The accuracy of nearest neighbours on features (M, D) with class numbers (M,), arrays or tensors on any device.
 
-    The k training images of the highest cosine similarity s vote for their classes, each with weight exp(s /
-    temperature). Memory is that of the features, and 128 MiB.
-
-    Args:
-        train_features: (N, D), arrays or tensors, on any device.
-        train_labels: class numbers (N,), from 0.
-        features: those to classify, (M, D).
-        labels: their class numbers (M,).
-        k: neighbours, of all N if there are fewer.
-        temperature: the smaller, the more the nearest ones count.
+    The k of the training features (N, D) with the highest cosine similarity s vote for their classes, each with weight
+    exp(s / temperature) (1805.01978, section 3.4; k as in 2104.14294). Memory is that of the features, and 128 MiB.
     """
     bank, features = normalised(torch.as_tensor(train_features)), torch.as_tensor(features)
     bank_labels, labels = (torch.as_tensor(part, device=bank.device) for part in (train_labels, labels))

@@ -64,4 +64,4 @@ class Regression(Objective):
         targets = (batch.labels - self.label_mean) / self.label_std
         error = F.mse_loss if self.loss == "squared" else F.l1_loss
         loss = error(logits[:, 0], targets.to(logits.dtype))
-        return Step(loss, self.predictions(logits), features=features.detach())
+        return Step(loss, self.predictions(logits), {}, features.detach())
