@@ -23,13 +23,13 @@ def spoiled(where: str) -> Callable[[], None]:
     def before() -> None:
         original = Stage.training_step
 
-        def training_step(self: Stage, batch: Any, index: int) -> torch.Tensor:
+        def training_step(self: Stage, batch: Any, index: int) -> dict[str, Any]:
             factor = math.nan if self.trainer.global_step == 3 else 1.0
             if where == "loss":
                 return original(self, batch._replace(views=[view * factor for view in batch.views]), index)
-            loss = original(self, batch, index)
-            loss.register_hook(lambda gradient: gradient * factor)
-            return loss
+            step = original(self, batch, index)
+            step["loss"].register_hook(lambda gradient: gradient * factor)
+            return step
 
         setattr(Stage, "training_step", training_step)  # noqa: B010
 

@@ -236,11 +236,10 @@ def test_two_ranks_share_what_one_of_them_has_decoded(few: Path, tmp_path: Path)
 def stop_in_step_2() -> None:
     original = Stage.training_step
 
-    def patched(self: Stage, batch: Any, index: int) -> Tensor:
+    def patched(self: Stage, batch: Any, index: int) -> dict[str, Any]:
         if self.trainer.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        found: Tensor = original(self, batch, index)
-        return found
+        return original(self, batch, index)
 
     setattr(Stage, "training_step", patched)  # noqa: B010
 

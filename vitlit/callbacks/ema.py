@@ -89,6 +89,7 @@ class EMA(WeightAveraging):
         super().on_validation_epoch_start(trainer, pl_module)  # swaps the two
         if self._average_model is not None and not trainer.sanity_checking:
             pl_module.compiling.compile(self._average_model.module.eval())
+            self._average_model.module.vit.preprocess = pl_module.vit.preprocess  # of the data, for MaskedPatch
             self._raw = metrics(pl_module.objective.metrics()).to(pl_module.device)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

@@ -36,7 +36,7 @@ class Mistakes(Callback):
         self._rows.clear()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        if outputs is not None and batch.labels.ndim == 1:  # one class an image
+        if outputs["probabilities"] is not None and batch.labels.ndim == 1:  # one class an image
             probability, prediction = outputs["probabilities"].max(-1)
             columns = (batch.indices, batch.labels, prediction, probability)
             self._rows.append(torch.stack([column.cpu().double() for column in columns], 1))

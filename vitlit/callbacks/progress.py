@@ -12,6 +12,7 @@ FIGURES = {
     "train/loss": ("loss", 1, "{:.4f}"),
     "val/top1": ("top-1", 100, "{:.2f} %"),
     "val/map": ("mAP", 100, "{:.2f} %"),
+    "val/knn": ("kNN", 100, "{:.2f} %"),
     "train/images_per_second": ("images/s", 1, "{:,.0f}"),
     "train/data_wait": ("data wait", 100, "{:.0f} %"),
     "train/mfu": ("MFU", 100, "{:.1f} %"),

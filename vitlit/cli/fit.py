@@ -37,6 +37,7 @@ from vitlit.cli.trainer import (
     fill_folders,
     fill_modes,
     listed,
+    measured,
     monitor,
 )
 from vitlit.data import ImageFolderData
@@ -267,7 +268,11 @@ class CLI(LightningCLI):
         elif bar:
             self.callbacks.insert(0, callbacks.Bar() if terminal else callbacks.Lines())
         if self.keeps:
-            self.callbacks[:0] = self.checkpoint_callbacks()
+            # Where an objective measures nothing but its loss, features tell whether it learns.
+            if len(self.model.measured) == 1 and not any(isinstance(each, callbacks.Probes) for each in own):
+                self.callbacks.append(callbacks.Probes())
+            known = measured(self.model, [*self.callbacks, *own], self.datamodule)
+            self.callbacks[:0] = self.checkpoint_callbacks(*monitor(self.model, self.folder.options.monitor, known))
         elif self.subcommand == "predict":
             self.callbacks.append(self.prediction_writer())
         elif self.subcommand != "fit":
@@ -284,12 +289,12 @@ class CLI(LightningCLI):
     def loggers(self) -> list[Any]:
         return [*map(harmless, self.config_init.fit.trainer.logger), CSV(self.folder.path)]
 
-    def checkpoint_callbacks(self) -> list[Any]:
+    def checkpoint_callbacks(self, metric: str, mode: str) -> list[Any]:
         """The callbacks that save checkpoints, and that stop a run after saving one."""
         options, folder = self.folder.options, self.folder.best.parent
         last = Last(folder, options.keep_every)
         until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        return [Interrupt(last, until, options.save_minutes), Best(folder, *monitor(self.model, options.monitor)), last]
+        return [Interrupt(last, until, options.save_minutes), Best(folder, metric, mode), last]
 
     def prediction_writer(self) -> callbacks.Predictions:
         """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
@@ -304,7 +309,7 @@ class CLI(LightningCLI):
         # Before other processes start: a process that fails may end this one before it has printed why.
         self.datamodule.check(self.subcommand, self.trainer.world_size)
         if self.keeps:
-            check_monitors(self.trainer, self.model)
+            check_monitors(self.trainer, self.model, self.datamodule)
             start = Path(self.config.fit.ckpt_path or self.folder.last)
             # Its own may be at the end, if the run was stopped just before it was marked as complete.
             another = start if start.parent != self.folder.last.parent else None

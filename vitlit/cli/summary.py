@@ -30,7 +30,7 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) ->
     if (ended := ending(trainer)) != COMPLETE:
         rows["ended"] = ended
     if result := best(trainer, folder):
-        is_share = result["metric"].removeprefix("val/").startswith(("top", "map"))
+        is_share = result["metric"].removeprefix("val/").startswith(("top", "map", "knn", "probe"))
         value = f"{100 * result['value']:.2f} %" if is_share else f"{result['value']:.4f}"
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
     if folder.best.is_file():

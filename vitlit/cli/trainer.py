@@ -1,5 +1,6 @@
 """Lightning's Trainer with automatic precision, checkpoints written whole, and its settings checked."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -148,13 +149,23 @@ def fill_folders(trainer: Namespace, folder: RunFolder) -> None:
                 raise UserError(f"ModelCheckpoint: {options.dirpath} is for best.ckpt and last.ckpt; {remedy}")
 
 
-def check_monitors(trainer: LightningTrainer, stage: Stage) -> None:
+def measured(stage: Stage, callbacks: Iterable[Any], data: Any) -> dict[str, str]:
+    """Which value of each validation metric is best: the objective's, those that callbacks measure, then the loss."""
+    found = stage.measured
+    loss = found.pop("val/loss")
+    for callback in callbacks:
+        found |= callback.measures(data) if hasattr(callback, "measures") else {}
+    return {**found, "val/loss": loss}
+
+
+def check_monitors(trainer: LightningTrainer, stage: Stage, data: Any) -> None:
     """Refuse a callback whose metric nothing logs: it would end the run after its first epoch."""
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    known = [*stage.measured]
+    known = [*measured(stage, callbacks, data)]
     if any(isinstance(callback, EMA) for callback in callbacks):
         known += [f"{name}_raw" for name in known]
-    known += [f"train/{name}" for name in ("loss", "lr", "images_per_second", "data_wait", "memory_gib", "mfu")]
+    of_training = ("loss", "lr", "rank", "deviation", "images_per_second", "data_wait", "memory_gib", "mfu")
+    known += [f"train/{name}" for name in of_training]
     makers = {type(part).__module__.partition(".")[0] for part in (stage.objective, *callbacks)}
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
@@ -192,14 +203,13 @@ def check_trainer(config: Namespace) -> None:
         raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
 
 
-def monitor(stage: Stage, given: str | None) -> tuple[str, str]:
-    """The metric of the best checkpoint, run.monitor or the objective's first, and which value is best: min or max."""
-    measured = stage.measured
-    name = given or next(iter(measured))
+def monitor(stage: Stage, given: str | None, known: dict[str, str]) -> tuple[str, str]:
+    """The metric of the best checkpoint, run.monitor or the first that is known, and its best value: min or max."""
+    name = given or next(iter(known))
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
-    if name not in measured and not (own and name.startswith("val/")):
-        raise UserError(f"run.monitor {name} is not among {' '.join(measured)}")
-    return name, measured.get(name, direction(name))
+    if name not in known and not (own and name.startswith("val/")):
+        raise UserError(f"run.monitor {name} is not among {' '.join(known)}")
+    return name, known.get(name, direction(name))
 
 
 def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, start: Path | None) -> None:

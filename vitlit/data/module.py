@@ -278,24 +278,24 @@ class ImageFolderData(LightningDataModule):
         return TrainStream(len(index), self.batch_size, self.seed, position, rank, world_size, self.repeats, labels)
 
     def val_dataloader(self) -> Loader:
-        return self._eval_loader("val")
+        return self.eval_loader("val")
 
     def test_dataloader(self) -> Loader:
-        return self._eval_loader("test")
+        return self.eval_loader("test")
 
     def predict_dataloader(self) -> Loader:
-        return self._eval_loader("predict")
+        return self.eval_loader("predict")
 
-    def _eval_loader(self, split: str) -> Loader:
-        trainer, photos = self._active_trainer, split == "predict"
+    def eval_loader(self, split: str, most: int | None = None) -> Loader:
+        """A split's images as evaluation sees them, all or so many; of train, an unreadable one has the index -1."""
+        trainer, index, photos = self._active_trainer, self.split(split), split == "predict"
         self.check(split, trainer.world_size)
-        index = self.split(split)
-        most = -(-self.batch_size // trainer.world_size)
-        batch = eval_batch(len(index), trainer.world_size, min(most, self.micro_batch or most, len(index)))
-        bad = self._bad_images(index, photos) if photos else None
+        share = EvalShare(len(index), trainer.global_rank, trainer.world_size, most)
+        size = min(-(-self.batch_size // trainer.world_size), self.micro_batch or self.batch_size, share.count)
+        bad = self._bad_images(index, photos) if photos or split == "train" else None
         images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
         images.remedy = LEAVE_OUT if photos else NEEDED
-        return self._loader(images, EvalShare(len(index), trainer.global_rank, trainer.world_size), batch, split)
+        return self._loader(images, share, eval_batch(share.count, trainer.world_size, size), split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
         if self.on_bad_image == "error":

@@ -147,10 +147,11 @@ class TrainStream(DistributedSampler[Any]):
 
 
 class EvalShare(DistributedSampler[Any]):
-    """One rank's share of every image exactly once: no rank is padded, so metrics are exact."""
+    """One rank's share of every image, or of so many, exactly once: no rank is padded, so metrics are exact."""
 
-    def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
-        self.indices = range(rank, length, world_size)
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1, most: int | None = None) -> None:
+        self.count = min(length, length if most is None else most)  # of all ranks, spread over the images
+        self.indices = [place * length // self.count for place in range(rank, self.count, world_size)]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -99,8 +99,12 @@ class ViT(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        logits, distilled = self.heads(self.features(images))
-        return logits if distilled is None else (logits + distilled) / 2
+        return self.outputs(images)[0]
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the pooled features (B, D) that it comes from."""
+        logits, distilled, pooled = self.heads(self.features(images))
+        return logits if distilled is None else (logits + distilled) / 2, pooled
 
     def features(self, images: Tensor) -> Tensor:
         """The encoded tokens of images, (B, C, H, W) -> (B, S + N, D); not normalised with `norm: pooled`.
@@ -168,13 +172,14 @@ class ViT(nn.Module):
         patches = tokens if self.config.pool_prefix else tokens[:, self.prefix :]
         return self.fc_norm(patches.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches))
 
-    def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, num_classes) from `features`, and those of the distillation token if there is one."""
+    def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits (B, num_classes) of `features`, those of the distillation token if there is one, and the pooled."""
         if self.config.float32_head and not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type):
             with torch.autocast(tokens.device.type, enabled=False):
                 return self.heads(tokens.float())
         distilled = None if self.head_dist is None else self.head_dist(self.fc_norm(tokens[:, 1]))
-        return self.head(self.pool(tokens)), distilled
+        pooled = self.pool(tokens)
+        return self.head(pooled), distilled, pooled
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""

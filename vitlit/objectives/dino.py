@@ -32,7 +32,8 @@ class DINO(Objective):
     validation, which has one view, both see the same one, without KoLeo, and sinkhorn is over a device's batch.
 
     Logged are `loss_image`, `loss_patch`, `loss_koleo`, without their weights, and in training `teacher_entropy`, of
-    the mean of its predictions: log K if all prototypes are used equally often, 0 if it is one.
+    the mean of its predictions: log K if all prototypes are used equally often, 0 if it is one. Less the mean of their
+    own entropies it is `teacher_information`: what they tell of the image.
 
     Args:
         vit: the student; its head is removed.
@@ -119,8 +120,9 @@ class DINO(Objective):
         loss = pair_loss(targets.unflatten(0, (count, -1)), predicted.unflatten(0, (len(batch.views), -1)))
         logs = {"loss_image": loss}
         if self.training:
-            mean = device_mean(targets.mean(0))
-            logs["teacher_entropy"] = -torch.special.xlogy(mean, mean).sum()
+            mean, own = device_mean(targets.mean(0)), torch.special.entr(targets).sum(1).mean()
+            logs["teacher_entropy"] = torch.special.entr(mean).sum()
+            logs["teacher_information"] = logs["teacher_entropy"] - device_mean(own)
         if self.masked:
             most = max(1, int(blocks.shape[1] * MASK_RATIO[1]))
             positions = blocks.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -136,6 +138,14 @@ class DINO(Objective):
             logs["loss_koleo"] = sum((koleo(view) for view in features.chunk(count)), loss.new_zeros(()))
             loss = loss + self.koleo * logs["loss_koleo"]
         return Step(loss, logs=logs, features=teacher_features[: len(batch.indices)])
+
+    def collapse(self, logs: dict[str, float]) -> str:
+        information = logs.get("teacher_information", math.inf)
+        certainty = math.log(self.centres.shape[1]) - logs.get("teacher_entropy", 0.0) + information
+        same = information < max(1e-3, 0.05 * certainty)
+        return (
+            "the teacher says the same of every image; try centring sinkhorn or a lower learning rate" if same else ""
+        )
 
     def temperature(self, progress: Any) -> Any:
         """The teacher's temperature at a progress, a float or a tensor."""

@@ -85,13 +85,14 @@ class Distillation(Supervised):
         if not self.training:
             return super().forward(vit, batch, progress)
         images = batch.views[0]
-        logits, distilled = vit.heads(vit.features(images))
+        logits, distilled, features = vit.heads(vit.features(images))
         by_labels = self.error(logits, batch.labels)
         by_teacher = self._teacher_loss(logits if distilled is None else distilled, images)
         loss = (1 - self.share) * by_labels + self.share * by_teacher
         if distilled is not None:
             logits = (logits + distilled) / 2
-        return Step(loss, logits, {"loss_labels": by_labels.detach(), "loss_teacher": by_teacher.detach()})
+        logs = {"loss_labels": by_labels.detach(), "loss_teacher": by_teacher.detach()}
+        return Step(loss, logits, logs, features.detach())
 
     def _teacher_loss(self, logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -9,6 +9,7 @@ from vitlit.objectives.global_batch import BatchNorm, device_count, device_mean
 from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, grouped, image_noise, uniform
 
 KNOTS, END = 17, 5.0  # of the integral
+ALIKE = 3e-3  # of a variance of 1: views that agree so well say nothing
 
 
 class LeJEPA(Objective):
@@ -54,6 +55,10 @@ class LeJEPA(Objective):
             sigreg = epps_pulley(projections @ self.directions(projections), self.training).mean()
         loss = (1 - self.weight) * invariance + self.weight * sigreg
         return Step(loss, None, {"invariance": invariance, "sigreg": sigreg}, pooled[: len(batch.indices)].detach())
+
+    def collapse(self, logs: dict[str, float]) -> str:
+        same = logs.get("invariance", 1.0) < ALIKE
+        return "all views have the same projections; raise LeJEPA's weight, or lower the learning rate" if same else ""
 
     @torch.no_grad()
     def directions(self, like: Tensor) -> Tensor:

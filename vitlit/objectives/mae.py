@@ -76,15 +76,21 @@ class MAE(Objective):
             xavier(layer)
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        return Step(self.reconstruct(vit, batch.views[0], image_noise(batch.draws, math.prod(vit.grid)))[0])
+        noise = image_noise(batch.draws, math.prod(vit.grid))
+        loss, _, _, tokens = self.reconstruct(vit, batch.views[0], noise)
+        return Step(loss, features=vit.pool(tokens).detach() if self.training else None)  # else of whole images
 
-    def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def collapse(self, logs: dict[str, float]) -> str:
+        few = self.kept > 0.8 * self.decoder_pos_embed.shape[1]
+        return "so few patches are hidden that the others give them away; raise mask_ratio, to 0.75" if few else ""
+
+    def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """Hide patches of images of the ViT's own size, predict their pixels and compare.
 
         The K patches with the lowest noise (B, N), by default random, stay visible.
 
         Returns:
-            the loss, a scalar; the predicted pixels of all patches, (B, N, P * P * C); which are hidden, (B, N), bool.
+            the loss, a scalar; predicted pixels, (B, N, P * P * C); what is hidden, (B, N), bool; tokens (B, S + K, D).
         """
         target = patchify(at_least_float32(images), vit.patch_size)
         if self.normalize_pixels:
@@ -94,9 +100,9 @@ class MAE(Objective):
             noise = torch.rand(target.shape[:2], device=images.device)
         keep = noise.argsort(dim=1)[:, : self.kept]
         hidden = torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
-        predicted = self.decode(vit.encode(vit.embed(images, keep=keep), vit.grid, keep), keep)
+        predicted = self.decode(tokens := vit.encode(vit.embed(images, keep=keep), vit.grid, keep), keep)
         error = (at_least_float32(predicted) - target).square().mean(dim=-1)
-        return (error * hidden).sum() / hidden.sum(), predicted, hidden
+        return (error * hidden).sum() / hidden.sum(), predicted, hidden, tokens
 
     def decode(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """Predict all patches, (B, N, P * P * C), from encoded tokens (B, S + K, D) and the patches' indices (B, K)."""

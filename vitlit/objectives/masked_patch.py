@@ -56,7 +56,8 @@ class MaskedPatch(Objective):
         patches = vit.fc_norm(tokens[:, vit.prefix :]).gather(1, corrupted[..., None].expand(-1, -1, vit.width))
         logits = at_least_float32(self.head(patches)).flatten(0, 1)
         accuracy = (logits.argmax(-1) == colours.flatten()).float().mean()
-        return Step(F.cross_entropy(logits, colours.flatten()), logs={"accuracy": accuracy})
+        features = vit.pool(tokens).detach() if self.training else None  # else of whole images
+        return Step(F.cross_entropy(logits, colours.flatten()), None, {"accuracy": accuracy}, features)
 
 
 def corruption(draws: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,7 @@ class Step(NamedTuple):
         loss: the mean over the batch, a scalar.
         logits: what `Objective.metrics` compare with the targets, such as (B, classes); None if nothing is compared.
         logs: further scalars by name, means over the batch: logged in training, validation and test.
-        features: pooled features of the first view, (B, D), detached, if the objective has them; probes use them.
+        features: pooled features of the first view, (B, D), detached, for probes; outside of training of whole images.
         targets: what the logits should be, if not the batch's labels.
     """
 
@@ -104,6 +104,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         """The loss, in training or not; `progress` in [0, 1), a tensor with CUDA graphs, is step / total steps."""
+
+    def collapse(self, logs: dict[str, float]) -> str:
+        """What has collapsed by the logs of a step, after the first hundred, and what to try; empty if nothing has."""
+        return ""
 
     def begin(self, vit: ViT) -> None:
         """Called when the ViT has got the weights that a training starts from, e.g. to make a teacher of them."""

@@ -58,7 +58,9 @@ class Regression(Objective):
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         if batch.labels.ndim != 1:
             raise UserError(f"Regression learns one number an image, not labels {list(batch.labels.shape)}")
-        logits = at_least_float32(vit(batch.views[0]))
+        logits, features = vit.outputs(batch.views[0])
+        logits = at_least_float32(logits)
         targets = (batch.labels - self.label_mean) / self.label_std
         error = F.mse_loss if self.loss == "squared" else F.l1_loss
-        return Step(error(logits[:, 0], targets.to(logits.dtype)), self.predictions(logits))
+        loss = error(logits[:, 0], targets.to(logits.dtype))
+        return Step(loss, self.predictions(logits), {}, features.detach())

@@ -94,8 +94,8 @@ class Supervised(Objective):
         self.weights = (images.sum() / (len(images) * images)).float()
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
-        logits = vit(batch.views[0])
-        return Step(self.error(logits, batch.labels), logits)
+        logits, features = vit.outputs(batch.views[0])
+        return Step(self.error(logits, batch.labels), logits, features=features.detach())
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits (B, classes) on labels (B,) or shares of classes (B, classes), a scalar."""

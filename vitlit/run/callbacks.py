@@ -18,10 +18,8 @@ REFUSED = {
     "ModelPruning": "renames the parameters, so that no run could continue; use torch.nn.utils.prune after training",
 }
 # Which value is best of the metrics that vitlit logs.
-BEST = {
-    **dict.fromkeys(("top1", "top1_macro", "top5", "map", "r2", "knn", "probe", "images_per_second", "mfu"), "max"),
-    **dict.fromkeys(("loss", "mae", "data_wait", "memory_gib"), "min"),
-}
+HIGHEST = "top1 top1_macro top5 map r2 knn probe rank deviation images_per_second mfu"
+BEST = dict.fromkeys(HIGHEST.split(), "max") | dict.fromkeys(("loss", "mae", "data_wait", "memory_gib"), "min")
 RAW = "_raw"  # ends the metrics of the trained weights, beside an EMA
 
 

@@ -106,8 +106,15 @@ class Stage(LightningModule):
         """Run the objective on a batch, in any form that `Batch.of` takes."""
         return self.compiling.step(self, Batch.of(batch), self._progress)
 
+    @not_compiled
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, D) of images by the weights that go on: a teacher's, where the objective moves one."""
+        vit = getattr(self.objective, "teacher_vit", self.vit)
+        with torch.compiler.set_stance("force_eager"):  # the batch may have another shape than the training's
+            return vit.pool(vit.features(images))
+
     def configure_model(self) -> None:
-        shard(self, self.vit.blocks, methods=["step"])
+        shard(self, self.vit.blocks, methods=["step", "features"])
 
     def configure_optimizers(self) -> Any:
         total = self.trainer.estimated_stepping_batches
@@ -213,12 +220,12 @@ class Stage(LightningModule):
         self.schedule.set_weight_decay(optimizer, self._decays, self._progress)
 
     @not_compiled
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         batch = Batch.of(batch, self._first_draw)
         check_views(self.objective, len(batch.views))
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
-        return step.loss
+        return {"loss": step.loss, "features": step.features}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
@@ -250,15 +257,15 @@ class Stage(LightningModule):
     # Evaluation. torchmetrics counts every image once, on any number of devices.
 
     @not_compiled
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return self._measure("val", batch, self.step(batch))
 
     @not_compiled
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return self._measure("test", batch, self.step(batch))
 
     @torch.compiler.disable
-    def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Tensor] | None:
+    def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Any]:
         labels = Batch.of(batch).labels
         measures: Any = self.measures[split]
         update(measures, step, labels)
@@ -266,10 +273,10 @@ class Stage(LightningModule):
         for name, value in {**step.logs, **measures}.items():
             of_rank = name not in measures  # torchmetrics gather by themselves
             self.log(f"{split}/{name}", value, prog_bar=name == first, batch_size=len(labels), sync_dist=of_rank)
-        if step.logits is None or step.logits.ndim < 2:
-            return None
-        predicted = self.objective.predictions(step.logits)
-        return None if predicted is None else {"probabilities": predicted}
+        predicted = None
+        if step.logits is not None and step.logits.ndim > 1:
+            predicted = self.objective.predictions(step.logits)
+        return {"probabilities": predicted, "features": step.features}
 
     @not_compiled
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:

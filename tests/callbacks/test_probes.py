@@ -1,0 +1,201 @@
+"""Probes: neighbours, a linear layer and the rank of features while a ViT learns, and alarms of a collapse."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from small_stage import Memory, data, trainer
+from test_ddp import no_rank_is_left_behind, read
+from test_resume import assert_same
+from test_without_labels import EACH, OBJECTIVES, Watch, made
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitlit.callbacks import EMA, Probes
+from vitlit.data.mixing import Mixing
+from vitlit.evaluation import deviation, effective_rank, knn
+from vitlit.model import ViT
+from vitlit.objectives import Objective, Regression, Supervised
+from vitlit.stages import Pretrain, Stage
+
+__all__ = ["no_rank_is_left_behind"]  # of every test here, too
+
+
+def features_of(stage: Stage, root: Path, split: str, images: int | None = None) -> tuple[Tensor, Tensor]:
+    """By the stage's weights, as evaluation sees the images, or so many of them, spread over the split."""
+    folder = data(root)
+    loader = {"train": folder.train_dataloader, "val": folder.val_dataloader}[split]
+    loader()
+    index, crop, normalise = folder.split(split), folder.preprocess.crop, folder.preprocess.normalise
+    from vitlit.images.decode import decode_bytes
+
+    chosen = range(len(index)) if images is None else [i * len(index) // images for i in range(images)]
+    pixels = torch.stack([crop(decode_bytes(index.read(i), index.path(i))) for i in chosen])
+    stage.eval()
+    with torch.no_grad():
+        vit: Any = getattr(stage.objective, "teacher_vit", stage.vit)
+        found: Tensor = vit.pool(vit.features(normalise(pixels, torch.float32)))
+    return found, torch.from_numpy(index.labels[list(chosen)])
+
+
+@EACH
+def test_neighbours_are_those_of_the_weights_that_go_on(make: Callable[[ViT], Objective], few: Path) -> None:
+    for bank in (1000, 25):
+        stage, of_data = made(make)
+        runner = trainer(max_epochs=2, callbacks=[Probes(bank)])
+        runner.fit(stage, data(few, **of_data))
+        expected = knn(*features_of(stage, few, "train", min(bank, 40)), *features_of(stage, few, "val"))
+        assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
+        assert {"val/probe", "train/rank", "train/deviation"} <= runner.callback_metrics.keys()
+
+
+class Seen(Probes):
+    """Keeps the features and labels of each step, as the training loop hands them over."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps = [*getattr(self, "steps", []), (outputs["features"].clone(), batch.labels.clone())]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+@EACH
+def test_the_linear_layer_learns_from_each_batch_and_moves_nothing_else(
+    make: Callable[[ViT], Objective], few: Path
+) -> None:
+    logs, seen = Memory(), Seen()
+    stage, of_data = made(make)
+    runner = trainer(max_epochs=2, callbacks=[seen], logger=logs)
+    runner.fit(stage, data(few, **of_data))
+    layer = torch.nn.Linear(16, 4)
+    for part in layer.parameters():
+        torch.nn.init.zeros_(part)
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
+    for step, (features, labels) in enumerate(seen.steps):
+        assert not features.requires_grad
+        assert logs.rows["train/rank"][step][1] == pytest.approx(effective_rank(features).item(), rel=1e-5)
+        assert logs.rows["train/deviation"][step][1] == pytest.approx(deviation(features).item(), rel=1e-5)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(torch.nn.functional.layer_norm(features, (16,))), labels).backward()
+        optimizer.step()
+    features, labels = features_of(stage, few, "val")
+    expected = (layer(torch.nn.functional.layer_norm(features, (16,))).argmax(1) == labels).float().mean().item()
+    assert runner.callback_metrics["val/probe"].item() == pytest.approx(expected)
+    alone, _ = made(make)
+    trainer(max_epochs=2).fit(alone, data(few, **of_data))
+    assert_same(stage.state_dict(), alone.state_dict())
+
+
+def state_of(runner: Trainer) -> Any:
+    callbacks: Any = runner.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, Probes)).state_dict()
+
+
+@EACH
+def test_a_continued_run_measures_what_the_uninterrupted_one_does(
+    make: Callable[[ViT], Objective], few: Path, tmp_path: Path
+) -> None:
+    def fit(watch: Watch, source: Path | None = None) -> tuple[Any, Memory]:
+        stage, of_data = made(make, dropout=0.1)
+        logs = Memory()
+        runner = trainer(max_epochs=3, callbacks=[Probes(every=2), EMA(0.7), watch], logger=logs)
+        try:
+            runner.fit(stage, data(few, **of_data), ckpt_path=source, weights_only=True)
+        except (KeyboardInterrupt, SystemExit):
+            return None, logs
+        return state_of(runner), logs
+
+    whole, logs = fit(Watch())
+    assert [step for step, _ in logs.rows["val/knn"]] == [4, 14]  # the first epoch and the last
+    assert fit(Watch(7, tmp_path / "a.ckpt"))[0] is None
+    after, rest = fit(Watch(), tmp_path / "a.ckpt")
+    assert_same(after, whole)
+    for name in ("val/knn", "val/probe", "train/rank", "train/deviation"):
+        assert rest.rows[name] == [(step, value) for step, value in logs.rows[name] if step and step >= 7], name
+
+
+def spread(make: Callable[[ViT], Objective], root: Path, folder: Path, devices: int, **options: Any) -> list[Any]:
+    """What each of so many devices comes to."""
+
+    class Keep(Watch):
+        def on_fit_end(self, trainer: Trainer, module: Any) -> None:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            torch.save({"metrics": metrics, "state": state_of(trainer)}, folder / f"rank{trainer.global_rank}.pt")
+
+    folder.mkdir()
+    stage, of_data = made(make)
+    strategy = "auto" if devices == 1 else "ddp_fork"
+    of_trainer: dict[str, Any] = {"devices": devices, "strategy": strategy, "precision": "64-true", "max_epochs": 3}
+    trainer(callbacks=[Probes(33), Keep()], **of_trainer).fit(stage, data(root, **of_data, **options))
+    return [read(folder / f"rank{rank}.pt") for rank in range(devices)]
+
+
+@pytest.mark.parametrize(("name", "micro_batch"), [("dino", None), ("lejepa", None), ("mae", 2)])
+def test_two_devices_measure_what_one_does(name: str, micro_batch: int | None, few: Path, tmp_path: Path) -> None:
+    (one,) = spread(OBJECTIVES[name], few, tmp_path / "one", 1)
+    for two in spread(OBJECTIVES[name], few, tmp_path / "two", 2, micro_batch=micro_batch):
+        for metric in ("val/knn", "val/probe", "train/rank", "train/deviation"):
+            assert two["metrics"][metric] == pytest.approx(one["metrics"][metric], rel=1e-5), metric
+        for part, other in zip(two["state"]["layer"][0].values(), one["state"]["layer"][0].values(), strict=True):
+            assert (part - other).abs().max() < 1e-6
+            assert part.abs().max() > 1e-3
+
+
+def test_an_average_is_what_is_measured(few: Path) -> None:
+    stage, _ = made(OBJECTIVES["mae"])
+    runner = trainer(max_epochs=4, callbacks=[Probes(), EMA(0.9)])  # in either order
+    runner.fit(stage, data(few))  # and ends with the average in the stage
+    expected = knn(*features_of(stage, few, "train"), *features_of(stage, few, "val"))
+    assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
+
+
+def test_sharded_features_are_those_of_one_device(few: Path, tmp_path: Path) -> None:
+    pass
+
+
+def test_labels_are_needed_nowhere_and_used_where_they_are_classes(few: Path, tmp_path: Path) -> None:
+    loose = tmp_path / "loose"
+    for image in few.glob("*/*/*"):
+        path = loose / image.parent.parent.name / f"{image.parent.name}-{image.name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(image)
+    numbers = tmp_path / "numbers.csv"
+    rows = [f"{image.relative_to(few)},{image.parent.name}.5,{image.parent.parent.name}" for image in few.glob("*/*/*")]
+    numbers.write_text("\n".join(["path,label,split", *rows]))
+    optimizer = partial(torch.optim.SGD, lr=0.01)
+    regression = Pretrain(made(OBJECTIVES["mae"])[0].vit, Regression, optimizer)
+    for stage, given in (
+        (made(OBJECTIVES["mae"])[0], data(loose)),
+        (regression, data(few, manifest=str(numbers), labels="numbers")),
+    ):
+        runner = trainer(callbacks=[Probes()])
+        runner.fit(stage, given)
+        logged = runner.callback_metrics.keys()
+        assert "train/rank" in logged
+        assert not {"val/knn", "val/probe"} & logged
+    mixed = Pretrain(made(OBJECTIVES["mae"])[0].vit, partial(Supervised, num_classes=4), optimizer)
+    runner = trainer(callbacks=[Probes()])
+    runner.fit(mixed, data(few, mixing=Mixing(0.8, 1.0)))
+    assert {"val/knn", "val/probe", "val/top1"} <= runner.callback_metrics.keys()
+
+
+def test_plain_loaders_and_a_plain_trainer(few: Path) -> None:
+    folder = data(few)
+    batches = [
+        list(zip(*[(b.views[0], b.labels) for b in loader()], strict=True))
+        for loader in (folder.train_dataloader, folder.val_dataloader)
+    ]
+    train, val = (TensorDataset(*map(torch.cat, parts)) for parts in batches)
+    stage, _ = made(OBJECTIVES["mae"])
+    plain = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    runner = Trainer(**plain, max_epochs=2, callbacks=[Probes(20, classes=4)], enable_model_summary=False)  # type: ignore
+    loaders = DataLoader(train, 8, shuffle=True), DataLoader(val, 8)
+    runner.fit(stage, *loaders)
+    stage.eval()
+    with torch.no_grad():
+        of_train, of_val = (stage.vit(part.tensors[0]) for part in (train, val))
+    expected = knn(of_train[::2], train.tensors[1][::2], of_val, val.tensors[1])
+    assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
+    assert "val/probe" in runner.callback_metrics

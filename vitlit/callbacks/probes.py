@@ -1,0 +1,170 @@
+"""What features are worth while a ViT learns, and alarms that stop a training which has collapsed."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric
+
+from vitlit.callbacks import predictions
+from vitlit.data.stream import EvalShare, eval_batch
+from vitlit.errors import UserError
+from vitlit.evaluation.knn import nearest, normalised
+from vitlit.evaluation.rank import deviation, effective_rank
+from vitlit.objectives import Batch
+from vitlit.objectives.global_batch import device_mean, gather
+from vitlit.stages.stage import logs_now, step_ends
+
+LEARNING_RATE = 1e-3  # of the linear layer
+ROWS = 2048  # of a batch, for its rank
+GRACE = 100  # steps in which an objective may find its balance
+LEAST = 0.08  # of the most space that features took: small healthy trainings keep 0.15, a hundredfold lr leaves 0.06
+
+
+class Probes(Callback):
+    """Measure the features of a ViT while it learns, and stop a training that has collapsed.
+
+    Features are those of the weights that go on: a moving teacher's, and in validation an EMA's. train/rank is their
+    effective rank (RankMe, 2210.02885) in a step's batch, at most its size and the ViT's width, and train/deviation how
+    far they point apart (2011.10566, section 4.1), from 0 to about 1. Where images have one class each, val/knn is the
+    accuracy of `vitlit.evaluation.knn` with training images that look as in validation (with plain loaders, as their
+    dataset gives them), and val/probe that of a linear layer, which learns from each batch with Adam.
+
+    Args:
+        bank: how many training images, spread over the folder, val/knn compares with; 0 leaves it out.
+        every: val/knn is measured in the first of so many epochs, and in the last one.
+        classes: how many there are; by default the data module's.
+        alarms: whether a collapse stops a training that learns without labels.
+
+    Raises:
+        UserError: an option is out of range. In training: it has collapsed; what has, and what to try.
+    """
+
+    def __init__(self, bank: int = 10_000, every: int = 1, classes: int | None = None, alarms: bool = True) -> None:
+        if bank < 0 or every < 1 or (classes or 0) < 0:
+            raise UserError(f"Probes takes no bank {bank}, every {every} or classes {classes}")
+        self.bank, self.every, self.classes, self.alarms = bank, every, classes, alarms
+
+    def measures(self, data: Any) -> dict[str, str]:
+        """What validation on a data module will log, and which value of it is best, min or max."""
+        return dict.fromkeys([*["val/knn"][: self.bank], "val/probe"], "max") if self._count(data) else {}
+
+    def _count(self, data: Any) -> int:
+        one_each = not (getattr(data, "multi_label", False) or getattr(data, "numbers", False))
+        return len(getattr(data, "classes", [])) * one_each if self.classes is None else self.classes
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._layer: Any = None  # of val/probe
+        self._batches: list[tuple[Tensor, Tensor]] = []  # features and labels of the step's micro-batches
+        self._numbers: dict[str, float] = {}  # the most space, and the latest val/knn and val/probe
+        self._probes: dict[str, Any] = {}  # in a validation: features -> classes, and how often they are right
+        if stage == "fit" and (count := self._count(trainer.datamodule)):
+            device, width = trainer.strategy.root_device, pl_module.vit.width
+            linear = nn.utils.skip_init(nn.Linear, width, count, device=device, dtype=torch.float32)  # draws nothing
+            self._layer = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), linear)
+            self._optimizer = torch.optim.Adam(map(nn.init.zeros_, linear.parameters()), LEARNING_RATE)
+
+    def state_dict(self) -> dict[str, Any]:
+        of_layer = [self._layer.state_dict(), self._optimizer.state_dict()] if self._layer else []
+        return {"numbers": self._numbers, "layer": of_layer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._numbers = state_dict["numbers"]
+        if self._layer:
+            for part, state in zip((self._layer, self._optimizer), state_dict["layer"], strict=False):
+                part.load_state_dict(state)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if "knn" in self._numbers:  # best.ckpt waits for it, and a continued epoch may not measure it
+            trainer.callback_metrics["val/knn"] = torch.tensor(self._numbers["knn"])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if outputs["features"] is not None:
+            self._batches.append((outputs["features"].float(), Batch.of(batch).labels))
+        if not self._batches or not step_ends(trainer, batch_idx):
+            return
+        features, labels = map(torch.cat, zip(*self._batches, strict=True))
+        self._batches.clear()
+        if self._layer:
+            self._learn(features, labels)
+        if logs_now(trainer) or "space" not in self._numbers:
+            self._look(trainer, pl_module, gather(features)[:ROWS])
+
+    def _learn(self, features: Tensor, labels: Tensor) -> None:
+        """A step of the linear layer, the same on all devices, on classes or shares of classes."""
+        loss = F.cross_entropy(self._layer(features), labels.float() if labels.ndim > 1 else labels)
+        parts = [*self._layer.parameters()]
+        for part, gradient in zip(parts, torch.autograd.grad(loss, parts), strict=True):
+            part.grad = device_mean(gradient)
+        self._optimizer.step()
+
+    def _look(self, trainer: Any, pl_module: Any, features: Tensor) -> None:
+        """Log how much space features (B, D) take, and raise UserError if the training has collapsed."""
+        apart, about_mean = float(deviation(features)), float(effective_rank(features - features.mean(0)))
+        if logs_now(trainer):
+            pl_module.log("train/rank", effective_rank(features).cpu())
+            pl_module.log("train/deviation", torch.tensor(apart))
+        space = apart * about_mean
+        most = self._numbers["space"] = max(space, self._numbers.get("space", space))
+        logs = {name.removeprefix("train/"): float(value) for name, value in trainer.callback_metrics.items()}
+        # Of the step logged before: this one's are still to come.
+        why = pl_module.objective.collapse(logs) if trainer.global_step >= GRACE else ""
+        if space < LEAST * most:
+            why = "the features of all images are nearly the same; lower the learning rate, or warm it up for longer"
+        if why and self.alarms and not pl_module.objective.needs_labels:
+            again = "and begin again (--run.overwrite true); Probes with alarms false would train on"
+            raise UserError(f"the training has collapsed by step {trainer.global_step}: {why}, {again}")
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        # Not before: now an EMA has put its weights in place.
+        if batch_idx or self._probes or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if self.bank and (last or trainer.current_epoch % self.every == 0):
+            bank = self._features(trainer, pl_module)
+            if len(bank):
+                self._probes["knn"] = partial(nearest, normalised(bank[:, 2:]), bank[:, 1].long()), MeanMetric()
+        if self._layer:
+            self._probes["probe"] = lambda rows: self._layer(rows).argmax(1), MeanMetric()
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if self._probes and (features := outputs["features"]) is None:
+            with trainer.precision_plugin.forward_context():
+                features = pl_module.features(Batch.of(batch).views[0])
+        for classify, right in self._probes.values():
+            right.to(pl_module.device).update(classify(features.float()) == Batch.of(batch).labels)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        for name, (_, right) in self._probes.items():
+            self._numbers[name] = float(right.compute())
+            pl_module.log(f"val/{name}", right.compute(), prog_bar=True)
+        self._probes = {}
+
+    def _features(self, trainer: Any, pl_module: Any) -> Tensor:
+        """The bank on every device: index, class and features of images that have one class, (N, 2 + D)."""
+        rows = []
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+            torch.default_generator.manual_seed(0)  # of transforms that draw numbers
+            for batch in training_images(trainer, 64 if trainer.fast_dev_run else self.bank):
+                batch = Batch.of(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
+                if batch.labels.ndim == 1 and not batch.labels.is_floating_point():
+                    columns = batch.indices[:, None], batch.labels[:, None], pl_module.features(batch.views[0])
+                    rows.append(torch.cat([column.float() for column in columns], 1).cpu())
+        bank = predictions.gather(trainer, rows).to(pl_module.device)
+        return bank[(bank[:, :2] >= 0).all(1)]
+
+
+def training_images(trainer: Any, most: int) -> Any:
+    """A loader of this rank's share of so many training images, as evaluation sees them if the data can tell how."""
+    if hasattr(trainer.datamodule, "eval_loader"):
+        return trainer.datamodule.eval_loader("train", most)
+    given = trainer.train_dataloader
+    if not isinstance(given, DataLoader) or isinstance(given.dataset, IterableDataset):
+        return ()
+    share = EvalShare(len(given.dataset), trainer.global_rank, trainer.world_size, most)  # type: ignore[arg-type]
+    size = eval_batch(share.count, trainer.world_size, min(given.batch_size or 64, share.count))
+    return DataLoader(given.dataset, size, sampler=share, num_workers=given.num_workers, collate_fn=given.collate_fn)
