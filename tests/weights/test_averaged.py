@@ -106,7 +106,7 @@ def test_the_command_shows_and_converts_either(vitlit: Command, tmp_path: Path) 
     assert "facebook deit" in out
     done(vitlit("weights", "convert", "deit.pth", "raw.ckpt", "--format", "vitlit", "--weights", "raw"))
     assert torch.equal(package.load(tmp_path / "raw.ckpt").get_parameter("cls_token"), raw.get_parameter("cls_token"))
-    refused(vitlit("weights", "show", "deit.pth", "--weights", "both"), "--weights both is none of averaged raw")
+    refused(vitlit("weights", "show", "deit.pth", "--weights", "both"), "invalid choice: 'both' (choose from")
 
 
 def test_raw_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 
@@ -27,9 +27,6 @@ vitlit weights convert FILE OUT --format FORMAT [--weights raw] [--skip PATTERN]
 
 FILE is a file of vitlit, timm, transformers, torchvision, Google (.npz) or facebookresearch (DINO, DINOv2, MAE, DeiT),
 the folder of a run or of a transformers model, or hf:OWNER/NAME[@REVISION].
-
---weights averaged|raw: which to read of a file with both, such as state_dict_ema and state_dict; averaged by default.
---skip PATTERN: leave out the tensors of these names, such as 'criterion.*'; may be given several times.
 """
 TOLERANCE = 1e-4  # of the largest output
 SIZE = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_classes")  # rows of their own
@@ -37,24 +34,23 @@ SIZE = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_c
 
 def run(arguments: list[str]) -> int:
     """Run `show` or `convert` and return the exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return 0
     parser = CommandParser("vitlit weights", HELP)
-    parser.add_argument("--format")
-    parser.add_argument("--weights", default="averaged")
-    parser.add_argument("--skip", action="append", default=[])
-    given, words = parser.parse_known_args(arguments)
-    if given.weights not in get_args(Choice):
-        raise UserError(f"--weights {given.weights} is none of {' '.join(get_args(Choice))}")
-    match words, given.format:
-        case ["show", source], None if not source.startswith("-"):
-            for name, value in describe(read(source, given.weights, given.skip)).items():
-                print(f"{name:<13}{value}")
-        case ["convert", source, out], str(format) if "-" not in (source[:1], out[:1]):
-            convert(source, Path(out), format, given.weights, given.skip)
-        case _:
-            raise UserError("usage: vitlit weights show FILE, or vitlit weights convert FILE OUT --format FORMAT")
+    parser.add_argument("what", choices=("show", "convert"))
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?")
+    parser.add_argument("--format", choices=get_args(Format))
+    about = "which to read of a file with both, such as state_dict_ema and state_dict; averaged by default"
+    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help=about)
+    about = "leave out the tensors of these names, such as 'criterion.*'; may be given several times"
+    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help=about)
+    given = parser.parse_intermixed_args(arguments or ["--help"])
+    if {given.out is not None, given.format is not None} != {given.what == "convert"}:
+        parser.error("give show FILE, or convert FILE OUT --format FORMAT")
+    if given.what == "convert":
+        convert(given.file, given.out, given.format, given.weights, given.skip)
+        return 0
+    for name, value in describe(read(given.file, given.weights, given.skip)).items():
+        print(f"{name:<13}{value}")
     return 0
 
 
@@ -88,17 +84,15 @@ def describe(weights: Weights) -> dict[str, str]:
     }
 
 
-def convert(source: str, out: Path, format: str, choice: Choice, skip: list[str]) -> None:
+def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[str]) -> None:
     """Write weights in another format, read them back, and print the largest difference of the outputs."""
-    if format not in get_args(Format):
-        raise UserError(f"format {format!r} is none of {' '.join(get_args(Format))}")
     if out.exists():
         raise UserError(f"{out} exists; give another name")
     if format == "hf" and out.suffix:
         raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source, choice, skip)
     try:
-        written, what, difference = compare(vit, out, cast(Format, format))
+        written, what, difference = compare(vit, out, format)
     except BaseException:  # whatever stopped the check, what it did not pass is not kept
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
