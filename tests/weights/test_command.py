@@ -75,9 +75,7 @@ def test_convert_writes_and_compares(vitlit: Command, file: Path, tmp_path: Path
 def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(vitlit: Command, file: Path, tmp_path: Path) -> None:
     refused(vitlit("weights", "convert", file, "a.npz", "--format", "google"), "a.npz", "tanh", "mlp gelu")
     refused(vitlit("weights", "convert", file, "a.pth", "--format", "google"), "a.pth", ".npz")
-    refused(
-        vitlit("weights", "convert", file, "a.npz", "--format", "onnx"), "invalid choice: 'onnx'"
-    )
+    refused(vitlit("weights", "convert", file, "a.npz", "--format", "onnx"), "invalid choice: 'onnx'")
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {file.name}
 
 

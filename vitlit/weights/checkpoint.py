@@ -1,4 +1,4 @@
-"""vitlit's own files: the checkpoints of a run, and the same weights as safetensors."""
+"""vitlit's own files, and what it knows of a network in the metadata of the files that it writes in other formats."""
 
 import json
 import zlib
@@ -19,6 +19,12 @@ from vitlit.weights.weights import Weights, count_blocks, tensors
 # A checkpoint's weights are those of the average of the steps' weights, where the run kept one, and so of the teacher
 # that an objective moves, where it has one; else the encoder's. EMA's average is under the names of the encoder.
 TEACHER = "objective.teacher_vit."
+KEY, EXPORTED = "vitlit_export", "the file's metadata"
+# The options that no tensor shows.
+OPTIONS = (
+    *("image_size", "heads", "pool", "pool_prefix", "mlp", "norm_eps"),
+    *("position", "class_position", "partial_patches", "resampling"),
+)
 
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
@@ -71,10 +77,24 @@ def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
     return {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
 
 
-def metadata(vit: ViT) -> dict[str, str]:
-    """The metadata of a safetensors file, with a checksum over it and the tensors."""
+def metadata(vit: ViT, format: str) -> dict[str, str]:
+    """The metadata of a file; of vitlit's own with a checksum over it and the tensors."""
     text = json.dumps(about(vit, vit.classes, vit.preprocess))
+    if format != "vitlit":
+        return {"format": "pt", KEY: text}
     return {"format": "pt", "vitlit": text, "crc32": str(checksum(text, tensors(vit)))}
+
+
+def exported(contents: Contents) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """Options, classes and preprocessing that vitlit wrote into a file of another format; empty if it did not."""
+    if KEY not in contents.rest:
+        return {}, [], {}
+    try:
+        known = json.loads(contents.rest[KEY])
+        options = {name: known["vit"][name] for name in OPTIONS if name in known["vit"]}
+        return options, [str(name) for name in known["classes"]], dict(known["preprocess"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the {KEY} in its metadata is damaged") from error
 
 
 def checksum(text: str, state: dict[str, Tensor]) -> int:

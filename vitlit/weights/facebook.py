@@ -2,7 +2,7 @@
 
 import re
 
-from vitlit.weights.exported import KEY
+from vitlit.weights.checkpoint import KEY
 from vitlit.weights.files import Contents
 from vitlit.weights.names import prefix_of, strip
 from vitlit.weights.timm import place

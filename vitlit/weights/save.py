@@ -14,7 +14,7 @@ from vitlit.errors import UserError
 from vitlit.files import expand, whole_file
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
-from vitlit.weights import checkpoint, exported, google, hf, timm, torchvision
+from vitlit.weights import checkpoint, google, hf, timm, torchvision
 from vitlit.weights.files import CONFIG, PREPROCESSOR
 from vitlit.weights.weights import tensors
 
@@ -56,7 +56,7 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
         state = {f"vit.{name}": tensor for name, tensor in state.items()}
         write(path, {"vitlit": checkpoint.about(vit, vit.classes, vit.preprocess), "state_dict": state})
     else:
-        write(path, state, (checkpoint if format == "vitlit" else exported).metadata(vit) if format != "hf" else None)
+        write(path, state, checkpoint.metadata(vit, format) if format != "hf" else None)
     return path
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.position import sincos2d
-from vitlit.weights.exported import EXPORTED, exported
+from vitlit.weights.checkpoint import EXPORTED, exported
 from vitlit.weights.files import CONFIG, Contents
 from vitlit.weights.names import fuse, prefix_of, strip
 from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, STEM, Weights, architecture, require, square, tensors
@@ -71,9 +71,9 @@ def read(contents: Contents) -> Weights | None:
             raise UserError(f"it has {part} ({name}), which vitlit does not have")
     if "blocks.0.mlp.fc1_g.weight" in state:
         state = fuse(state, ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc1")
-    about, known = contents.beside(CONFIG), exported(contents)
+    about, (options, classes, preprocess) = contents.beside(CONFIG), exported(contents)
     cfg = about["pretrained_cfg"] if isinstance(about.get("pretrained_cfg"), dict) else {}
-    stated = known.options or stated_by(about)
+    stated = dict(options) or stated_by(about)
     size = cfg["input_size"][1:] if cfg.get("input_size") else None
     state, seen = place(state, stated.get("image_size", size))
     position = stated.pop("position", "learned")
@@ -87,12 +87,11 @@ def read(contents: Contents) -> Weights | None:
         stated.pop("mlp", None)
     stated |= seen
     config |= stated
-    origins = dict.fromkeys(stated, EXPORTED if known.options else CONFIG)
+    origins = dict.fromkeys(stated, EXPORTED if options else CONFIG)
     config.setdefault("norm_eps", 1e-5 if config["pre_norm"] else 1e-6)  # CLIP's is the former
     for name in ("mlp", "norm_eps", "pool"):
         if name not in stated and config.get(name) != "swiglu":
             origins[name] = f"{config.get(name, 'gelu')} (timm's default); {NOT_SAID}"
-    classes, preprocess = known.classes, known.preprocess
     if preprocess:
         origins["preprocess"] = EXPORTED
     elif "mean" in cfg:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.weights.exported import EXPORTED, exported
+from vitlit.weights.checkpoint import EXPORTED, exported
 from vitlit.weights.files import Contents
 from vitlit.weights.names import Table, backwards, prefix_of, strip, translate
 from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require, tensors
@@ -35,12 +35,13 @@ def read(contents: Contents) -> Weights | None:
         return None
     named, unused = strip(contents, prefix)
     state = translate(named, [*TABLE, *(TANH if "heads.pre_logits.weight" in named else LINEAR)])
-    known = exported(contents)
-    config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6, **known.options}
-    preprocess = known.preprocess or {**IMAGENET, "interpolation": "bilinear"}
-    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights", **dict.fromkeys(known.stated, EXPORTED)}
-    stated = frozenset({"class_position", "mlp", "norm_eps", *known.stated})
-    return Weights(contents.path, "torchvision", state, config, known.classes, preprocess, unused, stated, origins)
+    options, classes, known = exported(contents)
+    config = {**architecture(state, class_position=True), "mlp": "gelu", "norm_eps": 1e-6, **options}
+    preprocess = known or {**IMAGENET, "interpolation": "bilinear"}
+    told = [*options, *(["preprocess"] if known else [])]
+    origins = {"preprocess": "torchvision's IMAGENET1K_V1 weights", **dict.fromkeys(told, EXPORTED)}
+    stated = frozenset({"class_position", "mlp", "norm_eps", *told})
+    return Weights(contents.path, "torchvision", state, config, classes, preprocess, unused, frozenset(stated), origins)
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
