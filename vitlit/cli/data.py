@@ -1,6 +1,5 @@
 """`vitlit data ...`: commands that prepare data for training."""
 
-from importlib import import_module
 from pathlib import Path
 
 from vitlit.errors import UserError
@@ -28,8 +27,6 @@ check and shard have options: see `vitlit data check --help`.
 
 def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
-    if arguments and arguments[0] in ("check", "shard", "show"):
-        return int(import_module(f"vitlit.prepare.{arguments[0]}").run(arguments[1:]))
     names = " ".join(sources.NAMES)
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP.format(names=names), end="")

@@ -42,8 +42,12 @@ LIGHTNING = ("MisconfigurationException", "TrainingSpikeException")  # its error
 STAGES = ("fit", "validate", "test", "predict")
 # The modules whose `run` is each other command, imported when it is asked for.
 COMMANDS = {
+    "data check": "vitlit.prepare.check",
+    "data shard": "vitlit.prepare.shard",
+    "data show": "vitlit.prepare.show",
     "data": "vitlit.cli.data",
-    "benchmark": "vitlit.benchmark",
+    "benchmark data": "vitlit.benchmark.data",
+    "benchmark model": "vitlit.benchmark.model",
     "doctor": "vitlit.doctor",
     "config": "vitlit.cli.configs",
     "weights": "vitlit.cli.weights",
@@ -76,7 +80,7 @@ def stdout_is_closed() -> bool:
 
 def run_command(argv: list[str]) -> int:
     """Run a command, or print the help or the version."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if argv[:1] == ["help"] or set(argv[:2]) <= {"-h", "--help", "benchmark"}:
         print(HELP, end="")
         return 0
     if argv[0] in ("-V", "--version"):
@@ -109,8 +113,9 @@ def dispatch(argv: list[str]) -> int:
         # A signal that arrives during the imports waits until `interrupt.signals_handled`.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         return int(import_module("vitlit.cli.fit").run(command, arguments))
-    if command in COMMANDS:
-        return int(import_module(COMMANDS[command]).run(arguments))
+    for words in (2, 1):
+        if module := COMMANDS.get(" ".join(argv[:words])):
+            return int(import_module(module).run(argv[words:]))
     near = get_close_matches(command, [*STAGES, *COMMANDS], 1)
     hint = f"did you mean {near[0]}?" if near else "vitlit --help lists them"
     raise UserError(f"no command {command!r}; {hint}")
