@@ -88,7 +88,7 @@ def test_config_lists_and_prints_what_is_shipped(vitlit: Command) -> None:
 
 @pytest.mark.parametrize("arguments", [["digits"], ["digits", "a", "b"], ["--out", "a"], ["imagenet", "a"]])
 def test_data_says_how_it_is_used(vitlit: Command, arguments: list[str]) -> None:
-    refused(vitlit("data", *arguments), "usage: vitlit data", "OUT", "cifar10")
+    refused(vitlit("data", *arguments), "vitlit data", "--help says more")
 
 
 def test_predict_says_first_what_it_takes(vitlit: Command) -> None:
@@ -134,7 +134,8 @@ def test_another_pipe_that_breaks_is_a_bug(vitlit: Command, monkeypatch: pytest.
 
 
 def test_data_lists_its_commands_and_each_has_help(vitlit: Command) -> None:
-    for arguments in (["data"], ["data", "--help"], ["data", "digits", "-h"], ["data", "imagenet", "--help"]):
+    for arguments in (["data"], ["data", "--help"], ["data", "digits", "-h"]):
         assert all(name in done(vitlit(*arguments)) for name in ("cifar10", "imagenet", "check", "shard"))
+    assert "TARS" in done(vitlit("data", "imagenet", "--help"))
     for arguments in (["data", "check"], ["data", "shard"], ["benchmark"], ["benchmark", "data"]):
         assert "ROOT" in done(vitlit(*arguments, "--help"))

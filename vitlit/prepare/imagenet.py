@@ -5,11 +5,21 @@ import tempfile
 from pathlib import Path
 
 from vitlit.data.progress import Progress
-from vitlit.errors import UserError
+from vitlit.errors import CommandParser, UserError
 from vitlit.files import whole_folder
 from vitlit.prepare.sources import print_counts
 
 PAGE = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
+HELP = "Unpack ILSVRC 2012 from the archives in the folder TARS, the validation images sorted into their classes."
+
+
+def run(arguments: list[str]) -> int:
+    parser = CommandParser("vitlit data imagenet", HELP)
+    parser.add_argument("tars", metavar="TARS", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path)
+    given = parser.parse_args(arguments or ["--help"])
+    unpack(given.tars, given.out)
+    return 0
 
 
 def unpack(tars: Path, out: Path) -> None:

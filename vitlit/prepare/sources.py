@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vitlit.errors import UserError
+from vitlit.errors import CommandParser, UserError
 from vitlit.files import whole_folder
 
 Split: TypeAlias = Iterable[tuple[str, Any]]  # (class name, a file or 8-bit pixels)
@@ -21,6 +21,20 @@ HOSTS = {
 }
 NAMES = ("digits", *HOSTS)
 DIGITS = "data/digits"  # the root that `vitlit fit` makes where it is missing
+HELP = f"""\
+Write a public data set as OUT/{{train,val}}/CLASS/*. NAME: {" ".join(NAMES)}
+
+`vitlit data check`, `shard`, `show` and `imagenet` are commands of their own.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    parser = CommandParser("vitlit data", HELP)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    given = parser.parse_args(arguments or ["--help"])
+    write(given.name, given.out)
+    return 0
 
 
 def write(name: str, out: Path) -> None:
