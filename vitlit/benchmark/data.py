@@ -54,18 +54,18 @@ def run(arguments: list[str]) -> int:
 
     preprocess = Preprocess((given.image_size, given.image_size))
     data = Images(index, train_transform(preprocess, "random_resized", (0.05, 1.0), 0.5))
-    with _all_named(given.root):
+    workers = count(torch.cuda.device_count())
+    try:
         seconds, size = time_stages(data, given.images, given.batch_size, preprocess, device)
+        loaded = time_loader(data, given.batch_size, workers, device.type == "cuda")
+    except UserError as error:
+        raise UserError(f"{error}; `vitlit data check {given.root}` lists all that cannot be read") from error
     total, slowest = sum(seconds.values()), max(seconds, key=seconds.__getitem__)
     print(f"{given.root}: {len(index):,} training images of {size / 2**10:,.1f} KiB, decoded by {DECODER}")
     print(f"\n{'one core':<12}  ms/image  share")
     for name, value in seconds.items():
         print(f"  {name:<12}{1000 * value:>6.2f}  {value / total:>5.0%}{'  slowest' if name == slowest else ''}")
     print(f"  {'all':<12}{1000 * total:>6.2f}  {1 / total:,.0f} images/s")
-
-    workers = count(torch.cuda.device_count())
-    with _all_named(given.root):
-        loaded = time_loader(data, given.batch_size, workers, device.type == "cuda")
     print(f"\nloader       {loaded:,.0f} images/s, {workers} worker(s), all of a device's cores")
     if vit is not None:
         step = training_step(vit.to(device).train(), given.batch_size, automatic(device), device)
@@ -73,14 +73,6 @@ def run(arguments: list[str]) -> int:
         print(f"ViT-{given.model:<8} {needed:,.0f} images/s, a training step on {device.type}")
         print(advice(needed, 1 / (total - seconds["transfer"]), loaded, workers, slowest))
     return 0
-
-
-@contextmanager
-def _all_named(root: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; `vitlit data check {root}` lists all that cannot be read") from error
 
 
 def time_stages(

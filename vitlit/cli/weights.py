@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 
 from vitlit.errors import CommandParser, UserError
-from vitlit.model import SIZES, ViT, ViTConfig
+from vitlit.model import SIZES, ViTConfig
 from vitlit.weights.averaged import Choice
 from vitlit.weights.door import empty, load, read
 from vitlit.weights.save import Format, save_weights
@@ -91,23 +91,16 @@ def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[s
     if format == "hf" and out.suffix:
         raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source, choice, skip)
+    images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))
+    what = "logits" if vit.config.num_classes else "features"
     try:
-        written, what, difference = compare(vit, out, format)
+        written = save_weights(vit, out, format)
+        with torch.inference_mode():
+            before, after = vit(images), load(written)(images)
+        difference = (before - after).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
+            raise UserError(f"{what} read back from {out} differ by {difference:.1e}; it was removed")
     except BaseException:  # whatever stopped the check, what it did not pass is not kept
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
     print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
-
-
-def compare(vit: ViT, out: Path, format: Format) -> tuple[Path, str, float]:
-    """Write a ViT and read it back: (the file, what was compared, the largest difference); UserError if they differ."""
-    written = save_weights(vit, out, format)
-    images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))
-    again = load(written)
-    with torch.inference_mode():
-        before, after = vit(images), again(images)
-    difference = (before - after).abs().max().item()
-    what = "logits" if vit.config.num_classes else "features"
-    if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
-        raise UserError(f"{what} read back from {out} differ by {difference:.1e}; it was removed")
-    return written, what, difference
