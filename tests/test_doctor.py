@@ -77,7 +77,6 @@ def test_facts_equal_the_systems_without_lightning(tmp_path: Path) -> None:
     assert facts["shared_memory"] == shared.f_blocks * shared.f_frsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert facts["open_files"] == {"soft": soft, "hard": hard}
-    assert facts["unmet"] == []
     assert list(tmp_path.iterdir()) == []
     assert not {"lightning", "torchvision", "torchmetrics", "jsonargparse"} & set(result.stderr.split())
 
@@ -218,14 +217,10 @@ OLD = {"name": "T4", "memory": 16 * 2**30, "capability": "7.5", "bf16": False}
         ({"gpus": [], "nvidia_driver": True}, ["there is an NVIDIA driver, but torch finds no GPU", "pytorch.org"]),
         ({"gpus": [OLD]}, ["cuda:0 (T4) does not compute in bf16", "32-true"]),
         ({"decoder": {"name": "Pillow", "why": "no wheel"}}, ["torchcodec does not load (no wheel)", "pip install"]),
-        (
-            {"unmet": [{"needs": "torch>=2.11", "has": "2.9"}]},
-            ["needs torch>=2.11, but 2.9", "pip install 'torch>=2.11'"],
-        ),
     ],
 )
 def test_devices_and_versions_give_warnings(facts: dict[str, Any], change: dict[str, Any], words: list[str]) -> None:
-    good = {**facts, "gpus": [GPU, GPU], "unmet": []}
+    good = {**facts, "gpus": [GPU, GPU]}
     text = "\n".join(doctor.warnings({**good, **change}))
     assert all(word in text for word in words), text
     assert words[0] not in "\n".join(doctor.warnings(good))
@@ -235,11 +230,3 @@ def test_gpus_are_reported(facts: dict[str, Any]) -> None:
     text = doctor.report({**facts, "gpus": [GPU], "warnings": []})
     assert "\ncuda:0         name H100  memory 80.0 GiB  capability 9.0  bf16 True\n" in text
     assert text.endswith("\nwarnings\n  none")
-
-
-def test_a_version_below_what_vitlit_needs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, version = {"lightning": "2.5.0"}, doctor.version
-    monkeypatch.setattr(doctor, "version", lambda package: old.get(package) or version(package))
-    (lack,) = doctor.unmet()
-    assert lack["has"] == "2.5.0"
-    assert str(lack["needs"]).startswith("lightning")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 
 import vitlit
 from vitlit.data import workers
@@ -59,7 +58,6 @@ def examine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "versions": {**versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
-        "unmet": unmet(),
         "gpus": [gpu(number) for number in range(torch.cuda.device_count())],
         "nvidia_driver": NVIDIA.is_file(),
         "cpu": {"cores": workers.cores(), "of": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -113,14 +111,6 @@ def commit(folder: Path) -> str:
     return ""
 
 
-def unmet() -> list[dict[str, str | None]]:
-    """The requirements of an installed vitlit that are not met, each with the version that is installed."""
-    needs = [Requirement(need) for need in (metadata.requires("vitlit") or [] if version("vitlit") else [])]
-    found = [(need, version(need.name)) for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
-    wrong = [(need, has) for need, has in found if not (has and need.specifier.contains(has, prereleases=True))]
-    return [{"needs": str(need), "has": has} for need, has in wrong]
-
-
 def gpu(number: int) -> dict[str, Any]:
     """Name, memory and compute capability of a GPU, and whether its hardware computes in bf16."""
     gpu = torch.cuda.get_device_properties(number)
@@ -136,8 +126,6 @@ def disk(folder: Path) -> dict[str, Any]:
 
 def warnings(facts: dict[str, Any]) -> Iterator[str]:
     """What would harm a run, each with its remedy."""
-    for lack in facts["unmet"]:
-        yield f"vitlit needs {lack['needs']}, but {lack['has'] or 'none'} is installed: pip install '{lack['needs']}'"
     if facts["decoder"]["name"] == "Pillow":
         why = f"torchcodec does not load ({facts['decoder']['why']}), and Pillow is {PILLOW_SLOWER} times slower"
         yield f"{why}: pip install torchcodec, in the version that fits torch's"
@@ -180,7 +168,7 @@ def report(facts: dict[str, Any]) -> str:
     rows = {**facts, **{f"cuda:{number}": gpu for number, gpu in enumerate(facts["gpus"])}}
     if facts["wandb"]["why"] == wandb_mode.NO_KEY:
         rows["wandb"] = {**facts["wandb"], "remedy": "`wandb login` or WANDB_API_KEY"}
-    lines = [f"{name:<15}{in_words(name, rows[name])}" for name in rows if name not in ("gpus", "unmet", "warnings")]
+    lines = [f"{name:<15}{in_words(name, rows[name])}" for name in rows if name not in ("gpus", "warnings")]
     return "\n".join([*lines, "\nwarnings", *(f"  {warning}" for warning in facts["warnings"] or ["none"])])
 
 
