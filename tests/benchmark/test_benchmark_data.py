@@ -57,7 +57,7 @@ def test_shards_and_holdouts_are_measured_alike(vitlit: Callable[..., Any], phot
     ("arguments", "words"),
     [
         (["data"], "ROOT"),
-        (["speed"], "invalid choice: 'speed' (choose from"),
+        (["speed"], "no command 'benchmark'; did you mean benchmark data?"),
         (["data", "nowhere"], "nowhere is not a folder"),
         (["data", "{photos}", "--batch_size", "64"], "24 training images; give a smaller --batch_size"),
         (["data", "{photos}", "--batch_size", "0"], "must be at least 1"),
