@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -113,27 +114,63 @@ def write_labels(root: Path, cwd: Path) -> None:
     (cwd / "groups.csv").write_text("\n".join(["path,label,group", *lines]))
 
 
-@pytest.mark.parametrize("sources", [[*PAGES, *CONFIGS], RECIPES], ids=["pages", "recipes"])
-def test_every_command_works(sources: list[Path], vitlit: Callable[..., Result], few: Path, tmp_path: Path) -> None:
-    """In the documents' order, in one folder: each finds what the ones before it left."""
-    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
-    write_labels(few, tmp_path)
-    listed = commands(sources)
-    assert len(listed) >= 16
-    for i, command in enumerate(listed):
-        if not command.startswith("vitlit "):
-            subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+def named(command: str) -> set[str]:
+    """The runs and shards that a command leaves or needs."""
+    names = set(re.findall(r"(?:--run\.name |--data\.root |\bshard FOLDER |\bruns/)([\w.-]+)", command)) - {"FOLDER"}
+    if config := re.search(r"--config (?:configs/)?([\w/]+)", command):
+        stage = yaml.safe_load((REPOSITORY / "configs" / f"{config[1]}.yaml").read_text())["model"]
+        if "--run.name" not in command:
+            names.add(Path(config[1]).name)
+        if "--model.init_from" not in command:
+            names.update(re.findall(r"\bruns/(\w+)", str(stage)))
+    return names
+
+
+def together(lines: list[str]) -> list[list[str]]:
+    """Commands that name one run, or by way of others; the groups need nothing of each other."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for line in lines:
+        names, found = named(line), [line]
+        for group in [group for group in groups if group[0] & names]:
+            groups.remove(group)
+            names, found = names | group[0], group[1] + found
+        groups.append((names, sorted(found, key=lines.index)))
+    return [found for _, found in groups]
+
+
+COMMANDS = commands([*PAGES, *CONFIGS, *RECIPES])
+
+
+@pytest.fixture(scope="module")
+def reader(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one who begins to read."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "configs").symlink_to(REPOSITORY / "configs")
+    save_file(stranger().state_dict(), folder / "timm.safetensors")
+    write_labels(few, folder)
+    return folder
+
+
+@pytest.mark.parametrize("lines", together(COMMANDS), ids=lambda lines: "; ".join(sorted(named(lines[0]))) or lines[0])
+def test_every_command_works(
+    lines: list[str], vitlit: Callable[..., Result], few: Path, reader: Path, tmp_path: Path
+) -> None:
+    """In the documents' order: each finds what the ones before it left."""
+    shutil.copytree(reader, tmp_path, symlinks=True, dirs_exist_ok=True)
+    for line in lines:
+        if not line.startswith("vitlit "):
+            subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
             continue
-        arguments = small(command, few, few / "val", tmp_path)
-        if "convert" in command:
-            arguments[3] = f"{i}-{arguments[3]}"
-        if "from-file" in command:
-            arguments += ["--run.name", f"from-file-{i}"]
-        if "ddp" in command:
+        arguments = small(line, few, few / "val", tmp_path)
+        if "ddp" in line:
             arguments += ["--run.name", "two"]
         result = vitlit(*arguments)
-        assert result.code == 0, f"{command}\n{result.out}\n{result.err}"
+        assert result.code == 0, f"{line}\n{result.out}\n{result.err}"
+
+
+def test_the_pages_name_many_commands() -> None:
+    assert len(COMMANDS) >= 80
+    assert sorted(line for lines in together(COMMANDS) for line in lines) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *RECIPES], ids=lambda path: path.stem)
