@@ -162,6 +162,8 @@ def test_every_command_works(
             subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
             continue
         arguments = small(line, few, few / "val", tmp_path)
+        if "from-file" in line:
+            arguments += ["--run.name", f"from-file-{lines.index(line)}"]
         if "ddp" in line:
             arguments += ["--run.name", "two"]
         result = vitlit(*arguments)
