@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlit.benchmark.mfu import PEAKS, flop_of_step, peak_tflops
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora
-from vitlit.objectives import MAE, Batch, Distillation, Objective, Supervised
+from vitlit.objectives import DINO, MAE, Batch, Distillation, LeJEPA, Objective, Supervised
 from vitlit.stages.finetune import freeze_below, freeze_matching
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 3, "heads": 3, "mlp_dim": 96}
@@ -26,6 +26,7 @@ def distilled(vit: ViT) -> Distillation:
 
 
 supervised = partial(Supervised, num_classes=7)
+small_dino = partial(DINO, prototypes=24, hidden_dim=16, bottleneck=8)
 small_mae = partial(MAE, decoder_width=32, decoder_depth=2, decoder_heads=2)
 
 
@@ -42,13 +43,16 @@ small_mae = partial(MAE, decoder_width=32, decoder_depth=2, decoder_heads=2)
         ({}, distilled, None),
         ({"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.5}, supervised, None),
         ({"position": "sincos2d_mae"}, small_mae, None),
+        ({}, partial(small_dino, masked=1.0, koleo=0.1), None),
+        ({}, partial(small_dino, masked=1.0, shared_head=True, centring="sinkhorn"), None),
+        ({}, partial(LeJEPA, width=8, hidden_dim=16, slices=32), None),
         ({}, supervised, partial(freeze_matching, freeze=True)),
         ({}, supervised, partial(freeze_below, last_blocks=1)),
         ({}, supervised, partial(add_lora, lora=LoRA(rank=2))),
     ],
     ids=[
         *("cls", "gap", "registers", "swiglu", "map", "hidden", "distilled"),
-        *("teacher", "dropout", "mae", "frozen", "last", "lora"),
+        *("teacher", "dropout", "mae", "dino", "sinkhorn", "lejepa", "frozen", "last", "lora"),
     ],
 )
 def test_the_count_is_that_of_a_real_step(
@@ -58,7 +62,8 @@ def test_the_count_is_that_of_a_real_step(
     learns = objective(vit)
     if change is not None:
         change(vit)
-    batch = Batch.of([torch.randn(4, 3, *vit.config.sides), torch.arange(4)])
+    images = torch.randn(2, 4, 3, *vit.config.sides)
+    batch = Batch.of([images[0], torch.arange(4)])._replace(views=list(images[: learns.views]))
     drawn, before = torch.get_rng_state(), {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     counted = flop_of_step(vit, learns, batch)
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -15,7 +15,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives.global_batch import device_mean, gather
-from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, grouped, image_noise, uniform
+from vitlit.objectives.objective import (
+    Batch,
+    Objective,
+    Step,
+    at_least_float32,
+    grouped,
+    image_noise,
+    uniform,
+    without_autocast,
+)
 
 STUDENT_TEMPERATURE, CENTRE_MOMENTUM = 0.1, 0.9
 MASK_RATIO = 0.1, 0.5  # of a masked view
@@ -234,7 +243,7 @@ def sinkhorn(outputs: Tensor, temperature: float, used: Tensor, of_all_devices: 
 
 def koleo(features: Tensor) -> Tensor:
     """Minus the mean log distance of normalised features (B, D) from the nearest others (1806.03198, equation 2)."""
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features):
         features = gather(F.normalize(at_least_float32(features), dim=-1))
         nearest = (features @ features.T).detach().fill_diagonal_(-2).argmax(1)
         return -(F.pairwise_distance(features, features[nearest], eps=1e-8) + 1e-8).log().mean()

@@ -6,7 +6,16 @@ from torch import Tensor, nn
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.objectives.global_batch import BatchNorm, device_count, device_mean
-from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, grouped, image_noise, uniform
+from vitlit.objectives.objective import (
+    Batch,
+    Objective,
+    Step,
+    at_least_float32,
+    grouped,
+    image_noise,
+    uniform,
+    without_autocast,
+)
 
 KNOTS, END = 17, 5.0  # of the integral
 ALIKE = 3e-3  # of a variance of 1: views that agree so well say nothing
@@ -51,7 +60,7 @@ class LeJEPA(Objective):
         pooled = torch.cat([vit.pool(vit.features(torch.cat(views))) for views in by_size])
         projections = at_least_float32(self.projector(pooled)).unflatten(0, (len(batch.views), -1))
         invariance = (projections - projections[: len(by_size[0])].mean(0)).square().mean()
-        with torch.autocast(projections.device.type, enabled=False):
+        with without_autocast(projections):
             sigreg = epps_pulley(projections @ self.directions(projections), self.training).mean()
         loss = (1 - self.weight) * invariance + self.weight * sigreg
         return Step(loss, None, {"invariance": invariance, "sigreg": sigreg}, pooled[: len(batch.indices)].detach())

@@ -1,6 +1,7 @@
 """What a ViT learns: a `Batch` in, a `Step` out."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +136,11 @@ def image_noise(draws: Tensor, count: int) -> Tensor:
 def uniform(noise: Tensor) -> Tensor:
     """Noise as float32 in [0, 1), of which no rounding makes 1."""
     return (noise >> 8).float() * 2.0**-24
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For what must be computed in the precision of x; a tensor without values has no autocast to leave."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
