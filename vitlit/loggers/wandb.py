@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Weights & Biases. wandb is imported where it is used: evaluation and other ranks have no use for it."""
 
 import os
 import secrets
@@ -7,9 +7,8 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,6 +16,9 @@ from PIL import Image, ImageOps
 
 from vitlit.files import expand
 from vitlit.loggers.wandb_mode import Mode, decide
+
+if TYPE_CHECKING:
+    import wandb
 
 ONLINE_WITHIN = 15  # seconds until a run without an answer from the server continues offline
 UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
@@ -84,6 +86,8 @@ class Wandb(WandbLogger):
         """The wandb run, begun at the first use; on ranks other than 0 a stand-in that does nothing."""
         if self._experiment is not None:
             return self._experiment
+        import wandb
+
         why = self._settle_mode() if wandb.run is None else ""
         run = super().experiment
         self._id = run.id
@@ -110,6 +114,8 @@ class Wandb(WandbLogger):
                 _ = super().experiment
                 return ""
             except Exception as error:  # training continues, whatever is wrong with the network
+                import wandb
+
                 mode, why = "offline", str(error).partition("\n")[0]
                 wandb.teardown()  # the failed attempt still holds the run's id
         self._wandb_init.update(mode=mode, resume=None)
@@ -132,6 +138,8 @@ class Wandb(WandbLogger):
         except TimeoutError:
             print(f"W&B: not all was uploaded; afterwards: {_sync(Path(run.sync_dir).absolute())}")
         if self._url is None:
+            import wandb
+
             wandb.teardown()  # `finish` returns before an offline run's last rows are on disk
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -152,6 +160,8 @@ class Wandb(WandbLogger):
         self, classes: list[str], labels: Sequence[int], predictions: Sequence[int], worst: Sequence[Mistake]
     ) -> None:
         """Log the tables `mistakes`, of the worst, and `confusion`, from the label and the prediction of each image."""
+        import wandb
+
         rows: list[list[Any]] = [[m.path, classes[m.label], classes[m.prediction], m.probability] for m in worst]
         columns: list[str | int] = ["path", "label", "prediction", "probability"]
         if self.pictures:
@@ -167,7 +177,9 @@ def _sync(*folders: Path) -> str:
     return shlex.join(["wandb", "sync", *(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)])
 
 
-def _picture(path: str) -> wandb.Image | None:
+def _picture(path: str) -> "wandb.Image | None":
+    import wandb
+
     try:
         with Image.open(path) as picture:
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))

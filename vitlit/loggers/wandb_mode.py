@@ -3,10 +3,6 @@
 import os
 from typing import Literal
 
-import wandb
-from pydantic import ValidationError
-from wandb.sdk import wandb_setup
-
 from vitlit.errors import UserError
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -16,6 +12,10 @@ MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "o
 
 def decide(mode: Mode = "auto") -> tuple[str, str]:
     """The mode to begin a run in, and why it is offline if online was asked for; UserError for an invalid WANDB_*."""
+    import wandb
+    from pydantic import ValidationError
+    from wandb.sdk import wandb_setup
+
     variable = os.environ.get("WANDB_MODE")
     if variable is not None and variable not in MODES:
         raise UserError(f"WANDB_MODE={variable} is not a mode; use online, offline or disabled")
