@@ -25,7 +25,7 @@ demo: $(READY) ## pretrain and finetune a small ViT on real handwritten digits, 
 	$(BIN)/vitlit fit --config configs/finetune.yaml
 
 test: $(READY) ## run the test suite
-	$(BIN)/python -m pytest -n auto -m 'not long'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not long'
 
 test-all: $(READY) ## run the test suite and the hour-long tests
 	$(BIN)/python -m pytest -n auto

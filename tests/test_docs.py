@@ -61,6 +61,8 @@ def shrunken(arguments: list[str], cwd: Path) -> list[str]:
     flags = dict(RECIPE)
     if config["data"]["image_size"] < 32:
         del flags["--data.image_size"]
+    if "views" in config["data"]:  # objectives that compare the images of a batch refuse to divide it
+        del flags["--data.micro_batch"]
     if "preset" in stage.get("vit", {}).get("init_args", {}):
         flags["--model.vit.preset"] = "Ti/16"
     if "init_from" in stage and not (cwd / str(stage["init_from"])).exists():
@@ -90,7 +92,7 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
         if "finetune" in config:
             keep = [i for i, part in enumerate(SHRINK) if part.startswith("--model.vit.")]
             shrink = [part for i, part in enumerate(SHRINK) if i not in keep and i - 1 not in keep]
-            shrink = [*shrink, "--data.image_size", "24"]
+            shrink = [*shrink, "--data.image_size", "48"]
         if "--ckpt_path" in arguments:
             shrink = [*shrink, "--trainer.max_steps", "9"]
         pairs = zip(shrink[::2], shrink[1::2], strict=True)

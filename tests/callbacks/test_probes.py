@@ -1,5 +1,6 @@
 """Probes: neighbours, a linear layer and the rank of features while a ViT learns, and alarms of a collapse."""
 
+import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,19 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL, Result, done, launched, refused, user_error
 from lightning.pytorch import Trainer
 from small_stage import Memory, data, trainer
 from test_ddp import no_rank_is_left_behind, read
 from test_resume import assert_same
-from test_without_labels import EACH, OBJECTIVES, Watch, made
+from test_without_labels import EACH, OBJECTIVES, TINY, Watch, made
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitlit.callbacks import EMA, Probes
+from vitlit.callbacks import EMA, Probes, probes
 from vitlit.data.mixing import Mixing
 from vitlit.evaluation import deviation, effective_rank, knn
+from vitlit.images.decode import decode_bytes
 from vitlit.model import ViT
-from vitlit.objectives import Objective, Regression, Supervised
+from vitlit.objectives import MAE, Objective, Regression, Supervised
+from vitlit.optim import Schedule
 from vitlit.stages import Pretrain, Stage
 
 __all__ = ["no_rank_is_left_behind"]  # of every test here, too
@@ -31,8 +35,6 @@ def features_of(stage: Stage, root: Path, split: str, images: int | None = None)
     loader = {"train": folder.train_dataloader, "val": folder.val_dataloader}[split]
     loader()
     index, crop, normalise = folder.split(split), folder.preprocess.crop, folder.preprocess.normalise
-    from vitlit.images.decode import decode_bytes
-
     chosen = range(len(index)) if images is None else [i * len(index) // images for i in range(images)]
     pixels = torch.stack([crop(decode_bytes(index.read(i), index.path(i))) for i in chosen])
     stage.eval()
@@ -151,10 +153,6 @@ def test_an_average_is_what_is_measured(few: Path) -> None:
     assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
 
 
-def test_sharded_features_are_those_of_one_device(few: Path, tmp_path: Path) -> None:
-    pass
-
-
 def test_labels_are_needed_nowhere_and_used_where_they_are_classes(few: Path, tmp_path: Path) -> None:
     loose = tmp_path / "loose"
     for image in few.glob("*/*/*"):
@@ -199,3 +197,113 @@ def test_plain_loaders_and_a_plain_trainer(few: Path) -> None:
     expected = knn(of_train[::2], train.tensors[1][::2], of_val, val.tensors[1])
     assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
     assert "val/probe" in runner.callback_metrics
+
+
+PLANTED: dict[str, tuple[str, dict[str, Any], float, str]] = {
+    "centring off": ("dino", {}, 3e-3, "the teacher says the same of every image; try centring sinkhorn"),
+    "lambda 0": ("lejepa", {"weight": 0.0}, 3e-3, "all views have the same projections; raise LeJEPA's weight"),
+    "mask ratio 0": ("mae", {"mask_ratio": 0.07}, 3e-3, "so few patches are hidden .* raise mask_ratio"),
+    "a rate of DINO": ("dino", {}, 0.3, "the teacher says the same|.*nearly the same; lower the"),
+    "a rate of LeJEPA": ("lejepa", {}, 0.3, "nearly the same; lower the learning rate"),
+    "a rate of MAE": ("mae", {}, 0.3, "nearly the same; lower the learning rate"),
+    "a rate of MaskedPatch": ("masked_patch", {}, 0.3, "nearly the same; lower the learning rate"),
+}
+
+
+def watched(name: str, root: Path, lr: float, steps: int, options: dict[str, Any], **of_probes: Any) -> Trainer:
+    torch.manual_seed(0)
+    make = partial(OBJECTIVES[name], **options)
+    views = made(make)[1]
+    stage = Pretrain(
+        ViT(**{**TINY, "width": 32, "depth": 4}), make, partial(torch.optim.AdamW, lr=lr), Schedule(warmup=20)
+    )
+    runner = trainer(max_steps=steps, max_epochs=-1, log_every_n_steps=25, callbacks=[Probes(**of_probes)])
+    runner.fit(stage, data(root, batch_size=32, **views))
+    return runner
+
+
+LONG = ("a rate of DINO", "a rate of LeJEPA", "a rate of MaskedPatch")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lr", "words"),
+    [pytest.param(*PLANTED[n], marks=pytest.mark.long if n in LONG else ()) for n in PLANTED],
+    ids=PLANTED,
+)
+def test_a_collapse_stops_the_training(
+    name: str, options: dict[str, Any], lr: float, words: str, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if words.startswith("the teacher says the same of every image; try centring"):
+        monkeypatch.setattr("vitlit.objectives.dino.CENTRE_MOMENTUM", 1.0)
+    message = f"training has collapsed by step [12]?[0-9]?[05]: ({words}|.*{words})"
+    user_error(message, partial(watched, bank=0), name, digits, lr, 300, options)
+
+
+@pytest.mark.parametrize(
+    "name", ["mae", *(pytest.param(name, marks=pytest.mark.long) for name in ("dino", "lejepa", "masked_patch"))]
+)
+def test_a_healthy_training_is_left_alone(name: str, digits: Path) -> None:
+    assert watched(name, digits, 3e-3, 150, {}, bank=0).global_step == 150
+
+
+def test_alarms_can_be_turned_off_and_are_not_for_labels(digits: Path) -> None:
+    assert watched("mae", digits, 3e-3, 125, {"mask_ratio": 0.07}, bank=0, alarms=False).global_step == 125
+    user_error("Probes takes no bank -1", Probes, -1)
+    user_error("Probes takes no bank 10000, every 0", partial(Probes, every=0))
+
+
+# The command line
+
+MAE_RUN = ("fit", *SMALL, "--model.objective", "MAE", "--model.objective.decoder_depth", 1)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_neighbours_choose_the_best_checkpoint_where_nothing_else_can(
+    vitlit: Callable[..., Result], few: Path, run: Path
+) -> None:
+    said = done(vitlit(*MAE_RUN, "--data.root", few))
+    measured = [float(row["val/knn"]) for row in rows(run) if row["val/knn"]]
+    assert f"best val/knn   {100 * max(measured):.2f} %" in said
+    assert len(measured) == 3
+    assert all(float(row["train/rank"]) >= 1 for row in rows(run) if row["train/loss"])
+    own = "[{class_path: vitlit.callbacks.Probes, init_args: {bank: 0, every: 2}}]"
+    said = done(vitlit(*MAE_RUN, "--data.root", few, "--run.name", "own", "--trainer.callbacks", own))
+    assert "best val/probe" in said
+    said = done(vitlit(*MAE_RUN, "--data.root", few, "--run.name", "loss", "--run.monitor", "val/loss"))
+    assert "best val/loss" in said
+    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/knn, patience: 9}}]"
+    assert vitlit(*MAE_RUN, "--data.root", few, "--run.name", "stop", "--trainer.callbacks", stop).code == 0
+    labelled = vitlit("fit", *SMALL, "--data.root", few, "--run.name", "labels", "--run.monitor", "val/knn")
+    refused(labelled, "run.monitor val/knn is not among val/top1")
+
+
+def test_an_alarm_ends_a_command_in_a_line(vitlit: Callable[..., Result], few: Path, run: Path) -> None:
+    def before() -> None:
+        setattr(probes, "GRACE", 3)  # noqa: B010
+        setattr(MAE, "collapse", lambda objective, logs: "so few patches are hidden; raise mask_ratio")  # noqa: B010
+
+    result = vitlit(*MAE_RUN, "--data.root", few, "--model.objective.mask_ratio", 0.3, before=before)
+    refused(result, "has collapsed by step 3: so few patches are hidden", "raise mask_ratio", "--run.overwrite true")
+    assert read(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+DINO_RUN = (
+    *("fit", *SMALL, "--model.objective", "DINO", "--model.objective.prototypes", 16),
+    *("--model.objective.hidden_dim", 8, "--data.views", '[{"count": 1, "size": 16}]'),
+)
+
+
+@pytest.mark.parametrize("command", [MAE_RUN, DINO_RUN], ids=["mae", "dino"])
+def test_shards_measure_what_one_device_does(command: tuple[Any, ...], few: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks, flags in ((1, ()), (2, ("--trainer.strategy", "fsdp2"))):
+        cwd = tmp_path / str(ranks)
+        cwd.mkdir()
+        assert [r.code for r in launched(ranks, *command, "--data.root", few, *flags, cwd=cwd)] == [0] * ranks
+        names = ("val/knn", "val/probe", "train/rank", "train/deviation")
+        found.append([float(row[name]) for row in rows(cwd / "runs" / "pretrain") for name in names if row[name]])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -21,7 +21,7 @@ from vitlit.stages.stage import logs_now, step_ends
 
 LEARNING_RATE = 1e-3  # of the linear layer
 ROWS = 2048  # of a batch, for its rank
-GRACE = 100  # steps in which an objective may find its balance
+GRACE, SHARE = 100, 0.05  # steps, and the share of a training, in which features may shrink before they grow
 LEAST = 0.08  # of the most space that features took: small healthy trainings keep 0.15, a hundredfold lr leaves 0.06
 
 
@@ -110,12 +110,14 @@ class Probes(Callback):
             pl_module.log("train/deviation", torch.tensor(apart))
         space = apart * about_mean
         most = self._numbers["space"] = max(space, self._numbers.get("space", space))
+        settled = trainer.global_step >= max(GRACE, SHARE * trainer.estimated_stepping_batches)
+        if not settled or not self.alarms or pl_module.objective.needs_labels:
+            return
         logs = {name.removeprefix("train/"): float(value) for name, value in trainer.callback_metrics.items()}
-        # Of the step logged before: this one's are still to come.
-        why = pl_module.objective.collapse(logs) if trainer.global_step >= GRACE else ""
+        why = pl_module.objective.collapse(logs)  # of the step logged before: this one's are still to come
         if space < LEAST * most:
             why = "the features of all images are nearly the same; lower the learning rate, or warm it up for longer"
-        if why and self.alarms and not pl_module.objective.needs_labels:
+        if why:
             again = "and begin again (--run.overwrite true); Probes with alarms false would train on"
             raise UserError(f"the training has collapsed by step {trainer.global_step}: {why}, {again}")
 
