@@ -21,6 +21,7 @@ from test_recipes import RECIPES, parser, shrunken, small_weights, tiny
 import vitlit.cli.completion
 from vitlit.callbacks import EMA
 from vitlit.data.mixing import Mixing, soft_targets
+from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA
 from vitlit.objectives import MAE, Batch, Regression, Step, Supervised
@@ -122,7 +123,8 @@ def test_a_recipes_step_has_no_graph_break(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("test_recipes.RECIPES", CONFIGS)
     model, mixed = learns(name)
     model["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW"}
-    config = parser().parse_object({"model": model, "data": {"root": "few", "image_size": 16}, "seed_everything": 0})
+    given = {"model": model, "data": {"root": "few", "image_size": 16}, "seed_everything": 0}
+    config = parser().parse_object(given)
     options, classes = small_weights(name), list("0123")
     weights = None
     if options is not None:
@@ -130,13 +132,15 @@ def test_a_recipes_step_has_no_graph_break(name: str, monkeypatch: pytest.Monkey
         weights = Weights(Path("file"), "test", {}, plain, [], {**IMAGENET, "crop_ratio": 0.875})
     config.ckpt_path = None
     splits: Any = SimpleNamespace(scan=lambda: None, classes=classes, multi_label=False)
+    vitlit.cli.completion.fill_size(config, given)
     vitlit.cli.completion.fill_config(config, weights, splits)
     stage: Stage = parser().instantiate_classes(Namespace(model=config.model, data=config.data)).model
     if stage.objective.teacher:
         stage.objective.set_teacher(ViT(image_size=16, num_classes=4, **tiny("deit_b16")))
         stage.objective.prepare(SimpleNamespace(classes=classes))
-    labels = torch.arange(4)
-    batch = Batch.of([torch.randn(4, 3, 16, 16), soft_targets(labels, 4) if mixed else labels])
+    stage.vit.preprocess = Preprocess((16, 16))
+    labels, views = torch.arange(4), [torch.randn(4, 3, 16, 16) for _ in range(stage.objective.views)]
+    batch = Batch.of([views[0], soft_targets(labels, 4) if mixed else labels])._replace(views=views)
     traced = COMPILE(stage.train().objective, fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         loss = traced(stage.vit, batch, torch.zeros(())).loss
