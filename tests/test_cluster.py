@@ -70,7 +70,7 @@ def losses(folder: Path) -> list[float]:
     return [float(row[name]) for row in rows for name in ("step", "train/loss", "val/loss") if row[name]]
 
 
-@pytest.mark.parametrize("own_store", ["0", "1"], ids=["agents_store", "own_store"])
+@pytest.mark.parametrize("own_store", [pytest.param("0", marks=pytest.mark.long, id="agents_store"), "1"])
 def test_two_nodes_train_the_run_of_one_process_though_a_rank_is_killed(
     own_store: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

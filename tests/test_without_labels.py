@@ -136,7 +136,10 @@ def test_losses_are_the_same_on_any_number_of_devices(
 
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(OBJECTIVES[n], marks=pytest.mark.long if n in ("dino", "ibot") else ()) for n in OBJECTIVES],
+    [
+        pytest.param(OBJECTIVES[n], marks=pytest.mark.long if n in ("dino", "ibot", "dinov2") else ())
+        for n in OBJECTIVES
+    ],
     ids=OBJECTIVES,
 )
 def test_every_parameter_is_used_and_a_step_compiles_whole(make: Callable[[ViT], Objective], few: Path) -> None:

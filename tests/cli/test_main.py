@@ -67,7 +67,7 @@ def test_help_version_and_unknown_commands_answer_without_torch() -> None:
     code = """if True:
         import sys
         from vitlit.cli.main import main
-        codes = [main(line.split()) for line in ("", "--help", "--version", "config pretrain", "fti", "frobnicate",
+        codes = [main(line.split()) for line in ("", "--help fit", "--version", "config pretrain", "fti", "frobnicate",
                                                 "data show nowhere --step 1")]
         print(codes, [name for name in ("torch", "lightning", "wandb", "numpy") if name in sys.modules])
     """

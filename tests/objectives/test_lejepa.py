@@ -51,6 +51,15 @@ def test_of_standard_normal_samples_it_is_as_expected() -> None:
     assert abs(found.mean() - expected) < 3 * found.std() / math.sqrt(found.numel())
 
 
+def test_every_direction_is_finite() -> None:
+    """In step 830 the largest of the uniform numbers is drawn, 1 - 2^-24."""
+    objective = LeJEPA(ViT(**TINY))
+    objective.step.fill_(830)
+    directions = objective.directions(torch.zeros(1, 128))
+    assert directions.isfinite().all()
+    assert directions.norm(dim=0) == pytest.approx(1)
+
+
 def test_the_loss_is_the_papers() -> None:
     torch.manual_seed(0)
     vit = ViT(**TINY).double()

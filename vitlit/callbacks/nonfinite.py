@@ -22,7 +22,7 @@ class NonFinite(Callback):
     """Stop when a loss, a gradient or a weight is not finite, and warn after training if the loss rose.
 
     Losses and the gradients' norms stay on the device. They are read when losses are logged, before a checkpoint is
-    written and after a thousand steps, so no other step waits for the GPU. With trainer.precision 16-mixed gradients
+    written and after a thousand of them, so no other step waits for the GPU. With trainer.precision 16-mixed gradients
     are not tested: the scaler does, and skips such a step.
 
     Raises:

@@ -82,7 +82,7 @@ def stdout_is_closed() -> bool:
 
 def run_command(argv: list[str]) -> int:
     """Run a command, or print the help or the version."""
-    if argv[:1] == ["help"] or set(argv[:2]) <= {"-h", "--help", "benchmark"}:
+    if argv[:1] in ([], ["-h"], ["--help"], ["help"]) or set(argv[:2]) <= {"-h", "--help", "benchmark"}:
         print(HELP, end="")
         return 0
     if argv[0] in ("-V", "--version"):

@@ -136,6 +136,8 @@ class ImagesOnDevice(Dataset[Any]):
         transforms = (self.images.transform, *self.images.further)
         views = [self._view(view, transform, indices, samples) for view, transform in enumerate(transforms)]
         drawn = [mix_one(PHOTOMETRIC, self.images.seed, *sample[:3]) >> 1 for sample in samples if self.images.keyed]
+        if not training:  # of evaluation, none stands in for an unreadable image
+            indices = [index if index == item else -1 for index, item in zip(indices, items, strict=True)]
         return [views[0], labels, torch.tensor(indices), *training, *views[1:], *([np.array(drawn)] if drawn else [])]
 
     def _view(self, view: int, transform: Any, indices: list[int], samples: list[Sample]) -> Tensor:

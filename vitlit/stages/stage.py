@@ -234,7 +234,7 @@ class Stage(LightningModule):
         self.objective.after_step(self.vit, self._progress)
 
     def optimizer_zero_grad(self, *_: Any) -> None:
-        """Nothing: `optimizer_step` has done it."""
+        """Nothing: `optimizer_step`, which computes gradients once, has done it after the last."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not step_ends(self.trainer, batch_idx):
