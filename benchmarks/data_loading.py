@@ -23,13 +23,13 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,12 +77,20 @@ def image_folder_data(root: Path) -> ImageFolderData:
     )
 
 
-def vitlit_loader(root: Path, train: bool) -> Epoch:
+def give_trainer(data: ImageFolderData) -> Any:
+    """What data asks of a Trainer on one device, the CPU, whose step is to be moved on."""
     if DECODER != "torchcodec":
         raise RuntimeError("torchcodec is missing; vitlit would be measured with its slower decoder")
-    data, strategy = image_folder_data(root), SimpleNamespace(root_device=torch.device("cpu"))
-    trainer = SimpleNamespace(world_size=1, global_rank=0, num_devices=1, global_step=0, strategy=strategy)
-    data.trainer = cast(Any, trainer)
+    strategy, stage = SimpleNamespace(root_device=torch.device("cpu")), SimpleNamespace(dtype=torch.float32)
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, num_devices=1, global_step=0)
+    trainer.strategy, trainer.lightning_module = strategy, stage
+    data.trainer = trainer
+    return trainer
+
+
+def vitlit_loader(root: Path, train: bool) -> Epoch:
+    data = image_folder_data(root)
+    trainer = give_trainer(data)
     loader = data.train_dataloader() if train else data.val_dataloader()
 
     def epoch() -> Iterator[Any]:
@@ -190,6 +198,23 @@ LOADERS = (
 )
 
 
+def begin(
+    doc: str | None, rounds: int, loaders: tuple[Loader, ...]
+) -> tuple[argparse.Namespace, list[Loader], dict[str, str], dict[str, str]]:
+    """A benchmark's options, and what `importable` finds; the process is now on one core, with one thread."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="the image folder")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--rounds", type=int, default=rounds, help="at least 2")
+    given = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found, missing, versions = importable(loaders)
+    print(f"missing: {missing}", flush=True)
+    return given, found, missing, versions
+
+
 def importable(loaders: tuple[Loader, ...]) -> tuple[list[Loader], dict[str, str], dict[str, str]]:
     """(loaders that can be imported, errors of the others, versions)."""
     found, missing, versions = [], {}, {name: version(name) for name in ("torch", "torchcodec", "pillow")}
@@ -223,11 +248,13 @@ def one_round(epochs: dict[str, Epoch], batches: int) -> dict[str, float]:
     return spent
 
 
-def summary(name: str, rounds: list[dict[str, float]], images: int) -> dict[str, Any]:
+def summary(
+    name: str, rounds: list[dict[str, float]], images: int, references: Iterable[str] = REFERENCES
+) -> dict[str, Any]:
     """Median speed of a loader, and its speed over the references': [quartile, median, quartile] of the rounds."""
     micros = statistics.median(spent[name] for spent in rounds) / images * 1e6
-    row: dict[str, Any] = {"us_per_image": round(micros), "images_per_s": round(1e6 / micros)}
-    for reference in REFERENCES:
+    row: dict[str, Any] = {"us_per_image": round(micros), "images_per_s": round(1e6 / micros, 1)}
+    for reference in references:
         ratios = [spent[reference] / spent[name] for spent in rounds]
         row[f"x_{reference}"] = [round(cut, 3) for cut in statistics.quantiles(ratios, method="inclusive")]
     return row
@@ -260,8 +287,8 @@ def pixels(data: ImageFolderData) -> dict[str, int]:
     most, side, index = {"train": 0, "eval": 0}, [SIZE, SIZE], data.split("train")
     for path in map(index.path, range(len(index))):
         image, peer = decode(path), pillow(path)
-        box = crop.make_params([image])
-        pairs = {"train": (crop.transform(image, box), resized_crop(peer, **box, size=side))}
+        box = crop.draw(*image.shape[-2:])
+        pairs = {"train": (crop.cut(image, box), resized_crop(peer, *box, size=side))}
         pairs["eval"] = (data.preprocess.crop(image), center(peer))
         for phase, (ours, theirs) in pairs.items():
             most[phase] = max(most[phase], int((ours.int() - pil_to_tensor(theirs).int()).abs().max()))
@@ -269,16 +296,7 @@ def pixels(data: ImageFolderData) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True, help="the image folder")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--rounds", type=int, default=20, help="at least 2")
-    given = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    loaders, missing, versions = importable(LOADERS)
-    print(f"missing: {missing}", flush=True)
+    given, loaders, missing, versions = begin(__doc__, 20, LOADERS)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "photos"

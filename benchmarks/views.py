@@ -15,26 +15,21 @@ the same strengths; stable-pretraining resizes bilinearly, the others bicubicall
 The last row is vitlit's loader with the same crops and no colours.
 """
 
-import argparse
-import os
-import statistics
 from collections import deque
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from data_loading import BATCH, Epoch, Loader, importable, one_round
+from data_loading import BATCH, Epoch, Loader, begin, give_trainer, one_round, summary
 from runs import write
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from vitlit.data.module import ImageFolderData
 from vitlit.data.views import Views
-from vitlit.images.decode import DECODER
 
 GLOBAL, LOCAL = (0.4, 1.0), (0.05, 0.4)
 VIEWS = [(3, 224, 224)] * 2 + [(3, 96, 96)] * 6
@@ -42,15 +37,10 @@ REFERENCES = ("lightly", "stable-pretraining")
 
 
 def vitlit_loader(root: Path, colours: bool) -> Epoch:
-    if DECODER != "torchcodec":
-        raise RuntimeError("torchcodec is missing; vitlit would be measured with its slower decoder")
     plain = [Views(1, 224, GLOBAL), Views(6, 96, LOCAL)]
     views: dict[str, Any] = {"views": "dino", "local_views": 6} if colours else {"views": plain, "crop_scale": GLOBAL}
     data = ImageFolderData(str(root), 224, BATCH, num_workers=0, **views)
-    trainer = SimpleNamespace(world_size=1, global_rank=0, num_devices=1, global_step=0)
-    trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer.lightning_module = SimpleNamespace(dtype=torch.float32)
-    data.trainer = cast(Any, trainer)
+    trainer = give_trainer(data)
     loader = data.train_dataloader()
 
     def epoch() -> Iterator[Any]:
@@ -105,27 +95,8 @@ def check(name: str, epoch: Epoch, batches: int) -> None:
     assert all(view.dtype == torch.float32 and abs(view.mean()) < 2 for view in views), name
 
 
-def summary(name: str, rounds: list[dict[str, float]], images: int, references: list[str]) -> dict[str, Any]:
-    """Median speed of a loader, and its speed over the references': [quartile, median, quartile] of the rounds."""
-    micros = statistics.median(spent[name] for spent in rounds) / images * 1e6
-    row: dict[str, Any] = {"name": name, "us_per_image": round(micros), "images_per_s": round(1e6 / micros, 1)}
-    for reference in references:
-        ratios = [spent[reference] / spent[name] for spent in rounds]
-        row[f"x_{reference}"] = [round(cut, 3) for cut in statistics.quantiles(ratios, method="inclusive")]
-    return row
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True, help="the image folder")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--rounds", type=int, default=10, help="at least 2")
-    given = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    loaders, missing, versions = importable(LOADERS)
-    print(f"missing: {missing}", flush=True)
+    given, loaders, missing, versions = begin(__doc__, 10, LOADERS)
     epochs = {loader.name: loader.make(given.photos, True) for loader in loaders}
     epochs["vitlit, crops alone"] = vitlit_loader(given.photos, False)
     batches = len(ImageFolder(str(given.photos / "train"))) // BATCH
@@ -133,7 +104,7 @@ def main() -> None:
         check(name, epoch, batches)
     rounds = [one_round(epochs, batches) for _ in range(given.rounds)]
     references = [name for name in REFERENCES if name in epochs]
-    rows = [summary(name, rounds, batches * BATCH, references) for name in epochs]
+    rows = [{"name": name, **summary(name, rounds, batches * BATCH, references)} for name in epochs]
     print(*rows, sep="\n", flush=True)
     about = {"rounds": given.rounds, "batch": BATCH, "batches": batches, "missing": missing}
     write(given.out, (__doc__ or "").splitlines()[0], rows, versions=versions, **about)
