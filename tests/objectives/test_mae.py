@@ -116,7 +116,7 @@ def test_parameter_counts(preset: str, parameters: int, trained: int | None) -> 
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.75, 12), (0.6, 10), (0.5, 8), (0.9, 15)])
 def test_the_mask_ratio_is_hidden_of_every_image(ratio: float, hidden: int) -> None:
     vit, mae = made(mask_ratio=ratio)
-    mask = mae.reconstruct(vit, torch.randn(4, 3, 32, 32))[2]
+    mask = mae.reconstruct(vit, torch.randn(4, 3, 32, 32), torch.rand(4, PATCHES))[2]
     assert mask.sum(dim=1).tolist() == [hidden] * 4
     assert len({tuple(row) for row in mask.tolist()}) > 1
 

@@ -51,7 +51,8 @@ class Probes(Callback):
 
     def measures(self, data: Any) -> dict[str, str]:
         """What validation on a data module will log, and which value of it is best, min or max."""
-        return dict.fromkeys([*["val/knn"][: self.bank], "val/probe"], "max") if self._count(data) else {}
+        names = ["val/knn", "val/probe"] if self.bank else ["val/probe"]
+        return dict.fromkeys(names, "max") if self._count(data) else {}
 
     def _count(self, data: Any) -> int:
         one_each = not (getattr(data, "multi_label", False) or getattr(data, "numbers", False))

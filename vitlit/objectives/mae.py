@@ -84,10 +84,10 @@ class MAE(Objective):
         few = self.kept > 0.8 * self.decoder_pos_embed.shape[1]
         return "so few patches are hidden that the others give them away; raise mask_ratio, to 0.75" if few else ""
 
-    def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+    def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Hide patches of images of the ViT's own size, predict their pixels and compare.
 
-        The K patches with the lowest noise (B, N), by default random, stay visible.
+        The K patches with the lowest noise (B, N) stay visible.
 
         Returns:
             the loss, a scalar; predicted pixels, (B, N, P * P * C); what is hidden, (B, N), bool; tokens (B, S + K, D).
@@ -96,8 +96,6 @@ class MAE(Objective):
         if self.normalize_pixels:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
-        if noise is None:
-            noise = torch.rand(target.shape[:2], device=images.device)
         keep = noise.argsort(dim=1)[:, : self.kept]
         hidden = torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
         predicted = self.decode(tokens := vit.encode(vit.embed(images, keep=keep), vit.grid, keep), keep)

@@ -107,7 +107,7 @@ class Objective(nn.Module, ABC):
         """The loss, in training or not; `progress` in [0, 1), a tensor with CUDA graphs, is step / total steps."""
 
     def collapse(self, logs: dict[str, float]) -> str:
-        """What has collapsed by the logs of a step, after the first hundred, and what to try; empty if nothing has."""
+        """What has collapsed by the logs of a step, in a training that has settled, and what to try; else empty."""
         return ""
 
     def begin(self, vit: ViT) -> None:
