@@ -207,7 +207,7 @@ def test_training_starts_from_weights_and_hands_on_the_teachers(name: str, few: 
     if dino:
         assert any(not torch.equal(loaded[name], stage.vit.state_dict()[name]) for name in loaded)
 
-    optimizer = partial(torch.optim.SGD, lr=1e-30)
+    optimizer = partial(torch.optim.SGD, lr=1e-300)
     again = Pretrain(None, OBJECTIVES["ibot"], optimizer, init_from=str(tmp_path / "a.ckpt"))
     assert isinstance(again.objective, DINO)
     views = [Views(1, 16), Views(1, 8)]
@@ -215,7 +215,7 @@ def test_training_starts_from_weights_and_hands_on_the_teachers(name: str, few: 
     for vit in (again.vit, again.objective.teacher_vit):
         state = vit.state_dict()
         assert_same({name: state[name] for name in loaded}, loaded)
-    tuned = Finetune(init_from=str(tmp_path / "a.ckpt"), num_classes=4, optimizer=partial(torch.optim.SGD, lr=1e-30))
+    tuned = Finetune(init_from=str(tmp_path / "a.ckpt"), num_classes=4, optimizer=partial(torch.optim.SGD, lr=1e-300))
     trainer(max_steps=1).fit(tuned, data(few))
     assert torch.equal(tuned.vit.state_dict()["cls_token"], loaded["cls_token"])
 
