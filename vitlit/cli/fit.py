@@ -114,7 +114,7 @@ class Begin(Callback):
         )
         if self.folder is not None:
             self.folder.begin(self.config)
-            self.folder.history.begin(origin(self.line.words))
+            self.folder.command_begins(origin(self.line.words))
             self.begun = True
             for logger in trainer.loggers:
                 if isinstance(logger, Wandb):
@@ -124,7 +124,7 @@ class Begin(Callback):
         if self.folder is not None and self.begun:
             ended = str(exception) or type(exception).__name__
             with suppress(OSError, UserError):  # the exception says more
-                self.folder.history.end(trainer.global_step, self.line.seconds(), ended)
+                self.folder.command_ends(trainer.global_step, self.line.seconds(), ended)
 
 
 class CLI(LightningCLI):
@@ -328,7 +328,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:
             step, result = self.trainer.global_step, best(self.trainer, self.folder)
-            self.folder.history.end(step, self.line.seconds(), ending(self.trainer), best=result)
+            self.folder.command_ends(step, self.line.seconds(), ending(self.trainer), best=result)
             self.folder.finish(step)
             print_summary(self.trainer, self.folder, self.datamodule)
 

@@ -14,7 +14,6 @@ import yaml
 from vitlit.errors import UserError
 from vitlit.files import check_archive, expand, write_text
 from vitlit.run.config import TRUST, read_config
-from vitlit.run.history import History
 from vitlit.run.lock import Lock
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
@@ -94,7 +93,8 @@ class RunFolder:
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
         expand(self.best)  # refuses a root that is too long for what will be in it
-        self.lock, self.history = Lock(self.path / LOCK), History(self.path / "run.json")
+        self.lock = Lock(self.path / LOCK)
+        self.commands = self.path / "run.json"  # what worked on the run, when, where and for how long, and its result
         self._wandb_id = self.path / "wandb" / "run-id"
 
     def decide(
@@ -180,10 +180,26 @@ class RunFolder:
 
     def finished_at(self) -> int:
         """The step at which the run finished; UserError if its marker is damaged."""
+        return self._stored(self.marker, "step", int)
+
+    def command_begins(self, command: dict[str, Any]) -> None:
+        """Add a command to run.json. One that is killed stays without `step`, `seconds` and `ended`."""
+        before = self._stored(self.commands, "commands", list) if self.commands.exists() else []
+        write_text(self.commands, json.dumps({"commands": [*before, command]}, indent=2) + "\n")
+
+    def command_ends(self, step: int, seconds: float, ended: str, **result: Any) -> None:
+        """Add to run.json how the last command ended, and a complete run's result."""
+        commands = self._stored(self.commands, "commands", list)
+        commands[-1].update(step=step, seconds=round(seconds, 1), ended=ended)
+        total = round(sum(each.get("seconds", 0) for each in commands), 1)
+        content = {"commands": commands} | ({"result": {"step": step, "seconds": total, **result}} if result else {})
+        write_text(self.commands, json.dumps(content, indent=2) + "\n")
+
+    def _stored(self, file: Path, key: str, kind: Callable[[Any], Any]) -> Any:
         try:
-            return int(json.loads(self.marker.read_text())["step"])
+            return kind(json.loads(file.read_text())[key])
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.marker} is damaged; remove it, and the same command continues the run") from error
+            raise UserError(f"{file} is damaged; remove it, and the same command continues the run") from error
 
     def _empty(self) -> None:
         if self.path.is_symlink():
