@@ -22,7 +22,7 @@ class Predictions(Callback):
         if out.is_dir():
             raise UserError(f"cannot write {out}: it is a folder; give another --out")
         self.out, self.index, self.classes = out, index, classes
-        self.written = 0
+        self.bad = out.with_name(f"{out.stem}-bad.csv")  # where the data module is to list what it cannot read
         self._rows: list[Tensor] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,10 +47,14 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         rows = rows[rows[:, 0] >= 0]  # -1 where data.on_bad_image skipped an image
-        self.written = len(rows)
         head = ["path", "number"] if rows.shape[1] == 2 else ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
         write_csv(self.out, head, map(self._cells, rows.tolist()))
+        left = len(self.index) - len(rows)
+        beside = f"; {left:,} could not be read, see {self.bad}" if left else ""
+        if not len(rows):
+            raise UserError(f"{self.out} is empty{beside}")
+        print(f"{self.out}: {len(rows):,} images{beside}")
 
     def _cells(self, row: list[float]) -> list[str]:
         index, *pairs = row

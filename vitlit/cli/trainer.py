@@ -181,8 +181,8 @@ def check_monitors(trainer: LightningTrainer, stage: Stage, data: Any) -> None:
             raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")
 
 
-def check_trainer(config: Namespace) -> None:
-    """Refuse Trainer settings that vitlit sets itself, and training without an end."""
+def check_trainer(config: Namespace, gives_mode: bool) -> None:
+    """Refuse Trainer settings that vitlit sets itself, and training without an end; fill in modes of callbacks."""
     for key, (default, why) in FIXED.items():
         if config[key] != default:
             raise UserError(f"trainer.{key} cannot be set: {why}")
@@ -201,10 +201,12 @@ def check_trainer(config: Namespace) -> None:
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
     if 0 in ends:
         raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
+    fill_modes(config.callbacks, gives_mode)
 
 
-def monitor(stage: Stage, given: str | None, known: dict[str, str]) -> tuple[str, str]:
+def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any) -> tuple[str, str]:
     """The metric of the best checkpoint, run.monitor or the first that is known, and its best value: min or max."""
+    known = measured(stage, callbacks, data)
     name = given or next(iter(known))
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
