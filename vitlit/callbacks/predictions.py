@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitlit.data.index import Index
 from vitlit.errors import UserError
-from vitlit.files import whole_file
+from vitlit.files import whole_file, writing
 
 
 class Predictions(Callback):
@@ -28,11 +28,9 @@ class Predictions(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        try:  # now, not when all is predicted
+        with writing(self.out, "give another --out"):  # now, not when all is predicted
             self.out.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.out.parent).close()
-        except OSError as error:
-            raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if outputs.ndim == 1:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, expand, write_text
+from vitlit.files import check_archive, expand, write_text, writing
 from vitlit.run.config import TRUST, read_config
 from vitlit.run.lock import Lock
 
@@ -154,7 +154,7 @@ class RunFolder:
 
     def begin(self, config: dict[str, Any]) -> None:
         """Lock the folder, empty it if the run is overwritten, and write the config into it."""
-        try:
+        with writing(self.path, "give another --run.root"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.take(f"the run {self.path}")
             if self.options.overwrite:
@@ -162,9 +162,6 @@ class RunFolder:
             self.marker.unlink(missing_ok=True)
             trust = ",".join(os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())
             write_text(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
-        except OSError as error:
-            why = error.strerror or error
-            raise UserError(f"cannot write into {self.path}: {why}; give another --run.root") from error
 
     def wandb_id(self) -> str | None:
         return self._wandb_id.read_text() if self._wandb_id.is_file() else None
