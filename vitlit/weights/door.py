@@ -13,7 +13,7 @@ from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.init import fill_positions
-from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
+from vitlit.weights import checkpoint, facebook, google, hf, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
 from vitlit.weights.averaged import Choice
 from vitlit.weights.files import locate, open_file, skips
@@ -48,7 +48,7 @@ class LoadReport(NamedTuple):
 
 def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[str] = ()) -> Weights:
     """The weights of a run's or model's folder, of a file of any known format or of hf:OWNER/NAME[@REVISION]."""
-    path = hub.fetch(str(source)) if str(source).startswith("hf:") else locate(source)
+    path = locate(source)
     contents, found = open_file(path, weights, [skip] if isinstance(skip, str) else skip), None
     for reader in READERS:
         try:

@@ -25,10 +25,11 @@ from vitlit.weights.averaged import RAW, Choice, pick_key, pick_names
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
 RECORDS += [np.float64(0).__reduce__()[0]]
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+MODEL = ("model.safetensors", "model.safetensors.index.json")
+HUB_PATTERNS = [*MODEL, "model-*.safetensors", CONFIG, PREPROCESSOR]  # only safetensors and JSON
 
 
 def skips(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of some shell patterns is that of a name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -58,12 +59,13 @@ class Contents(NamedTuple):
 
 
 def locate(source: str | Path) -> Path:
-    """The weight file that is `source`, or is in the folder of a run (its best checkpoint, else its last) or model."""
+    """The weight file at `source`: a file, the folder of a run (best checkpoint, else last) or of a model, or hf:..."""
+    if str(source).startswith("hf:"):
+        return fetch(str(source))
     source = Path(expand(source))
     if source.is_file():
         return source
-    names = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "model.safetensors", "model.safetensors.index.json")
-    for name in (*names, "pytorch_model.bin"):
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", *MODEL, "pytorch_model.bin"):
         if (source / name).is_file():
             return source / name
     remedy = "name the folder of a run, or a checkpoint file"
@@ -72,6 +74,29 @@ def locate(source: str | Path) -> Path:
     if re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir():
         remedy += f"; for a model of the hub write hf:{source}"
     raise UserError(f"{source} does not exist; {remedy}")
+
+
+def fetch(name: str) -> Path:
+    """The weight file of hf:OWNER/NAME[@REVISION] in huggingface_hub's cache, downloaded if it is not there."""
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.removeprefix("hf:").partition("@")
+    command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    try:
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_PATTERNS))
+    except errors.RepositoryNotFoundError as error:
+        remedy = "accept its terms on huggingface.co, and log in with `hf auth login`"
+        raise UserError(f"{name} does not exist, or is private or gated: {remedy}") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{name}: the model has no revision {revision}") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION") from error
+    except OSError as error:
+        raise UserError(f"{name} is not cached and the hub cannot be reached: `{command}` downloads it") from error
+    for file in MODEL:
+        if (folder / file).is_file():
+            return folder / file
+    raise UserError(f"{name} has no model.safetensors in the cache; vitlit takes only safetensors: `{command}`")
 
 
 def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()) -> Contents:
