@@ -105,10 +105,7 @@ def first_nonfinite(values: list[tuple[int, Tensor]]) -> int:
 
 
 def norm(values: Iterable[Tensor]) -> Tensor:
-    """The norm of the tensors, a scalar on their device; of a sharded tensor, this rank's.
-
-    It is finite if all elements are, unless they are so large that training has failed anyway.
-    """
+    """The norm of the tensors, of sharded ones this rank's: finite if all elements are, unless they are huge."""
     parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
     norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -67,7 +67,6 @@ class CommandLine:
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
     def seconds(self) -> float:
-        """How long ago the command was given."""
         return time.monotonic() - self.began
 
 

@@ -39,7 +39,6 @@ from vitlit.weights import locate
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run fit, validate, test or predict and return the exit code."""
     show_asked()
     check_environment()
     if "VITLIT_TRUST" in os.environ and "" not in sys.path:

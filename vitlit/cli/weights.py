@@ -33,7 +33,6 @@ SIZE = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_c
 
 
 def run(arguments: list[str]) -> int:
-    """Run `show` or `convert` and return the exit code."""
     parser = CommandParser("vitlit weights", HELP)
     parser.add_argument("what", choices=("show", "convert"))
     parser.add_argument("file", metavar="FILE")

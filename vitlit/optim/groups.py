@@ -85,10 +85,7 @@ def build_optimizer(
 
 
 def group_members(layers: Layers, module: nn.Module, groups: Groups, split: bool = False) -> list[dict[str, Any]]:
-    """The groups with their multiples, {params, layers, lr, weight_decay}, in the order of the layers.
-
-    `split` keeps the matrices of the blocks apart from all else, and adds `matrices`, how many a weight stacks.
-    """
+    """The groups in the order of the layers, with their multiples; `split` keeps the matrices of the blocks apart."""
     trainable = {name: (layer, p) for layer in layers for name, p in layers[layer].items() if p.requires_grad}
     in_layers = {id(parameter) for _, parameter in trainable.values()}
     for name, parameter in module.named_parameters():

@@ -74,10 +74,7 @@ class Decision(NamedTuple):
 
 
 class RunFolder:
-    """The folder of a run, by default named by its config's path.
-
-    In a W&B sweep the id of the trial is appended, unless the name is `exact`.
-    """
+    """The folder of a run, by default named by its config; in a W&B sweep also by its trial, unless `exact`."""
 
     def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
         name = Path(config or "run").stem if options.name is None else options.name
@@ -100,10 +97,7 @@ class RunFolder:
     def decide(
         self, config: dict[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before
     ) -> Decision:
-        """Compare a config with what is in the folder; UserError if that is another run, or none.
-
-        `completed` adds the defaults of keys that the folder's config lacks, which an older version may have written.
-        """
+        """Compare a config with the folder's, `completed` if it is an old one; UserError if they differ."""
         if not self.path.exists() or (self.path.is_dir() and not any(self._content())):
             return Decision("begin")
         if not self.config.is_file():
@@ -176,7 +170,6 @@ class RunFolder:
         write_text(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
-        """The step at which the run finished; UserError if its marker is damaged."""
         return self._stored(self.marker, "step", int)
 
     def command_begins(self, command: dict[str, Any]) -> None:

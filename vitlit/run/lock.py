@@ -45,7 +45,6 @@ class Lock:
         threading.Thread(target=self._beat, args=(self._file(newest + 1),), daemon=True, name="run-lock").start()
 
     def release(self) -> None:
-        """Let others have the lock at once."""
         if not self._held.closed:
             self._released.set()
             self._held.seek(0)
@@ -94,7 +93,6 @@ class Lock:
         return now - file.stat().st_mtime
 
     def _create(self, file: Path) -> bool:
-        """Create a lock file; False if another process was faster."""
         try:
             self._held = file.open("x")
         except FileExistsError:

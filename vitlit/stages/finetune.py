@@ -136,7 +136,6 @@ def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
 
 
 def freeze_below(vit: ViT, last_blocks: int) -> None:
-    """Freeze the embedding and all but the last blocks."""
     blocks = len(vit.blocks)
     if not 0 <= last_blocks <= blocks:
         raise UserError(f"model.last_blocks is {last_blocks}, but the ViT has {blocks} blocks")

@@ -180,10 +180,7 @@ class Stage(LightningModule):
             data.follow(self.vit, f"{self.weights.path} ({told})" if told else self.weights.path, fixed)
 
     def check_data(self, data: Any) -> None:
-        """Prepare training data and the objective for each other, once; UserError if they or the network do not fit.
-
-        `data` is a data module, or None if training is given loaders.
-        """
+        """Prepare data (None for loaders) and objective for each other, once; UserError if they do not fit the ViT."""
         if self._checked == id(data):
             return
         self.lead(data)
@@ -312,7 +309,6 @@ class Stage(LightningModule):
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
-    """Whether a training batch is the last of its optimiser step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 

@@ -88,7 +88,6 @@ def from_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
 
 
 def to_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
-    """The inverse of `from_jax`."""
     if tensor.ndim == 4:
         return tensor.permute(2, 3, 1, 0)
     if tensor.ndim == 2:

@@ -280,7 +280,6 @@ def to_dinov3(vit: ViT, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config(vit: ViT) -> dict[str, Any]:
-    """The config.json of a transformers model of the same network."""
     config, (kind, name), swiglu = vit.config, type_of(vit.config), vit.config.mlp == "swiglu"
     about: dict[str, Any] = {
         "architectures": [name],

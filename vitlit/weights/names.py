@@ -77,7 +77,6 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
 
 
 def split(state: Mapping[str, Tensor], whole: str, parts: Sequence[str]) -> dict[str, Tensor]:
-    """The inverse of `fuse`."""
     pattern = re.compile(rf"(.+\.){re.escape(whole)}\.(weight|bias)")
     apart: dict[str, Tensor] = {}
     for name, tensor in state.items():
