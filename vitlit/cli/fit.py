@@ -28,6 +28,7 @@ from vitlit.data.splits import Splits
 from vitlit.doctor import origin
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
+from vitlit.optim import table
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import trusted, with_public_paths
@@ -75,10 +76,12 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 class Begin(Callback):
-    """Print what is trained, and write the config into the run's folder, if one is kept: all checks have passed."""
+    """All checks have passed: print what is trained, log the `resolved` config, and record the run, if one is kept."""
 
-    def __init__(self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any]) -> None:
-        self.line, self.folder, self.config = line, folder, config
+    def __init__(
+        self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any], resolved: dict[str, Any]
+    ) -> None:
+        self.line, self.folder, self.config, self.resolved = line, folder, config, resolved
         self.begun = False  # on this rank
 
     def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
@@ -97,9 +100,18 @@ class Begin(Callback):
             self.folder.begin(self.config)
             self.folder.command_begins(origin(self.line.words))
             self.begun = True
-            for logger in trainer.loggers:
-                if isinstance(logger, Wandb):
-                    self.folder.keep_wandb_id(str(logger.version))
+
+    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        print(table(trainer.optimizers[0]), flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSV):
+                logger.cut(trainer.global_step - 1)  # the rows after it will be logged again; Lightning counts from 0
+            elif isinstance(logger, Wandb):
+                self.folder.keep_wandb_id(str(logger.version))
+                logger.log_config(self.resolved)
+                logger.log_classes(trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.folder is not None and self.begun:
@@ -177,10 +189,11 @@ class CLI(LightningCLI):
         if fitting:
             folder = self.folder if self.keeps else None
             speed = callbacks.Throughput(self.folder.options.peak_tflops)
-            self.callbacks += [callbacks.NonFinite(), speed, Begin(self.line, folder, recorded)]
+            begin = Begin(self.line, folder, recorded, self.plain(self.config))
+            self.callbacks += [callbacks.NonFinite(), speed, begin]
         if self.keeps:
             completion.check_idle(config.data, self.line.content)
-            self.callbacks += [callbacks.Tracking(self.plain(self.config)), callbacks.Mistakes()]
+            self.callbacks.append(callbacks.Mistakes())
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
         if config.ckpt_path:
