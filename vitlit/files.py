@@ -20,11 +20,7 @@ MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bom
 
 
 def expand(path: str | Path) -> str:
-    """A path as the user means it: ~ and environment variables are replaced, URLs are left alone.
-
-    Raises:
-        UserError: there is no such user or variable, or no file system takes such a path.
-    """
+    """A path with ~ and environment variables replaced; UserError if there are none such, or it is too long."""
     text = os.fspath(path)
     if "://" in text or text.startswith("hf:"):
         return text

@@ -26,7 +26,8 @@ from vitlit.model.sizes import parse_preset
 class ViT(nn.Module):
     """The Vision Transformer: images (B, C, H, W) -> logits (B, num_classes), or features (B, D) without a head.
 
-    The forward pass is `embed` -> `encode` -> `pool` -> `head`, each callable alone.
+    The forward pass is `embed` -> `encode` -> `pool` -> `head`, each callable alone. Options out of range, options that
+    contradict each other and a patch size that does not divide the image raise UserError.
 
     Args:
         *values, **options: the fields of `ViTConfig`, in order or by name.
@@ -38,9 +39,6 @@ class ViT(nn.Module):
         positioned: how many of these have a learned position.
         classes: class names in the order of the logits; `vitlit.load` sets them.
         preprocess: turns image files into input; `vitlit.load` sets it.
-
-    Raises:
-        UserError: an option is out of range, two contradict each other, or the patch size does not divide the image.
     """
 
     def __init__(self, *values: Any, **options: Any) -> None:
@@ -79,15 +77,12 @@ class ViT(nn.Module):
 
     @staticmethod
     def from_preset(preset: str, image_size: int | tuple[int, int] = 224, **options: Any) -> "ViT":
-        """Build a ViT from its name in the paper's notation.
+        """Build a ViT from its name in the paper's notation; UserError for another name, and for options that it fixes.
 
         Args:
             preset: SIZE/PATCH, such as B/16: sizes Ti S M B L So400m H g G, any patch size.
             image_size: pixels, an int or (height, width).
             **options: the other fields of `ViTConfig`, such as num_classes.
-
-        Raises:
-            UserError: the preset is not of that form, the size is unknown, or an option is the preset's.
         """
         # Written out, so that jsonargparse sees which fields are left for **options.
         (width, depth, mlp_dim, heads), patch = parse_preset(preset)

@@ -54,9 +54,9 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer over the trainable parameters of a module, in groups with their own lr and weight_decay.
 
-    Each of these parameters must be in a layer (`ViT.layers`). Layer decay acts on embed and blocks.N; all other layers
-    learn at the full rate. `lr_scale` is a factor of every learning rate. On a GPU, torch's fused Adam, AdamW and SGD
-    are taken unless `make` says foreach or fused. `Muon` gets the matrices of the blocks in groups of their own.
+    Each must be in a layer (`ViT.layers`), of which layer decay acts on embed and blocks.N. `lr_scale` is a factor of
+    every learning rate. On a GPU, Adam, AdamW and SGD are torch's fused ones unless `make` says foreach or fused.
+    `Muon` gets the matrices of the blocks in groups of their own.
     """
     try:
         probe = make([{"params": [torch.zeros(1, 1)], "layers": ["head"]}])
