@@ -19,7 +19,7 @@ from vitlit.model.block import Block, PatchEmbed, new_norm
 from vitlit.model.config import Resampling, ViTConfig
 from vitlit.model.heads import AttentionPool, new_head
 from vitlit.model.init import init_weights
-from vitlit.model.position import resample, rotary2d, sincos2d
+from vitlit.model.position import Grid, resample, rotary2d, sincos2d
 from vitlit.model.sizes import parse_preset
 
 
@@ -139,7 +139,7 @@ class ViT(nn.Module):
             prefix.append(self.reg_token)
         return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
-    def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None, keep: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, grid: Grid | None = None, keep: Tensor | None = None) -> Tensor:
         """The norm before the blocks if there is one, the blocks, the final norm: (B, S + N, D) -> (B, S + N, D).
 
         Args:
@@ -176,7 +176,7 @@ class ViT(nn.Module):
         pooled = self.pool(tokens)
         return self.head(pooled), distilled, pooled
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+    def grid_of(self, height: int, width: int) -> Grid:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""
         patch, dropped = self.patch_size, self.config.partial_patches == "drop"
         if dropped and min(height, width) < patch:
@@ -186,7 +186,7 @@ class ViT(nn.Module):
             raise UserError(f"patch size {patch} does not divide the image size {height} x {width}; {near} would do")
         return height // patch, width // patch
 
-    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+    def positions(self, grid: Grid) -> Tensor | None:
         """The positions that `embed` adds for a patch grid, (1, positioned + N, D), or None."""
         if self.pos_embed is None or grid == self.grid:
             return self.pos_embed
