@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
 from vitlit.cli import completion
-from vitlit.cli.arguments import HELP, CommandLine, build, check_groups, expand_paths
+from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths, opening
 from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
@@ -133,7 +133,7 @@ class CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={line.command: HELP[line.command]},
+            parser_kwargs={line.command: opening(line.command)},
             subclass_mode_model=True,
             args=line.arguments,
             auto_configure_optimizers=False,
