@@ -308,14 +308,11 @@ def processor(preprocess: Preprocess) -> dict[str, Any]:
     tall, broad = (math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width))
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
         "size": {"height": tall, "width": broad} if preprocess.squash else {"shortest_edge": min(tall, broad)},
         "resample": RESAMPLE[preprocess.interpolation],
-        "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
     }
