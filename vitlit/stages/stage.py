@@ -255,11 +255,9 @@ class Stage(LightningModule):
 
     @not_compiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return self._measure("val", batch, self.step(batch))
+        return self._measure("test" if self.trainer.testing else "val", batch, self.step(batch))
 
-    @not_compiled
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return self._measure("test", batch, self.step(batch))
+    test_step = validation_step
 
     @torch.compiler.disable
     def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Any]:
@@ -285,11 +283,7 @@ class Stage(LightningModule):
 
     # Checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        save(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        restore(self, checkpoint)
+    on_save_checkpoint, on_load_checkpoint = save, restore
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
