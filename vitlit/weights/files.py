@@ -57,14 +57,9 @@ class Contents(NamedTuple):
         """The content of a JSON file in the same folder, empty if there is none."""
         file = self.path.parent / name
         try:
-            content = json.loads(file.read_text()) if file.is_file() else {}
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} holds no JSON object")
-        return content
+            return dict(json.loads(file.read_text())) if file.is_file() else {}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{file} is not JSON, or cannot be read: {error}") from error
 
 
 def locate(source: str | Path) -> Path:
