@@ -142,10 +142,7 @@ class ViT(nn.Module):
     def encode(self, tokens: Tensor, grid: Grid | None = None, keep: Tensor | None = None) -> Tensor:
         """The norm before the blocks if there is one, the blocks, the final norm: (B, S + N, D) -> (B, S + N, D).
 
-        Args:
-            tokens: the result of `embed`.
-            grid: the images' patch grid, for position rope; by default the model's own.
-            keep: the indices given to `embed`, for position rope.
+        Position rope needs the images' patch `grid`, by default the model's own, and the `keep` that `embed` was given.
         """
         rotary = None
         if self.position == "rope":
@@ -206,10 +203,8 @@ class ViT(nn.Module):
     def set_head(self, kind: Literal["pretrain", "finetune"], num_classes: int, hidden_dim: int | None = None) -> None:
         """Replace the head (2010.11929, section 3.1), and the distillation token's if there is one.
 
-        Args:
-            kind: pretrain is Linear, tanh, Linear; finetune is one zero-initialised Linear.
-            num_classes: outputs; 0 removes the head, and `vit(images)` gives the features.
-            hidden_dim: hidden units of the pretraining head; by default the width.
+        pretrain is Linear, tanh, Linear, with `hidden_dim` units between, by default the width; finetune is one
+        zero-initialised Linear. 0 classes remove the head, and `vit(images)` gives the features.
         """
         if kind not in ("pretrain", "finetune"):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")

@@ -79,10 +79,7 @@ def connect(host: bool) -> Any:
 
 
 def receive(key: str) -> Decision:
-    """Ask for rank 0's decision by drawing a number, under which it is then found.
-
-    torchrun's store outlives restarts. A number is new in every attempt, so no decision of an earlier one is read.
-    """
+    """Draw a number, under which rank 0 answers: torchrun's store outlives an attempt, a number is new in each."""
     store = connect(host=False)
     sender, decision = json.loads(store.get(f"{key}/{store.add(f'{key}/asked', 1)}"))
     store.add(f"{key}/received/{sender}", 1)
