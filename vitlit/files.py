@@ -20,11 +20,7 @@ MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bom
 
 
 def expand(path: str | Path) -> str:
-    """A path as the user means it: ~ and environment variables are replaced, URLs are left alone.
-
-    Raises:
-        UserError: there is no such user or variable, or no file system takes such a path.
-    """
+    """A path with ~ and environment variables replaced; UserError if there are none such, or it is too long."""
     text = os.fspath(path)
     if "://" in text or text.startswith("hf:"):
         return text
@@ -56,6 +52,15 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """UserError with a remedy where the block fails to write a path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,5 @@ from vitlit.callbacks.predictions import Predictions
 from vitlit.callbacks.probes import Probes
 from vitlit.callbacks.progress import Bar, Lines
 from vitlit.callbacks.throughput import Throughput
-from vitlit.callbacks.tracking import Tracking
 
-__all__ = ["EMA", "Bar", "Lines", "Mistakes", "NonFinite", "Predictions", "Probes", "Throughput", "Tracking"]
+__all__ = ["EMA", "Bar", "Lines", "Mistakes", "NonFinite", "Predictions", "Probes", "Throughput"]

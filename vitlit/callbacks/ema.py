@@ -39,12 +39,10 @@ class EMA(WeightAveraging):
     """After every step, average <- decay x average + (1 - decay) x weights, with Lightning's WeightAveraging.
 
     `val/*` and the checkpoints hold the average; `val/*_raw` measure the trained weights, which last.ckpt holds too.
+    A decay that is not in [0, 1) and trained weights that are not float32 raise UserError.
 
     Args:
         decay: the share of the average that a step keeps; 0.9999 averages over about the last 10,000 steps.
-
-    Raises:
-        UserError: the decay is not in [0, 1), or the trained weights are not float32.
     """
 
     _average_model: Any

@@ -21,12 +21,9 @@ MOST = 1000  # losses that are kept
 class NonFinite(Callback):
     """Stop when a loss, a gradient or a weight is not finite, and warn after training if the loss rose.
 
-    Losses and the gradients' norms stay on the device. They are read when losses are logged, before a checkpoint is
-    written and after a thousand of them, so no other step waits for the GPU. With trainer.precision 16-mixed gradients
-    are not tested: the scaler does, and skips such a step.
-
-    Raises:
-        UserError: something is not finite. It names the step, its images and the last good checkpoint.
+    The UserError names the step, its images and the last good checkpoint. Losses and the gradients' norms stay on the
+    device until losses are logged, a checkpoint is written or there are a thousand, so no other step waits for the GPU.
+    With trainer.precision 16-mixed gradients are not tested: the scaler does, and skips such a step.
     """
 
     def __init__(self) -> None:
@@ -105,10 +102,7 @@ def first_nonfinite(values: list[tuple[int, Tensor]]) -> int:
 
 
 def norm(values: Iterable[Tensor]) -> Tensor:
-    """The norm of the tensors, a scalar on their device; of a sharded tensor, this rank's.
-
-    It is finite if all elements are, unless they are so large that training has failed anyway.
-    """
+    """The norm of the tensors, of sharded ones this rank's: finite if all elements are, unless they are huge."""
     parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
     norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitlit.data.index import Index
 from vitlit.errors import UserError
-from vitlit.files import whole_file
+from vitlit.files import whole_file, writing
 
 
 class Predictions(Callback):
@@ -22,17 +22,15 @@ class Predictions(Callback):
         if out.is_dir():
             raise UserError(f"cannot write {out}: it is a folder; give another --out")
         self.out, self.index, self.classes = out, index, classes
-        self.written = 0
+        self.bad = out.with_name(f"{out.stem}-bad.csv")  # where the data module is to list what it cannot read
         self._rows: list[Tensor] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        try:  # now, not when all is predicted
+        with writing(self.out, "give another --out"):  # now, not when all is predicted
             self.out.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.out.parent).close()
-        except OSError as error:
-            raise UserError(f"cannot write {self.out}: {error.strerror}; give another --out") from error
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if outputs.ndim == 1:
@@ -47,10 +45,14 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         rows = rows[rows[:, 0] >= 0]  # -1 where data.on_bad_image skipped an image
-        self.written = len(rows)
         head = ["path", "number"] if rows.shape[1] == 2 else ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
         write_csv(self.out, head, map(self._cells, rows.tolist()))
+        left = len(self.index) - len(rows)
+        beside = f"; {left:,} could not be read, see {self.bad}" if left else ""
+        if not len(rows):
+            raise UserError(f"{self.out} is empty{beside}")
+        print(f"{self.out}: {len(rows):,} images{beside}")
 
     def _cells(self, row: list[float]) -> list[str]:
         index, *pairs = row

@@ -18,14 +18,11 @@ WARM_UP = 3  # steps: a compiler works in the first, and CUDA graphs are recorde
 class Throughput(Callback):
     """Log speed, waiting for data, the use of the device and its memory with each loss.
 
-    train/images_per_second is that of all devices. train/data_wait is the share of time spent waiting for data: between
-    two batches, and before an epoch's first. On a GPU, where the host runs ahead, it is the time that the device idles
-    between events in its own queue, including the copy of the batch to the device. train/mfu is the share of the
-    devices' peak that the model's own matrix products take (2204.02311, appendix B); see `flop_of_step`. It is logged
-    where the peak is known. train/memory_gib is the most memory of this process so far: torch's on a GPU, else all.
-
-    The first three steps, validation and saving do not count. List it after callbacks that save checkpoints in
-    `on_train_batch_start`.
+    train/images_per_second is that of all devices. train/data_wait is the share of time spent waiting for data; on a
+    GPU, where the host runs ahead, the time that the device idles between batches, their copy to it included. train/mfu
+    is the share of the devices' peak, where that is known, that the model's own matrix products take (2204.02311,
+    appendix B). train/memory_gib is the most memory of this process so far: torch's on a GPU, else all. The first three
+    steps, validation and saving do not count, if callbacks that save in `on_train_batch_start` are listed before.
 
     Args:
         peak_tflops: of one device, dense, in the precision of the training; by default that of NVIDIA's data sheet.
@@ -52,11 +49,10 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, *_: Any) -> None:
         self._interrupted = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._interrupted = True
+    on_save_checkpoint: Any = on_validation_end
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._interrupted or trainer.global_step <= self._warm:

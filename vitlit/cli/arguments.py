@@ -15,16 +15,12 @@ from vitlit.run.config import check_class_paths, read_config, told_to_trust, wit
 
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 
-# What opens a command's help, before all keys.
-HELP = {
-    "fit": {"usage": "vitlit fit --config CONFIG [--KEY VALUE ...]"},
-    "validate": {"usage": "vitlit validate RUN [--KEY VALUE ...]"},
-    "test": {"usage": "vitlit test RUN [--KEY VALUE ...]"},
-    "predict": {
-        "usage": "vitlit predict RUN PHOTOS... [--out FILE.csv] [--KEY VALUE ...]",
-        "description": "Classify PHOTOS: images, or folders searched to their depth.",
-    },
-}
+
+def opening(command: str) -> dict[str, str]:
+    """What opens a command's help, before all keys."""
+    takes = {"fit": "--config CONFIG", "predict": "RUN PHOTOS... [--out FILE.csv]"}.get(command, "RUN")
+    about = {"description": "Classify PHOTOS: images, or folders searched to their depth."}
+    return {"usage": f"vitlit {command} {takes} [--KEY VALUE ...]"} | (about if command == "predict" else {})
 
 
 class CommandLine:
@@ -67,7 +63,6 @@ class CommandLine:
         self.arguments = [command, *(part for path in paths for part in ("--config", path)), *flags]
 
     def seconds(self) -> float:
-        """How long ago the command was given."""
         return time.monotonic() - self.began
 
 

@@ -76,7 +76,6 @@ def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: P
 
 
 def as_lists(value: Any) -> Any:
-    """A value with its tuples as lists."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -11,7 +11,6 @@ CLUSTER = "cluster"  # the folder of scripts among the configs
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit config [NAME]`"""
     if not arguments or arguments[0] in ("-h", "--help"):
         about = "vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n"
         print(about, *shipped(), sep="\n  ")
@@ -30,13 +29,11 @@ def configs() -> Path:
 
 
 def shipped() -> list[str]:
-    """Names of the shipped configs."""
     found = (path.relative_to(configs()).with_suffix("") for path in configs().rglob("*.yaml"))
     return sorted(str(name) for name in found if name.parts[0] != CLUSTER)
 
 
 def scripts() -> dict[str, Path]:
-    """The shipped cluster scripts by name."""
     return {f"{CLUSTER}/{path.stem}": path for path in sorted((configs() / CLUSTER).iterdir())}
 
 

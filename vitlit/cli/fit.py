@@ -15,37 +15,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit import callbacks
-from vitlit.cli.arguments import HELP, CommandLine, build, check_groups, expand_paths
-from vitlit.cli.completion import (
-    check_idle,
-    config_warnings,
-    fill_config,
-    fill_labels,
-    fill_loggers,
-    fill_size,
-    starting_weights,
-)
+from vitlit.cli import completion
+from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths, opening
 from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
-from vitlit.cli.trainer import (
-    Trainer,
-    check_length,
-    check_monitors,
-    check_trainer,
-    fill_folders,
-    fill_modes,
-    listed,
-    measured,
-    monitor,
-)
+from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, fill_folders, listed, monitor
 from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.doctor import origin
 from vitlit.errors import UserError
 from vitlit.loggers import CSV, Wandb
+from vitlit.optim import table
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import trusted, with_public_paths
@@ -57,7 +40,6 @@ from vitlit.weights import locate
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run fit, validate, test or predict and return the exit code."""
     show_asked()
     check_environment()
     if "VITLIT_TRUST" in os.environ and "" not in sys.path:
@@ -94,10 +76,12 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 class Begin(Callback):
-    """Print what is trained, and write the config into the run's folder, if one is kept: all checks have passed."""
+    """All checks have passed: print what is trained, log the `resolved` config, and record the run, if one is kept."""
 
-    def __init__(self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any]) -> None:
-        self.line, self.folder, self.config = line, folder, config
+    def __init__(
+        self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any], resolved: dict[str, Any]
+    ) -> None:
+        self.line, self.folder, self.config, self.resolved = line, folder, config, resolved
         self.begun = False  # on this rank
 
     def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
@@ -114,17 +98,26 @@ class Begin(Callback):
         )
         if self.folder is not None:
             self.folder.begin(self.config)
-            self.folder.history.begin(origin(self.line.words))
+            self.folder.command_begins(origin(self.line.words))
             self.begun = True
-            for logger in trainer.loggers:
-                if isinstance(logger, Wandb):
-                    self.folder.keep_wandb_id(str(logger.version))
+
+    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        print(table(trainer.optimizers[0]), flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSV):
+                logger.cut(trainer.global_step - 1)  # the rows after it will be logged again; Lightning counts from 0
+            elif isinstance(logger, Wandb):
+                self.folder.keep_wandb_id(str(logger.version))
+                logger.log_config(self.resolved)
+                logger.log_classes(trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.folder is not None and self.begun:
             ended = str(exception) or type(exception).__name__
             with suppress(OSError, UserError):  # the exception says more
-                self.folder.history.end(trainer.global_step, self.line.seconds(), ended)
+                self.folder.command_ends(trainer.global_step, self.line.seconds(), ended)
 
 
 class CLI(LightningCLI):
@@ -140,7 +133,7 @@ class CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={line.command: HELP[line.command]},
+            parser_kwargs={line.command: opening(line.command)},
             subclass_mode_model=True,
             args=line.arguments,
             auto_configure_optimizers=False,
@@ -173,9 +166,10 @@ class CLI(LightningCLI):
         self.parser.add_instantiator(build, object)  # after Lightning's own, of model and data
         config, fitting = self.config[self.subcommand], self.subcommand == "fit"
         check_groups(config)
-        fill_modes(config.trainer.callbacks, self.line.gives_mode)
+        if fitting:
+            check_trainer(config.trainer, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
-        fill_size(config, self.line.content)
+        completion.fill_size(config, self.line.content)
         recorded = self.plain(self.config)
         if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
             own = self.folder.last.parent / f"{config.ckpt_path}.ckpt"
@@ -185,25 +179,26 @@ class CLI(LightningCLI):
             fill_folders(config.trainer, self.folder)
         elif not config.ckpt_path:
             config.ckpt_path = str(locate(self.folder.path))
-        fill_labels(config)
+        completion.fill_labels(config)
         data = config.data
         self.splits = Splits(data.root, parse_share(data.holdout), data.manifest, data.labels)
-        self.weights = starting_weights(config, fitting)
-        fill_config(config, self.weights, self.splits)
+        self.weights = completion.starting_weights(config, fitting)
+        completion.fill_config(config, self.weights, self.splits)
         self.splits.photos = self.line.photos
         self.callbacks: list[Any] = []
         if fitting:
             folder = self.folder if self.keeps else None
             speed = callbacks.Throughput(self.folder.options.peak_tflops)
-            self.callbacks += [callbacks.NonFinite(), speed, Begin(self.line, folder, recorded)]
+            begin = Begin(self.line, folder, recorded, self.plain(self.config))
+            self.callbacks += [callbacks.NonFinite(), speed, begin]
         if self.keeps:
-            check_idle(config.data, self.line.content)
-            self.callbacks += [callbacks.Tracking(self.plain(self.config)), callbacks.Mistakes()]
+            completion.check_idle(config.data, self.line.content)
+            self.callbacks.append(callbacks.Mistakes())
         else:  # evaluation needs neither the training's loggers nor its callbacks
             config.trainer.logger, config.trainer.callbacks = False, None
         if config.ckpt_path:
             config.model.init_args.init_from = None  # it may be gone by now
-        fill_loggers(config, self.folder)
+        completion.fill_loggers(config, self.folder)
 
     def plain(self, config: Namespace) -> dict[str, Any]:
         """A config as plain values, without what is not a setting of the run."""
@@ -223,7 +218,6 @@ class CLI(LightningCLI):
     def decide(self, recorded: dict[str, Any]) -> None:
         """Begin the run, continue it, or say that it is complete. Rank 0 decides for all."""
         config = self.config.fit
-        check_trainer(config.trainer)
         try:
             decided = None if rank() else self.decided(recorded)
         except UserError:
@@ -253,16 +247,15 @@ class CLI(LightningCLI):
             raise UserError(f"data.root {root} does not exist, and {error}") from error
         if root == DIGITS and decision.action != "finished" and not Path(root).exists():
             if decision.action == "begin":
-                starting_weights(config, fitting=True)  # nothing is written if they are missing
+                completion.starting_weights(config, fitting=True)  # nothing is written if they are missing
             write("digits", Path(root))
         return decision
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         self.datamodule.splits = self.splits
         self.model.weights = self.weights
-        trainer = self.config[self.subcommand].trainer
-        bar, terminal = trainer.enable_progress_bar is not False, sys.stdout.isatty()
-        own = listed(self.config_init[self.subcommand].trainer.callbacks)
+        trainer = self.config_init[self.subcommand].trainer
+        bar, terminal, own = trainer.enable_progress_bar is not False, sys.stdout.isatty(), listed(trainer.callbacks)
         if any(isinstance(callback, ProgressBar) for callback in own):
             terminal = True  # the user's bar, off a terminal too, in place of vitlit's
         elif bar:
@@ -271,39 +264,28 @@ class CLI(LightningCLI):
             # Where an objective measures nothing but its loss, features tell whether it learns.
             if len(self.model.measured) == 1 and not any(isinstance(each, callbacks.Probes) for each in own):
                 self.callbacks.append(callbacks.Probes())
-            known = measured(self.model, [*self.callbacks, *own], self.datamodule)
-            self.callbacks[:0] = self.checkpoint_callbacks(*monitor(self.model, self.folder.options.monitor, known))
+            options, checkpoints = self.folder.options, self.folder.best.parent
+            metric, mode = monitor(self.model, options.monitor, [*self.callbacks, *own], self.datamodule)
+            until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
+            last = Last(checkpoints, options.keep_every)
+            self.callbacks[:0] = [Interrupt(last, until, options.save_minutes), Best(checkpoints, metric, mode), last]
         elif self.subcommand == "predict":
-            self.callbacks.append(self.prediction_writer())
+            out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
+            writer = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
+            self.datamodule.bad_photos = writer.bad
+            if rank() == 0 and writer.bad.is_file():  # left by an earlier prediction
+                writer.bad.unlink()
+            self.callbacks.append(writer)
         elif self.subcommand != "fit":
             checkpoint = self.config[self.subcommand].ckpt_path
             self.callbacks.append(Evaluated(self.line.command, self.folder.path, checkpoint, self.line.words))
         self.trainer_defaults["callbacks"] = self.callbacks
         return super().instantiate_trainer(
-            logger=self.loggers() if self.keeps else False,
+            logger=[*map(harmless, trainer.logger), CSV(self.folder.path)] if self.keeps else False,
             default_root_dir=str(self.folder.path),
             enable_progress_bar=bar and terminal,
             enable_checkpointing=self.keeps,
         )
-
-    def loggers(self) -> list[Any]:
-        return [*map(harmless, self.config_init.fit.trainer.logger), CSV(self.folder.path)]
-
-    def checkpoint_callbacks(self, metric: str, mode: str) -> list[Any]:
-        """The callbacks that save checkpoints, and that stop a run after saving one."""
-        options, folder = self.folder.options, self.folder.best.parent
-        last = Last(folder, options.keep_every)
-        until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)
-        return [Interrupt(last, until, options.save_minutes), Best(folder, metric, mode), last]
-
-    def prediction_writer(self) -> callbacks.Predictions:
-        """The callback that writes the predictions; unreadable photos are listed in a file beside them."""
-        out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
-        self.predictions = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
-        self.datamodule.bad_photos = bad = out.with_name(f"{out.stem}-bad.csv")
-        if rank() == 0 and bad.is_file():  # left by an earlier prediction
-            bad.unlink()
-        return self.predictions
 
     def after_instantiate_classes(self) -> None:
         # Before other processes start: a process that fails may end this one before it has printed why.
@@ -315,7 +297,7 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
-            for warning in config_warnings(self.config.fit, self.line.content):
+            for warning in completion.config_warnings(self.config.fit, self.line.content):
                 rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def _set_seed(self) -> None:
@@ -328,17 +310,9 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:
             step, result = self.trainer.global_step, best(self.trainer, self.folder)
-            self.folder.history.end(step, self.line.seconds(), ending(self.trainer), best=result)
+            self.folder.command_ends(step, self.line.seconds(), ending(self.trainer), best=result)
             self.folder.finish(step)
             print_summary(self.trainer, self.folder, self.datamodule)
-
-    def after_predict(self) -> None:
-        writer = self.predictions
-        left = len(writer.index) - writer.written
-        beside = f"; {left:,} could not be read, see {self.datamodule.bad_photos}" if left else ""
-        if self.trainer.is_global_zero and not writer.written:
-            raise UserError(f"{writer.out} is empty{beside}")
-        rank_zero_only(print)(f"{writer.out}: {writer.written:,} images{beside}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}  # execute nothing

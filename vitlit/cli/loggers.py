@@ -1,7 +1,7 @@
 """Loggers whose failure does not end a training."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial
 from typing import Any
 
 from vitlit.errors import UserError
@@ -15,23 +15,19 @@ def harmless(logger: Any) -> Any:
     """A logger whose first failure is a warning, after which it is left out: metrics.csv has the numbers."""
     failed: list[Exception] = []
 
-    def guard(method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if failed:
-                return None
-            try:
-                return method(*args, **kwargs)
-            except (UserError, Interrupted):  # a mistake in its settings, or a signal
-                raise
-            except Exception as error:
-                failed.append(error)
-                name, why = type(logger).__name__, " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"vitlit: warning: {name} failed ({why}) and is left out from here", flush=True)
-
-        return guarded
+    def guarded(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if failed:
+            return None
+        try:
+            return method(*args, **kwargs)
+        except (UserError, Interrupted):  # a mistake in its settings, or a signal
+            raise
+        except Exception as error:
+            failed.append(error)
+            name, why = type(logger).__name__, " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"vitlit: warning: {name} failed ({why}) and is left out from here", flush=True)
 
     for name in (*METHODS, *OURS):
         if hasattr(logger, name):
-            setattr(logger, name, guard(getattr(logger, name)))
+            setattr(logger, name, partial(guarded, getattr(logger, name)))
     return logger

@@ -81,7 +81,6 @@ def stdout_is_closed() -> bool:
 
 
 def run_command(argv: list[str]) -> int:
-    """Run a command, or print the help or the version."""
     if argv[:1] in ([], ["-h"], ["--help"], ["help"]) or set(argv[:2]) <= {"-h", "--help", "benchmark"}:
         print(HELP, end="")
         return 0
@@ -106,7 +105,6 @@ def run_command(argv: list[str]) -> int:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Import what a command needs, and run it."""
     command, arguments = argv[0], argv[1:]
     if command in STAGES:
         # OpenMP threads that spin while they wait take the cores from data workers: a step takes ten times as long.

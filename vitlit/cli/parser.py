@@ -111,7 +111,6 @@ OBJECTIVES.remove(Objective.__name__)
 
 
 def class_names() -> dict[str, str]:
-    """The classes that a config usually names."""
     # The modules are imported for jsonargparse too, which finds only classes that are loaded.
     names = [name for module in (optim, callbacks, averaging, augment) for name in dir(module)]
     names += [*OBJECTIVES, *(stage.__name__ for stage in Stage.__subclasses__())]

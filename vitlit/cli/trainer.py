@@ -76,35 +76,24 @@ class Trainer(LightningTrainer):
         callbacks: Any = self.callbacks  # type: ignore[attr-defined]
         check_callbacks(callbacks)
         skip_empty_hooks(callbacks)
+        sharded = isinstance(self.strategy, FSDP2)
         for callback in callbacks:
-            if (
-                isinstance(self.strategy, FSDP2)
-                and isinstance(callback, WeightAveraging)
-                and not isinstance(callback, EMA)
-            ):
+            if sharded and isinstance(callback, WeightAveraging) and not isinstance(callback, EMA):
                 name = type(callback).__name__
                 raise UserError(f"trainer.strategy fsdp2 does not work with {name}; use vitlit.callbacks.EMA")
             if isinstance(callback, Timer) and callback.time_remaining() is not None:
                 raise UserError("Timer's duration would end the run as if it were complete; use run.time_limit")
-        if isinstance(self.strategy, FSDP2):
-            if self.precision in ("16-mixed", "16-true"):
-                remedy = "use bf16-mixed, or 32-true where the GPU has no bf16"
-                raise UserError(f"trainer.strategy fsdp2 does not work with precision {self.precision}; {remedy}")
-        elif isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        if sharded and self.precision in ("16-mixed", "16-true"):
+            remedy = "use bf16-mixed, or 32-true where the GPU has no bf16"
+            raise UserError(f"trainer.strategy fsdp2 does not work with precision {self.precision}; {remedy}")
+        if isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy) and not sharded:
             remedy = "give ddp, or fsdp2 where the model is too large for one device"
             raise UserError(f"trainer.strategy {type(self.strategy).__name__} is not supported; {remedy}")
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
             self.strategy.checkpoint_io = Files()
 
 
-STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
+STEP_HOOKS = [name for name in vars(Callback) if name.startswith(("on_train_batch_", "on_before_", "on_after_"))]
 
 
 def skip_empty_hooks(callbacks: list[Any]) -> None:
@@ -181,30 +170,29 @@ def check_monitors(trainer: LightningTrainer, stage: Stage, data: Any) -> None:
             raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")
 
 
-def check_trainer(config: Namespace) -> None:
-    """Refuse Trainer settings that vitlit sets itself, and training without an end."""
+def check_trainer(config: Namespace, gives_mode: bool) -> None:
+    """Refuse Trainer settings that vitlit sets itself, and training without an end; fill in modes of callbacks."""
     for key, (default, why) in FIXED.items():
         if config[key] != default:
             raise UserError(f"trainer.{key} cannot be set: {why}")
-    if config.num_nodes > 1 and not launched():
-        raise UserError(
-            f"trainer.num_nodes is {config.num_nodes}: start each node with torchrun or srun, or leave it out"
-        )
+    if (nodes := config.num_nodes) > 1 and not launched():
+        raise UserError(f"trainer.num_nodes is {nodes}: start each node with torchrun or srun, or leave it out")
     if config.devices in (0, "0"):
         raise UserError("trainer.devices is 0; give how many, or auto")
     if config.profiler == "xla" or getattr(config.profiler, "class_path", "").endswith("XLAProfiler"):
-        raise UserError(
-            "trainer.profiler: XLAProfiler is for TPUs, which vitlit does not train on; use simple or pytorch"
-        )
+        remedy = "which vitlit does not train on; use simple or pytorch"
+        raise UserError(f"trainer.profiler: XLAProfiler is for TPUs, {remedy}")
     ends = (config.max_epochs, config.max_steps)
     if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
     if 0 in ends:
         raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
+    fill_modes(config.callbacks, gives_mode)
 
 
-def monitor(stage: Stage, given: str | None, known: dict[str, str]) -> tuple[str, str]:
+def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any) -> tuple[str, str]:
     """The metric of the best checkpoint, run.monitor or the first that is known, and its best value: min or max."""
+    known = measured(stage, callbacks, data)
     name = given or next(iter(known))
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):

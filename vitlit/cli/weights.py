@@ -8,8 +8,8 @@ import torch
 
 from vitlit.errors import CommandParser, UserError
 from vitlit.model import SIZES, ViTConfig
-from vitlit.weights.averaged import Choice
 from vitlit.weights.door import empty, load, read
+from vitlit.weights.files import Choice
 from vitlit.weights.save import Format, save_weights
 from vitlit.weights.weights import Weights, in_words
 
@@ -33,7 +33,6 @@ SIZE = ("image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "num_c
 
 
 def run(arguments: list[str]) -> int:
-    """Run `show` or `convert` and return the exit code."""
     parser = CommandParser("vitlit weights", HELP)
     parser.add_argument("what", choices=("show", "convert"))
     parser.add_argument("file", metavar="FILE")

@@ -5,8 +5,7 @@ import io
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit.errors import UserError
-from vitlit.files import whole_file
+from vitlit.files import whole_file, writing
 
 Row = dict[str, str]
+MAKE_ROOM = "the checkpoints are whole: make room, and the same command continues from them"
 
 
 class CSV(Logger):
@@ -56,7 +56,7 @@ class CSV(Logger):
             self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])
             return
         line = _line([row.get(name, "") for name in self._columns])
-        with _writing(self.path), self.path.open("r+b") as file:
+        with writing(self.path, MAKE_ROOM), self.path.open("r+b") as file:
             self._start = file.seek(self._start) if same else file.seek(0, os.SEEK_END)
             file.write(line)
             file.truncate()
@@ -83,21 +83,12 @@ class CSV(Logger):
 
     def _write(self, columns: list[str], rows: list[Row]) -> None:
         lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]
-        with _writing(self.path):
+        with writing(self.path, MAKE_ROOM):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as partial:
                 partial.write_bytes(b"".join(lines))
         self._columns, self._last = columns, rows[-1] if rows else {}
         self._start = sum(map(len, lines[:-1]))
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        remedy = "the checkpoints are whole: make room, and the same command continues from them"
-        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
 def _cell(value: Any) -> str:

@@ -10,14 +10,13 @@ from vitlit.errors import UserError
 class TensorBoard(TensorBoardLogger):
     """TensorBoard's event files, to which a continued run adds; `tensorboard --logdir runs` shows all runs by name.
 
+    UserError if tensorboard is not installed.
+
     Args:
         save_dir: the files go to `save_dir/name`; by default into the run's folder, else the working directory.
         name: the folder of the files.
         version: a folder below it; by default none.
         prefix: of the names of metrics.
-
-    Raises:
-        UserError: tensorboard is not installed.
     """
 
     def __init__(

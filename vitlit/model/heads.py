@@ -38,16 +38,12 @@ class AttentionPool(nn.Module):
 
 
 def new_head(width: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
-    """A head, (B, width) -> (B, num_classes), whose output layer starts at zero; nothing for 0 classes.
-
-    Linear, tanh, Linear; without a hidden_dim, for finetuning, one Linear. The hidden layer starts Xavier-uniform, in
-    google-research's programs LeCun-normal (flax's default), whose std is the same if hidden_dim is the width.
-    """
+    """A head, (B, width) -> (B, num_classes), that gives zeros at first: Linear, tanh, Linear, or one Linear."""
     if num_classes == 0:
         return nn.Identity()
     if hidden_dim is not None:
         hidden = nn.Linear(width, hidden_dim)
-        nn.init.xavier_uniform_(hidden.weight)
+        nn.init.xavier_uniform_(hidden.weight)  # of the std of flax's default if hidden_dim is the width
         nn.init.zeros_(hidden.bias)
         output = new_head(hidden_dim, None, num_classes)
         return nn.Sequential(OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=output))

@@ -9,14 +9,11 @@ from torch.nn import functional as F
 from vitlit.model.config import Resampling
 
 Rotary = tuple[Tensor, Tensor]
+Grid = tuple[int, int]
 
 
 def resample(
-    table: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    prefix: int = 1,
-    resampling: Resampling = "antialias",
+    table: Tensor, source: Grid, target: Grid, prefix: int = 1, resampling: Resampling = "antialias"
 ) -> Tensor:
     """Resample a learned position table to another grid (2010.11929, section 3.2), in float32.
 
@@ -40,7 +37,7 @@ def resample(
     return torch.cat([table[:, :prefix], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def sincos2d(grid: tuple[int, int], width: int, convention: str) -> Tensor:
+def sincos2d(grid: Grid, width: int, convention: str) -> Tensor:
     """Fixed positions [sin x, cos x, sin y, cos y] (2205.01580, section 3.1): (1, rows * columns, D), float32.
 
     The conventions space the D / 4 frequencies 10000^-e differently: e is i / (D / 4 - 1) in big_vision (sincos2d),
@@ -54,7 +51,7 @@ def sincos2d(grid: tuple[int, int], width: int, convention: str) -> Tensor:
     return torch.cat([f(axis) for axis in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
 
 
-def rotary2d(grid: tuple[int, int], head_width: int, prefix: int, like: Tensor, keep: Tensor | None = None) -> Rotary:
+def rotary2d(grid: Grid, head_width: int, prefix: int, like: Tensor, keep: Tensor | None = None) -> Rotary:
     """Cosines and sines of DINOv3's axial rotary embedding, base 100 (2508.10104, section 3.2).
 
     A patch's centre is (y, x) in [-1, 1]. Half of a head's channel pairs rotate with y, half with x; the `prefix`

@@ -19,14 +19,15 @@ from vitlit.model.block import Block, PatchEmbed, new_norm
 from vitlit.model.config import Resampling, ViTConfig
 from vitlit.model.heads import AttentionPool, new_head
 from vitlit.model.init import init_weights
-from vitlit.model.position import resample, rotary2d, sincos2d
+from vitlit.model.position import Grid, resample, rotary2d, sincos2d
 from vitlit.model.sizes import parse_preset
 
 
 class ViT(nn.Module):
     """The Vision Transformer: images (B, C, H, W) -> logits (B, num_classes), or features (B, D) without a head.
 
-    The forward pass is `embed` -> `encode` -> `pool` -> `head`, each callable alone.
+    The forward pass is `embed` -> `encode` -> `pool` -> `head`, each callable alone. Options out of range, options that
+    contradict each other and a patch size that does not divide the image raise UserError.
 
     Args:
         *values, **options: the fields of `ViTConfig`, in order or by name.
@@ -38,9 +39,6 @@ class ViT(nn.Module):
         positioned: how many of these have a learned position.
         classes: class names in the order of the logits; `vitlit.load` sets them.
         preprocess: turns image files into input; `vitlit.load` sets it.
-
-    Raises:
-        UserError: an option is out of range, two contradict each other, or the patch size does not divide the image.
     """
 
     def __init__(self, *values: Any, **options: Any) -> None:
@@ -79,15 +77,12 @@ class ViT(nn.Module):
 
     @staticmethod
     def from_preset(preset: str, image_size: int | tuple[int, int] = 224, **options: Any) -> "ViT":
-        """Build a ViT from its name in the paper's notation.
+        """Build a ViT from its name in the paper's notation; UserError for another name, and for options that it fixes.
 
         Args:
             preset: SIZE/PATCH, such as B/16: sizes Ti S M B L So400m H g G, any patch size.
             image_size: pixels, an int or (height, width).
             **options: the other fields of `ViTConfig`, such as num_classes.
-
-        Raises:
-            UserError: the preset is not of that form, the size is unknown, or an option is the preset's.
         """
         # Written out, so that jsonargparse sees which fields are left for **options.
         (width, depth, mlp_dim, heads), patch = parse_preset(preset)
@@ -144,13 +139,10 @@ class ViT(nn.Module):
             prefix.append(self.reg_token)
         return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
-    def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None, keep: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, grid: Grid | None = None, keep: Tensor | None = None) -> Tensor:
         """The norm before the blocks if there is one, the blocks, the final norm: (B, S + N, D) -> (B, S + N, D).
 
-        Args:
-            tokens: the result of `embed`.
-            grid: the images' patch grid, for position rope; by default the model's own.
-            keep: the indices given to `embed`, for position rope.
+        Position rope needs the images' patch `grid`, by default the model's own, and the `keep` that `embed` was given.
         """
         rotary = None
         if self.position == "rope":
@@ -181,7 +173,7 @@ class ViT(nn.Module):
         pooled = self.pool(tokens)
         return self.head(pooled), distilled, pooled
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+    def grid_of(self, height: int, width: int) -> Grid:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""
         patch, dropped = self.patch_size, self.config.partial_patches == "drop"
         if dropped and min(height, width) < patch:
@@ -191,7 +183,7 @@ class ViT(nn.Module):
             raise UserError(f"patch size {patch} does not divide the image size {height} x {width}; {near} would do")
         return height // patch, width // patch
 
-    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+    def positions(self, grid: Grid) -> Tensor | None:
         """The positions that `embed` adds for a patch grid, (1, positioned + N, D), or None."""
         if self.pos_embed is None or grid == self.grid:
             return self.pos_embed
@@ -211,10 +203,8 @@ class ViT(nn.Module):
     def set_head(self, kind: Literal["pretrain", "finetune"], num_classes: int, hidden_dim: int | None = None) -> None:
         """Replace the head (2010.11929, section 3.1), and the distillation token's if there is one.
 
-        Args:
-            kind: pretrain is Linear, tanh, Linear; finetune is one zero-initialised Linear.
-            num_classes: outputs; 0 removes the head, and `vit(images)` gives the features.
-            hidden_dim: hidden units of the pretraining head; by default the width.
+        pretrain is Linear, tanh, Linear, with `hidden_dim` units between, by default the width; finetune is one
+        zero-initialised Linear. 0 classes remove the head, and `vit(images)` gives the features.
         """
         if kind not in ("pretrain", "finetune"):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")

@@ -54,9 +54,9 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer over the trainable parameters of a module, in groups with their own lr and weight_decay.
 
-    Each of these parameters must be in a layer (`ViT.layers`). Layer decay acts on embed and blocks.N; all other layers
-    learn at the full rate. `lr_scale` is a factor of every learning rate. On a GPU, torch's fused Adam, AdamW and SGD
-    are taken unless `make` says foreach or fused. `Muon` gets the matrices of the blocks in groups of their own.
+    Each must be in a layer (`ViT.layers`), of which layer decay acts on embed and blocks.N. `lr_scale` is a factor of
+    every learning rate. On a GPU, Adam, AdamW and SGD are torch's fused ones unless `make` says foreach or fused.
+    `Muon` gets the matrices of the blocks in groups of their own.
     """
     try:
         probe = make([{"params": [torch.zeros(1, 1)], "layers": ["head"]}])
@@ -85,10 +85,7 @@ def build_optimizer(
 
 
 def group_members(layers: Layers, module: nn.Module, groups: Groups, split: bool = False) -> list[dict[str, Any]]:
-    """The groups with their multiples, {params, layers, lr, weight_decay}, in the order of the layers.
-
-    `split` keeps the matrices of the blocks apart from all else, and adds `matrices`, how many a weight stacks.
-    """
+    """The groups in the order of the layers, with their multiples; `split` keeps the matrices of the blocks apart."""
     trainable = {name: (layer, p) for layer in layers for name, p in layers[layer].items() if p.requires_grad}
     in_layers = {id(parameter) for _, parameter in trainable.values()}
     for name, parameter in module.named_parameters():

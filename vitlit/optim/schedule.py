@@ -16,8 +16,8 @@ from vitlit.errors import UserError, check_types
 class Schedule:
     """Linear warm-up, a decay, and a linear cool-down to zero (big_vision, utils.py).
 
-    A length is a number of steps, or text such as "5 epochs" or "10%" of the training. Steps count from 0, so with a
-    warm-up the first update has a learning rate of `start`. What is out of range raises UserError.
+    A length is a number of steps, or text such as "5 epochs" or "10%" of the training. With a warm-up the first update
+    has a learning rate of `start`. What is out of range raises UserError.
 
     Args:
         warmup: length of the rise from `start` to the peak.
@@ -28,9 +28,8 @@ class Schedule:
         final: where cosine and linear end, one step after the last, as a multiple of the peak.
         lr_per: the global batch that lr is meant for: the peak is lr x data.batch_size / lr_per, by default lr.
         start: where the warm-up begins, as a multiple of the peak.
-        interval: how often the rate changes. epoch is facebookresearch/deit's (`main.py`): timm's scheduler, stepped
-            after an epoch with its number. Epochs 0 and 1 have the first rate, epoch n that of n - 1, and the decay
-            counts from the beginning, not from the end of the warm-up.
+        interval: how often the rate changes. epoch is facebookresearch/deit's (`main.py`): epochs 0 and 1 have the
+            first rate, epoch n that of n - 1, and the decay counts from the beginning, not from the warm-up's end.
         weight_decay_end: where the optimizer's weight decay ends, one step after the last, by a cosine over the whole
             training (2104.14294, section 3.2). By default it does not change.
     """

@@ -19,11 +19,7 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class Files(TorchCheckpointIO):
-    """Writes a checkpoint under another name and renames it once it is on the disk, so a kill leaves the old one.
-
-    torch.save stores checksums, which vitlit.files.check_archive compares. An overwritten last.ckpt is kept as
-    previous.ckpt.
-    """
+    """Writes a checkpoint whole or not at all, and keeps an overwritten last.ckpt as previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -76,10 +72,7 @@ class Best(ModelCheckpoint):
 
 
 class Last(Checkpoint):
-    """Write FOLDER/last.ckpt, from which a run continues, at the end of every epoch and when `save` is called.
-
-    Every `keep_every` optimiser steps it is also kept for good, as step-N.ckpt.
-    """
+    """Write FOLDER/last.ckpt, from which a run continues, every epoch; every `keep_every` steps also step-N.ckpt."""
 
     def __init__(self, folder: Path, keep_every: int | None = None) -> None:
         self.path, self.keep_every = folder / LAST, keep_every

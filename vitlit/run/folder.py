@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, expand, write_text
+from vitlit.files import check_archive, expand, write_text, writing
 from vitlit.run.config import TRUST, read_config
-from vitlit.run.history import History
 from vitlit.run.lock import Lock
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
@@ -75,10 +74,7 @@ class Decision(NamedTuple):
 
 
 class RunFolder:
-    """The folder of a run, by default named by its config's path.
-
-    In a W&B sweep the id of the trial is appended, unless the name is `exact`.
-    """
+    """The folder of a run, by default named by its config; in a W&B sweep also by its trial, unless `exact`."""
 
     def __init__(self, options: RunOptions, config: str | None, exact: bool = False) -> None:
         name = Path(config or "run").stem if options.name is None else options.name
@@ -94,16 +90,14 @@ class RunFolder:
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
         expand(self.best)  # refuses a root that is too long for what will be in it
-        self.lock, self.history = Lock(self.path / LOCK), History(self.path / "run.json")
+        self.lock = Lock(self.path / LOCK)
+        self.commands = self.path / "run.json"  # what worked on the run, when, where and for how long, and its result
         self._wandb_id = self.path / "wandb" / "run-id"
 
     def decide(
         self, config: dict[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before
     ) -> Decision:
-        """Compare a config with what is in the folder; UserError if that is another run, or none.
-
-        `completed` adds the defaults of keys that the folder's config lacks, which an older version may have written.
-        """
+        """Compare a config with the folder's, `completed` if it is an old one; UserError if they differ."""
         if not self.path.exists() or (self.path.is_dir() and not any(self._content())):
             return Decision("begin")
         if not self.config.is_file():
@@ -154,7 +148,7 @@ class RunFolder:
 
     def begin(self, config: dict[str, Any]) -> None:
         """Lock the folder, empty it if the run is overwritten, and write the config into it."""
-        try:
+        with writing(self.path, "give another --run.root"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.take(f"the run {self.path}")
             if self.options.overwrite:
@@ -162,9 +156,6 @@ class RunFolder:
             self.marker.unlink(missing_ok=True)
             trust = ",".join(os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())
             write_text(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
-        except OSError as error:
-            why = error.strerror or error
-            raise UserError(f"cannot write into {self.path}: {why}; give another --run.root") from error
 
     def wandb_id(self) -> str | None:
         return self._wandb_id.read_text() if self._wandb_id.is_file() else None
@@ -179,11 +170,26 @@ class RunFolder:
         write_text(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
-        """The step at which the run finished; UserError if its marker is damaged."""
+        return self._stored(self.marker, "step", int)
+
+    def command_begins(self, command: dict[str, Any]) -> None:
+        """Add a command to run.json. One that is killed stays without `step`, `seconds` and `ended`."""
+        before = self._stored(self.commands, "commands", list) if self.commands.exists() else []
+        write_text(self.commands, json.dumps({"commands": [*before, command]}, indent=2) + "\n")
+
+    def command_ends(self, step: int, seconds: float, ended: str, **result: Any) -> None:
+        """Add to run.json how the last command ended, and a complete run's result."""
+        commands = self._stored(self.commands, "commands", list)
+        commands[-1].update(step=step, seconds=round(seconds, 1), ended=ended)
+        total = round(sum(each.get("seconds", 0) for each in commands), 1)
+        content = {"commands": commands} | ({"result": {"step": step, "seconds": total, **result}} if result else {})
+        write_text(self.commands, json.dumps(content, indent=2) + "\n")
+
+    def _stored(self, file: Path, key: str, kind: Callable[[Any], Any]) -> Any:
         try:
-            return int(json.loads(self.marker.read_text())["step"])
+            return kind(json.loads(file.read_text())[key])
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.marker} is damaged; remove it, and the same command continues the run") from error
+            raise UserError(f"{file} is damaged; remove it, and the same command continues the run") from error
 
     def _empty(self) -> None:
         if self.path.is_symlink():

@@ -16,13 +16,10 @@ from vitlit.optim import Muon
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy for data alone, `trainer.strategy: fsdp2`, with the checkpoints of one device.
+    """Lightning's ModelParallelStrategy for data alone, `trainer.strategy: fsdp2`; its checkpoints are one device's."""
 
-    Lightning's own loading ignores what a stage and its callbacks change in a checkpoint (LoRA's adapters, an EMA), and
-    mixes up the parameters in an optimizer state of several groups.
-    """
-
-    # As on one device, not as ModelParallelStrategy.
+    # Lightning's own ignore what a stage and its callbacks change in a checkpoint (LoRA's adapters, an EMA), and mix up
+    # the parameters in an optimizer state of several groups.
     load_checkpoint = Strategy.load_checkpoint
     lightning_restore_optimizer = Strategy.lightning_restore_optimizer
 
@@ -66,10 +63,7 @@ StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parall
 
 
 def shard(stage: LightningModule, blocks: Iterable[nn.Module], methods: Iterable[str]) -> None:
-    """Shard a stage's weights over the devices, one group per block and one for the rest; a second call does nothing.
-
-    `methods` are those that compute with the weights, besides forward.
-    """
+    """Shard a stage, one group per block and one for the rest; `methods`, like forward, compute with the weights."""
     if stage.device_mesh is None or isinstance(stage, FSDPModule):
         return
     for part in [*blocks, stage]:

@@ -22,10 +22,7 @@ AGAIN = 75  # the exit code of a run to be continued: EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(Exception):
-    """A signal or the time limit ended the run; `code` is the exit code, and `agreed` is whether all ranks stop.
-
-    They do in training, where a checkpoint was saved first.
-    """
+    """A signal or the time limit ended the run; in training all ranks `agreed`, and saved a checkpoint first."""
 
     def __init__(self, number: int, step: int | None = None) -> None:
         name = "run.time_limit" if number == TIME_LIMIT else signal.Signals(number).name
@@ -36,10 +33,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def signals_handled(training: bool) -> Iterator[None]:
-    """Let a signal before or after training end the process as one in training would.
-
-    `vitlit.cli` blocks the signals when the command begins; one that has arrived since acts now.
-    """
+    """Let a signal before or after training, and one that `vitlit.cli` held back, end the process as in training."""
     before = {number: signal.signal(number, _end) for number in OUTSIDE if training}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTSIDE)
     try:
@@ -56,10 +50,8 @@ def _end(number: int, frame: Any) -> None:
 class Interrupt(Callback):
     """On SIGTERM, SIGINT, SIGUSR1 or at the time limit, finish the step, save last.ckpt and end training on every rank.
 
-    If the step ends an epoch, the epoch is validated first. The ranks exchange their wishes at the start of a step and
-    act on them at the start of the next, so nothing waits for the GPU. A second SIGINT stops at once.
-
-    This replaces Lightning's handling, which saves nothing, exits 0, and hangs if only one rank gets a signal.
+    If the step ends an epoch, the epoch is validated first. A second SIGINT stops at once. Lightning's handling, which
+    this replaces, saves nothing, exits 0, and hangs if only one rank gets a signal.
     """
 
     def __init__(self, last: Last, until: float | None, save_minutes: float) -> None:

@@ -18,12 +18,9 @@ RELEASED, JUST_BEGUN = "released\n", "it has just begun"
 class Lock:
     """Numbered files PATH.1, PATH.2, ...; the process that created the highest holds the lock, and keeps touching it.
 
-    To take the lock is to create the next number, which a file system, NFS included, grants to one process only. The
-    highest file is never deleted, so no number is granted twice, and only one of several processes replaces a dead
-    holder.
-
-    On one machine the operating system knows whether the holder is alive (flock). On another the holder counts as dead
-    two minutes after its last heartbeat, or at once if it belongs to the same job, which the cluster restarted.
+    A file system, NFS included, lets one process only create the next number, and the highest file is never deleted, so
+    only one of several processes replaces a dead holder. On one machine flock tells whether the holder is alive. On
+    another it counts as dead two minutes after its last heartbeat, or at once if its job, restarted, is this one's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +42,6 @@ class Lock:
         threading.Thread(target=self._beat, args=(self._file(newest + 1),), daemon=True, name="run-lock").start()
 
     def release(self) -> None:
-        """Let others have the lock at once."""
         if not self._held.closed:
             self._released.set()
             self._held.seek(0)
@@ -94,7 +90,6 @@ class Lock:
         return now - file.stat().st_mtime
 
     def _create(self, file: Path) -> bool:
-        """Create a lock file; False if another process was faster."""
         try:
             self._held = file.open("x")
         except FileExistsError:

@@ -19,12 +19,10 @@ STORES: list[Any] = []  # keeps rank 0's server open, which torch's process grou
 
 
 def rank() -> int:
-    """This process's rank, from its launcher's environment."""
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
 
 
 def launched() -> bool:
-    """Whether torchrun or SLURM started this process."""
     return not LAUNCHERS.isdisjoint(os.environ)
 
 
@@ -44,10 +42,7 @@ def inherited() -> bool:
 
 
 def share_decision(decision: Decision | None, run: Path, config: dict[str, Any]) -> Decision:
-    """Give rank 0's decision to every rank; the others pass None and wait for it.
-
-    Ranks that Lightning starts inherit it. Under torchrun and SLURM it goes through a store.
-    """
+    """Give rank 0's decision to every rank; those that Lightning starts inherit it, the others ask a store."""
     digest = hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
     others = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) - 1
     if decision is not None:
@@ -84,10 +79,7 @@ def connect(host: bool) -> Any:
 
 
 def receive(key: str) -> Decision:
-    """Ask for rank 0's decision by drawing a number, under which it is then found.
-
-    torchrun's store outlives restarts. A number is new in every attempt, so no decision of an earlier one is read.
-    """
+    """Draw a number, under which rank 0 answers: torchrun's store outlives an attempt, a number is new in each."""
     store = connect(host=False)
     sender, decision = json.loads(store.get(f"{key}/{store.add(f'{key}/asked', 1)}"))
     store.add(f"{key}/received/{sender}", 1)

@@ -89,14 +89,11 @@ class Compiling:
 
 
 def worthwhile(trainer: Any, vit: ViT, batch: Batch) -> Compile:
-    """How to compile for a training on a GPU; False if it takes less than a minute.
-
-    A token takes 6 FLOP a parameter (2001.08361, section 2.1), of 100 TFLOP/s; a block is 60 kernels both ways, each
-    launched in 10 microseconds. If launching takes longer than computing, CUDA graphs are chosen where they may be.
-    """
+    """How to compile a training on a GPU: False for less than a minute, CUDA graphs where launching takes longest."""
     tokens = sum(len(view) * (vit.prefix + math.prod(vit.grid_of(*view.shape[-2:]))) for view in batch.views)
+    # 6 FLOP for a parameter and token (2001.08361, section 2.1), of 100 TFLOP/s
     computing = 6 * sum(parameter.numel() for parameter in vit.parameters()) * tokens / 1e14
-    launching = len(vit.blocks) * 60 * 1e-5
+    launching = len(vit.blocks) * 60 * 1e-5  # 60 kernels a block and step, each in 10 microseconds
     micro = trainer.accumulate_grad_batches
     if int(trainer.estimated_stepping_batches) * micro * max(computing, launching) < 60:
         return False

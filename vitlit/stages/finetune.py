@@ -21,6 +21,8 @@ from vitlit.weights import LoadReport, Weights
 class Finetune(Stage):
     """Train a ViT from pretrained weights on classification, by default with a new head (2010.11929, section 3.2).
 
+    UserError if options contradict each other or do not fit the ViT, and, as training starts, if the weights do not.
+
     Args:
         vit: the headless architecture; by default that of the weights, without dropout.
         image_size: pixels, an int or (height, width), if there is no vit; by default that of the weights. The command
@@ -42,9 +44,6 @@ class Finetune(Stage):
 
     Attributes:
         weights: the weights of init_from, if they have been read already.
-
-    Raises:
-        UserError: options contradict each other or do not fit the ViT; as training starts, the weights do not fit.
     """
 
     def __init__(
@@ -136,7 +135,6 @@ def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
 
 
 def freeze_below(vit: ViT, last_blocks: int) -> None:
-    """Freeze the embedding and all but the last blocks."""
     blocks = len(vit.blocks)
     if not 0 <= last_blocks <= blocks:
         raise UserError(f"model.last_blocks is {last_blocks}, but the ViT has {blocks} blocks")

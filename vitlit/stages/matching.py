@@ -37,7 +37,6 @@ def check_accumulation(objective: Objective, micro_batches: int) -> None:
 
 
 def check_views(objective: Objective, views: int) -> None:
-    """UserError if the objective needs another number of views than a batch has."""
     name, wanted = type(objective).__name__, objective.views
     if views > 1 == wanted:
         raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")

@@ -35,7 +35,6 @@ def metrics(wanted: Mapping[str, Any]) -> nn.ModuleDict:
 
 
 def update(measures: nn.ModuleDict, step: Step, labels: Tensor) -> None:
-    """Add a batch to every metric."""
     for name, metric in measures.items():
         assert isinstance(metric, Metric)
         if name == "loss":

@@ -46,7 +46,6 @@ def path_of(cls: type) -> str:
 
 
 def subclasses(base: Any) -> Iterator[Any]:
-    """A class and all that are derived from it."""
     yield base
     for derived in base.__subclasses__():
         yield from subclasses(derived)

@@ -180,10 +180,7 @@ class Stage(LightningModule):
             data.follow(self.vit, f"{self.weights.path} ({told})" if told else self.weights.path, fixed)
 
     def check_data(self, data: Any) -> None:
-        """Prepare training data and the objective for each other, once; UserError if they or the network do not fit.
-
-        `data` is a data module, or None if training is given loaders.
-        """
+        """Prepare data (None for loaders) and objective for each other, once; UserError if they do not fit the ViT."""
         if self._checked == id(data):
             return
         self.lead(data)
@@ -258,11 +255,9 @@ class Stage(LightningModule):
 
     @not_compiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return self._measure("val", batch, self.step(batch))
+        return self._measure("test" if self.trainer.testing else "val", batch, self.step(batch))
 
-    @not_compiled
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return self._measure("test", batch, self.step(batch))
+    test_step = validation_step
 
     @torch.compiler.disable
     def _measure(self, split: str, batch: Any, step: Step) -> dict[str, Any]:
@@ -288,11 +283,7 @@ class Stage(LightningModule):
 
     # Checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        save(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        restore(self, checkpoint)
+    on_save_checkpoint, on_load_checkpoint = save, restore
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -312,7 +303,6 @@ class Stage(LightningModule):
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
-    """Whether a training batch is the last of its optimiser step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 

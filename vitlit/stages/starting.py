@@ -94,5 +94,4 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def averaging_of(trainer: Any) -> WeightAveraging | None:
-    """The callback that averages weights, if there is one."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)), None)

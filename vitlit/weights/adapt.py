@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.block import MLP
-from vitlit.model.position import resample, sincos2d
+from vitlit.model.position import Grid, resample, sincos2d
 from vitlit.weights.weights import STEM, Weights
 
 
@@ -64,7 +64,7 @@ def adapt_table(state: dict[str, Tensor], weights: Weights, vit: ViT) -> bool:
     return True
 
 
-def grid_of(patches: int, weights: Weights, vit: ViT) -> tuple[int, int]:
+def grid_of(patches: int, weights: Weights, vit: ViT) -> Grid:
     """The grid of a file's position table: stated by the file, else the ViT's if it is as long, else a square."""
     if patches == math.prod(vit.grid) and "image_size" not in weights.stated:
         return vit.grid

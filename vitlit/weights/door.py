@@ -13,10 +13,9 @@ from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.init import fill_positions
-from vitlit.weights import checkpoint, facebook, google, hf, hub, timm, torchvision
+from vitlit.weights import checkpoint, facebook, google, hf, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
-from vitlit.weights.averaged import Choice
-from vitlit.weights.files import locate, open_file, skips
+from vitlit.weights.files import Choice, locate, open_file, skips
 from vitlit.weights.names import how_to_skip
 from vitlit.weights.weights import ASSUMED, NOT_SAID, Weights, in_words, usual_heads
 
@@ -48,7 +47,7 @@ class LoadReport(NamedTuple):
 
 def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[str] = ()) -> Weights:
     """The weights of a run's or model's folder, of a file of any known format or of hf:OWNER/NAME[@REVISION]."""
-    path = hub.fetch(str(source)) if str(source).startswith("hf:") else locate(source)
+    path = locate(source)
     contents, found = open_file(path, weights, [skip] if isinstance(skip, str) else skip), None
     for reader in READERS:
         try:
@@ -94,7 +93,8 @@ def load_weights(
 
     The image size (2010.11929, section 3.2), the number of channels and the class token's position may differ. A ViT
     without a head ignores the file's. Settings of the weights that no tensor shows (epsilon of the norms, kind of GELU,
-    resampling) are set on the ViT, except that a guess does not replace what is not ViTConfig's default.
+    resampling) are set on the ViT, except that a guess does not replace what is not ViTConfig's default. UserError if
+    the file cannot be read, or the named tensor is missing, unexpected, not finite or of another shape.
 
     Args:
         vit: changed in place, or unchanged if an error is raised.
@@ -102,9 +102,6 @@ def load_weights(
         skip: shell patterns of tensor names to leave alone, one or several, such as `head*`: names of the ViT or, for
             what is beside it, of the file.
         weights: averaged or raw, for a file with both, as `load` has it; `read` has chosen already.
-
-    Raises:
-        UserError: the file cannot be read, or the named tensor is missing, unexpected, not finite or of another shape.
     """
     found = path if isinstance(path, Weights) else read(path, weights, skip)
     own = vit.state_dict()
@@ -174,10 +171,8 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     `vit.classes` are the class names in the order of the logits, and `vit(vit.preprocess(paths))` the logits of images.
 
     `weights` are the averaged ones (an EMA, a teacher) or the raw ones, where the file has both; `skip` has shell
-    patterns, one or several, of the names of tensors to leave out: those that are not the ViT's, or `head*`.
-
-    Raises:
-        UserError: there is no such run or file, it cannot be read, or it does not show the whole architecture.
+    patterns, one or several, of the names of tensors to leave out: those that are not the ViT's, or `head*`. UserError
+    if there is no such run or file, it cannot be read, or it does not show the whole architecture.
     """
     found = read(source, weights, skip)
     vit = empty(found)

@@ -33,7 +33,7 @@ def read(contents: Contents) -> Weights | None:
         for pattern, ours in NAMES:
             name = re.sub(pattern, ours, name)
         state[name] = tensor
-    state = place(state, None)[0]
+    place(state, None)
     stated = frozenset() if kind == "deit" else frozenset({"class_position"})
     config = architecture(state, class_position=True if stated else None)
     if kind == "dino" or (kind == "dinov2" and not config["registers"]):

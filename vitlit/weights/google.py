@@ -7,10 +7,11 @@ from torch import Tensor
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.files import Contents
-from vitlit.weights.names import Table, backwards, fuse, split, strip, translate
+from vitlit.weights.names import Table, backwards, blocks, fuse, split, strip, translate
 from vitlit.weights.weights import HALF, PLAIN, Weights, architecture, require, tensors
 
 QKV, KV = ("attn.q", "attn.k", "attn.v"), ("k", "v")
+BLOCK = "Transformer.encoderblock_{}"
 PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
 UNUSED = r"(opt|params)/.*|step|chrono.*|extra.*|states.*|t|b|txt/.*"  # optimizer, counters, text tower
 PER_HEAD = re.compile(r"(attn|pool)\.[qkv]\.(weight|bias)")
@@ -19,7 +20,6 @@ MERGING = re.compile(r"(attn|pool)\.proj\.weight")
 
 def table(big_vision: bool, tanh_head: bool) -> Table:
     """(theirs, ours), with dots for slashes, and weight for kernel and scale."""
-    block = "Transformer.encoderblock_{}."
     attention, norm2, mlp = (0, 1, 0) if big_vision else (1, 2, 3)
     parts = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "proj"))
     pool = "MAPHead_0."
@@ -27,10 +27,9 @@ def table(big_vision: bool, tanh_head: bool) -> Table:
         ("embedding", "patch_embed.proj"),
         ("cls", "cls_token"),
         ("pos_embedding" if big_vision else "Transformer.posembed_input.pos_embedding", "pos_embed"),
-        *((f"{block}MultiHeadDotProductAttention_{attention}.{t}", f"blocks.{{}}.attn.{o}") for t, o in parts),
-        (f"{block}LayerNorm_0", "blocks.{}.norm1"),
-        (f"{block}LayerNorm_{norm2}", "blocks.{}.norm2"),
-        *((f"{block}MlpBlock_{mlp}.Dense_{i}", f"blocks.{{}}.mlp.fc{i + 1}") for i in (0, 1)),
+        *blocks(BLOCK, *((f"MultiHeadDotProductAttention_{attention}.{t}", f"attn.{o}") for t, o in parts)),
+        *blocks(BLOCK, ("LayerNorm_0", "norm1"), (f"LayerNorm_{norm2}", "norm2")),
+        *blocks(BLOCK, *((f"MlpBlock_{mlp}.Dense_{i}", f"mlp.fc{i + 1}") for i in (0, 1))),
         ("Transformer.encoder_norm", "norm"),
         (f"{pool}probe", "attn_pool.latent"),
         *((f"{pool}MultiHeadDotProductAttention_0.{theirs}", f"attn_pool.{ours}") for theirs, ours in parts),
@@ -88,7 +87,6 @@ def from_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
 
 
 def to_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
-    """The inverse of `from_jax`."""
     if tensor.ndim == 4:
         return tensor.permute(2, 3, 1, 0)
     if tensor.ndim == 2:

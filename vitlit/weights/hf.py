@@ -13,7 +13,7 @@ from vitlit.model import ViT, ViTConfig
 from vitlit.model.config import Resampling
 from vitlit.model.position import resample
 from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
-from vitlit.weights.names import Table, backwards, fuse, prefix_of, split, strip, translate
+from vitlit.weights.names import Table, backwards, blocks, fuse, prefix_of, split, strip, translate
 from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, PLAIN, Weights, architecture, require, square, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -21,11 +21,7 @@ GATED = ("mlp.gate", "mlp.up")
 UNUSED = ("embeddings.mask_token", "pooler.", "decoder.")  # names that begin so are not part of the ViT
 BESIDE = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")  # the base model, such as vit.
 
-
-def block(theirs: str, *parts: tuple[str, str]) -> Table:
-    return [(f"{theirs}.{{}}.{part}", f"blocks.{{}}.{ours}") for part, ours in parts]
-
-
+LAYER = "encoder.layer.{}"
 PROJECTIONS = [(f"attention.attention.{name}", f"attn.{name[0]}") for name in ("query", "key", "value")]
 CLS_TOKEN = "embeddings.cls_token"
 ENCODER: Table = [
@@ -33,12 +29,12 @@ ENCODER: Table = [
     ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
     ("embeddings.position_embeddings", "pos_embed"),
     ("layernorm", "norm"),
-    *block("encoder.layer", ("attention.output.dense", "attn.proj"), *PROJECTIONS),
+    *blocks(LAYER, ("attention.output.dense", "attn.proj"), *PROJECTIONS),
 ]
 VIT: Table = [
     *ENCODER,
-    *block("encoder.layer", ("layernorm_before", "norm1"), ("layernorm_after", "norm2")),
-    *block("encoder.layer", ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")),
+    *blocks(LAYER, ("layernorm_before", "norm1"), ("layernorm_after", "norm2")),
+    *blocks(LAYER, ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")),
 ]
 SCALES = [(f"layer_scale{i}.lambda1", f"ls{i}.gamma") for i in (1, 2)]
 NORMS = [(name, name) for name in ("norm1", "norm2")]
@@ -46,9 +42,9 @@ DINOV2: Table = [
     *ENCODER,
     ("embeddings.register_tokens", "reg_token"),
     ("classifier", "head"),
-    *block("encoder.layer", *SCALES, *NORMS, ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")),
+    *blocks(LAYER, *SCALES, *NORMS, ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")),
 ]
-GATED_DINOV2: Table = block("encoder.layer", ("mlp.weights_in", "mlp.fc1"), ("mlp.weights_out", "mlp.fc2"))
+GATED_DINOV2: Table = blocks(LAYER, ("mlp.weights_in", "mlp.fc1"), ("mlp.weights_out", "mlp.fc2"))
 ATTENTION = (*((f"attention.{name}_proj", f"attn.{name}") for name in "qkv"), ("attention.o_proj", "attn.proj"))
 SPLIT = (("mlp.gate_proj", "mlp.gate"), ("mlp.up_proj", "mlp.up"), ("mlp.down_proj", "mlp.fc2"))
 DINOV3: Table = [
@@ -56,13 +52,13 @@ DINOV3: Table = [
     ("embeddings.register_tokens", "reg_token"),
     ("embeddings.patch_embeddings", "patch_embed.proj"),
     ("norm", "norm"),
-    *block("layer", *ATTENTION, *SCALES, *NORMS, *SPLIT),
+    *blocks("layer.{}", *ATTENTION, *SCALES, *NORMS, *SPLIT),
 ]
 IN_MEMORY: Table = [  # the names of transformers 5 before it saves a model, as in a checkpoint of a module of one's own
-    *block("layers", *ATTENTION, ("layernorm_before", "norm1"), ("layernorm_after", "norm2")),
-    *block("layers", ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")),
-    *block("encoder.layer", *ATTENTION, *SPLIT),
-    *block("model.layer", *ATTENTION, *SCALES, *NORMS, *SPLIT),
+    *blocks("layers.{}", *ATTENTION, ("layernorm_before", "norm1"), ("layernorm_after", "norm2")),
+    *blocks("layers.{}", ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")),
+    *blocks(LAYER, *ATTENTION, *SPLIT),
+    *blocks("model.layer.{}", *ATTENTION, *SCALES, *NORMS, *SPLIT),
 ]
 DISTILLED = [("embeddings.distillation_token", "dist_token"), ("distillation_classifier", "head_dist")]
 TABLES: dict[str, Table] = {
@@ -280,7 +276,6 @@ def to_dinov3(vit: ViT, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config(vit: ViT) -> dict[str, Any]:
-    """The config.json of a transformers model of the same network."""
     config, (kind, name), swiglu = vit.config, type_of(vit.config), vit.config.mlp == "swiglu"
     about: dict[str, Any] = {
         "architectures": [name],
@@ -313,14 +308,11 @@ def processor(preprocess: Preprocess) -> dict[str, Any]:
     tall, broad = (math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width))
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
         "size": {"height": tall, "width": broad} if preprocess.squash else {"shortest_edge": min(tall, broad)},
         "resample": RESAMPLE[preprocess.interpolation],
-        "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
     }

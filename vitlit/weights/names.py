@@ -24,6 +24,11 @@ def translate(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     return {renamed(name): tensor for name, tensor in state.items()}
 
 
+def blocks(theirs: str, *parts: tuple[str, str]) -> Table:
+    """The rows of every block's parts; in `theirs`, how the names of a block begin, {} is its number."""
+    return [(f"{theirs}.{part}", f"blocks.{{}}.{ours}") for part, ours in parts]
+
+
 def backwards(table: Table) -> Table:
     """The table of the other direction; the first of several names for one of ours wins."""
     return list({ours: theirs for theirs, ours in reversed(table)}.items())
@@ -77,7 +82,6 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
 
 
 def split(state: Mapping[str, Tensor], whole: str, parts: Sequence[str]) -> dict[str, Tensor]:
-    """The inverse of `fuse`."""
     pattern = re.compile(rf"(.+\.){re.escape(whole)}\.(weight|bias)")
     apart: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -27,14 +27,13 @@ WRITERS = {"timm": timm.write, "hf": hf.write, "torchvision": torchvision.write,
 def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
     """Write a ViT's weights for another tool, or for vitlit itself; returns the file with the weights.
 
+    UserError if the format has no such network or no such file ending, or the file cannot be written.
+
     Args:
         vit: with `classes` and `preprocess` if they are known.
         path: a .safetensors or .pth file (vitlit: .safetensors or .ckpt; google: .npz). For hf a folder, which gets
             model.safetensors, config.json and preprocessor_config.json.
         format: vitlit, timm, hf, torchvision or google.
-
-    Raises:
-        UserError: the format has no such network or no such file ending, or the file cannot be written.
     """
     path, endings = Path(expand(path)), ENDINGS.get(format, (".safetensors", ".pth", ".pt"))
     if format not in get_args(Format):

@@ -22,23 +22,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 # the first that matches counts.
 TANH = re.compile(r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip|vit_large_patch16_siglip(_gap)?_512")
 EPS5 = re.compile("_clip_|aimv2|beit3")
-HEADS = {
-    "giant_.*(dinov2|tipsv2|radio)|aimv2_3b": 24,
-    "aimv2_huge": 12,
-    "aimv2_large": 8,
-    "base_patch16_gap|large|huge|giant|gigantic|so400m|aimv2_1b|intern300m": 16,
-    "_plus_": 14,
-    "test_vit2?$": 2,
-    "tiny|test_vit[34]$": 3,
-    "xsmall|wee": 4,
-    "little": 5,
-    "small": 6,
-    "medium": 8,
-    "betwixt": 10,
-    "base": 12,
-    "so150m2": 13,
-    "so150m_": 14,
-}
+HEADS = {"giant_.*(dinov2|tipsv2|radio)|aimv2_3b": 24, "aimv2_huge": 12, "aimv2_large": 8}
+HEADS |= {"base_patch16_gap|large|huge|giant|gigantic|so400m|aimv2_1b|intern300m": 16, "_plus_": 14}
+HEADS |= {"test_vit2?$": 2, "tiny|test_vit[34]$": 3, "xsmall|wee": 4, "little": 5, "small": 6, "medium": 8}
+HEADS |= {"betwixt": 10, "base": 12, "so150m2": 13, "so150m_": 14}
 # Networks with a ViT's tensor names, or almost, that compute something else: by timm's name, by the name of a tensor.
 OTHERS = {
     "_rope": "rotary positions of another kind",
@@ -75,7 +62,7 @@ def read(contents: Contents) -> Weights | None:
     cfg = about["pretrained_cfg"] if isinstance(about.get("pretrained_cfg"), dict) else {}
     stated = dict(options) or stated_by(about)
     size = cfg["input_size"][1:] if cfg.get("input_size") else None
-    state, seen = place(state, stated.get("image_size", size))
+    seen = place(state, stated.get("image_size", size))
     position = stated.pop("position", "learned")
     if position.startswith("sincos2d"):
         if holds(state, seen, position):
@@ -142,11 +129,11 @@ def stated_by(about: dict[str, Any]) -> dict[str, Any]:
     return stated
 
 
-def place(state: dict[str, Tensor], size: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def place(state: dict[str, Tensor], size: Any) -> dict[str, Any]:
     """Take the registers' positions off the table and add them to the tokens; what the image size tells of the rest."""
     table, registers, patch = state.get("pos_embed"), state.get("reg_token"), state[STEM].shape[-1]
     if table is None or table.ndim != 3:
-        return state, {}
+        return {}
     special = sum(name in state for name in ("cls_token", "dist_token"))
     count = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
     patches, sides = 0, [size, size] if isinstance(size, int) else size
@@ -162,11 +149,11 @@ def place(state: dict[str, Tensor], size: Any) -> tuple[dict[str, Tensor], dict[
         state["reg_token"] = registers + table[:, special : special + count]
         state["pos_embed"] = table = torch.cat([table[:, :special], table[:, special + count :]], dim=1)
     if not patches:
-        return state, {}
+        return {}
     seen: dict[str, Any] = {"image_size": size, "class_position": special > 0 and table.shape[1] != patches}
     if any(side % patch for side in sides):
         seen["partial_patches"] = "drop"
-    return state, seen
+    return seen
 
 
 def holds(state: dict[str, Tensor], seen: dict[str, Any], position: str) -> bool:

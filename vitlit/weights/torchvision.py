@@ -6,23 +6,18 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.weights.checkpoint import EXPORTED, exported
 from vitlit.weights.files import Contents
-from vitlit.weights.names import Table, backwards, prefix_of, strip, translate
+from vitlit.weights.names import Table, backwards, blocks, prefix_of, strip, translate
 from vitlit.weights.weights import IMAGENET, PLAIN, Weights, architecture, require, tensors
 
-LAYER, BLOCK = "encoder.layers.encoder_layer_{}.", "blocks.{}."
+LAYER = "encoder.layers.encoder_layer_{}"
 TABLE: Table = [
     ("class_token", "cls_token"),
     ("conv_proj", "patch_embed.proj"),
     ("encoder.pos_embedding", "pos_embed"),
-    (f"{LAYER}ln_1", f"{BLOCK}norm1"),
-    (f"{LAYER}self_attention.in_proj_weight", f"{BLOCK}attn.qkv.weight"),
-    (f"{LAYER}self_attention.in_proj_bias", f"{BLOCK}attn.qkv.bias"),
-    (f"{LAYER}self_attention.out_proj", f"{BLOCK}attn.proj"),
-    (f"{LAYER}ln_2", f"{BLOCK}norm2"),
-    (f"{LAYER}mlp.0", f"{BLOCK}mlp.fc1"),
-    (f"{LAYER}mlp.3", f"{BLOCK}mlp.fc2"),
-    (f"{LAYER}mlp.linear_1", f"{BLOCK}mlp.fc1"),  # before torchvision 0.12
-    (f"{LAYER}mlp.linear_2", f"{BLOCK}mlp.fc2"),
+    *blocks(LAYER, *((f"self_attention.in_proj_{part}", f"attn.qkv.{part}") for part in ("weight", "bias"))),
+    *blocks(LAYER, ("self_attention.out_proj", "attn.proj"), ("ln_1", "norm1"), ("ln_2", "norm2")),
+    *blocks(LAYER, ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2")),
+    *blocks(LAYER, ("mlp.linear_1", "mlp.fc1"), ("mlp.linear_2", "mlp.fc2")),  # before torchvision 0.12
     ("encoder.ln", "norm"),
 ]
 LINEAR: Table = [("heads.head", "head")]
