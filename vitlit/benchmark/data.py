@@ -33,7 +33,6 @@ SECONDS = 5.0  # the loader is timed for
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit benchmark data ROOT [options]`; returns the exit code."""
     parser = CommandParser("vitlit benchmark data", HELP)
     parser.add_argument("root", metavar="ROOT", help="as --data.root: a folder, or shards")
     parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; default 224")

@@ -22,10 +22,11 @@ The largest batch that a GPU trains on is found, to a sixteenth, by trying, not 
 """
 ROUNDS, SECONDS = 5, 0.5  # how often, and for how long each time, a pass is timed
 CLASSES = 1000
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+MODES = ("false", "default", "reduce-overhead", "max-autotune")
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit benchmark model [options]`; returns the exit code."""
     parser = CommandParser("vitlit benchmark model", HELP)
     parser.add_argument("--preset", default="B/16", help="of the ViT; default B/16")
     parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; default 224")
@@ -44,10 +45,6 @@ def run(arguments: list[str]) -> int:
     found |= measure(vit, size, precision, given.compile, device)
     print(json.dumps(found, indent=2) if given.json else report(found))
     return 0
-
-
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-MODES = ("false", "default", "reduce-overhead", "max-autotune")
 
 
 def automatic(device: torch.device) -> str:
@@ -153,7 +150,6 @@ def fits(vit: ViT, size: int, precision: str, device: torch.device) -> bool:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The findings as text."""
     size, mfu, most = found["batch_size"], found["mfu"], found["largest_batch"]
     lines = [
         f"ViT-{found['preset']}, {found['parameters']:,} parameters, {found['image_size']} pixels, "
