@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ def measure(vit: ViT, size: int, precision: str, compile: str, device: torch.dev
         vit.train(what == "step")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        found[f"{what}_seconds"] = seconds_of(call, device)
+        found[f"{what}_seconds"] = seconds_of(call)
         found[f"{what}_memory_gib"] = peak_memory(device)
     peak = peak_tflops(name, precision)
     found["mfu"] = peak and found["step_flop"] * size / found["step_seconds"] / (peak * 1e12)
@@ -109,20 +110,19 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, half, enabled=precision != "32-true")
 
 
-def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+def now() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(call: Callable[[], None]) -> float:
     """Seconds a call, the median of several rounds, after three calls that are not timed."""
-
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    timed(2)  # a compiler works, and CUDA graphs are recorded
-    calls = math.ceil(SECONDS / timed(1))
-    return statistics.median(timed(calls) for _ in range(ROUNDS))
+    clock = timeit.Timer(call, timer=now)
+    clock.timeit(2)  # a compiler works, and CUDA graphs are recorded
+    calls = math.ceil(SECONDS / clock.timeit(1))
+    return statistics.median(clock.repeat(ROUNDS, calls)) / calls
 
 
 def largest(fits: Callable[[int], bool], start: int) -> int:
@@ -158,8 +158,8 @@ def report(found: dict[str, Any]) -> str:
         f"{'':<15}{'images/s':>10}{'ms/batch':>11}{'memory':>12}",
     ]
     for name, what in (("forward", "forward"), ("training step", "step")):
-        time, memory = found[f"{what}_seconds"], found[f"{what}_memory_gib"]
+        seconds, memory = found[f"{what}_seconds"], found[f"{what}_memory_gib"]
         share = f"  {mfu:.1%} of the device's peak" if mfu and what == "step" else ""
-        lines.append(f"{name:<15}{size / time:>10,.0f}{1000 * time:>11,.1f}{memory:>8.2f} GiB{share}")
+        lines.append(f"{name:<15}{size / seconds:>10,.0f}{1000 * seconds:>11,.1f}{memory:>8.2f} GiB{share}")
     lines.append(f"{'largest batch':<15}" + (f"{most:>10,}" if most is not None else "  not searched on a CPU"))
     return "\n".join(lines)
