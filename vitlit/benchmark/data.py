@@ -110,7 +110,7 @@ def time_stages(
 
 
 def time_loader(data: Images, batch_size: int, workers: int, pin: bool) -> float:
-    """Images per second that a training loader gives once its workers are busy."""
+    """Images a second, once the workers are busy."""
     stream = TrainStream(len(data.index), batch_size, 0, position=lambda: 0)
     batches = chain.from_iterable(repeat(loader(data, stream, batch_size, workers, pin=pin)))
     for _ in range(2 * workers + 1):  # prefetched before the clock starts
