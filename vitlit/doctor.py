@@ -39,7 +39,6 @@ SIZES = ("memory", "free", "shared_memory")  # facts in bytes
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit doctor [--json]`; returns the exit code."""
     parser = CommandParser("vitlit doctor", HELP)
     parser.add_argument("--json", action="store_true", help="print JSON")
     as_json = parser.parse_args(arguments).json
@@ -91,16 +90,11 @@ def origin(command: list[str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """The versions of Python, vitlit and the packages below it; None for what is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "vitlit": vitlit.__version__}
-    return found | {name: version(name) for name in PACKAGES}
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    found = {"python": platform.python_version(), "vitlit": vitlit.__version__, **dict.fromkeys(PACKAGES)}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def commit(folder: Path) -> str:
@@ -112,7 +106,6 @@ def commit(folder: Path) -> str:
 
 
 def gpu(number: int) -> dict[str, Any]:
-    """Name, memory and compute capability of a GPU, and whether its hardware computes in bf16."""
     gpu = torch.cuda.get_device_properties(number)
     capability = f"{gpu.major}.{gpu.minor}"
     return {"name": gpu.name, "memory": gpu.total_memory, "capability": capability, "bf16": gpu.major >= 8}
@@ -164,7 +157,6 @@ def warnings(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def report(facts: dict[str, Any]) -> str:
-    """The facts and warnings as text."""
     rows = {**facts, **{f"cuda:{number}": gpu for number, gpu in enumerate(facts["gpus"])}}
     if facts["wandb"]["why"] == wandb_mode.NO_KEY:
         rows["wandb"] = {**facts["wandb"], "remedy": "`wandb login` or WANDB_API_KEY"}
@@ -173,7 +165,6 @@ def report(facts: dict[str, Any]) -> str:
 
 
 def in_words(name: str, value: Any) -> str:
-    """A fact as text, sizes in GiB."""
     if isinstance(value, dict):
         return "  ".join(f"{key} {in_words(key, item)}" for key, item in value.items()) or "-"
     if isinstance(value, list):

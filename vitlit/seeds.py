@@ -41,10 +41,7 @@ def splitmix(mixed: Any, words: list[Any]) -> Any:
 
 @contextmanager
 def seeded_sample(seed: int, epoch: int, index: int, repeat: int, view: int = 0) -> Iterator[None]:
-    """Seed torch's CPU generator to augment one view of a sample, and restore its state afterwards.
-
-    Without data workers the model uses the same generator.
-    """
+    """Seed torch's CPU generator for one view of a sample, and restore it: without workers the model draws from it."""
     values = (VIEW, seed, epoch, index, repeat, view) if view else (SAMPLE, seed, epoch, index, repeat)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mix_one(*values))

@@ -1,6 +1,5 @@
 """`vitlit benchmark data ROOT`: how fast this machine loads a folder, and whether a model has to wait for it."""
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vitlit.benchmark.model import automatic, seconds_of, training_step
+from vitlit.benchmark.model import automatic, now, seconds_of, training_step
 from vitlit.data.dataset import Images, channels_last
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
@@ -33,7 +32,6 @@ SECONDS = 5.0  # the loader is timed for
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit benchmark data ROOT [options]`; returns the exit code."""
     parser = CommandParser("vitlit benchmark data", HELP)
     parser.add_argument("root", metavar="ROOT", help="as --data.root: a folder, or shards")
     parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; default 224")
@@ -69,7 +67,7 @@ def run(arguments: list[str]) -> int:
     print(f"\nloader       {loaded:,.0f} images/s, {workers} worker(s), all of a device's cores")
     if vit is not None:
         step = training_step(vit.to(device).train(), given.batch_size, automatic(device), device)
-        needed = given.batch_size / seconds_of(step, device)
+        needed = given.batch_size / seconds_of(step)
         print(f"ViT-{given.model:<8} {needed:,.0f} images/s, a training step on {device.type}")
         print(advice(needed, 1 / (total - seconds["transfer"]), loaded, workers, slowest))
     return 0
@@ -83,14 +81,12 @@ def time_stages(
 
     @contextmanager
     def timed(stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = now()
         yield
-        seconds[stage] += (time.perf_counter() - start) / len(drawn)
+        seconds[stage] += (now() - start) / len(drawn)
 
     def transfer(batch: Tensor) -> None:
         preprocess.normalise(batch.to(device).permute(0, 3, 1, 2))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     threads, size, batch = torch.get_num_threads(), 0, []
     torch.set_num_threads(1)
@@ -114,15 +110,15 @@ def time_stages(
 
 
 def time_loader(data: Images, batch_size: int, workers: int, pin: bool) -> float:
-    """Images per second that a training loader gives once its workers are busy."""
+    """Images a second, once the workers are busy."""
     stream = TrainStream(len(data.index), batch_size, 0, position=lambda: 0)
     batches = chain.from_iterable(repeat(loader(data, stream, batch_size, workers, pin=pin)))
     for _ in range(2 * workers + 1):  # prefetched before the clock starts
         next(batches)
-    start, images = time.perf_counter(), 0
-    while time.perf_counter() - start < SECONDS:
+    start, images = now(), 0
+    while now() - start < SECONDS:
         images += len(next(batches)[0])
-    return images / (time.perf_counter() - start)
+    return images / (now() - start)
 
 
 def advice(needed: float, one: float, loaded: float, workers: int, slowest: str) -> str:

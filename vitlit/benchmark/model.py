@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,11 @@ The largest batch that a GPU trains on is found, to a sixteenth, by trying, not 
 """
 ROUNDS, SECONDS = 5, 0.5  # how often, and for how long each time, a pass is timed
 CLASSES = 1000
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+MODES = ("false", "default", "reduce-overhead", "max-autotune")
 
 
 def run(arguments: list[str]) -> int:
-    """`vitlit benchmark model [options]`; returns the exit code."""
     parser = CommandParser("vitlit benchmark model", HELP)
     parser.add_argument("--preset", default="B/16", help="of the ViT; default B/16")
     parser.add_argument("--image_size", type=int, default=224, metavar="N", help="pixels; default 224")
@@ -44,10 +46,6 @@ def run(arguments: list[str]) -> int:
     found |= measure(vit, size, precision, given.compile, device)
     print(json.dumps(found, indent=2) if given.json else report(found))
     return 0
-
-
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-MODES = ("false", "default", "reduce-overhead", "max-autotune")
 
 
 def automatic(device: torch.device) -> str:
@@ -78,7 +76,7 @@ def measure(vit: ViT, size: int, precision: str, compile: str, device: torch.dev
         vit.train(what == "step")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        found[f"{what}_seconds"] = seconds_of(call, device)
+        found[f"{what}_seconds"] = seconds_of(call)
         found[f"{what}_memory_gib"] = peak_memory(device)
     peak = peak_tflops(name, precision)
     found["mfu"] = peak and found["step_flop"] * size / found["step_seconds"] / (peak * 1e12)
@@ -112,20 +110,19 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, half, enabled=precision != "32-true")
 
 
-def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+def now() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(call: Callable[[], None]) -> float:
     """Seconds a call, the median of several rounds, after three calls that are not timed."""
-
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    timed(2)  # a compiler works, and CUDA graphs are recorded
-    calls = math.ceil(SECONDS / timed(1))
-    return statistics.median(timed(calls) for _ in range(ROUNDS))
+    clock = timeit.Timer(call, timer=now)
+    clock.timeit(2)  # a compiler works, and CUDA graphs are recorded
+    calls = math.ceil(SECONDS / clock.timeit(1))
+    return statistics.median(clock.repeat(ROUNDS, calls)) / calls
 
 
 def largest(fits: Callable[[int], bool], start: int) -> int:
@@ -153,7 +150,6 @@ def fits(vit: ViT, size: int, precision: str, device: torch.device) -> bool:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The findings as text."""
     size, mfu, most = found["batch_size"], found["mfu"], found["largest_batch"]
     lines = [
         f"ViT-{found['preset']}, {found['parameters']:,} parameters, {found['image_size']} pixels, "
@@ -162,8 +158,8 @@ def report(found: dict[str, Any]) -> str:
         f"{'':<15}{'images/s':>10}{'ms/batch':>11}{'memory':>12}",
     ]
     for name, what in (("forward", "forward"), ("training step", "step")):
-        time, memory = found[f"{what}_seconds"], found[f"{what}_memory_gib"]
+        seconds, memory = found[f"{what}_seconds"], found[f"{what}_memory_gib"]
         share = f"  {mfu:.1%} of the device's peak" if mfu and what == "step" else ""
-        lines.append(f"{name:<15}{size / time:>10,.0f}{1000 * time:>11,.1f}{memory:>8.2f} GiB{share}")
+        lines.append(f"{name:<15}{size / seconds:>10,.0f}{1000 * seconds:>11,.1f}{memory:>8.2f} GiB{share}")
     lines.append(f"{'largest batch':<15}" + (f"{most:>10,}" if most is not None else "  not searched on a CPU"))
     return "\n".join(lines)

@@ -30,8 +30,8 @@ class Images(Dataset[tuple[Any, ...]]):
 
     Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. `bad` lists images that
     cannot be read, which are an error without it: in training another of the same class, always the same one, replaces
-    each; in prediction (`photos`) it is black, with the index -1. `kept` images are not decoded again. `keyed` samples
-    end with what their colours are drawn from.
+    each; else it is black, with the index -1. `kept` images are not decoded again. `keyed` samples end with what their
+    colours are drawn from.
     """
 
     index: Index
@@ -40,7 +40,6 @@ class Images(Dataset[tuple[Any, ...]]):
     bad: BadImages | None = None
     further: Sequence[Transform] = ()
     keyed: bool = False
-    photos: bool = False
     ground: str = GROUND
     remedy: str = "--data.on_bad_image skip trains without it"
     kept: Decoded | None = None

@@ -86,10 +86,7 @@ def decode_all(images: Any, workers: int, check: Callable[[float], None]) -> Dec
 
 
 def decode_once(images: Any, workers: int, cache: Cache, trainer: Any) -> Decoded:
-    """All of `Images`, decoded by one rank of a machine; UserError if they do not fit into its memory, or the device.
-
-    `workers` are each device's.
-    """
+    """All of `Images`, by one rank of a machine with the workers of all; UserError if they do not fit there."""
     device, room = trainer.strategy.root_device, {"the machine": free_memory()}
     if on_gpu := cache == "device" and device.type == "cuda":
         room["the GPU"] = torch.cuda.mem_get_info(device)[0]

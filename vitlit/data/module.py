@@ -293,7 +293,7 @@ class ImageFolderData(LightningDataModule):
         share = EvalShare(len(index), trainer.global_rank, trainer.world_size, most)
         size = min(-(-self.batch_size // trainer.world_size), self.micro_batch or self.batch_size, share.count)
         bad = self._bad_images(index, photos) if photos or split == "train" else None
-        images = Images(index, self.preprocess.crop, bad=bad, photos=photos, ground=self.preprocess.ground)
+        images = Images(index, self.preprocess.crop, bad=bad, ground=self.preprocess.ground)
         images.remedy = LEAVE_OUT if photos else NEEDED
         return self._loader(images, share, eval_batch(share.count, trainer.world_size, size), split)
 

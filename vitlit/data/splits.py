@@ -110,6 +110,5 @@ class Splits:
 
 
 def other_classes(root: str, ours: list[str], theirs: list[str]) -> UserError:
-    """The error of data that does not have the classes of the weights."""
     has = f"the classes {brief(ours)}" if ours else "no classes"
     return UserError(f"{root} has {has}, the weights {brief(theirs)}")

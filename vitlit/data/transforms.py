@@ -27,7 +27,6 @@ class TrainTransform:
     augment: tuple[Transform, ...]
 
     def plan(self, rows: int, columns: int) -> Cut:
-        """What a call would take of an image of this size, with the same draws."""
         cut = self.crop.plan(rows, columns)
         return cut._replace(flip=torch.rand(()).item() < self.flip)
 

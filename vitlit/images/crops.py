@@ -129,7 +129,6 @@ class PadCrop:
         return _below(outer + 2 * self.padding - inner + 1) - self.padding
 
     def plan(self, rows: int, columns: int) -> Cut:
-        """What a call would take of an image of this size, with the same draws."""
         height, width = self.resized(rows, columns)
         top, left = self.place(height, self.size[0]), self.place(width, self.size[1])
         return Cut((0, 0, rows, columns), (height, width), (top, left))

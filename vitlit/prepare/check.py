@@ -36,8 +36,6 @@ RARE = 100  # times fewer images than the largest class
 
 @dataclass(frozen=True)
 class Layout:
-    """A split."""
-
     folder: str  # relative to the root; its subfolders are the classes
     classes: list[str]  # sorted; [""] for images without labels
     index: Index  # labels are positions in classes

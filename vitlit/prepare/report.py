@@ -119,8 +119,6 @@ def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
 
 @dataclass
 class Finding:
-    """Something wrong."""
-
     kind: str  # a key of `FAULTS` or `WARNINGS`
     message: str
     paths: Paths  # relative to the root
@@ -143,7 +141,6 @@ class Report:
     def add(
         self, kind: str, paths: Sequence[str | list[str]], detail: str = "", reasons: Mapping[str, str] = {}
     ) -> None:
-        """Add a finding of these paths, if there are any."""
         if paths:
             message = {**FAULTS, **WARNINGS}[kind].format(detail)
             findings = self.faults if kind in FAULTS else self.warnings
@@ -192,7 +189,6 @@ def _line(path: str | list[str], reasons: dict[str, str]) -> str:
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
-    """The facts about a split in words by name."""
     unlabelled = facts["images"] and not facts["classes"]
     kinds = "without labels" if unlabelled else f"in {facts['classes']:,} classes"
     rows = {"images": f"{facts['images']:,} {kinds}"}
