@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,7 +273,7 @@ def samples(folder: Path) -> dict[tuple[int, int], str]:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run comes to: weights, average, optimizer and metrics, but for the speed."""
+    """What a run comes to: weights, average, optimizer, probes and metrics, but for the speed."""
     run = folder / "runs" / "pretrain"
     content = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "loops")
@@ -282,13 +282,23 @@ def left(folder: Path) -> dict[str, Any]:
         rows = list(csv.DictReader(file))
     speed = ("second", "wait", "memory")
     metrics = [{name: row[name] for name in row if not any(word in name for word in speed)} for row in rows]
-    made = {name: content[name] for name in names}
+    made = {name: content.get(name) for name in names}  # None without an average
+    made["probes"] = content["callbacks"].get("Probes")
     return {**made, "step": content["global_step"], "best": best["state_dict"], "metrics": metrics}
 
 
-def survive(kills: int, epochs: int, workers: int, ranks: int, few: Path, folder: Path, draw: random.Random) -> None:
+def survive(
+    kills: int,
+    epochs: int,
+    workers: int,
+    ranks: int,
+    few: Path,
+    folder: Path,
+    draw: random.Random,
+    given: Sequence[object] = COMMAND,
+) -> None:
     """Run the command until it is complete, killing it so often, in one of its first steps and the checkpoint after."""
-    command = (*COMMAND, "--trainer.max_epochs", epochs, "--data.root", few, "--data.num_workers", workers)
+    command = (*given, "--trainer.max_epochs", epochs, "--data.root", few, "--data.num_workers", workers)
     for _ in range(kills):
         before = killed_in(draw.randrange(3), draw.uniform(0, 0.03), draw.randrange(ranks))
         assert KILLED in [result.code for result in launched(ranks, *command, cwd=folder, before=before)]

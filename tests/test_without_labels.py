@@ -1,7 +1,10 @@
 """What holds for every objective that needs no labels: resumed, on two devices, compiled and in low precision."""
 
+import random
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from conftest import Result, refused, user_error
 from lightning.pytorch import Callback, Trainer
 from small_stage import data, trainer
 from test_ddp import no_rank_is_left_behind, read
-from test_resume import assert_same
+from test_resume import assert_same, left, samples, survive
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -56,15 +59,19 @@ def batch_of(stage: Pretrain, images: int = 4, dtype: torch.dtype = torch.float3
 
 
 class Watch(Callback):
-    """The loss and the weight decay of each step; an end where it is told to stop."""
+    """The loss, the weight decay and the views of each step; an end where it is told to stop."""
 
     def __init__(self, stop: int | None = None, checkpoint: Path | None = None, folder: Path | None = None) -> None:
         self.stop, self.checkpoint, self.folder = stop, checkpoint, folder
         self.losses: list[float] = []
         self.decays: list[list[float]] = []
+        self.views: list[list[tuple[int, str]]] = []  # by index
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
+        images = zip(*(view.double().numpy() for view in batch.views), strict=True)
+        digests = [sha256(b"".join(view.tobytes() for view in views)).hexdigest() for views in images]
+        self.views.append(list(zip(batch.indices.tolist(), digests, strict=True)))
         self.decays.append([group["weight_decay"] for group in trainer.optimizers[0].param_groups])
         if self.stop is not None and trainer.global_step == self.stop:
             trainer.save_checkpoint(str(self.checkpoint))
@@ -72,7 +79,7 @@ class Watch(Callback):
 
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if self.folder is not None:
-            content = {"losses": self.losses, "state": module.state_dict()}
+            content = {"losses": self.losses, "views": self.views, "state": module.state_dict()}
             torch.save(content, self.folder / f"rank{trainer.global_rank}.pt")
 
 
@@ -93,6 +100,57 @@ def fit(
     return {"weights": stage.state_dict(), "optimizer": runner.optimizers[0].state_dict(), "losses": watch.losses}
 
 
+# The same by the command line, killed. The probes are those that it adds by itself, or given, beside an average.
+PROBED = "[{class_path: vitlit.callbacks.Probes, init_args: {bank: 33, every: 2}}, {class_path: vitlit.callbacks.EMA}]"
+VIEWS = ("--data.views", '[{"count": 1, "size": 16}, {"count": 1, "size": 8}]')
+BY_DINO = (
+    *("--model.objective", "DINO", "--model.objective.prototypes", 24, "--model.objective.hidden_dim", 16),
+    *("--model.objective.freeze_prototypes", 0.3, *VIEWS),
+)
+FLAGS: dict[str, tuple[object, ...]] = {
+    "masked_patch": ("--model.objective", "MaskedPatch"),
+    "mae": (
+        *("--model.objective", "MAE", "--model.objective.decoder_depth", 1, "--model.objective.decoder_width", 32),
+        *("--trainer.callbacks", PROBED),
+    ),
+    "dino": BY_DINO,
+    "dinov2": (
+        *(*BY_DINO, "--model.objective.masked", 1, "--model.objective.koleo", 0.1),
+        *("--model.objective.centring", "sinkhorn", "--trainer.callbacks", PROBED),
+    ),
+    "lejepa": ("--model.objective", "LeJEPA", "--model.objective.hidden_dim", 16, *VIEWS),
+}
+KILLED_RUN = (
+    *("fit", *SMALL_RUN, "--model.vit.patch_size", 4, "--data.batch_size", 8, "--trainer.max_steps", -1),
+    *("--model.vit.dropout", 0.1, "--model.vit.drop_path", 0.1, "--model.schedule.weight_decay_end", 0.4),
+    *("--trainer.log_every_n_steps", 2, "--run.save_minutes", 0),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "workers", "kills"),
+    [
+        ("dinov2", 1, (0,), 2),
+        *(pytest.param(name, ranks, (0, 2), 5, marks=pytest.mark.long) for name in FLAGS for ranks in (1, 2)),
+    ],
+)
+def test_a_run_with_probes_that_is_killed_is_the_undisturbed_one(
+    name: str, ranks: int, workers: tuple[int, ...], kills: int, few: Path, tmp_path: Path
+) -> None:
+    runs = {count: tmp_path / str(count) for count in (-1, *workers)}
+    for count, folder in runs.items():
+        folder.mkdir()
+        times, draw = 0 if count < 0 else kills, random.Random(kills + count)
+        survive(times, 5, max(0, count), ranks, few, folder, draw, (*KILLED_RUN, *FLAGS[name]))
+    whole = left(runs[-1])
+    assert whole["probes"]["layer"][0]["1.weight"].any()
+    assert all(any(row[name] for row in whole["metrics"]) for name in ("val/knn", "val/probe", "train/rank"))
+    for count in workers:
+        assert_same(left(runs[count]), whole)
+        assert samples(runs[count]) == samples(runs[-1])
+        print(f"{name}, {count} workers, {ranks} processes: killed {kills} times, identical")
+
+
 @EACH
 def test_a_continued_run_is_the_uninterrupted_one(make: Callable[[ViT], Objective], few: Path, tmp_path: Path) -> None:
     averaged = make is OBJECTIVES["dinov2"]
@@ -105,8 +163,8 @@ def test_a_continued_run_is_the_uninterrupted_one(make: Callable[[ViT], Objectiv
     assert len(set(whole["losses"])) == 10
 
 
-def spread(make: Callable[[ViT], Objective], root: Path, folder: Path, devices: int, epochs: int) -> list[float]:
-    """Train on so many devices in float64; each step's loss over all of them."""
+def spread(make: Callable[[ViT], Objective], root: Path, folder: Path, devices: int, epochs: int) -> tuple[Any, Any]:
+    """Train on so many devices in float64; each step's loss over all of them, and its views by index."""
     folder.mkdir()
     stage, of_data = made(make)
     strategy = "auto" if devices == 1 else "ddp_fork"
@@ -115,7 +173,8 @@ def spread(make: Callable[[ViT], Objective], root: Path, folder: Path, devices: 
     parts = [read(folder / f"rank{rank}.pt") for rank in range(devices)]
     for part in parts[1:]:
         assert_same(part["state"], parts[0]["state"])
-    return [sum(losses) / devices for losses in zip(*(part["losses"] for part in parts), strict=True)]
+    views = [sorted(chain(*of_step)) for of_step in zip(*(part["views"] for part in parts), strict=True)]
+    return [sum(losses) / devices for losses in zip(*(part["losses"] for part in parts), strict=True)], views
 
 
 @pytest.mark.parametrize(
@@ -125,10 +184,11 @@ def spread(make: Callable[[ViT], Objective], root: Path, folder: Path, devices: 
 def test_losses_are_the_same_on_any_number_of_devices(
     make: Callable[[ViT], Objective], devices: tuple[int, ...], epochs: int, few: Path, tmp_path: Path
 ) -> None:
-    one = spread(make, few, tmp_path / "one", 1, epochs)
+    one, views = spread(make, few, tmp_path / "one", 1, epochs)
     assert len(one) == 5 * epochs
     for count in devices:
-        others = spread(make, few, tmp_path / str(count), count, epochs)
+        others, theirs = spread(make, few, tmp_path / str(count), count, epochs)
+        assert theirs == views
         apart = max(abs(a - b) / abs(a) for a, b in zip(one, others, strict=True))
         print(f"{count} processes: losses of {len(one)} steps differ by {apart:.1e}")
         assert apart <= 1e-9
@@ -220,10 +280,21 @@ def test_training_starts_from_weights_and_hands_on_the_teachers(name: str, few: 
     assert torch.equal(tuned.vit.state_dict()["cls_token"], loaded["cls_token"])
 
 
+ALONE = "compares the images of a batch, but this one has 1 on all devices; raise data.batch_size, or let a loader drop"
+
+
 def test_what_would_change_the_objective_is_refused(few: Path) -> None:
     stage, of_data = made(OBJECTIVES["dino"])
     message = "DINO compares the images of a batch: 2 micro-batches .* raise data.micro_batch, or take more devices"
     user_error(message, trainer(max_steps=1).fit, stage, data(few, micro_batch=4, **of_data))
+    for name in ("dinov2", "lejepa"):
+        stage, of_data = made(OBJECTIVES[name])
+        user_error(ALONE, trainer(max_steps=2).fit, stage, data(few, batch_size=1, **of_data))
+        stage, _ = made(OBJECTIVES[name])
+        loader = DataLoader([batch_of(stage, 2), batch_of(stage, 1)], batch_size=None)  # type: ignore[arg-type, var-annotated]
+        runner = trainer()
+        user_error(ALONE, runner.fit, stage, loader, loader)
+        assert runner.global_step == 1
     stage, _ = made(OBJECTIVES["lejepa"])
     images = DataLoader(torch.randn(8, 3, 16, 16), batch_size=4)  # type: ignore[arg-type, var-annotated]
     user_error("LeJEPA needs at least 2 views", trainer(max_steps=2).fit, stage, images, images)

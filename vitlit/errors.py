@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from inspect import formatannotation
+from math import inf
 from os import PathLike
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -48,6 +49,14 @@ def fits(value: Any, hint: Any) -> bool:
         return len(value) == len(each) and all(map(fits, value, each))
     wider: Any = {float: int | float, str: str | PathLike}.get(kind, kind)
     return kind is Any or (isinstance(value, wider) and (kind is bool or not isinstance(value, bool)))
+
+
+def check_range(owner: str, given: Mapping[str, Any], names: Sequence[str], least: float, most: float = inf) -> None:
+    """UserError for the first of an owner's options that is not from `least` to `most`."""
+    for name in names:
+        if not least <= given[name] <= most:
+            takes = f"at least {least}" if most == inf else f"from {least} to {most}"
+            raise UserError(f"{owner}: {name} is {given[name]}; give {takes}")
 
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:

@@ -15,9 +15,11 @@ from test_ddp import no_rank_is_left_behind, read
 from test_resume import assert_same
 from test_without_labels import EACH, OBJECTIVES, TINY, Watch, made
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitlit.callbacks import EMA, Probes, probes
+from vitlit.data import ImageFolderData
 from vitlit.data.mixing import Mixing
 from vitlit.evaluation import deviation, effective_rank, knn
 from vitlit.images.decode import decode_bytes
@@ -153,6 +155,14 @@ def test_an_average_is_what_is_measured(few: Path) -> None:
     assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
 
 
+def one_class(few: Path, folder: Path) -> Path:
+    """A part of the images, of which all are of one class."""
+    for split in ("train", "val"):
+        (folder / "one" / split).mkdir(parents=True)
+        (folder / "one" / split / "0").symlink_to(few / split / "0")
+    return folder / "one"
+
+
 def test_labels_are_needed_nowhere_and_used_where_they_are_classes(few: Path, tmp_path: Path) -> None:
     loose = tmp_path / "loose"
     for image in few.glob("*/*/*"):
@@ -167,6 +177,7 @@ def test_labels_are_needed_nowhere_and_used_where_they_are_classes(few: Path, tm
     for stage, given in (
         (made(OBJECTIVES["mae"])[0], data(loose)),
         (regression, data(few, manifest=str(numbers), labels="numbers")),
+        (made(OBJECTIVES["mae"])[0], data(one_class(few, tmp_path), batch_size=5)),
     ):
         runner = trainer(callbacks=[Probes()])
         runner.fit(stage, given)
@@ -177,6 +188,109 @@ def test_labels_are_needed_nowhere_and_used_where_they_are_classes(few: Path, tm
     runner = trainer(callbacks=[Probes()])
     runner.fit(mixed, data(few, mixing=Mixing(0.8, 1.0)))
     assert {"val/knn", "val/probe", "val/top1"} <= runner.callback_metrics.keys()
+
+
+def partly_labelled(self: ImageFolderData, batch: Any, index: int) -> Any:
+    """A batch in which two of three images have no class, and all of some steps."""
+    made = TRANSFERRED(self, batch, index)
+    labelled = (made.indices % 3 == 0) & (made.indices < 36)
+    return made._replace(labels=torch.where(labelled, made.labels, -1))
+
+
+TRANSFERRED = ImageFolderData.on_after_batch_transfer
+
+
+def test_images_without_a_class_have_no_part(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFolderData, "on_after_batch_transfer", partly_labelled)
+    stage, _ = made(OBJECTIVES["mae"])
+    seen = Seen()
+    runner = trainer(max_epochs=2, callbacks=[seen])
+    runner.fit(stage, data(few, batch_size=2))
+    layer = torch.nn.Linear(16, 4)
+    for part in layer.parameters():
+        torch.nn.init.zeros_(part)
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
+    counts = set()
+    for features, labels in seen.steps:
+        known = labels >= 0
+        counts.add(int(known.sum()))
+        rows = torch.nn.functional.layer_norm(features[known], (16,))
+        optimizer.zero_grad()
+        (
+            torch.nn.functional.cross_entropy(layer(rows), labels[known], reduction="sum") / max(1, known.sum())
+        ).backward()
+        optimizer.step()
+    assert counts == {0, 1, 2}
+    state = state_of(runner)["layer"][0]
+    torch.testing.assert_close(state["1.weight"], layer.weight.data)
+    bank, labels = features_of(stage, few, "train")
+    features, truth = features_of(stage, few, "val")
+    chosen, of_val = [torch.arange(count)[::3] for count in (36, 11)]
+    expected = knn(bank[chosen], labels[chosen], features[of_val], truth[of_val])
+    assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
+    found = layer(torch.nn.functional.layer_norm(features[of_val], (16,))).argmax(1)
+    right = (found == truth[of_val]).float().mean().item()
+    assert runner.callback_metrics["val/probe"].item() == pytest.approx(right)
+    (one,) = spread(OBJECTIVES["mae"], few, tmp_path / "one", 1)
+    for two in spread(OBJECTIVES["mae"], few, tmp_path / "two", 2):
+        for name in ("val/knn", "val/probe"):
+            assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5), name
+        for part, other in zip(two["state"]["layer"][0].values(), one["state"]["layer"][0].values(), strict=True):
+            assert (part - other).abs().max() < 1e-6
+
+
+def plain(labels: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(len(labels), 3, 16, 16), labels), 4)
+
+
+def test_labels_out_of_range_are_refused() -> None:
+    labels = torch.arange(16) % 4
+    labels[5] = 6  # in the second step, of which nothing is logged
+    stage, _ = made(OBJECTIVES["mae"])
+    runner = trainer(callbacks=[Probes(classes=4)], log_every_n_steps=3)
+    message = "Probes' classes is 4, but a label is 6; give at least 7"
+    user_error(message, runner.fit, stage, plain(labels), plain(labels % 4))
+    assert runner.global_step == 3
+    nothing = torch.full((4,), -1)
+    runner = trainer(callbacks=[Probes(classes=7)])
+    runner.fit(stage, plain(labels), plain(nothing))
+    assert not {"val/knn", "val/probe"} & runner.callback_metrics.keys()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch computes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Counted(Seen):
+    """Keeps, too, how much is computed after each micro-batch."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with Operations() as operations:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.operations = [*getattr(self, "operations", []), operations.count - 2]  # Seen's
+
+
+def test_without_classes_only_steps_that_log_are_looked_at_and_whole(few: Path, tmp_path: Path) -> None:
+    logs, counted = Memory(), Counted()
+    stage, _ = made(OBJECTIVES["mae"])
+    runner = trainer(max_epochs=2, log_every_n_steps=3, callbacks=[counted], logger=logs)
+    runner.fit(stage, data(one_class(few, tmp_path), batch_size=2, micro_batch=1))
+    assert runner.global_step == 10
+    by_step = list(zip(counted.operations[::2], counted.operations[1::2], strict=True))
+    looked = [step for step, (before, after) in enumerate(by_step, start=1) if after]
+    assert looked == [1, 3, 5, 6, 9, 10]  # also the first, and the last of an epoch
+    assert not any(before for before, _ in by_step)
+    for step, value in logs.rows["train/rank"]:
+        assert step is not None
+        features = torch.cat([seen for seen, _ in counted.steps[2 * step : 2 * step + 2]])
+        assert value == pytest.approx(effective_rank(features).item(), rel=1e-5)
+    assert [step for step, _ in logs.rows["train/rank"]] == [2, 5, 8]
 
 
 def test_plain_loaders_and_a_plain_trainer(few: Path) -> None:
@@ -248,8 +362,18 @@ def test_a_healthy_training_is_left_alone(name: str, digits: Path) -> None:
 
 def test_alarms_can_be_turned_off_and_are_not_for_labels(digits: Path) -> None:
     assert watched("mae", digits, 3e-3, 125, {"mask_ratio": 0.07}, bank=0, alarms=False).global_step == 125
-    user_error("Probes takes no bank -1", Probes, -1)
-    user_error("Probes takes no bank 10000, every 0", partial(Probes, every=0))
+
+
+def test_options_that_do_not_fit_are_refused_by_name(few: Path) -> None:
+    user_error("Probes: bank is -1; give at least 0", Probes, -1)
+    user_error("Probes: every is 0; give at least 1", partial(Probes, every=0))
+    user_error("Probes: classes is -4; give at least 0", partial(Probes, classes=-4))
+    stage, _ = made(OBJECTIVES["mae"])
+    fit = trainer(callbacks=[Probes(classes=3)]).fit
+    user_error("Probes' classes is 3, but the data has 4, one an image; leave it out", fit, stage, data(few))
+    runner = trainer(callbacks=[Probes(classes=0)])
+    runner.fit(stage, data(few))
+    assert not {"val/knn", "val/probe"} & runner.callback_metrics.keys()
 
 
 # The command line
@@ -278,7 +402,16 @@ def test_neighbours_choose_the_best_checkpoint_where_nothing_else_can(
     stop = "[{class_path: EarlyStopping, init_args: {monitor: val/knn, patience: 9}}]"
     assert vitlit(*MAE_RUN, "--data.root", few, "--run.name", "stop", "--trainer.callbacks", stop).code == 0
     labelled = vitlit("fit", *SMALL, "--data.root", few, "--run.name", "labels", "--run.monitor", "val/knn")
-    refused(labelled, "run.monitor val/knn is not among val/top1")
+    refused(labelled, "run.monitor val/knn is not among val/top1", "Probes measures it where each image has one of sev")
+    monitored = (*MAE_RUN, "--data.root", few, "--run.name", "knn", "--run.monitor", "val/knn")
+    refused(
+        vitlit(*monitored, "--trainer.callbacks", own), "not among val/probe val/loss: with bank 0 Probes leaves it"
+    )
+    assert not (run.parent / "knn").exists()
+    plain = vitlit(
+        *MAE_RUN, "--data.root", one_class(few, run.parent / "data"), "--data.batch_size", 8, "--run.name", "one"
+    )
+    assert "best val/loss" in done(plain)
 
 
 def test_an_alarm_ends_a_command_in_a_line(vitlit: Callable[..., Result], few: Path, run: Path) -> None:

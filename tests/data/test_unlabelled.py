@@ -11,9 +11,10 @@ import pytest
 import small_stage
 import torch
 import yaml
-from conftest import REPOSITORY, SMALL, Result
+from conftest import REPOSITORY, SMALL, Result, done
 from lightning.pytorch import Trainer
 from small_stage import TINY
+from test_without_labels import FLAGS
 
 from vitlit.data import cache
 from vitlit.data.folder import scan_classes, scan_split, scan_train
@@ -155,6 +156,18 @@ def test_mae_learns_from_it_and_is_finetuned_on_labels(loose: Path, few: Path, v
     result = vitlit("fit", *tune, "--data.root", loose, "--run.name", "other")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "the data has no classes, which Supervised needs" in result.err
+
+
+@pytest.mark.parametrize("name", [name for name in FLAGS if name != "mae"])  # the test above has it
+def test_every_objective_learns_from_it(name: str, loose: Path, vitlit: Callable[..., Result], run: Path) -> None:
+    said = done(vitlit("fit", *SMALL, "--model.vit.patch_size", 4, "--data.root", loose, *FLAGS[name]))
+    assert "40 training and 11 validation images, no labels" in said
+    assert "best val/loss" in said
+    head, *rows = (run / "metrics.csv").read_text().splitlines()
+    assert "train/rank" in head
+    assert "val/knn" not in head
+    assert "val/probe" not in head
+    assert len(rows) == 6
 
 
 def test_shards_of_it_are_refused(loose: Path, vitlit: Callable[..., Result]) -> None:

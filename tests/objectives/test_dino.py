@@ -204,10 +204,12 @@ def test_every_second_global_view_is_masked() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"centring": "median"}, "neither mean nor sinkhorn"),
-        ({"momentum": 1.1}, "momentum, .* between 0 and 1"),
-        ({"temperature": 0.0}, "temperatures are above 0"),
-        ({"koleo": -1.0}, "weights at least 0"),
+        ({"centring": "median"}, r"centring is 'median' \(str\); give Literal\['mean', 'sinkhorn'\]"),
+        ({"momentum": 1.1}, "DINO: momentum is 1.1; give from 0 to 1"),
+        ({"freeze_prototypes": -0.1}, "DINO: freeze_prototypes is -0.1; give from 0 to 1"),
+        ({"temperature_start": 0.0}, "DINO: temperature_start is 0.0; give at least 1e-06"),
+        ({"koleo": -1.0}, "DINO: koleo is -1.0; give at least 0"),
+        ({"bottleneck": 0}, "DINO: bottleneck is 0; give at least 1"),
         ({"shared_head": True}, "shared_head is for masked patches"),
     ],
 )

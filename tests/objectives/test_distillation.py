@@ -100,7 +100,14 @@ def test_a_teacher_of_other_classes_is_refused(teacher: tuple[ViT, str]) -> None
         objective.prepare(data("abcd"))
 
 
-@pytest.mark.parametrize("options", [{"kind": "medium"}, {"share": 1.5}, {"temperature": 0.0}])
-def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="distillation"):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "medium"}, r"kind is 'medium' \(str\); give Literal"),
+        ({"share": 1.5}, "Distillation: share is 1.5; give from 0 to 1"),
+        ({"temperature": 0.0}, "Distillation: temperature is 0.0; give at least 1e-06"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
         Distillation(ViT(**TINY), "nowhere", num_classes=CLASSES, **options)

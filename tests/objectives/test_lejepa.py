@@ -90,5 +90,5 @@ def test_directions_change_with_the_steps_of_training_alone_and_are_isotropic() 
 
 
 def test_options_out_of_range_are_refused() -> None:
-    user_error("no weight 2", lambda: LeJEPA(ViT(**TINY), weight=2))
-    user_error("slices 0", lambda: LeJEPA(ViT(**TINY), slices=0))
+    user_error("LeJEPA: weight is 2; give from 0 to 1", lambda: LeJEPA(ViT(**TINY), weight=2))
+    user_error("LeJEPA: slices is 0; give at least 1", lambda: LeJEPA(ViT(**TINY), slices=0))

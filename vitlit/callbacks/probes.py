@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from vitlit.callbacks import predictions
 from vitlit.data.stream import EvalShare, eval_batch
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_range
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.evaluation.rank import deviation, effective_rank
 from vitlit.objectives import Batch
@@ -30,23 +30,25 @@ class Probes(Callback):
 
     Features are those of the weights that go on: a moving teacher's, and in validation an EMA's. train/rank is their
     effective rank (RankMe, 2210.02885) in a step's batch, at most its size and the ViT's width, and train/deviation how
-    far they point apart (2011.10566, section 4.1), from 0 to about 1. Where images have one class each, val/knn is the
-    accuracy of `vitlit.evaluation.knn` with training images that look as in validation (with plain loaders, as their
-    dataset gives them), and val/probe that of a linear layer, which learns from each batch with Adam.
+    far they point apart (2011.10566, section 4.1), from 0 to about 1. Where images have one of several classes each,
+    val/knn is the accuracy of `vitlit.evaluation.knn` with training images that look as in validation (with plain
+    loaders, as their dataset gives them), and val/probe that of a linear layer, which learns from each batch with Adam.
+    Neither counts images with a label of -1, which have no class.
 
     Args:
         bank: how many training images, spread over the folder, val/knn compares with; 0 leaves it out.
         every: val/knn is measured in the first of so many epochs, and in the last one.
-        classes: how many there are; by default the data module's.
+        classes: how many there are; by default the data module's. 0 leaves val/knn and val/probe out.
         alarms: whether a collapse stops a training that learns without labels.
 
     Raises:
-        UserError: an option is out of range. In training: it has collapsed; what has, and what to try.
+        UserError: an option is out of range, or the data has other classes. In training: a label is not one of the
+            classes; or it has collapsed: what has, and what to try.
     """
 
     def __init__(self, bank: int = 10_000, every: int = 1, classes: int | None = None, alarms: bool = True) -> None:
-        if bank < 0 or every < 1 or (classes or 0) < 0:
-            raise UserError(f"Probes takes no bank {bank}, every {every} or classes {classes}")
+        check_range("Probes", {"bank": bank, "classes": classes or 0}, ["bank", "classes"], 0)
+        check_range("Probes", {"every": every}, ["every"], 1)
         self.bank, self.every, self.classes, self.alarms = bank, every, classes, alarms
 
     def measures(self, data: Any) -> dict[str, str]:
@@ -54,9 +56,13 @@ class Probes(Callback):
         names = ["val/knn", "val/probe"] if self.bank else ["val/probe"]
         return dict.fromkeys(names, "max") if self._count(data) else {}
 
-    def _count(self, data: Any) -> int:
+    def _count(self, data: Any) -> int | None:
+        """How many classes images have one of, but for a single one; None if neither data nor user say it."""
         one_each = not (getattr(data, "multi_label", False) or getattr(data, "numbers", False))
-        return len(getattr(data, "classes", [])) * one_each if self.classes is None else self.classes
+        found = len(data.classes) * one_each if hasattr(data, "classes") else self.classes
+        if self.classes and self.classes != found:
+            raise UserError(f"Probes' classes is {self.classes}, but the data has {found}, one an image; leave it out")
+        return 0 if found == 1 or self.classes == 0 else found
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._layer: Any = None  # of val/probe
@@ -65,6 +71,7 @@ class Probes(Callback):
         self._probes: dict[str, Any] = {}  # in a validation: features -> classes, and how often they are right
         if stage == "fit" and (count := self._count(trainer.datamodule)):
             device, width = trainer.strategy.root_device, pl_module.vit.width
+            self._highest = torch.zeros((), device=device)  # label so far; to read each would wait for the device
             linear = nn.utils.skip_init(nn.Linear, width, count, device=device, dtype=torch.float32)  # draws nothing
             self._layer = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), linear)
             self._optimizer = torch.optim.Adam(map(nn.init.zeros_, linear.parameters()), LEARNING_RATE)
@@ -85,26 +92,31 @@ class Probes(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if outputs["features"] is not None:
-            self._batches.append((outputs["features"].float(), Batch.of(batch).labels))
+            self._batches.append((outputs["features"], Batch.of(batch).labels))
         if not self._batches or not step_ends(trainer, batch_idx):
             return
-        features, labels = map(torch.cat, zip(*self._batches, strict=True))
-        self._batches.clear()
+        parts, self._batches = self._batches, []
         if self._layer:
-            self._learn(features, labels)
+            self._learn(*map(torch.cat, zip(*parts, strict=True)))
         if logs_now(trainer) or "space" not in self._numbers:
-            self._look(trainer, pl_module, gather(features)[:ROWS])
+            self._look(trainer, pl_module, gather(torch.cat([features for features, _ in parts]).float())[:ROWS])
 
     def _learn(self, features: Tensor, labels: Tensor) -> None:
-        """A step of the linear layer, the same on all devices, on classes or shares of classes."""
-        loss = F.cross_entropy(self._layer(features), labels.float() if labels.ndim > 1 else labels)
+        """A step of the linear layer, the same on all devices, on classes (B,), -1 for none, or shares of classes."""
+        logits, numbers = self._layer(features.float()), labels.argmax(1) if labels.ndim > 1 else labels
+        self._highest = torch.maximum(self._highest, numbers.max())
+        targets = labels.float() if labels.ndim > 1 else labels.clamp(-1, logits.shape[1] - 1)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        loss = loss / device_mean((numbers >= 0).float().sum()).clamp(min=1e-3)
         parts = [*self._layer.parameters()]
         for part, gradient in zip(parts, torch.autograd.grad(loss, parts), strict=True):
             part.grad = device_mean(gradient)
         self._optimizer.step()
 
     def _look(self, trainer: Any, pl_module: Any, features: Tensor) -> None:
-        """Log how much space features (B, D) take, and raise UserError if the training has collapsed."""
+        """Log how much space features (B, D) take; UserError if a label is out of range, or training has collapsed."""
+        if self._layer and (highest := int(self._highest)) >= (count := self._layer[1].out_features):
+            raise UserError(f"Probes' classes is {count}, but a label is {highest}; give at least {highest + 1}")
         apart, about_mean = float(deviation(features)), float(effective_rank(features - features.mean(0)))
         if logs_now(trainer):
             pl_module.log("train/rank", effective_rank(features).cpu())
@@ -127,7 +139,7 @@ class Probes(Callback):
         if batch_idx or self._probes or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if self.bank and (last or trainer.current_epoch % self.every == 0):
+        if self.bank and self._count(trainer.datamodule) != 0 and (last or trainer.current_epoch % self.every == 0):
             bank = self._features(trainer, pl_module)
             if len(bank):
                 self._probes["knn"] = partial(nearest, normalised(bank[:, 2:]), bank[:, 1].long()), MeanMetric()
@@ -138,13 +150,15 @@ class Probes(Callback):
         if self._probes and (features := outputs["features"]) is None:
             with trainer.precision_plugin.forward_context():
                 features = pl_module.features(Batch.of(batch).views[0])
+        labels = Batch.of(batch).labels
         for classify, right in self._probes.values():
-            right.to(pl_module.device).update(classify(features.float()) == Batch.of(batch).labels)
+            right.to(pl_module.device).update(classify(features.float()) == labels, (labels >= 0).float())
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for name, (_, right) in self._probes.items():
-            self._numbers[name] = float(right.compute())
-            pl_module.log(f"val/{name}", right.compute(), prog_bar=True)
+            if right.compute().isfinite():  # else no image has a class
+                self._numbers[name] = float(right.compute())
+                pl_module.log(f"val/{name}", right.compute(), prog_bar=True)
         self._probes = {}
 
     def _features(self, trainer: Any, pl_module: Any) -> Tensor:

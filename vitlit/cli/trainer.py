@@ -196,7 +196,10 @@ def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any
     name = given or next(iter(known))
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
-        raise UserError(f"run.monitor {name} is not among {' '.join(known)}")
+        where = "where each image has one of several classes"
+        why = "with bank 0 Probes leaves it out" if "val/probe" in known else f"Probes measures it {where}"
+        because = f": {why}" if name in ("val/knn", "val/probe") else ""
+        raise UserError(f"run.monitor {name} is not among {' '.join(known)}{because}")
     return name, known.get(name, direction(name))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.model import ViT
 from vitlit.objectives.global_batch import device_mean, gather
 from vitlit.objectives.objective import (
@@ -82,12 +82,12 @@ class DINO(Objective):
         koleo: float = 0.0,
     ) -> None:
         super().__init__(vit)
-        if centring not in ("mean", "sinkhorn"):
-            raise UserError(f"centring {centring!r} is neither mean nor sinkhorn")
-        if not all(0 <= share <= 1 for share in (momentum, temperature_warmup, freeze_prototypes)):
-            raise UserError("DINO's momentum, temperature_warmup and freeze_prototypes are between 0 and 1")
-        if min(temperature, temperature_start) <= 0 or min(masked, koleo) < 0 or min(prototypes, hidden_dim) < 1:
-            raise UserError("DINO's temperatures are above 0, its weights at least 0 and its sizes at least 1")
+        given = locals()
+        check_types(DINO.__init__, given, "model.objective.")
+        check_range("DINO", given, ["prototypes", "hidden_dim", "bottleneck"], 1)
+        check_range("DINO", given, ["momentum", "temperature_warmup", "freeze_prototypes"], 0, 1)
+        check_range("DINO", given, ["temperature", "temperature_start"], 1e-6)
+        check_range("DINO", given, ["masked", "koleo"], 0)
         if shared_head and not masked:
             raise UserError("shared_head is for masked patches; give masked 1, or leave it out")
         vit.set_head("finetune", 0)

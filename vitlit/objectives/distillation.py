@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitlit.errors import UserError, first_difference
+from vitlit.errors import UserError, check_range, check_types, first_difference
 from vitlit.model import ViT
 from vitlit.objectives.objective import Batch, Step
 from vitlit.objectives.supervised import Supervised
@@ -41,12 +41,9 @@ class Distillation(Supervised):
         **options: Any,
     ) -> None:
         super().__init__(vit, **options)
-        if kind not in ("hard", "soft"):
-            raise UserError(f"distillation {kind!r} is neither hard nor soft")
-        if not 0 <= share <= 1:
-            raise UserError(f"distillation's share {share} is not between 0 and 1")
-        if temperature <= 0:
-            raise UserError(f"distillation's temperature {temperature} is not above 0")
+        check_types(Distillation.__init__, locals(), "model.objective.")
+        check_range("Distillation", locals(), ["share"], 0, 1)
+        check_range("Distillation", locals(), ["temperature"], 1e-6)
         if self.multi_label:
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitlit.errors import UserError
+from vitlit.errors import check_range
 from vitlit.model import ViT
 from vitlit.objectives.global_batch import BatchNorm, device_count, device_mean
 from vitlit.objectives.objective import (
@@ -45,8 +45,8 @@ class LeJEPA(Objective):
         self, vit: ViT, weight: float = 0.05, width: int = 128, hidden_dim: int = 2048, slices: int = 256
     ) -> None:
         super().__init__(vit)
-        if not 0 <= weight <= 1 or min(width, hidden_dim, slices) < 1:
-            raise UserError(f"LeJEPA takes no weight {weight}, width {width}, hidden_dim {hidden_dim}, slices {slices}")
+        check_range("LeJEPA", locals(), ["weight"], 0, 1)
+        check_range("LeJEPA", locals(), ["width", "hidden_dim", "slices"], 1)
         vit.set_head("finetune", 0)
         self.weight, self.slices = weight, slices
         first = nn.Linear(vit.width, hidden_dim), BatchNorm(hidden_dim), nn.ReLU()

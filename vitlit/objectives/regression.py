@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_types
 from vitlit.model import ViT
 from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
 
@@ -29,8 +29,7 @@ class Regression(Objective):
 
     def __init__(self, vit: ViT, loss: Literal["squared", "absolute"] = "squared") -> None:
         super().__init__(vit)
-        if loss not in ("squared", "absolute"):
-            raise UserError(f"loss {loss!r} is neither squared nor absolute")
+        check_types(Regression.__init__, locals(), "model.objective.")
         vit.set_head("finetune", 1)
         self.loss = loss
         self.label_mean: Tensor

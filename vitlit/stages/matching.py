@@ -17,7 +17,7 @@ def check_match(objective: Objective, vit: ViT, data: Any) -> None:
         raise no_classes(name, numbers)
     if getattr(getattr(data, "mixing", None), "on", False) and not objective.mixes:
         raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
-    check_views(objective, getattr(data, "num_views", objective.views))
+    check_batch(objective, getattr(data, "num_views", objective.views))
     for kind in getattr(data, "views", ()):
         try:
             vit.grid_of(*kind.pixels)
@@ -36,12 +36,16 @@ def check_accumulation(objective: Objective, micro_batches: int) -> None:
         raise UserError(f"{type(objective).__name__} compares the images of a batch: {several}")
 
 
-def check_views(objective: Objective, views: int) -> None:
+def check_batch(objective: Objective, views: int, images: int = 2) -> None:
+    """UserError if the objective needs another number of views than the global batch has, or more than one image."""
     name, wanted = type(objective).__name__, objective.views
     if views > 1 == wanted:
         raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
     if views < wanted:
         raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
+    if images < 2 and objective.whole_batch:
+        remedy = "raise data.batch_size, or let a loader drop its last batch"
+        raise UserError(f"{name} compares the images of a batch, but this one has {images} on all devices; {remedy}")
 
 
 def no_classes(name: str, numbers: bool = False) -> UserError:

@@ -22,7 +22,7 @@ from vitlit.run.config import check_class_paths, with_public_paths
 from vitlit.run.fsdp import shard
 from vitlit.seeds import first_draw, global_seed, seed_step
 from vitlit.stages.compiling import Compile, Compiling
-from vitlit.stages.matching import check_accumulation, check_match, check_views
+from vitlit.stages.matching import check_accumulation, check_batch, check_match
 from vitlit.stages.metrics import direction, metrics, update
 from vitlit.stages.record import describe, path_of, subclasses
 from vitlit.stages.starting import restore, save, start, starting_vit
@@ -219,7 +219,7 @@ class Stage(LightningModule):
     @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         batch = Batch.of(batch, self._first_draw)
-        check_views(self.objective, len(batch.views))
+        check_batch(self.objective, len(batch.views), len(batch.indices) * self.trainer.world_size)
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
         return {"loss": step.loss, "features": step.features}
