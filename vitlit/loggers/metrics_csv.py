@@ -56,7 +56,7 @@ class CSV(Logger):
             self._write([*self._columns, *new], [*(rows[:-1] if same else rows), row])
             return
         line = _line([row.get(name, "") for name in self._columns])
-        with _writing(self.path), self.path.open("r+b") as file:
+        with writing(self.path), self.path.open("r+b") as file:
             self._start = file.seek(self._start) if same else file.seek(0, os.SEEK_END)
             file.write(line)
             file.truncate()
@@ -83,7 +83,7 @@ class CSV(Logger):
 
     def _write(self, columns: list[str], rows: list[Row]) -> None:
         lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]
-        with _writing(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as partial:
                 partial.write_bytes(b"".join(lines))
@@ -92,7 +92,7 @@ class CSV(Logger):
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
