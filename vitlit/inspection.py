@@ -37,11 +37,11 @@ def attention(vit: ViT, images: Tensor, block: int = -1) -> Tensor:
 
 
 def attended(vit: ViT, images: Tensor) -> dict[str, Tensor]:
-    """What the tokens that are pooled attend to in the last block: maps (B, rows, columns) by name, shares of the most.
+    """What the class token, or if not it is pooled all patches, attend to in the last block: a map by its name.
 
-    That is the class token, or all patches. It is the mean of the heads.
+    (B, rows, columns): the heads' mean, of which the largest 2 % of an image are 1.
     """
     name, rows = ("class token", slice(1)) if vit.config.pool == "cls" else ("patches", slice(vit.prefix, None))
     seen = attention(vit, images)[:, :, rows, vit.prefix :].mean((1, 2))
-    seen = (seen / seen.amax(1, keepdim=True)).unflatten(1, vit.grid_of(*images.shape[-2:]))
-    return {f"attention of the {name}": seen}
+    shares = (seen / seen.float().quantile(0.98, 1, keepdim=True)).clamp(max=1)
+    return {f"attention of the {name}": shares.unflatten(1, vit.grid_of(*images.shape[-2:]))}
