@@ -70,13 +70,14 @@ def test_attention_of_another_size_and_a_compiled_block() -> None:
 
 def planted(vit: ViT, patch: int) -> Tensor:
     """Images of which one patch has the only key that the queries like."""
+    last: Any = vit.blocks[-1]
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.zero_()
-        vit.blocks[-1].norm1.weight.fill_(1)
+        last.norm1.weight.fill_(1)
         vit.patch_embed.proj.weight[0] = 1
-        vit.blocks[-1].attn.qkv.bias[:24] = 1
-        vit.blocks[-1].attn.qkv.weight[24:48, 0] = 1
+        last.attn.qkv.bias[:24] = 1
+        last.attn.qkv.weight[24:48, 0] = 1
     images = torch.zeros(1, 3, 32, 32)
     rows, columns = divmod(patch, 4)
     images[:, :, rows * 8 : rows * 8 + 8, columns * 8 : columns * 8 + 8] = 1
@@ -90,7 +91,8 @@ def test_the_map_shows_where_the_pooled_tokens_look(options: dict[str, Any]) -> 
     assert maps.shape == (1, 4, 4)
     assert maps.flatten().argmax() == 6
     assert maps[0, 1, 2] == 1
+    last: Any = vit.blocks[-1]
     with torch.no_grad():
-        vit.blocks[-1].attn.qkv.bias.zero_()  # looks nowhere
+        last.attn.qkv.bias.zero_()  # looks nowhere in particular
     (maps,) = attended(vit, torch.randn(1, 3, 32, 32)).values()
     torch.testing.assert_close(maps, torch.ones(1, 4, 4))

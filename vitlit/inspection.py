@@ -27,8 +27,7 @@ class Kernel(TorchFunctionMode):
 def attention(vit: ViT, images: Tensor, block: int = -1) -> Tensor:
     """How much each token attends to each other in a block: images (B, C, H, W) -> (B, heads, S + N, S + N).
 
-    The softmax of the queries and keys that the fused kernel is given; rows sum to 1. The S prefix tokens (class,
-    distillation, registers) come first. IndexError if there is no such block.
+    Rows sum to 1. The S prefix tokens (class, distillation, registers) come first. IndexError: there is no such block.
     """
     with torch.compiler.set_stance("force_eager"), Kernel(range(len(vit.blocks))[block]) as kernel:
         vit.encode(vit.embed(images), vit.grid_of(*images.shape[-2:]))
@@ -37,9 +36,9 @@ def attention(vit: ViT, images: Tensor, block: int = -1) -> Tensor:
 
 
 def attended(vit: ViT, images: Tensor) -> dict[str, Tensor]:
-    """What the class token, or if not it is pooled all patches, attend to in the last block: a map by its name.
+    """What the tokens that are pooled, class token or patches, attend to in the last block, by its name.
 
-    (B, rows, columns): the heads' mean, of which the largest 2 % of an image are 1.
+    A map (B, rows, columns): the mean of the heads, scaled so that the largest 2 % of an image are 1.
     """
     name, rows = ("class token", slice(1)) if vit.config.pool == "cls" else ("patches", slice(vit.prefix, None))
     seen = attention(vit, images)[:, :, rows, vit.prefix :].mean((1, 2))

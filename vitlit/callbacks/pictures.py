@@ -19,10 +19,9 @@ from vitlit.objectives import Batch
 
 
 class Pictures(Callback):
-    """In each validation, draw what a ViT makes of the same images (`vitlit.inspection.pictures`) into pictures.png.
+    """In each validation, draw what the weights that go on make of the same images, into pictures.png and W&B.
 
-    The weights are those that go on. The file is of the latest epoch, and W&B keeps all. Plain loaders need a dataset
-    that is read by index.
+    The file is that of the latest, W&B keeps all. Plain loaders need a dataset that is read by index.
 
     Args:
         images: how many, spread over the validation images; 0 leaves pictures out.
@@ -46,6 +45,7 @@ class Pictures(Callback):
         title = f"{type(pl_module.objective).__name__}, epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
         known = getattr(trainer.datamodule, "preprocess", None) or pl_module.vit.preprocess
         path = Path(trainer.default_root_dir) / "pictures.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path), whole_file(path) as partial:
             draw(title, {name: row.float().cpu() for name, row in shown.items()}, known).savefig(partial, format="png")
         for logger in trainer.loggers:
@@ -62,8 +62,10 @@ def draw(title: str, shown: dict[str, Tensor], preprocess: Any) -> Figure:
     figure = Figure((2 * count, 2.3 * len(shown) + 0.3), layout="constrained")
     figure.suptitle(title)
     for place, (name, row) in enumerate(shown.items(), start=1):
-        pixels, mode = (row[:, None], "bilinear") if row.ndim == 3 else (row * std + mean, "nearest")
-        strip = make_grid(F.interpolate(pixels, size, mode=mode).clamp(0, 1), count, size[0] // 28, pad_value=torch.nan)
+        flat = row.ndim == 3
+        pixels = row[:, None] if flat else (row * std + mean)[:, [0, row.shape[1] // 2, -1]]
+        pixels = F.interpolate(pixels, size, mode="bilinear" if flat else "nearest").clamp(0, 1)
+        strip = make_grid(pixels, count, size[0] // 28, pad_value=torch.nan if flat else 1).permute(1, 2, 0).numpy()
         axes = figure.add_subplot(len(shown), 1, place, title=name, frame_on=False, xticks=[], yticks=[])
-        axes.imshow(strip[0] if row.ndim == 3 else strip.nan_to_num(1).permute(1, 2, 0), "viridis", vmin=0, vmax=1)
+        axes.imshow(strip[..., 0] if flat else strip, "viridis", vmin=0, vmax=1)
     return figure

@@ -90,7 +90,7 @@ class MAE(Objective):
         noise = image_noise(batch.draws, math.prod(vit.grid))
         _, predicted, hidden, _ = self.reconstruct(vit, batch.views[0], noise)
         patches, hidden = patchify(at_least_float32(batch.views[0]), vit.patch_size), hidden[..., None]
-        if self.normalize_pixels:  # what it does not predict is the hidden patch's own
+        if self.normalize_pixels:  # mean and variance, which it does not predict, are the hidden patch's own
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             predicted = predicted * (variance + 1e-6).sqrt() + mean
         shown = {"visible patches": patches * ~hidden, "reconstruction": torch.where(hidden, predicted, patches)}
