@@ -65,3 +65,16 @@ def seed_step(seed: int, step: int, micro: int, rank: int, device: torch.device 
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
+
+
+def image_noise(draws: torch.Tensor, count: int) -> torch.Tensor:
+    """Noise (B, count), integers below 2^32, that depends only on the images' draws (B,); the same on any device."""
+    noise = draws[:, None] * count + torch.arange(count, device=draws.device)
+    for _ in range(2):
+        noise = ((noise >> 16 ^ noise) * 0x45D9F3B) & 0xFFFFFFFF
+    return noise >> 16 ^ noise
+
+
+def uniform(noise: torch.Tensor) -> torch.Tensor:
+    """Noise as float32 in [0, 1), of which no rounding makes 1."""
+    return (noise >> 8).float() * 2.0**-24

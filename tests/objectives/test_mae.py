@@ -229,3 +229,28 @@ def test_a_head_is_removed() -> None:
 def test_what_cannot_be_learned_is_refused(options: dict[str, Any], of_mae: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(options, **of_mae)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_pictures_of_an_oracle_are_the_images(normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, mae = made({"image_size": (32, 48)}, normalize_pixels=normalized)
+    levels = torch.randint(256, (2, 3, 32, 48))
+    images = levels / 127.5 - 1
+    batch = batch_of(images, 7)
+    visible = mae.pictures(vit, batch)["visible patches"]
+    shown = (visible != 0).any(1)
+    assert shown.unfold(1, 8, 8).unfold(2, 8, 8).all((-1, -2)).sum((1, 2)).tolist() == [6, 6]
+    assert torch.equal(visible.movedim(1, -1)[shown], images.movedim(1, -1)[shown])
+    assert torch.equal(mae.pictures(vit, batch)["visible patches"], visible)
+    reconstruction = mae.pictures(vit, batch)["reconstruction"]
+    assert torch.equal(reconstruction.movedim(1, -1)[shown], images.movedim(1, -1)[shown])
+    assert (reconstruction - images).abs().mean() > 0.1
+    # What the decoder ought to say.
+    patches = images.reshape(2, 3, 4, 8, 6, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 24, -1)
+    if normalized:
+        variance, mean = torch.var_mean(patches, -1, keepdim=True)
+        patches = (patches - mean) / (variance + 1e-6).sqrt()
+    monkeypatch.setattr(mae, "decode", lambda tokens, keep: patches)
+    predicted = (mae.pictures(vit, batch)["reconstruction"] + 1) * 127.5
+    assert (predicted - levels).abs().max() < 1
+    assert mae(vit, batch, 0.0).loss < 1e-6

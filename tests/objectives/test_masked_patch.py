@@ -82,3 +82,34 @@ def test_what_cannot_be_learned_is_refused() -> None:
     user_error(
         "set vit.preprocess, or use a data module", MaskedPatch(vit), vit, Batch.of(torch.zeros(1, 3, 32, 32)), 0
     )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_show_what_is_corrupted_and_predicted(channels: int) -> None:
+    vit = ViT(**{**TINY, "image_size": (32, 16)}, in_channels=channels)
+    objective = MaskedPatch(vit)
+    vit.preprocess = Preprocess((32, 16), mean=(0.4,) * channels, std=(0.3,) * channels)
+    images, draws = torch.randn(5, channels, 32, 16), torch.arange(5) + 3
+    batch = Batch([images], torch.full((5,), -1), draws, draws)
+    _, mask, source = corruption(draws, 8)
+    number = 8**channels - 7  # the lowest red and green, and one level more of blue; of grey the lowest but one
+    with torch.no_grad():
+        objective.head.weight.zero_()
+        objective.head.bias.zero_()
+        objective.head.bias[number] = 1
+    shown = objective.pictures(vit, batch)
+    seen, predicted = shown.values()
+    assert seen.shape == images.shape
+    assert (seen.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3)[mask[:, None].expand(-1, channels, -1)] == 0).all()
+    own = (~mask & (source == torch.arange(8)))[:, None].expand(-1, channels, -1)
+    as_patches = [part.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3) for part in (seen, images)]
+    assert torch.equal(as_patches[0][own], as_patches[1][own])
+    assert predicted.shape == (5, channels, 4, 2)
+    colours = predicted * 0.3 + 0.4
+    levels = [(number >> 3 * (channels - 1 - channel)) & 7 for channel in range(channels)]
+    for channel, level in enumerate(levels):
+        torch.testing.assert_close(colours[:, channel], torch.full((5, 4, 2), (level + 0.5) / 8))
+    again = mean_colours(
+        predicted.repeat_interleave(8, 2).repeat_interleave(8, 3), 8, (0.4,) * channels, (0.3,) * channels
+    )
+    assert (again == number).all()

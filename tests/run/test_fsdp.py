@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
-from vitlit.callbacks import EMA
+from vitlit.callbacks import EMA, Pictures
 from vitlit.cli.main import main
 from vitlit.cli.trainer import Trainer as OwnTrainer
 from vitlit.data import ImageFolderData
@@ -146,7 +146,8 @@ def fit(case: str, root: Path, folder: Path, strategy: str, devices: int, source
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[EMA(0.7), Watch(folder)],
+        callbacks=[EMA(0.7), Watch(folder), Pictures()],
+        default_root_dir=folder,
     )
     folder.mkdir(exist_ok=True)
     images = ImageFolderData(str(root), image_size=16, num_workers=0, **data)
@@ -188,6 +189,7 @@ def test_two_devices_of_fsdp2_are_one_device_and_each_continues_the_other(case: 
     for folder, strategy, devices, source in runs:
         codes = ranks(partial(fit, case, few, folder, strategy, devices, source), devices)
         assert codes == [0] * devices
+        assert (folder / "pictures.png").is_file()
     expected = read(one / "end.ckpt")
     reference = read(one / "rank0.pt")
     assert list(reference["losses"]) == list(range(1, STEPS + 1))

@@ -261,9 +261,10 @@ class CLI(LightningCLI):
         elif bar:
             self.callbacks.insert(0, callbacks.Bar() if terminal else callbacks.Lines())
         if self.keeps:
-            # Where an objective measures nothing but its loss, features tell whether it learns.
-            if len(self.model.measured) == 1 and not any(isinstance(each, callbacks.Probes) for each in own):
-                self.callbacks.append(callbacks.Probes())
+            # Where an objective measures nothing but its loss, features and pictures tell whether it learns.
+            for watching in (callbacks.Probes, callbacks.Pictures) if len(self.model.measured) == 1 else ():
+                if not any(isinstance(each, watching) for each in own):
+                    self.callbacks.append(watching())
             options, checkpoints = self.folder.options, self.folder.best.parent
             metric, mode = monitor(self.model, options.monitor, [*self.callbacks, *own], self.datamodule)
             until = None if options.time_limit is None else self.line.began + seconds(options.time_limit)

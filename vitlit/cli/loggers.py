@@ -8,7 +8,7 @@ from vitlit.errors import UserError
 from vitlit.run.interrupt import Interrupted
 
 METHODS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
-OURS = ("log_config", "log_classes", "log_mistakes", "close")  # Wandb's further ones
+OURS = ("log_config", "log_classes", "log_mistakes", "log_image", "close")  # Wandb's further ones
 
 
 def harmless(logger: Any) -> Any:

@@ -15,16 +15,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from vitlit.errors import UserError, check_range, check_types
 from vitlit.model import ViT
 from vitlit.objectives.global_batch import device_mean, gather
-from vitlit.objectives.objective import (
-    Batch,
-    Objective,
-    Step,
-    at_least_float32,
-    grouped,
-    image_noise,
-    uniform,
-    without_autocast,
-)
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, grouped, without_autocast
+from vitlit.seeds import image_noise, uniform
 
 STUDENT_TEMPERATURE, CENTRE_MOMENTUM = 0.1, 0.9
 MASK_RATIO = 0.1, 0.5  # of a masked view

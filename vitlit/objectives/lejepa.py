@@ -6,16 +6,8 @@ from torch import Tensor, nn
 from vitlit.errors import check_range
 from vitlit.model import ViT
 from vitlit.objectives.global_batch import BatchNorm, device_count, device_mean
-from vitlit.objectives.objective import (
-    Batch,
-    Objective,
-    Step,
-    at_least_float32,
-    grouped,
-    image_noise,
-    uniform,
-    without_autocast,
-)
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, grouped, without_autocast
+from vitlit.seeds import image_noise, uniform
 
 KNOTS, END = 17, 5.0  # of the integral
 ALIKE = 3e-3  # of a variance of 1: views that agree so well say nothing

@@ -7,13 +7,15 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.block import Block
 from vitlit.model.init import init_layers, xavier
 from vitlit.model.position import sincos2d
-from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, image_noise
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
+from vitlit.seeds import image_noise
 
 
 class MAE(Objective):
@@ -84,6 +86,16 @@ class MAE(Objective):
         few = self.kept > 0.8 * self.decoder_pos_embed.shape[1]
         return "so few patches are hidden that the others give them away; raise mask_ratio, to 0.75" if few else ""
 
+    def pictures(self, vit: ViT, batch: Batch) -> dict[str, Tensor]:
+        noise = image_noise(batch.draws, math.prod(vit.grid))
+        _, predicted, hidden, _ = self.reconstruct(vit, batch.views[0], noise)
+        patches, hidden = patchify(at_least_float32(batch.views[0]), vit.patch_size), hidden[..., None]
+        if self.normalize_pixels:  # mean and variance, which it does not predict, are the hidden patch's own
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            predicted = predicted * (variance + 1e-6).sqrt() + mean
+        shown = {"visible patches": patches * ~hidden, "reconstruction": torch.where(hidden, predicted, patches)}
+        return {name: unpatchify(patches, vit.grid, vit.patch_size) for name, patches in shown.items()}
+
     def reconstruct(self, vit: ViT, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Hide patches of images of the ViT's own size, predict their pixels and compare.
 
@@ -116,8 +128,11 @@ class MAE(Objective):
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """The pixels of each patch, ordered by row, column, channel: (B, C, H, W) -> (B, N, P * P * C)."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    images = images[..., : rows * patch_size, : columns * patch_size]  # without patches that the edge cuts
-    pixels = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
+    patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # none that the edge cuts
+    return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The images of patches: (B, N, P * P * C) -> (B, C, rows * P, columns * P)."""
+    channels = patches.unflatten(2, (patch_size**2, -1)).mT.flatten(2).mT
+    return F.pixel_shuffle(channels.unflatten(2, grid), patch_size).contiguous()

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.init import xavier
-from vitlit.objectives.mae import patchify
-from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32, image_noise, uniform
+from vitlit.objectives.mae import patchify, unpatchify
+from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
+from vitlit.seeds import image_noise, uniform
 
 MASKED, OTHER = 0.8, 0.1  # shares of the corrupted patches; the rest is kept
 LEVELS = 8  # of a channel: 3 bits
@@ -59,6 +60,18 @@ class MaskedPatch(Objective):
         features = vit.pool(tokens).detach() if self.training else None  # else of whole images
         return Step(F.cross_entropy(logits, colours.flatten()), None, {"accuracy": accuracy}, features)
 
+    def pictures(self, vit: ViT, batch: Batch) -> dict[str, Tensor]:
+        preprocess, patch = self._preprocess or cast(Any, vit.preprocess), vit.patch_size
+        _, mask, source = corruption(batch.draws, math.prod(vit.grid))
+        seen = rearranged(batch.views[0], source, patch)
+        tokens = vit.fc_norm(vit.encode(vit.embed(seen, mask), vit.grid))[:, vit.prefix :]
+        colours, powers = self.head(tokens).argmax(-1), range(len(preprocess.mean))
+        levels = torch.stack([colours // LEVELS**power % LEVELS for power in reversed(powers)], -1)
+        mean, std = (seen.new_tensor(moment) for moment in (preprocess.mean, preprocess.std))
+        predicted = unpatchify(((levels + 0.5) / LEVELS - mean) / std, vit.grid, 1)
+        seen = unpatchify(patchify(seen, patch) * ~mask[..., None], vit.grid, patch)
+        return {"corrupted patches": seen, "predicted mean colours": predicted}
+
 
 def corruption(draws: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
     """By the images' draws (B,), of N patches: which to corrupt, indices (B, N // 2); which of these to mask, (B, N),
@@ -74,11 +87,8 @@ def corruption(draws: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def rearranged(images: Tensor, source: Tensor, patch_size: int) -> Tensor:
     """Images (B, C, H, W) whose patch n shows the pixels of patch source[:, n]."""
-    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
-    patches = patchify(images, patch_size)
-    pixels = patches.gather(1, source[..., None].expand_as(patches)).unflatten(1, (rows, columns))
-    pixels = pixels.unflatten(-1, (patch_size, patch_size, -1)).permute(0, 5, 1, 3, 2, 4)
-    return pixels.reshape(len(images), -1, rows * patch_size, columns * patch_size)
+    patches, grid = patchify(images, patch_size), (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    return unpatchify(patches.gather(1, source[..., None].expand_as(patches)), grid, patch_size)
 
 
 def mean_colours(images: Tensor, patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -110,6 +110,10 @@ class Objective(nn.Module, ABC):
         """What has collapsed by the logs of a step, in a training that has settled, and what to try; else empty."""
         return ""
 
+    def pictures(self, vit: ViT, batch: Batch) -> dict[str, Tensor]:
+        """By name what to show of images: such as these, (B, C, H, W), or maps from 0 to 1, (B, rows, columns)."""
+        return {}
+
     def begin(self, vit: ViT) -> None:
         """Called when the ViT has got the weights that a training starts from, e.g. to make a teacher of them."""
 
@@ -123,19 +127,6 @@ def grouped(views: list[Tensor]) -> list[list[Tensor]]:
     for view in views:
         groups.setdefault(view.shape, []).append(view)
     return list(groups.values())
-
-
-def image_noise(draws: Tensor, count: int) -> Tensor:
-    """Noise (B, count), integers below 2^32, that depends only on the images' draws (B,); the same on any device."""
-    noise = draws[:, None] * count + torch.arange(count, device=draws.device)
-    for _ in range(2):
-        noise = ((noise >> 16 ^ noise) * 0x45D9F3B) & 0xFFFFFFFF
-    return noise >> 16 ^ noise
-
-
-def uniform(noise: Tensor) -> Tensor:
-    """Noise as float32 in [0, 1), of which no rounding makes 1."""
-    return (noise >> 8).float() * 2.0**-24
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from vitlit.errors import UserError, check_types
+from vitlit.inspection import attended
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
@@ -113,8 +114,14 @@ class Stage(LightningModule):
         with torch.compiler.set_stance("force_eager"):  # the batch may have another shape than the training's
             return vit.pool(vit.features(images))
 
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """The objective's pictures of a batch, else what the weights that go on attend to in its images."""
+        with torch.compiler.set_stance("force_eager"):
+            own = self.objective.pictures(self.vit, batch)
+            return own or attended(getattr(self.objective, "teacher_vit", self.vit), batch.views[0])
+
     def configure_model(self) -> None:
-        shard(self, self.vit.blocks, methods=["step", "features"])
+        shard(self, self.vit.blocks, methods=["step", "features", "pictures"])
 
     def configure_optimizers(self) -> Any:
         total = self.trainer.estimated_stepping_batches

@@ -1,0 +1,71 @@
+"""What a ViT makes of the same images while it learns, as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from torchvision.utils import make_grid
+
+from vitlit.data.stream import EvalShare
+from vitlit.files import whole_file, writing
+from vitlit.loggers.metrics_csv import MAKE_ROOM
+from vitlit.objectives import Batch
+
+
+class Pictures(Callback):
+    """In each validation, draw what the weights that go on make of the same images, into pictures.png and W&B.
+
+    The file is that of the latest, W&B keeps all. Plain loaders need a dataset that is read by index.
+
+    Args:
+        images: how many, spread over the validation images; 0 leaves pictures out.
+    """
+
+    def __init__(self, images: int = 8) -> None:
+        self.images = images
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        # Not before: now an EMA has put its weights in place.
+        loader, idle = trainer.val_dataloaders, batch_idx or trainer.sanity_checking or trainer.state.fn != "fit"
+        if idle or self.images < 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+            share = EvalShare(len(loader.dataset), most=self.images)  # type: ignore[arg-type]
+            few = next(iter(DataLoader(loader.dataset, share.count, sampler=share, collate_fn=loader.collate_fn)))
+            few = Batch.of(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(few)))
+            shown = {"images": few.views[0], **pl_module.pictures(few)}  # on every rank: FSDP's compute together
+        if not trainer.is_global_zero:
+            return
+        title = f"{type(pl_module.objective).__name__}, epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
+        known = getattr(trainer.datamodule, "preprocess", None) or pl_module.vit.preprocess
+        path = Path(trainer.default_root_dir) / "pictures.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path, MAKE_ROOM), whole_file(path) as partial:
+            draw(title, {name: row.float().cpu() for name, row in shown.items()}, known).savefig(partial, format="png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and getattr(logger, "pictures", True):
+                logger.log_image("pictures", [str(path)], trainer.global_step - 1)  # Lightning counts from 0
+
+
+def draw(title: str, shown: dict[str, Tensor], preprocess: Any) -> Figure:
+    """Rows of images and maps with their names; pixels of unknown preprocessing are stretched from least to most."""
+    low, high = shown["images"].aminmax()
+    moments = ([low], [high - low]) if preprocess is None else (preprocess.mean, preprocess.std)
+    mean, std = (torch.tensor(moment).view(-1, 1, 1) for moment in moments)
+    count, size = len(shown["images"]), shown["images"].shape[2:]
+    figure = Figure((2 * count, 2.3 * len(shown) + 0.3), layout="constrained")
+    figure.suptitle(title)
+    for place, (name, row) in enumerate(shown.items(), start=1):
+        flat = row.ndim == 3
+        pixels = row[:, None] if flat else (row * std + mean)[:, [0, row.shape[1] // 2, -1]]
+        pixels = F.interpolate(pixels, size, mode="bilinear" if flat else "nearest").clamp(0, 1)
+        strip = make_grid(pixels, count, size[0] // 28, pad_value=torch.nan if flat else 1).permute(1, 2, 0).numpy()
+        axes = figure.add_subplot(len(shown), 1, place, title=name, frame_on=False, xticks=[], yticks=[])
+        axes.imshow(strip[..., 0] if flat else strip, "viridis", vmin=0, vmax=1)
+    return figure
