@@ -48,6 +48,12 @@ SMALL = (
     *["--trainer.logger", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"],
 )
 
+# What learns beside the ViT, made small: at full size its checkpoints take seconds to write.
+HEADS: dict[str, dict[str, int]] = {
+    "DINO": {"prototypes": 16, "hidden_dim": 8, "bottleneck": 8},
+    "LeJEPA": {"hidden_dim": 8},
+    "MAE": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -180,6 +186,8 @@ def launched(
     from vitlit.cli.main import main
 
     prepare()
+    if "fsdp2" in arguments:
+        import_module("torch.distributed.checkpoint.state_dict")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(rank: int) -> int:
