@@ -137,7 +137,7 @@ def test_a_finetuning_that_changes_the_network_is_evaluated_and_continued(
 
 @pytest.mark.parametrize(
     ("name", "lr", "batch"),
-    [("pretrain", 0.001, 32), ("recipes/deit3_s16 --model.vit.preset Ti/16 --model.vit.depth 1", 0.004, 2048)],
+    [("pretrain", 0.001, 32), ("recipes/deit3_s16 --model.vit.preset Ti/16", 0.004, 2048)],
 )
 @pytest.mark.parametrize("answer", ["", "--model.optimizer.init_args.lr 2e-3", "--model.schedule.lr_per 32"])
 def test_a_learning_rate_for_another_batch_is_warned_of(
