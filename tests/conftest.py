@@ -166,7 +166,7 @@ def prepare() -> None:
     from vitlit.cli.arguments import CommandLine
     from vitlit.cli.fit import CLI
 
-    for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config"):
+    for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config", "wandb"):
         import_module(name)
     with redirect_stdout(StringIO()), suppress(SystemExit):
         CLI(CommandLine("fit", [*SMALL, "--print_config"]))
