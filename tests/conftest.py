@@ -186,8 +186,6 @@ def launched(
     from vitlit.cli.main import main
 
     prepare()
-    if "fsdp2" in arguments:
-        import_module("torch.distributed.checkpoint.state_dict")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(rank: int) -> int:
