@@ -48,6 +48,12 @@ SMALL = (
     *["--trainer.logger", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"],
 )
 
+# What learns beside the ViT, made small: at full size its checkpoints take seconds to write.
+HEADS: dict[str, dict[str, int]] = {
+    "DINO": {"prototypes": 16, "hidden_dim": 8, "bottleneck": 8},
+    "LeJEPA": {"hidden_dim": 8},
+    "MAE": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -160,7 +166,7 @@ def prepare() -> None:
     from vitlit.cli.arguments import CommandLine
     from vitlit.cli.fit import CLI
 
-    for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config"):
+    for name in ("attrs", "fsspec.implementations.chained", "torch.utils.serialization.config", "wandb"):
         import_module(name)
     with redirect_stdout(StringIO()), suppress(SystemExit):
         CLI(CommandLine("fit", [*SMALL, "--print_config"]))

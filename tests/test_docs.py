@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, SMALL, Result, done, stranger
+from conftest import HEADS, REPOSITORY, SMALL, Result, done, stranger
 from conftest import command as execute
 from safetensors.torch import save_file
 
@@ -65,6 +65,9 @@ def shrunken(arguments: list[str], cwd: Path) -> list[str]:
         del flags["--data.micro_batch"]
     if "preset" in stage.get("vit", {}).get("init_args", {}):
         flags["--model.vit.preset"] = "Ti/16"
+    if "--model.objective" not in arguments:
+        heads = HEADS.get(stage.get("objective", {}).get("class_path", ""), {})
+        flags |= {f"--model.objective.{name}": str(value) for name, value in heads.items()}
     if "init_from" in stage and not (cwd / str(stage["init_from"])).exists():
         flags["--model.init_from"] = "timm.safetensors"
     named = re.compile(rf"runs/{Path(recipe).name}\b")
@@ -95,6 +98,9 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
             shrink = [*shrink, "--data.image_size", "48"]
         if "--ckpt_path" in arguments:
             shrink = [*shrink, "--trainer.max_steps", "9"]
+        if "--model.objective" in arguments:
+            heads = HEADS.get(arguments[arguments.index("--model.objective") + 1], {})
+            shrink = [*shrink, *(part for name in heads for part in (f"--model.objective.{name}", str(heads[name])))]
         pairs = zip(shrink[::2], shrink[1::2], strict=True)
         shrink = [part for pair in pairs if pair[0] not in arguments or "max_steps" in pair[0] for part in pair]
     strategy = ["--trainer.strategy", "ddp_fork"] if "ddp" in arguments else []

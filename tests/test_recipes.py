@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, Result
+from conftest import HEADS, REPOSITORY, Result
 from jsonargparse import Namespace
 
 import vitlit.cli.completion
@@ -520,6 +520,8 @@ def shrunken(name: str) -> dict[str, Any]:
         arguments["init_from"] = "weights.safetensors"
     if "teacher" in arguments.get("objective", {}).get("init_args", {}):
         arguments["objective"]["init_args"]["teacher"] = "teacher.safetensors"
+    if heads := HEADS.get(arguments.get("objective", {}).get("class_path", "")):
+        arguments["objective"]["init_args"] = {**arguments["objective"].get("init_args", {}), **heads}
     arguments["schedule"]["warmup"] = 1
     small = {"root": "few", "image_size": 16, "batch_size": 8, "num_workers": 0}
     recipe["data"] |= small | ({"micro_batch": 4} if "micro_batch" in recipe["data"] else {})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Result, done, launched, refused, user_error
+from conftest import HEADS, SMALL, Result, done, launched, refused, user_error
 from lightning.pytorch import Trainer
 from small_stage import Memory, data, trainer
 from test_ddp import no_rank_is_left_behind, read
@@ -349,6 +349,7 @@ def test_a_collapse_stops_the_training(
 ) -> None:
     if words.startswith("the teacher says the same of every image; try centring"):
         monkeypatch.setattr("vitlit.objectives.dino.CENTRE_MOMENTUM", 1.0)
+    monkeypatch.setattr(probes, "GRACE", 50)
     message = f"training has collapsed by step [12]?[0-9]?[05]: ({words}|.*{words})"
     user_error(message, partial(watched, bank=0), name, digits, lr, 300, options)
 
@@ -360,8 +361,9 @@ def test_a_healthy_training_is_left_alone(name: str, digits: Path) -> None:
     assert watched(name, digits, 3e-3, 150, {}, bank=0).global_step == 150
 
 
-def test_alarms_can_be_turned_off_and_are_not_for_labels(digits: Path) -> None:
-    assert watched("mae", digits, 3e-3, 125, {"mask_ratio": 0.07}, bank=0, alarms=False).global_step == 125
+def test_alarms_can_be_turned_off_and_are_not_for_labels(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "GRACE", 50)
+    assert watched("mae", digits, 3e-3, 80, {"mask_ratio": 0.07}, bank=0, alarms=False).global_step == 80
 
 
 def test_options_that_do_not_fit_are_refused_by_name(few: Path) -> None:
@@ -378,7 +380,7 @@ def test_options_that_do_not_fit_are_refused_by_name(few: Path) -> None:
 
 # The command line
 
-MAE_RUN = ("fit", *SMALL, "--model.objective", "MAE", "--model.objective.decoder_depth", 1)
+MAE_RUN = ("fit", *SMALL, "--model.objective", "MAE", *(f"--model.objective.{n}={x}" for n, x in HEADS["MAE"].items()))
 
 
 def rows(run: Path) -> list[dict[str, str]]:

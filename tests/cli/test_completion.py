@@ -135,14 +135,17 @@ def test_a_finetuning_that_changes_the_network_is_evaluated_and_continued(
     assert load(work / "runs/gap").config.depth == 2
 
 
-@pytest.mark.parametrize(("name", "lr", "batch"), [("pretrain", 0.001, 32), ("recipes/deit3_s16", 0.004, 2048)])
+@pytest.mark.parametrize(
+    ("name", "lr", "batch"),
+    [("pretrain", 0.001, 32), ("recipes/deit3_s16 --model.vit.preset Ti/16", 0.004, 2048)],
+)
 @pytest.mark.parametrize("answer", ["", "--model.optimizer.init_args.lr 2e-3", "--model.schedule.lr_per 32"])
 def test_a_learning_rate_for_another_batch_is_warned_of(
     name: str, lr: float, batch: int, answer: str, vitlit: Command, few: Path
 ) -> None:
     flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1"
     flags += ' --model.groups.lr {"nothing":2}'
-    result = vitlit("fit", "--config", name, "--data.root", few, *flags.split(), *answer.split())
+    result = vitlit("fit", "--config", *name.split(), "--data.root", few, *flags.split(), *answer.split())
     assert "nothing" in result.err  # is refused when the optimizer is made
     doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
     assert (doubt in result.out) == (not answer)

@@ -102,6 +102,7 @@ def test_other_parameters_and_options_out_of_range_are_refused() -> None:
         Muon([nn.Parameter(torch.zeros(3))])
     vit = ViT(**TINY, num_classes=4)
     user_error("model.optimizer: .*momentum", build_optimizer, partial(Muon, momentum=-1.0), vit.layers(), vit)
+    user_error("2D.*give vitlit.optim.Muon, which has AdamW", build_optimizer, torch.optim.Muon, vit.layers(), vit)
 
 
 @pytest.mark.parametrize(

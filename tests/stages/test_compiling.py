@@ -256,7 +256,9 @@ def test_auto_compiles_nothing_on_a_cpu(few: Path, graphs: Graphs) -> None:
 
 
 def test_what_cannot_be_compiled_is_refused_before_training(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    user_error("model.compile is 'fast'", compiling, "fast")
+    for mode, given in (("fast", "fast"), (True, "true")):
+        words = "auto, false, default, reduce-overhead or max-autotune"
+        user_error(f"model.compile {given} is no mode; give {words}", compiling, mode)
     user_error(
         r"reduce-overhead works with neither .* nor micro-batches.*give model.compile default",
         partial(fit, compiling("reduce-overhead"), few, {"micro_batch": 4}),

@@ -170,7 +170,7 @@ class CLI(LightningCLI):
             check_trainer(config.trainer, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
         completion.fill_size(config, self.line.content)
-        recorded = self.plain(self.config)
+        recorded = self.plain(self.config) if fitting else {}
         if config.ckpt_path and not Path(config.ckpt_path).exists():  # best or last of the run itself
             own = self.folder.last.parent / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(own) if own.is_file() or config.ckpt_path in ("best", "last") else config.ckpt_path
@@ -202,7 +202,7 @@ class CLI(LightningCLI):
 
     def plain(self, config: Namespace) -> dict[str, Any]:
         """A config as plain values, without what is not a setting of the run."""
-        plain = yaml.safe_load(self.parser.dump(config, skip_unset=False))[self.subcommand]
+        plain = yaml.safe_load(self.parser.dump(config, skip_unset=False, skip_validation=True))[self.subcommand]
         for key in ("config", "ckpt_path", "out"):
             plain.pop(key, None)
         plain["run"].update(name=self.folder.name, overwrite=False)

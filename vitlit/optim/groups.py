@@ -64,7 +64,8 @@ def build_optimizer(
         keys = ("params", "layers", *(["matrices"] if isinstance(probe, Muon) else []))
         optimizer = make([{key: group[key] for key in keys} for group in members])
     except ValueError as error:
-        raise UserError(f"model.optimizer: {error}") from error
+        instead = "; give vitlit.optim.Muon, which has AdamW for those" if "Muon only" in str(error) else ""
+        raise UserError(f"model.optimizer: {error}{instead}") from error
     if optimizer.defaults.get("differentiable"):
         raise UserError("model.optimizer.differentiable is for a gradient through the step; leave it out")
     if optimizer.defaults.get("capturable") and members[0]["params"][0].device.type == "cpu":

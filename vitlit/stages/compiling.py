@@ -9,7 +9,7 @@ import os
 from contextlib import nullcontext
 from importlib.util import find_spec
 from shutil import which
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -20,7 +20,8 @@ from vitlit.model import ViT
 from vitlit.model.block import Block
 from vitlit.objectives import Batch, Step
 
-Compile = Literal["auto", "default", "reduce-overhead", "max-autotune"] | bool  # of which True is none
+Compile = bool | str
+MODES = ("auto", False, "default", "reduce-overhead", "max-autotune")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
@@ -28,8 +29,9 @@ class Compiling:
     """How a stage is compiled while it trains: in place, so that the names in its state dict stay."""
 
     def __init__(self, mode: Compile) -> None:
-        if mode is True:
-            raise UserError("model.compile true is no mode; give auto, default, reduce-overhead or max-autotune")
+        if mode not in MODES:
+            modes = "auto, false, default, reduce-overhead or max-autotune"
+            raise UserError(f"model.compile {'true' if mode is True else mode} is no mode; give {modes}")
         self.mode = mode
         self._chosen: Compile | None = None  # by the first batch
         self._shapes: dict[bool, list[torch.Size]] = {}

@@ -43,7 +43,7 @@ class Stage(LightningModule):
         optimizer: makes the optimizer from parameter groups, such as partial(AdamW, lr=1e-3); its lr is the peak.
         schedule: the learning rate by optimiser step.
         groups: how learning rate and weight decay differ between parameters.
-        compile: how training is compiled (docs/speed.md); auto compiles what takes more than a minute on a GPU.
+        compile: auto (over a minute of work on a GPU), false, default, reduce-overhead, max-autotune (docs/speed.md).
         init_from: weights to start from, like Finetune's: those of the encoder, and of a teacher that follows it.
     """
 
