@@ -61,7 +61,7 @@ class Seen(Probes):
     """Keeps the features and labels of each step, as the training loop hands them over."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.steps = [*getattr(self, "steps", []), (outputs["features"].clone(), batch.labels.clone())]
+        self.steps = [*getattr(self, "steps", []), (pl_module.step_features.clone(), batch.labels.clone())]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 

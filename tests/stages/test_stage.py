@@ -48,6 +48,31 @@ class Watch(Callback):
         self.losses.append(-picked.mean().item())
 
 
+class Row(Callback):
+    """Logs a number of its own beside the stage's."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.log_step("train/steps", torch.tensor(float(trainer.global_step)), prog_bar=True)
+
+
+def test_a_step_is_logged_in_one_row_every_so_many_steps(few: Path) -> None:
+    """One row on a tracker's page, with what callbacks log; what monitors and bars read has the same values."""
+
+    class Rows(Memory):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            rows.append((step, dict(metrics)))
+
+    rows: list[tuple[int | None, dict[str, float]]] = []
+    options: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 3, "limit_val_batches": 0}
+    runner = fit(pretrain(), few, logger=Rows(), callbacks=[Row()], **options)
+    assert [step for step, _ in rows] == [2, 4, 5, 8, 9]  # 4 and 9 are the last of an epoch
+    for _, row in rows:
+        assert {"train/steps", "train/loss", "train/lr", "epoch"} <= row.keys()
+    assert [row["train/steps"] for _, row in rows] == [3, 5, 6, 9, 10]
+    assert runner.callback_metrics["train/loss"] == rows[-1][1]["train/loss"]
+    assert {"train/steps": 10.0, "train/loss": rows[-1][1]["train/loss"]}.items() <= runner.progress_bar_metrics.items()
+
+
 @pytest.mark.parametrize("micro_batch", [8, 4])
 def test_the_training_loss_is_that_of_the_whole_batch_before_its_update(few: Path, micro_batch: int) -> None:
     memory, watch = Memory(), Watch()

@@ -91,8 +91,8 @@ class Probes(Callback):
             trainer.callback_metrics["val/knn"] = torch.tensor(self._numbers["knn"])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if outputs["features"] is not None:
-            self._batches.append((outputs["features"], Batch.of(batch).labels))
+        if pl_module.step_features is not None:
+            self._batches.append((pl_module.step_features, Batch.of(batch).labels))
         if not self._batches or not step_ends(trainer, batch_idx):
             return
         parts, self._batches = self._batches, []
@@ -119,8 +119,8 @@ class Probes(Callback):
             raise UserError(f"Probes' classes is {count}, but a label is {highest}; give at least {highest + 1}")
         apart, about_mean = float(deviation(features)), float(effective_rank(features - features.mean(0)))
         if logs_now(trainer):
-            pl_module.log("train/rank", effective_rank(features).cpu())
-            pl_module.log("train/deviation", torch.tensor(apart))
+            pl_module.log_step("train/rank", effective_rank(features).cpu())
+            pl_module.log_step("train/deviation", torch.tensor(apart))
         space = apart * about_mean
         most = self._numbers["space"] = max(space, self._numbers.get("space", space))
         settled = trainer.global_step >= max(GRACE, SHARE * trainer.estimated_stepping_batches)

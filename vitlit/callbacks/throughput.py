@@ -74,9 +74,10 @@ class Throughput(Callback):
             if self._flop and self._peak:
                 logs["mfu"] = self._flop * speed / (trainer.world_size * self._peak * 1e12)
             self._begin_lap()
+            log = pl_module.log_step if isinstance(pl_module, Stage) else pl_module.log
             for name, value in logs.items():
                 # As a tensor of the host: of a number Lightning makes one on the device, and reads it at every step.
-                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
+                log(f"train/{name}", torch.tensor(value), prog_bar=True)
 
     def _count(self, objective: Objective, batch: Batch) -> None:
         """Once: the FLOP of an image's step."""

@@ -53,6 +53,7 @@ class Best(ModelCheckpoint):
 
     def __init__(self, folder: Path, monitor: str, mode: str) -> None:
         super().__init__(folder, "best", monitor, mode=mode, enable_version_counter=False, save_weights_only=True)
+        self.on_train_batch_end = None  # type: ignore[method-assign, assignment]  # no step saves, each would ask
 
     @cached_property
     def state_key(self) -> str:  # which Lightning composes from the arguments in every hook of every step

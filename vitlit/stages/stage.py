@@ -205,6 +205,7 @@ class Stage(LightningModule):
             teacher.to(self.device)
         self.zero_grad()
         self._logs.clear()
+        self._row: dict[str, float] = {}  # of the step that is to be logged
         self._total_steps = int(self.trainer.estimated_stepping_batches)
         for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
             follow_schedule(config.scheduler)
@@ -224,12 +225,13 @@ class Stage(LightningModule):
         self.schedule.set_weight_decay(optimizer, self._decays, self._progress)
 
     @not_compiled
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = Batch.of(batch, self._first_draw)
         check_batch(self.objective, len(batch.views), len(batch.indices) * self.trainer.world_size)
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
-        return {"loss": step.loss, "features": step.features}
+        self.step_features = step.features  # Lightning would copy what is returned besides the loss
+        return step.loss
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
@@ -250,10 +252,23 @@ class Stage(LightningModule):
         if logs_now(self.trainer):
             for name in logs[0]:
                 mean = torch.stack([micro[name] for micro in logs]).mean()
-                mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
-                # On the host: Lightning reads what the bar shows at every step.
-                self.log(f"train/{name}", mean.cpu(), prog_bar=name == "loss")
-            self.log("train/lr", torch.tensor(self._lr))
+                mean = self.trainer.strategy.reduce(mean, reduce_op="mean").cpu()
+                self.log_step(f"train/{name}", mean, prog_bar=name == "loss")
+            self.log_step("train/lr", torch.tensor(self._lr))
+            row, self._row = self._row, {}
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**row, "epoch": self.trainer.current_epoch}, self.trainer.global_step - 1)
+                logger.save()
+
+    def log_step(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
+        """Log a number of the optimiser step that just ended, from a callback's `on_train_batch_end`.
+
+        `log` would have Lightning gather and read all that was ever logged in an epoch at each of its steps.
+        """
+        self._row[name] = float(value)
+        self.trainer.callback_metrics[name] = value
+        if prog_bar:
+            self.trainer.progress_bar_metrics[name] = self._row[name]
 
     def on_train_end(self) -> None:
         Compiling(self.compiling.mode).compile(self)
