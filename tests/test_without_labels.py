@@ -302,6 +302,8 @@ def test_what_would_change_the_objective_is_refused(few: Path) -> None:
     stage = Pretrain(ViT(**TINY), OBJECTIVES["mae"], optimizer, Schedule(weight_decay_end=0.4))
     user_error("no weight_decay to begin with", trainer(max_steps=1).fit, stage, data(few))
     user_error("give model.init_from", Pretrain, None, MaskedPatch, optimizer)
+    for objective in (MAE, MaskedPatch, DINO):
+        user_error("leave model.vit.patch_dropout out", objective, ViT(**TINY, patch_dropout=0.5))
 
 
 def test_a_trial_of_a_few_batches_runs_whatever_the_schedule(few: Path) -> None:

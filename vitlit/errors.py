@@ -51,12 +51,12 @@ def fits(value: Any, hint: Any) -> bool:
     return kind is Any or (isinstance(value, wider) and (kind is bool or not isinstance(value, bool)))
 
 
-def check_range(owner: str, given: Mapping[str, Any], names: Sequence[str], least: float, most: float = inf) -> None:
+def check_range(owner: str, least: float, most: float = inf, **options: float) -> None:
     """UserError for the first of an owner's options that is not from `least` to `most`."""
-    for name in names:
-        if not least <= given[name] <= most:
+    for name, value in options.items():
+        if not least <= value <= most:
             takes = f"at least {least}" if most == inf else f"from {least} to {most}"
-            raise UserError(f"{owner}: {name} is {given[name]}; give {takes}")
+            raise UserError(f"{owner}: {name} is {value}; give {takes}")
 
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:

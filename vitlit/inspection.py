@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from vitlit.model import ViT
 
 
-class Kernel(TorchFunctionMode):
+class QueriesAndKeys(TorchFunctionMode):
     """Keeps the queries and keys that the fused kernel is given in one of its calls, after `left` others."""
 
     def __init__(self, left: int) -> None:
@@ -24,15 +24,15 @@ class Kernel(TorchFunctionMode):
 
 
 @torch.no_grad()
-def attention(vit: ViT, images: Tensor, block: int = -1) -> Tensor:
-    """How much each token attends to each other in a block: images (B, C, H, W) -> (B, heads, S + N, S + N).
+def attention(vit: ViT, images: Tensor, block: int = -1, tokens: slice = slice(None)) -> Tensor:
+    """How much tokens, by default all, attend to each in a block: images (B, C, H, W) -> (B, heads, tokens, S + N).
 
     Rows sum to 1. The S prefix tokens (class, distillation, registers) come first. IndexError: there is no such block.
     """
-    with torch.compiler.set_stance("force_eager"), Kernel(range(len(vit.blocks))[block]) as kernel:
+    with torch.compiler.set_stance("force_eager"), QueriesAndKeys(range(len(vit.blocks))[block]) as seen:
         vit.encode(vit.embed(images), vit.grid_of(*images.shape[-2:]))
-    queries, keys = kernel.given
-    return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
+    queries, keys = seen.given
+    return (queries[:, :, tokens] * queries.shape[-1] ** -0.5 @ keys.mT).softmax(-1)
 
 
 def attended(vit: ViT, images: Tensor) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def attended(vit: ViT, images: Tensor) -> dict[str, Tensor]:
 
     A map (B, rows, columns): the mean of the heads, scaled so that the largest 2 % of an image are 1.
     """
-    name, rows = ("class token", slice(1)) if vit.config.pool == "cls" else ("patches", slice(vit.prefix, None))
-    seen = attention(vit, images)[:, :, rows, vit.prefix :].mean((1, 2))
+    name, tokens = ("class token", slice(1)) if vit.config.pool == "cls" else ("patches", slice(vit.prefix, None))
+    seen = attention(vit, images, tokens=tokens)[..., vit.prefix :].mean((1, 2))
     shares = (seen / seen.float().quantile(0.98, 1, keepdim=True)).clamp(max=1)
     return {f"attention of the {name}": shares.unflatten(1, vit.grid_of(*images.shape[-2:]))}

@@ -248,7 +248,7 @@ def test_labels_out_of_range_are_refused() -> None:
     labels[5] = 6  # in the second step, of which nothing is logged
     stage, _ = made(OBJECTIVES["mae"])
     runner = trainer(callbacks=[Probes(classes=4)], log_every_n_steps=3)
-    message = "Probes' classes is 4, but a label is 6; give at least 7"
+    message = "a label is 6, but Probes was told of 4 classes, by its classes or the data"
     user_error(message, runner.fit, stage, plain(labels), plain(labels % 4))
     assert runner.global_step == 3
     nothing = torch.full((4,), -1)
@@ -372,7 +372,7 @@ def test_options_that_do_not_fit_are_refused_by_name(few: Path) -> None:
     user_error("Probes: classes is -4; give at least 0", partial(Probes, classes=-4))
     stage, _ = made(OBJECTIVES["mae"])
     fit = trainer(callbacks=[Probes(classes=3)]).fit
-    user_error("Probes' classes is 3, but the data has 4, one an image; leave it out", fit, stage, data(few))
+    user_error("Probes' classes is 3, but the data has 4 classes; leave it out", fit, stage, data(few))
     runner = trainer(callbacks=[Probes(classes=0)])
     runner.fit(stage, data(few))
     assert not {"val/knn", "val/probe"} & runner.callback_metrics.keys()
@@ -404,7 +404,7 @@ def test_neighbours_choose_the_best_checkpoint_where_nothing_else_can(
     stop = "[{class_path: EarlyStopping, init_args: {monitor: val/knn, patience: 9}}]"
     assert vitlit(*MAE_RUN, "--data.root", few, "--run.name", "stop", "--trainer.callbacks", stop).code == 0
     labelled = vitlit("fit", *SMALL, "--data.root", few, "--run.name", "labels", "--run.monitor", "val/knn")
-    refused(labelled, "run.monitor val/knn is not among val/top1", "Probes measures it where each image has one of sev")
+    refused(labelled, "run.monitor val/knn is not among val/top1", ": add vitlit.callbacks.Probes to trainer")
     monitored = (*MAE_RUN, "--data.root", few, "--run.name", "knn", "--run.monitor", "val/knn")
     refused(
         vitlit(*monitored, "--trainer.callbacks", own), "not among val/probe val/loss: with bank 0 Probes leaves it"

@@ -26,6 +26,7 @@ LONG = "/".join(["x" * 200] * 30)
         ("--data.num_workers 10000000", "data.num_workers 10000000 is more than"),
         ("--model.vit.depth 1000000", "model.vit.depth 1000000 is more than 10,000 blocks"),
         ("--model.vit.width 1000000000", "fits in no memory"),
+        ("--model.vit.drop_path_subset true", "drop_path_subset does nothing without model.vit.drop_path"),
         ("--model.vit.registers 100000000000", "the ViT's weights need 5,960 GiB, and this machine has"),
         ("--data.image_size 100000000", "the ViT's weights need 9,313,226 GiB"),
         ("--model.groups.lr {1:1}", "model.groups.lr: 1 is no pattern"),

@@ -538,7 +538,6 @@ def test_any_options_run_in_other_precisions(options: dict[str, Any]) -> None:
         ({"drop_path": 1.0}, "drop_path 1.0"),
         ({"drop_path": -0.1}, "drop_path -0.1"),
         ({"patch_dropout": 1.0}, "patch_dropout 1.0"),
-        ({"drop_path_subset": True}, "drop_path_subset does nothing without drop_path; give drop_path"),
         ({"activation_checkpointing": -1}, "activation_checkpointing -1"),
         *(
             ({name: "other"}, rf"{name} is 'other' .*{', '.join(map(repr, choices))}")

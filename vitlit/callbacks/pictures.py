@@ -13,27 +13,31 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.utils import make_grid
 
 from vitlit.data.stream import EvalShare
-from vitlit.files import whole_file, writing
-from vitlit.loggers.metrics_csv import MAKE_ROOM
+from vitlit.errors import check_range
+from vitlit.files import whole_file
 from vitlit.objectives import Batch
 
 
 class Pictures(Callback):
     """In each validation, draw what the weights that go on make of the same images, into pictures.png and W&B.
 
-    The file is that of the latest, W&B keeps all. Plain loaders need a dataset that is read by index.
+    The file is that of the latest, W&B keeps all. A plain loader's dataset must support indexing; others, and several
+    loaders, give no picture.
 
     Args:
         images: how many, spread over the validation images; 0 leaves pictures out.
     """
 
     def __init__(self, images: int = 8) -> None:
+        check_range("Pictures", 0, images=images)
         self.images = images
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         # Not before: now an EMA has put its weights in place.
         loader, idle = trainer.val_dataloaders, batch_idx or trainer.sanity_checking or trainer.state.fn != "fit"
-        if idle or self.images < 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if idle or not self.images or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            return
+        if isinstance(loader.dataset, IterableDataset):
             return
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
             share = EvalShare(len(loader.dataset), most=self.images)  # type: ignore[arg-type]
@@ -43,11 +47,15 @@ class Pictures(Callback):
         if not trainer.is_global_zero:
             return
         title = f"{type(pl_module.objective).__name__}, epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
-        known = getattr(trainer.datamodule, "preprocess", None) or pl_module.vit.preprocess
+        figure = draw(title, {name: row.float().cpu() for name, row in shown.items()}, pl_module.vit.preprocess)
         path = Path(trainer.default_root_dir) / "pictures.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path, MAKE_ROOM), whole_file(path) as partial:
-            draw(title, {name: row.float().cpu() for name, row in shown.items()}, known).savefig(partial, format="png")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as partial:
+                figure.savefig(partial, format="png")
+        except OSError as error:  # training goes on all the same
+            print(f"vitlit: warning: cannot write {path}: {error.strerror}", flush=True)
+            return
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and getattr(logger, "pictures", True):
                 logger.log_image("pictures", [str(path)], trainer.global_step - 1)  # Lightning counts from 0

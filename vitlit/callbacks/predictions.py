@@ -44,11 +44,11 @@ class Predictions(Callback):
         rows = gather(trainer, self._rows)
         if not trainer.is_global_zero:
             return
-        rows = rows[rows[:, 0] >= 0]  # -1 where data.on_bad_image skipped an image
+        read = rows[:, 0] >= 0  # -1 where data.on_bad_image skipped an image
+        left, rows = int((~read).sum()), rows[read]
         head = ["path", "number"] if rows.shape[1] == 2 else ["path", "class", "probability"]
         head += [f"{name}_{k}" for k in range(2, rows.shape[1] // 2 + 1) for name in ("class", "probability")]
         write_csv(self.out, head, map(self._cells, rows.tolist()))
-        left = len(self.index) - len(rows)
         beside = f"; {left:,} could not be read, see {self.bad}" if left else ""
         if not len(rows):
             raise UserError(f"{self.out} is empty{beside}")

@@ -47,8 +47,8 @@ class Probes(Callback):
     """
 
     def __init__(self, bank: int = 10_000, every: int = 1, classes: int | None = None, alarms: bool = True) -> None:
-        check_range("Probes", {"bank": bank, "classes": classes or 0}, ["bank", "classes"], 0)
-        check_range("Probes", {"every": every}, ["every"], 1)
+        check_range("Probes", 0, bank=bank, classes=classes or 0)
+        check_range("Probes", 1, every=every)
         self.bank, self.every, self.classes, self.alarms = bank, every, classes, alarms
 
     def measures(self, data: Any) -> dict[str, str]:
@@ -57,11 +57,13 @@ class Probes(Callback):
         return dict.fromkeys(names, "max") if self._count(data) else {}
 
     def _count(self, data: Any) -> int | None:
-        """How many classes images have one of, but for a single one; None if neither data nor user say it."""
+        """The number of classes if every image has one of at least two, else 0; None if unknown."""
         one_each = not (getattr(data, "multi_label", False) or getattr(data, "numbers", False))
-        found = len(data.classes) * one_each if hasattr(data, "classes") else self.classes
+        names = getattr(data, "classes", None)
+        found = len(names) * one_each if isinstance(names, list | tuple) else self.classes
         if self.classes and self.classes != found:
-            raise UserError(f"Probes' classes is {self.classes}, but the data has {found}, one an image; leave it out")
+            has = f"{found} classes" if found else "no class for each image"
+            raise UserError(f"Probes' classes is {self.classes}, but the data has {has}; leave it out")
         return 0 if found == 1 or self.classes == 0 else found
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -71,7 +73,7 @@ class Probes(Callback):
         self._probes: dict[str, Any] = {}  # in a validation: features -> classes, and how often they are right
         if stage == "fit" and (count := self._count(trainer.datamodule)):
             device, width = trainer.strategy.root_device, pl_module.vit.width
-            self._highest = torch.zeros((), device=device)  # label so far; to read each would wait for the device
+            self._highest = torch.zeros((), device=device)  # label yet, read when losses are logged
             linear = nn.utils.skip_init(nn.Linear, width, count, device=device, dtype=torch.float32)  # draws nothing
             self._layer = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), linear)
             self._optimizer = torch.optim.Adam(map(nn.init.zeros_, linear.parameters()), LEARNING_RATE)
@@ -107,7 +109,7 @@ class Probes(Callback):
         self._highest = torch.maximum(self._highest, numbers.max())
         targets = labels.float() if labels.ndim > 1 else labels.clamp(-1, logits.shape[1] - 1)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        loss = loss / device_mean((numbers >= 0).float().sum()).clamp(min=1e-3)
+        loss = loss / device_mean((numbers >= 0).float().sum()).clamp(min=1e-3)  # where no device has a labelled image
         parts = [*self._layer.parameters()]
         for part, gradient in zip(parts, torch.autograd.grad(loss, parts), strict=True):
             part.grad = device_mean(gradient)
@@ -115,8 +117,9 @@ class Probes(Callback):
 
     def _look(self, trainer: Any, pl_module: Any, features: Tensor) -> None:
         """Log how much space features (B, D) take; UserError if a label is out of range, or training has collapsed."""
-        if self._layer and (highest := int(self._highest)) >= (count := self._layer[1].out_features):
-            raise UserError(f"Probes' classes is {count}, but a label is {highest}; give at least {highest + 1}")
+        count = self._layer[1].out_features if self._layer else 0
+        if self._layer and (highest := int(gather(self._highest.view(1, 1)).max())) >= count:
+            raise UserError(f"a label is {highest}, but Probes was told of {count} classes, by its classes or the data")
         apart, about_mean = float(deviation(features)), float(effective_rank(features - features.mean(0)))
         if logs_now(trainer):
             pl_module.log_step("train/rank", effective_rank(features).cpu())
@@ -180,7 +183,7 @@ def training_images(trainer: Any, most: int) -> Any:
     if hasattr(trainer.datamodule, "eval_loader"):
         return trainer.datamodule.eval_loader("train", most)
     given = trainer.train_dataloader
-    if not isinstance(given, DataLoader) or isinstance(given.dataset, IterableDataset):
+    if not isinstance(given, DataLoader) or given.batch_sampler is None or isinstance(given.dataset, IterableDataset):
         return ()
     share = EvalShare(len(given.dataset), trainer.global_rank, trainer.world_size, most)  # type: ignore[arg-type]
     size = eval_batch(share.count, trainer.world_size, min(given.batch_size or 64, share.count))

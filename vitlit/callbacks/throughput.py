@@ -22,7 +22,7 @@ class Throughput(Callback):
     GPU, where the host runs ahead, the time that the device idles between batches, their copy to it included. train/mfu
     is the share of the devices' peak, where that is known, that the model's own matrix products take (2204.02311,
     appendix B). train/memory_gib is the most memory of this process so far: torch's on a GPU, else all. The first three
-    steps, validation and saving do not count, if callbacks that save in `on_train_batch_start` are listed before.
+    steps, validation and saving do not count. List it after callbacks that save in `on_train_batch_start`.
 
     Args:
         peak_tflops: of one device, dense, in the precision of the training; by default that of NVIDIA's data sheet.

@@ -193,6 +193,8 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
             if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):
                 vit[name] = value
     built = check_size(ViT.from_preset if preset else ViT, vit.as_dict())
+    if built.drop_path_subset and not built.drop_path:
+        raise UserError("model.vit.drop_path_subset does nothing without model.vit.drop_path; give both or none")
     if weights is not None:
         check_vit(built, weights, FREE | NEW if new else FREE)
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
 from vitlit.benchmark.model import automatic
-from vitlit.callbacks import EMA
+from vitlit.callbacks import EMA, Probes
 from vitlit.errors import UserError
 from vitlit.run.callbacks import best_mode, check_callbacks, refuse
 from vitlit.run.checkpoints import Best, Files
@@ -196,8 +196,11 @@ def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any
     name = given or next(iter(known))
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
-        where = "where each image has one of several classes"
-        why = "with bank 0 Probes leaves it out" if "val/probe" in known else f"Probes measures it {where}"
+        why = "vitlit.callbacks.Probes measures it where each image has one of several classes"
+        if "val/probe" in known:
+            why = "with bank 0 Probes leaves it out"
+        elif not any(isinstance(callback, Probes) for callback in callbacks):
+            why = "add vitlit.callbacks.Probes to trainer.callbacks"
         because = f": {why}" if name in ("val/knn", "val/probe") else ""
         raise UserError(f"run.monitor {name} is not among {' '.join(known)}{because}")
     return name, known.get(name, direction(name))

@@ -49,7 +49,7 @@ class Wandb(WandbLogger):
         id: its id; give the `version` of a run to continue it. By default a new one.
         save_dir: its files go to `save_dir/wandb`; by default in the working directory.
         mode: auto is `WANDB_MODE` if that is set, else online with a key and offline without.
-        pictures: whether `log_mistakes` adds the images, made small.
+        pictures: whether images go to W&B: those of `log_mistakes`, made small, and of `vitlit.callbacks.Pictures`.
     """
 
     def __init__(

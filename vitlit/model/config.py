@@ -111,8 +111,6 @@ class ViTConfig:
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
-        if self.drop_path_subset and not self.drop_path:
-            raise UserError("drop_path_subset does nothing without drop_path; give drop_path, such as 0.1")
         if min(self.sides) < 1:
             raise UserError("image size {} x {} is less than 1 x 1".format(*self.sides))
         if self.width % self.heads:

@@ -43,7 +43,7 @@ def new_head(width: int, hidden_dim: int | None, num_classes: int) -> nn.Module:
         return nn.Identity()
     if hidden_dim is not None:
         hidden = nn.Linear(width, hidden_dim)
-        nn.init.xavier_uniform_(hidden.weight)  # of the std of flax's default if hidden_dim is the width
+        nn.init.xavier_uniform_(hidden.weight)  # the std of flax's default, LeCun-normal, if hidden_dim is the width
         nn.init.zeros_(hidden.bias)
         output = new_head(hidden_dim, None, num_classes)
         return nn.Sequential(OrderedDict(pre_logits=hidden, tanh=nn.Tanh(), out=output))

@@ -74,14 +74,16 @@ class DINO(Objective):
         koleo: float = 0.0,
     ) -> None:
         super().__init__(vit)
-        given = locals()
-        check_types(DINO.__init__, given, "model.objective.")
-        check_range("DINO", given, ["prototypes", "hidden_dim", "bottleneck"], 1)
-        check_range("DINO", given, ["momentum", "temperature_warmup", "freeze_prototypes"], 0, 1)
-        check_range("DINO", given, ["temperature", "temperature_start"], 1e-6)
-        check_range("DINO", given, ["masked", "koleo"], 0)
+        check_types(DINO.__init__, locals(), "model.objective.")
+        check_range("DINO", 1, prototypes=prototypes, hidden_dim=hidden_dim, bottleneck=bottleneck)
+        shares = {"temperature_warmup": temperature_warmup, "freeze_prototypes": freeze_prototypes}
+        check_range("DINO", 0, 1, momentum=momentum, **shares)
+        check_range("DINO", 1e-6, temperature=temperature, temperature_start=temperature_start)
+        check_range("DINO", 0, masked=masked, koleo=koleo)
         if shared_head and not masked:
             raise UserError("shared_head is for masked patches; give masked 1, or leave it out")
+        if vit.config.patch_dropout:
+            raise UserError("DINO compares crops as they are; leave model.vit.patch_dropout out")
         vit.set_head("finetune", 0)
         self.centring, self.momentum, self.masked, self.koleo = centring, momentum, masked, koleo
         self.temperatures, self.warmup = (temperature_start, temperature), temperature_warmup

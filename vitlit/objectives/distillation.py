@@ -42,8 +42,8 @@ class Distillation(Supervised):
     ) -> None:
         super().__init__(vit, **options)
         check_types(Distillation.__init__, locals(), "model.objective.")
-        check_range("Distillation", locals(), ["share"], 0, 1)
-        check_range("Distillation", locals(), ["temperature"], 1e-6)
+        check_range("Distillation", 0, 1, share=share)
+        check_range("Distillation", 1e-6, temperature=temperature)
         if self.multi_label:
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature

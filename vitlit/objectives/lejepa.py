@@ -37,8 +37,8 @@ class LeJEPA(Objective):
         self, vit: ViT, weight: float = 0.05, width: int = 128, hidden_dim: int = 2048, slices: int = 256
     ) -> None:
         super().__init__(vit)
-        check_range("LeJEPA", locals(), ["weight"], 0, 1)
-        check_range("LeJEPA", locals(), ["width", "hidden_dim", "slices"], 1)
+        check_range("LeJEPA", 0, 1, weight=weight)
+        check_range("LeJEPA", 1, width=width, hidden_dim=hidden_dim, slices=slices)
         vit.set_head("finetune", 0)
         self.weight, self.slices = weight, slices
         first = nn.Linear(vit.width, hidden_dim), BatchNorm(hidden_dim), nn.ReLU()

@@ -38,6 +38,8 @@ class MaskedPatch(Objective):
             raise UserError("MaskedPatch needs a ViT of at least 2 patches; give larger images or smaller patches")
         if vit.config.pool == "map":
             raise UserError("MaskedPatch does not train with model.vit.pool map; set it when you finetune")
+        if vit.config.patch_dropout:
+            raise UserError("MaskedPatch predicts patches from all others; leave model.vit.patch_dropout out")
         vit.set_head("finetune", 0)
         vit.add_mask_token()
         self.head = nn.Linear(vit.width, LEVELS**vit.config.in_channels)

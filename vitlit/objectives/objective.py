@@ -111,7 +111,10 @@ class Objective(nn.Module, ABC):
         return ""
 
     def pictures(self, vit: ViT, batch: Batch) -> dict[str, Tensor]:
-        """By name what to show of images: such as these, (B, C, H, W), or maps from 0 to 1, (B, rows, columns)."""
+        """Rows to draw below images, by name: (B, C, H, W), normalised alike, or maps in [0, 1], (B, rows, columns).
+
+        Every rank calls it, without gradients.
+        """
         return {}
 
     def begin(self, vit: ViT) -> None:

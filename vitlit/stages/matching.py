@@ -17,7 +17,8 @@ def check_match(objective: Objective, vit: ViT, data: Any) -> None:
         raise no_classes(name, numbers)
     if getattr(getattr(data, "mixing", None), "on", False) and not objective.mixes:
         raise UserError(f"data.mixing mixes labels, which {name} does not learn from; leave it out")
-    check_batch(objective, getattr(data, "num_views", objective.views))
+    if hasattr(data, "num_views"):
+        check_batch(objective, data.num_views, data.batch_size)
     for kind in getattr(data, "views", ()):
         try:
             vit.grid_of(*kind.pixels)
@@ -37,7 +38,7 @@ def check_accumulation(objective: Objective, micro_batches: int) -> None:
 
 
 def check_batch(objective: Objective, views: int, images: int = 2) -> None:
-    """UserError if the objective needs another number of views than the global batch has, or more than one image."""
+    """UserError if a batch has the wrong number of views, or one image where the objective compares images."""
     name, wanted = type(objective).__name__, objective.views
     if views > 1 == wanted:
         raise UserError(f"{name} learns from one view of an image, but the data has {views}; leave data.views out")
