@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SMALL, Result, refused
 from small_stage import fit, pretrain
+from torch import Tensor
 
 from vitlit.data.stream import order
 from vitlit.errors import UserError
@@ -23,13 +24,13 @@ def spoiled(where: str) -> Callable[[], None]:
     def before() -> None:
         original = Stage.training_step
 
-        def training_step(self: Stage, batch: Any, index: int) -> dict[str, Any]:
+        def training_step(self: Stage, batch: Any, index: int) -> Tensor:
             factor = math.nan if self.trainer.global_step == 3 else 1.0
             if where == "loss":
                 return original(self, batch._replace(views=[view * factor for view in batch.views]), index)
-            step = original(self, batch, index)
-            step["loss"].register_hook(lambda gradient: gradient * factor)
-            return step
+            loss = original(self, batch, index)
+            loss.register_hook(lambda gradient: gradient * factor)
+            return loss
 
         setattr(Stage, "training_step", training_step)  # noqa: B010
 

@@ -215,8 +215,9 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.compiling.begin(self, batch)
         seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
-        step, optimizer = self.trainer.global_step, self.trainer.optimizers[0]
-        where = (batch_idx % self.trainer.accumulate_grad_batches, self.global_rank)
+        trainer = self.trainer
+        step, optimizer = trainer.global_step, trainer.optimizers[0]
+        where = (batch_idx % trainer.accumulate_grad_batches, trainer.global_rank)
         seed_step(seed, step, *where, self.device)
         self._first_draw = 0 if isinstance(batch, Batch) else first_draw(seed, step, *where)  # it has draws
         self._progress = step / self._total_steps
@@ -256,7 +257,8 @@ class Stage(LightningModule):
                 self.log_step(f"train/{name}", mean, prog_bar=name == "loss")
             self.log_step("train/lr", torch.tensor(self._lr))
             row, self._row = self._row, {}
-            for logger in self.trainer.loggers:
+            every_few = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # bars also show an epoch's last
+            for logger in self.trainer.loggers if every_few else ():
                 logger.log_metrics({**row, "epoch": self.trainer.current_epoch}, self.trainer.global_step - 1)
                 logger.save()
 
