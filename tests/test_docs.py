@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from vitlit.benchmark import data, model
 from vitlit.model import SIZES
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"), reverse=True)  # pretrain, then finetune
 RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
