@@ -145,7 +145,7 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
     name: str, lr: float, batch: int, answer: str, vitlit: Command, few: Path
 ) -> None:
     flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1"
-    flags += ' --model.groups.lr {"nothing":2}'
+    flags += ' --trainer.logger false --model.groups.lr {"nothing":2}'
     result = vitlit("fit", "--config", *name.split(), "--data.root", few, *flags.split(), *answer.split())
     assert "nothing" in result.err  # is refused when the optimizer is made
     doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
