@@ -236,6 +236,14 @@ def vitlit(tmp_path: Path) -> Callable[..., Result]:
     return partial(command, cwd=tmp_path)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a training are computed, but their files empty: to draw one takes as long as an epoch."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr("vitlit.callbacks.pictures.draw", lambda *_: Figure((1, 1)))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real handwritten digits as an image folder, 1,438 for training and 359 for validation."""

@@ -14,6 +14,11 @@ from conftest import HEADS, REPOSITORY, SMALL, Result, done, stranger
 from conftest import command as execute
 from safetensors.torch import save_file
 
+from vitlit.benchmark import data, model
+from vitlit.model import SIZES
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"), reverse=True)  # pretrain, then finetune
 RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
@@ -146,6 +151,12 @@ def together(lines: list[str]) -> list[list[str]]:
     return [found for _, found in groups]
 
 
+def fast() -> None:
+    """Let benchmarks time for less long, and the preset of the recipes have two blocks."""
+    data.SECONDS, model.SECONDS, model.ROUNDS = 0.1, 0.01, 1
+    SIZES["Ti"] = SIZES["Ti"]._replace(depth=2)
+
+
 COMMANDS = commands([*PAGES, *CONFIGS, *RECIPES])
 
 
@@ -174,7 +185,7 @@ def test_every_command_works(
             arguments += ["--run.name", f"from-file-{lines.index(line)}"]
         if "ddp" in line:
             arguments += ["--run.name", "two"]
-        result = vitlit(*arguments)
+        result = vitlit(*arguments, before=fast)
         assert result.code == 0, f"{line}\n{result.out}\n{result.err}"
 
 

@@ -24,6 +24,8 @@ from vitlit.stages import Stage
 from vitlit.weights import Weights, save_weights
 from vitlit.weights.weights import IMAGENET
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 RECIPES = {path.stem: path for path in sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))}
 
 # Full size, by recipe, literal numbers of its source. parameters: those of 2010.11929's table 1 and of the published

@@ -29,6 +29,7 @@ from vitlit.optim import Schedule
 from vitlit.stages import Finetune, Pretrain
 
 __all__ = ["no_rank_is_left_behind"]  # of every test here, too
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY: dict[str, Any] = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
 SMALL = partial(DINO, prototypes=24, hidden_dim=16, bottleneck=8, temperature_warmup=0.5, freeze_prototypes=0.3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Result, done
+from conftest import HEADS, SMALL, Result, done
 from lightning.pytorch import Trainer
 from PIL import Image
 from small_stage import data, trainer
@@ -123,7 +123,7 @@ def test_images_are_drawn_in_their_colours_and_maps_from_dark_to_bright(tmp_path
     assert {(68, 1, 84), (253, 231, 36)} <= colours  # both ends of viridis
 
 
-MAE_RUN = ("fit", *SMALL, "--model.objective", "MAE", "--model.objective.decoder_depth", 1)
+MAE_RUN = ("fit", *SMALL, "--model.objective", "MAE", *(f"--model.objective.{n}={x}" for n, x in HEADS["MAE"].items()))
 
 
 def test_a_command_leaves_a_picture_unless_told_not_to(vitlit: Callable[..., Result], few: Path, run: Path) -> None:

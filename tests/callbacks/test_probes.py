@@ -29,6 +29,7 @@ from vitlit.optim import Schedule
 from vitlit.stages import Pretrain, Stage
 
 __all__ = ["no_rank_is_left_behind"]  # of every test here, too
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def features_of(stage: Stage, root: Path, split: str, images: int | None = None) -> tuple[Tensor, Tensor]:
@@ -46,15 +47,14 @@ def features_of(stage: Stage, root: Path, split: str, images: int | None = None)
     return found, torch.from_numpy(index.labels[list(chosen)])
 
 
-@EACH
-def test_neighbours_are_those_of_the_weights_that_go_on(make: Callable[[ViT], Objective], few: Path) -> None:
-    for bank in (1000, 25):
-        stage, of_data = made(make)
-        runner = trainer(max_epochs=2, callbacks=[Probes(bank)])
-        runner.fit(stage, data(few, **of_data))
-        expected = knn(*features_of(stage, few, "train", min(bank, 40)), *features_of(stage, few, "val"))
-        assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
-        assert {"val/probe", "train/rank", "train/deviation"} <= runner.callback_metrics.keys()
+@pytest.mark.parametrize(("name", "bank"), [*((name, 25) for name in OBJECTIVES), ("mae", 1000)])
+def test_neighbours_are_those_of_the_weights_that_go_on(name: str, bank: int, few: Path) -> None:
+    stage, of_data = made(OBJECTIVES[name])
+    runner = trainer(max_epochs=2, callbacks=[Probes(bank)])
+    runner.fit(stage, data(few, **of_data))
+    expected = knn(*features_of(stage, few, "train", min(bank, 40)), *features_of(stage, few, "val"))
+    assert runner.callback_metrics["val/knn"].item() == pytest.approx(expected)
+    assert {"val/probe", "train/rank", "train/deviation"} <= runner.callback_metrics.keys()
 
 
 class Seen(Probes):

@@ -113,7 +113,6 @@ MISTAKES = {
     "--run.monitor val/top5": ["run.monitor val/top5"],  # there are 4 classes
     "--run.name a/b": ["run.name 'a/b'", "run.root"],
     "--run.name ..": ["run.name '..'", "run.root"],
-    "--ckpt_path missing.ckpt": ["missing.ckpt does not exist"],
     "--trainer.precision 16-mixed --trainer.accelerator cpu": ["trainer.precision 16-mixed", "bf16-mixed or 32-true"],
     "--trainer.precision bf17": ["trainer.precision: expected 'auto' or", "not bf17"],
 }
@@ -174,15 +173,19 @@ def test_a_config_that_is_none_is_named(vitlit: Command, tmp_path: Path, content
     refused(vitlit("fit", "--config", "mine.yaml"), "config mine.yaml ")
 
 
+PRESET = ["--model.vit.preset", "Ti/16", "--model.vit.drop_path", "0.1"]
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("config", "flags"),
     [
-        ["--model.vit.preset", "Ti/16", "--model.vit.drop_path", "0.1"],
-        ["--model.vit.drop_path=0.1", "--model.vit.preset=Ti/16"],
-        ["--model.vit", "vitlit.ViT.from_preset", "--model.vit.preset", "Ti/16", "--model.vit.drop_path", "0.1"],
+        ("pretrain", PRESET),
+        ("finetune", PRESET),
+        ("recipes/deit_b16", PRESET),
+        ("pretrain", ["--model.vit.drop_path=0.1", "--model.vit.preset=Ti/16"]),
+        ("finetune", ["--model.vit", "vitlit.ViT.from_preset", *PRESET]),
     ],
 )
-@pytest.mark.parametrize("config", ["pretrain", "finetune", "recipes/deit_b16"])
 def test_a_preset_replaces_the_sizes_of_a_config(vitlit: Command, config: str, flags: list[str]) -> None:
     printed = yaml.safe_load(done(vitlit("fit", "--config", config, *flags, "--print_config=skip_default")))
     vit = printed["model"]["init_args"]["vit"]

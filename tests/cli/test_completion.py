@@ -1,12 +1,13 @@
 """What a config leaves out follows from the data and the weights, and what contradicts them is refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Result, done, refused
+from conftest import SMALL, Result, command, done, refused
 from test_arguments import shipped
 from test_predict import measured
 
@@ -144,7 +145,7 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
     name: str, lr: float, batch: int, answer: str, vitlit: Command, few: Path
 ) -> None:
     flags = "--data.batch_size 8 --data.micro_batch 8 --trainer.accelerator cpu --model.schedule.warmup 1"
-    flags += ' --model.groups.lr {"nothing":2}'
+    flags += ' --trainer.logger false --model.groups.lr {"nothing":2}'
     result = vitlit("fit", "--config", *name.split(), "--data.root", few, *flags.split(), *answer.split())
     assert "nothing" in result.err  # is refused when the optimizer is made
     doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
@@ -164,6 +165,15 @@ def test_two_ways_of_balancing_are_warned_of(vitlit: Command, few: Path) -> None
     assert "data.balanced and class_weights both favour rare classes; give one" in said
 
 
+@pytest.fixture(scope="module")
+def tuned(few: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which runs/finetune is complete. What is refused in it leaves it as it is."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(trained / "runs", folder / "runs")
+    done(command(*FINETUNE.split(), few, cwd=folder))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -175,14 +185,12 @@ def test_two_ways_of_balancing_are_warned_of(vitlit: Command, few: Path) -> None
     ],
 )
 def test_other_settings_than_a_checkpoints_would_lose_and_are_refused(
-    flags: str, words: str, vitlit: Command, few: Path, work: Path
+    flags: str, words: str, few: Path, tuned: Path
 ) -> None:
-    done(vitlit(*FINETUNE.split(), few))
     last = "runs/finetune/checkpoints/last.ckpt"
     longer = "--trainer.max_steps 4 --run.name other --ckpt_path"
-    refused(
-        vitlit(*FINETUNE.split(), few, *longer.split(), last, *flags.split()), words, "was trained with", "would win"
-    )
+    result = command(*FINETUNE.split(), few, *longer.split(), last, *flags.split(), cwd=tuned)
+    refused(result, words, "was trained with", "would win")
 
 
 def test_a_teacher_that_is_not_there_is_said_before_anything_is_written(

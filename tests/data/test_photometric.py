@@ -22,6 +22,8 @@ from vitlit.data.views import PRESETS, Photometric, Views, change_colours
 from vitlit.model import ViT
 from vitlit.objectives import Batch
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 KEYS = np.arange(1000, 1064)
 ALL: dict[str, Any] = {"jitter": 0.8, "strength": (0.8, 0.8, 0.8, 0.5), "grey": 0.2, "blur": 0.5, "solarise": 0.3}
 CHANGED: dict[str, Any] = {

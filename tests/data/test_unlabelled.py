@@ -23,6 +23,8 @@ from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step, Supervised
 from vitlit.stages import Pretrain
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def loose(few: Path, tmp_path: Path) -> Path:

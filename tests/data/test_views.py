@@ -29,6 +29,8 @@ from vitlit.objectives import Batch, Objective, Step, Supervised
 from vitlit.seeds import mix_one
 from vitlit.stages import Pretrain
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VIEWS = [Views(2, 16, (0.4, 1.0)), Views(3, (8, 24), (0.05, 0.4))]
 SHAPES = [(16, 16), (16, 16), (16, 16), (8, 24), (8, 24), (8, 24)]
 

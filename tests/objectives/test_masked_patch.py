@@ -12,6 +12,8 @@ from vitlit.model import ViT
 from vitlit.objectives import Batch, MaskedPatch
 from vitlit.objectives.masked_patch import corruption, mean_colours, rearranged
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = {"image_size": 32, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 32}
 
 

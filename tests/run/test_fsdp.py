@@ -30,6 +30,8 @@ from vitlit.objectives import DINO, Supervised
 from vitlit.optim import LAMB, Groups, Schedule
 from vitlit.stages import Finetune, Pretrain, Stage
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEPS, HALF = 6, 3
 
 
