@@ -4,11 +4,10 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,18 +16,26 @@ from lightning.pytorch.utilities import rank_zero_only
 from vitlit import callbacks
 from vitlit.cli import completion
 from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths, opening
+from vitlit.cli.begin import Begin
 from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
 from vitlit.cli.summary import Evaluated, best, ending, print_summary
-from vitlit.cli.trainer import Trainer, check_length, check_monitors, check_trainer, fill_folders, listed, monitor
+from vitlit.cli.trainer import (
+    Trainer,
+    check_length,
+    check_monitors,
+    check_trainer,
+    fill_folders,
+    fill_modes,
+    listed,
+    monitor,
+)
 from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
-from vitlit.doctor import origin
 from vitlit.errors import UserError
-from vitlit.loggers import CSV, Wandb
-from vitlit.optim import table
+from vitlit.loggers import CSV
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import trusted, with_public_paths
@@ -73,51 +80,6 @@ def run(command: str, arguments: list[str]) -> int:
             requeue()
         return stop.code
     return 0
-
-
-class Begin(Callback):
-    """All checks have passed: print what is trained, log the `resolved` config, and record the run, if one is kept."""
-
-    def __init__(
-        self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any], resolved: dict[str, Any]
-    ) -> None:
-        self.line, self.folder, self.config, self.resolved = line, folder, config, resolved
-        self.begun = False  # on this rank
-
-    def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self.line.launched = True
-        data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
-        if not trainer.is_global_zero:
-            return
-        labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
-        print(
-            f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
-            f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{labels}; {data.epoch}",
-            flush=True,
-        )
-        if self.folder is not None:
-            self.folder.begin(self.config)
-            self.folder.command_begins(origin(self.line.words))
-            self.begun = True
-
-    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        if self.folder is None or not trainer.is_global_zero:
-            return
-        print(table(trainer.optimizers[0]), flush=True)
-        for logger in trainer.loggers:
-            if isinstance(logger, CSV):
-                logger.cut(trainer.global_step - 1)  # the rows after it will be logged again; Lightning counts from 0
-            elif isinstance(logger, Wandb):
-                self.folder.keep_wandb_id(str(logger.version))
-                logger.log_config(self.resolved)
-                logger.log_classes(trainer.datamodule.classes)  # type: ignore[attr-defined]
-
-    def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.folder is not None and self.begun:
-            ended = str(exception) or type(exception).__name__
-            with suppress(OSError, UserError):  # the exception says more
-                self.folder.command_ends(trainer.global_step, self.line.seconds(), ended)
 
 
 class CLI(LightningCLI):
@@ -167,7 +129,8 @@ class CLI(LightningCLI):
         config, fitting = self.config[self.subcommand], self.subcommand == "fit"
         check_groups(config)
         if fitting:
-            check_trainer(config.trainer, self.line.gives_mode)
+            check_trainer(config.trainer)
+            fill_modes(config.trainer.callbacks, self.line.gives_mode)
         self.folder = RunFolder(RunOptions(**config.run.as_dict()), self.line.config, self.line.exact)
         completion.fill_size(config, self.line.content)
         recorded = self.plain(self.config) if fitting else {}

@@ -170,8 +170,8 @@ def check_monitors(trainer: LightningTrainer, stage: Stage, data: Any) -> None:
             raise UserError(f"{type(callback).__name__}'s monitor {monitor} is not among {' '.join(known)}")
 
 
-def check_trainer(config: Namespace, gives_mode: bool) -> None:
-    """Refuse Trainer settings that vitlit sets itself, and training without an end; fill in modes of callbacks."""
+def check_trainer(config: Namespace) -> None:
+    """Refuse Trainer settings that vitlit sets itself, and training without an end."""
     for key, (default, why) in FIXED.items():
         if config[key] != default:
             raise UserError(f"trainer.{key} cannot be set: {why}")
@@ -187,7 +187,6 @@ def check_trainer(config: Namespace, gives_mode: bool) -> None:
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
     if 0 in ends:
         raise UserError("there is nothing to train; set trainer.max_epochs or trainer.max_steps above 0")
-    fill_modes(config.callbacks, gives_mode)
 
 
 def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any) -> tuple[str, str]:

@@ -8,8 +8,8 @@ import torch
 
 from vitlit.errors import CommandParser, UserError
 from vitlit.model import SIZES, ViTConfig
+from vitlit.weights.averaged import Choice
 from vitlit.weights.door import empty, load, read
-from vitlit.weights.files import Choice
 from vitlit.weights.save import Format, save_weights
 from vitlit.weights.weights import Weights, in_words
 

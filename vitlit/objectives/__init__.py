@@ -9,5 +9,15 @@ from vitlit.objectives.objective import Batch, Objective, Step
 from vitlit.objectives.regression import Regression
 from vitlit.objectives.supervised import Supervised
 
-__all__ = ["DINO", "MAE", "Distillation", "LeJEPA", "MaskedPatch", "Regression", "Supervised"]
-__all__ += ["Batch", "Objective", "Step"]
+__all__ = [
+    "DINO",
+    "MAE",
+    "Batch",
+    "Distillation",
+    "LeJEPA",
+    "MaskedPatch",
+    "Objective",
+    "Regression",
+    "Step",
+    "Supervised",
+]

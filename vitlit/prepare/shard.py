@@ -19,7 +19,7 @@ from vitlit.data.index import Index, Names
 from vitlit.data.manifest import SPLITS, Manifest, read_manifest
 from vitlit.data.progress import Progress
 from vitlit.data.shard_index import BLOCK, INDEX, ShardFiles, ShardIndex, save_index
-from vitlit.data.shards import CLASSES
+from vitlit.data.webdataset import CLASSES
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
 from vitlit.files import whole_folder

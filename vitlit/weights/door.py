@@ -15,7 +15,8 @@ from vitlit.model import ViT, ViTConfig
 from vitlit.model.init import fill_positions
 from vitlit.weights import checkpoint, facebook, google, hf, timm, torchvision
 from vitlit.weights.adapt import adapt, set_numerics
-from vitlit.weights.files import Choice, locate, open_file, skips
+from vitlit.weights.averaged import Choice
+from vitlit.weights.files import locate, open_file, skips
 from vitlit.weights.names import how_to_skip
 from vitlit.weights.weights import ASSUMED, NOT_SAID, Weights, in_words, usual_heads
 

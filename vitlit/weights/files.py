@@ -6,10 +6,10 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +18,14 @@ from torch import Tensor
 
 from vitlit.errors import UserError
 from vitlit.files import MOST_UNPACKED, check_archive, damaged, expand
-
-# Which of a file's weights are read: averaged ones if it has them, or the raw ones that they are the average of.
-Choice = Literal["averaged", "raw"]
-# Keys of torch files. Of each kind the first that is there counts.
-AVERAGED = ("teacher", "state_dict_ema", "model_ema", "ema_state_dict", "ema", "target_encoder")
-RAW = ("student", "model", "state_dict", "module", "encoder")
-LIGHTNING = ("state_dict", "current_model_state")  # WeightAveraging's: averaged, raw
-# What in the names of averaged tensors takes the place of what in those of raw ones.
-PARTS = [("teacher", "student"), ("target_encoder.", "encoder.")]
-PARTS += [(part, "model.") for part in ("model_ema.module.", "model_ema.", "ema_model.", "ema.")]
+from vitlit.weights import hub
+from vitlit.weights.averaged import RAW, Choice, pick_key, pick_names
 
 # Plain values that training scripts leave in checkpoints and that torch does not allow by itself; the last is
 # numpy's scalar.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
 RECORDS += [np.float64(0).__reduce__()[0]]
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-MODEL = ("model.safetensors", "model.safetensors.index.json")
-HUB_PATTERNS = [*MODEL, "model-*.safetensors", CONFIG, PREPROCESSOR]  # only safetensors and JSON
 
 
 def skips(patterns: Iterable[str], name: str) -> bool:
@@ -65,11 +55,11 @@ class Contents(NamedTuple):
 def locate(source: str | Path) -> Path:
     """The weight file at `source`: a file, the folder of a run (best checkpoint, else last) or of a model, or hf:..."""
     if str(source).startswith("hf:"):
-        return fetch(str(source))
+        return hub.fetch(str(source))
     source = Path(expand(source))
     if source.is_file():
         return source
-    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", *MODEL, "pytorch_model.bin"):
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", *hub.FILES, "pytorch_model.bin"):
         if (source / name).is_file():
             return source / name
     remedy = "name the folder of a run, or a checkpoint file"
@@ -78,29 +68,6 @@ def locate(source: str | Path) -> Path:
     if re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir():
         remedy += f"; for a model of the hub write hf:{source}"
     raise UserError(f"{source} does not exist; {remedy}")
-
-
-def fetch(name: str) -> Path:
-    """The weight file of hf:OWNER/NAME[@REVISION] in huggingface_hub's cache, downloaded if it is not there."""
-    from huggingface_hub import errors, snapshot_download
-
-    repository, _, revision = name.removeprefix("hf:").partition("@")
-    command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
-    try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_PATTERNS))
-    except errors.RepositoryNotFoundError as error:
-        remedy = "accept its terms on huggingface.co, and log in with `hf auth login`"
-        raise UserError(f"{name} does not exist, or is private or gated: {remedy}") from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name}: the model has no revision {revision}") from error
-    except errors.HFValidationError as error:
-        raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION") from error
-    except OSError as error:
-        raise UserError(f"{name} is not cached and the hub cannot be reached: `{command}` downloads it") from error
-    for file in MODEL:
-        if (folder / file).is_file():
-            return folder / file
-    raise UserError(f"{name} has no model.safetensors in the cache; vitlit takes only safetensors: `{command}`")
 
 
 def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()) -> Contents:
@@ -114,33 +81,6 @@ def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()
         remedy = "name last.ckpt" if path.name == "best.ckpt" else "leave weights='raw' out"
         raise UserError(f"{path} has no raw weights beside averaged ones; {remedy}")
     return contents._replace(skip=skip)
-
-
-def pick_key(keys: Collection[str], weights: Choice) -> tuple[str, str]:
-    """The key of a torch file to read, and where weights come from; both empty if no key tells which it has."""
-    averaged, raw = (next((name for name in names if name in keys), "") for names in (AVERAGED, RAW))
-    if set(LIGHTNING) <= set(keys):
-        averaged, raw = LIGHTNING
-    chosen = averaged if weights == "averaged" or not averaged else raw
-    return chosen, origin(averaged, raw, weights) if chosen else ""
-
-
-def pick_names(stems: Collection[str], weights: Choice) -> tuple[str, str] | None:
-    """How names to leave begin, and where weights come from, by the names of patch embeddings; None for one network."""
-    for averaged, raw in PARTS:
-        for name in stems:
-            before, part, rest = name.partition(averaged)
-            if part and f"{before}{raw}{rest}" in stems:
-                other = before + (raw if weights == "averaged" else averaged)
-                return other, origin(before + averaged, before + raw, weights)
-    return None
-
-
-def origin(averaged: str, raw: str, weights: Choice) -> str:
-    averaged, raw = averaged.rstrip("."), raw.rstrip(".")
-    if weights == "raw":
-        return f"{raw} (raw; averaged ones are in {averaged})"
-    return f"{averaged} (averaged" + (f"; raw ones are in {raw})" if raw else ")")
 
 
 def open_container(path: Path, weights: Choice) -> Contents:

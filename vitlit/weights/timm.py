@@ -22,10 +22,23 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 # the first that matches counts.
 TANH = re.compile(r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip|vit_large_patch16_siglip(_gap)?_512")
 EPS5 = re.compile("_clip_|aimv2|beit3")
-HEADS = {"giant_.*(dinov2|tipsv2|radio)|aimv2_3b": 24, "aimv2_huge": 12, "aimv2_large": 8}
-HEADS |= {"base_patch16_gap|large|huge|giant|gigantic|so400m|aimv2_1b|intern300m": 16, "_plus_": 14}
-HEADS |= {"test_vit2?$": 2, "tiny|test_vit[34]$": 3, "xsmall|wee": 4, "little": 5, "small": 6, "medium": 8}
-HEADS |= {"betwixt": 10, "base": 12, "so150m2": 13, "so150m_": 14}
+HEADS = {
+    "giant_.*(dinov2|tipsv2|radio)|aimv2_3b": 24,
+    "aimv2_huge": 12,
+    "aimv2_large": 8,
+    "base_patch16_gap|large|huge|giant|gigantic|so400m|aimv2_1b|intern300m": 16,
+    "_plus_": 14,
+    "test_vit2?$": 2,
+    "tiny|test_vit[34]$": 3,
+    "xsmall|wee": 4,
+    "little": 5,
+    "small": 6,
+    "medium": 8,
+    "betwixt": 10,
+    "base": 12,
+    "so150m2": 13,
+    "so150m_": 14,
+}
 # Networks with a ViT's tensor names, or almost, that compute something else: by timm's name, by the name of a tensor.
 OTHERS = {
     "_rope": "rotary positions of another kind",
