@@ -71,6 +71,7 @@ def test_a_step_is_logged_in_one_row_every_so_many_steps(few: Path) -> None:
     assert [row["train/steps"] for _, row in rows] == [3, 6, 9]
     last = runner.callback_metrics["train/loss"].item()  # of step 10, the last of an epoch
     assert last != rows[-1][1]["train/loss"]
+    assert runner.logged_metrics["train/loss"] == last
     assert {"train/steps": 10.0, "train/loss": last}.items() <= runner.progress_bar_metrics.items()
 
 

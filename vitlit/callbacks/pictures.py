@@ -9,13 +9,13 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
-from vitlit.data.stream import EvalShare
+from vitlit.data.stream import spread
 from vitlit.errors import check_range
 from vitlit.files import whole_file
-from vitlit.objectives import Batch
+from vitlit.stages.stage import on_device
 
 
 class Pictures(Callback):
@@ -34,15 +34,15 @@ class Pictures(Callback):
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         # Not before: now an EMA has put its weights in place.
-        loader, idle = trainer.val_dataloaders, batch_idx or trainer.sanity_checking or trainer.state.fn != "fit"
-        if idle or not self.images or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        if batch_idx or not self.images or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if isinstance(loader.dataset, IterableDataset):
+        loader = trainer.val_dataloaders
+        share = spread(loader, self.images)
+        if share is None:
             return
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
-            share = EvalShare(len(loader.dataset), most=self.images)  # type: ignore[arg-type]
-            few = next(iter(DataLoader(loader.dataset, share.count, sampler=share, collate_fn=loader.collate_fn)))
-            few = Batch.of(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(few)))
+            chosen = DataLoader(loader.dataset, share.count, sampler=share, collate_fn=loader.collate_fn)
+            few = on_device(trainer, next(iter(chosen)))
             shown = {"images": few.views[0], **pl_module.pictures(few)}  # on every rank: FSDP's compute together
         if not trainer.is_global_zero:
             return

@@ -7,17 +7,17 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from vitlit.callbacks import predictions
-from vitlit.data.stream import EvalShare, eval_batch
+from vitlit.data.stream import eval_batch, spread
 from vitlit.errors import UserError, check_range
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.evaluation.rank import deviation, effective_rank
 from vitlit.objectives import Batch
 from vitlit.objectives.global_batch import device_mean, gather
-from vitlit.stages.stage import logs_now, step_ends
+from vitlit.stages.stage import logs_now, on_device, step_ends
 
 LEARNING_RATE = 1e-3  # of the linear layer
 ROWS = 2048  # of a batch, for its rank
@@ -170,7 +170,7 @@ class Probes(Callback):
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
             torch.default_generator.manual_seed(0)  # of transforms that draw numbers
             for batch in training_images(trainer, 64 if trainer.fast_dev_run else self.bank):
-                batch = Batch.of(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
+                batch = on_device(trainer, batch)
                 if batch.labels.ndim == 1 and not batch.labels.is_floating_point():
                     columns = batch.indices[:, None], batch.labels[:, None], pl_module.features(batch.views[0])
                     rows.append(torch.cat([column.float() for column in columns], 1).cpu())
@@ -183,8 +183,8 @@ def training_images(trainer: Any, most: int) -> Any:
     if hasattr(trainer.datamodule, "eval_loader"):
         return trainer.datamodule.eval_loader("train", most)
     given = trainer.train_dataloader
-    if not isinstance(given, DataLoader) or given.batch_sampler is None or isinstance(given.dataset, IterableDataset):
+    share = spread(given, most, trainer.global_rank, trainer.world_size)
+    if share is None:
         return ()
-    share = EvalShare(len(given.dataset), trainer.global_rank, trainer.world_size, most)  # type: ignore[arg-type]
     size = eval_batch(share.count, trainer.world_size, min(given.batch_size or 64, share.count))
     return DataLoader(given.dataset, size, sampler=share, num_workers=given.num_workers, collate_fn=given.collate_fn)

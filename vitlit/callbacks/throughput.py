@@ -76,7 +76,7 @@ class Throughput(Callback):
             self._begin_lap()
             log = pl_module.log_step if isinstance(pl_module, Stage) else pl_module.log
             for name, value in logs.items():
-                # As a tensor of the host: of a number Lightning makes one on the device, and reads it at every step.
+                # As a tensor of the host: of a number Lightning's log makes one on the device, and reads it every step.
                 log(f"train/{name}", torch.tensor(value), prog_bar=True)
 
     def _count(self, objective: Objective, batch: Batch) -> None:

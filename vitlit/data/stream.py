@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from vitlit.errors import UserError
 from vitlit.seeds import BALANCE, ORDER, mix
@@ -158,6 +158,14 @@ class EvalShare(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
+
+
+def spread(loader: Any, most: int, rank: int = 0, world_size: int = 1) -> EvalShare | None:
+    """A rank's share of so many images, spread over those of a loader; None if its dataset has no order to pick by."""
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not indexed or loader.batch_sampler is None:
+        return None
+    return EvalShare(len(loader.dataset), rank, world_size, most)
 
 
 def eval_batch(length: int, world_size: int, wanted: int) -> int:

@@ -76,8 +76,8 @@ class DINO(Objective):
         super().__init__(vit)
         check_types(DINO.__init__, locals(), "model.objective.")
         check_range("DINO", 1, prototypes=prototypes, hidden_dim=hidden_dim, bottleneck=bottleneck)
-        shares = {"temperature_warmup": temperature_warmup, "freeze_prototypes": freeze_prototypes}
-        check_range("DINO", 0, 1, momentum=momentum, **shares)
+        check_range("DINO", 0, 1, momentum=momentum)
+        check_range("DINO", 0, 1, temperature_warmup=temperature_warmup, freeze_prototypes=freeze_prototypes)
         check_range("DINO", 1e-6, temperature=temperature, temperature_start=temperature_start)
         check_range("DINO", 0, masked=masked, koleo=koleo)
         if shared_head and not masked:

@@ -268,7 +268,7 @@ class Stage(LightningModule):
         `log` would have Lightning gather and read all that was ever logged in an epoch at each of its steps.
         """
         self._row[name] = float(value)
-        self.trainer.callback_metrics[name] = value
+        self.trainer.callback_metrics[name] = self.trainer.logged_metrics[name] = value
         if prog_bar:
             self.trainer.progress_bar_metrics[name] = self._row[name]
 
@@ -324,6 +324,11 @@ class Stage(LightningModule):
             raise UserError(f"{checkpoint_path} holds a {path}, not a {cls.__name__}")
         bound: Any = super(Stage, kind)
         return bound.load_from_checkpoint(checkpoint_path, *args, **{**record, **kwargs, "weights_only": True})
+
+
+def on_device(trainer: Any, batch: Any) -> Batch:
+    """A batch of a loader that is not the Trainer's, as a stage is given it."""
+    return Batch.of(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
 
 
 def step_ends(trainer: Any, batch_idx: int) -> bool:
