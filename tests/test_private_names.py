@@ -83,7 +83,11 @@ NAMES = [
         "a loop over the parameters",
     ),
     Name(
-        "callbacks/nonfinite.py", "_foreach_norm", "torch", "one kernel for all gradients", "a loop over the gradients"
+        "callbacks/nonfinite.py",
+        "_amp_foreach_non_finite_check_and_unscale_ _foreach_norm",
+        "torch",
+        "one kernel for all gradients",
+        "a loop over the gradients",
     ),
     Name(
         "callbacks/nonfinite.py",

@@ -47,8 +47,10 @@ class Device(TorchDispatchMode):
             if to_device != first.is_meta and not kwargs.get("non_blocking"):
                 self.note("copied")
             if first.is_meta and not to_device:
-                largest = 1 if first.is_floating_point() else torch.iinfo(first.dtype).max
-                return torch.full(first.shape, largest, dtype=first.dtype)
+                number = 0 if first.is_floating_point() else torch.iinfo(first.dtype).max
+                return torch.full(first.shape, number, dtype=first.dtype)
+        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            return None  # it has no meta kernel; a GPU's, which also gradient scaling uses, does not wait
         if func is aten.copy_.default and args[0].is_meta != args[1].is_meta and not (args[2:] and args[2]):
             self.note("copied")
         return func(*args, **kwargs)

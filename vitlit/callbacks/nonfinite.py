@@ -1,7 +1,7 @@
 """Stops training when numbers overflow, before they reach a checkpoint."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ class NonFinite(Callback):
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, Tensor]] = []  # by step, since they were read
-        self._norms: list[tuple[int, Tensor]] = []  # of gradients
+        self._found: list[tuple[int, Tensor]] = []  # in gradients
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses.clear()
-        self._norms.clear()
+        self._found.clear()
+        self._one = torch.ones((), device=pl_module.device)
         self._first_loss: Tensor | None = None  # that this training logged
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -43,7 +44,7 @@ class NonFinite(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.precision != "16-mixed":
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._norms.append((self._step, norm(gradients)))
+            self._found.append((self._step, nonfinite(gradients, self._one)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.append((self._step, outputs["loss"]))
@@ -61,7 +62,7 @@ class NonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
-        finite = math.isfinite(norm([parameter.detach() for parameter in pl_module.parameters()]).item())
+        finite = math.isfinite(norm(pl_module.parameters()).item())
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise nonfinite_error(trainer, f"a weight is not finite after step {trainer.global_step}")
 
@@ -76,7 +77,7 @@ class NonFinite(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
-        steps = [first_nonfinite(self._losses), first_nonfinite(self._norms)]
+        steps = [first(self._losses, lambda loss: not math.isfinite(loss)), first(self._found, bool)]
         if trainer.world_size > 1:
             of_all = torch.tensor(steps, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MIN)
@@ -91,19 +92,29 @@ class NonFinite(Callback):
         raise nonfinite_error(trainer, f"the {what} of step {step}{images} is not finite", step)
 
 
-def first_nonfinite(values: list[tuple[int, Tensor]]) -> int:
-    """The first step whose value is not finite, or NEVER; the list is emptied."""
+def first(values: list[tuple[int, Tensor]], wrong: Callable[[float], bool]) -> int:
+    """The first step whose value is wrong, or NEVER; the list is emptied."""
     if not values:
         return NEVER
     steps, tensors = zip(*values, strict=True)
     values.clear()
     numbers = torch.stack(tensors).tolist()
-    return next((step for step, number in zip(steps, numbers, strict=True) if not math.isfinite(number)), NEVER)
+    return next((step for step, number in zip(steps, numbers, strict=True) if wrong(number)), NEVER)
+
+
+def nonfinite(gradients: list[Tensor], one: Tensor) -> Tensor:
+    """1 if an element is not finite, else 0, on their device: by the gradient scaler's kernel, which divides by one."""
+    parts: list[Tensor] = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    found = torch.zeros_like(one)
+    for dtype in {part.dtype for part in parts}:
+        of_type = [part for part in parts if part.dtype == dtype]
+        torch._amp_foreach_non_finite_check_and_unscale_(of_type, found, one)
+    return found
 
 
 def norm(values: Iterable[Tensor]) -> Tensor:
     """The norm of the tensors, of sharded ones this rank's: finite if all elements are, unless they are huge."""
-    parts: list[Tensor] = [getattr(value, "_local_tensor", value) for value in values]
+    parts: list[Tensor] = [getattr(value, "_local_tensor", value).detach() for value in values]
     norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
     return torch.linalg.vector_norm(torch.stack(norms))
 

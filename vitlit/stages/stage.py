@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -79,8 +80,9 @@ class Stage(LightningModule):
         self.init_from = init_from  # until training has started from it
         self.weights: Weights | None = None  # of init_from, once they have been read
         self._checked = 0  # the id of the data that was compared with the network
-        self._lr = self._progress = 0.0
-        self._total_steps, self._first_draw = 1, 0
+        self._total_steps = 1
+        # Of the current step: to set attributes of a module takes ten times as long.
+        self._now = SimpleNamespace(progress=0.0, first_draw=0, lr=0.0)
 
     @property
     def data(self) -> Any:
@@ -105,7 +107,7 @@ class Stage(LightningModule):
     @not_compiled
     def step(self, batch: Any) -> Step:
         """Run the objective on a batch, in any form that `Batch.of` takes."""
-        return self.compiling.step(self, Batch.of(batch), self._progress)
+        return self.compiling.step(self, Batch.of(batch), self._now.progress)
 
     @not_compiled
     def features(self, images: Tensor) -> Tensor:
@@ -216,18 +218,18 @@ class Stage(LightningModule):
         self.compiling.begin(self, batch)
         seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
         trainer = self.trainer
-        step, optimizer = trainer.global_step, trainer.optimizers[0]
+        now, step, optimizer = self._now, trainer.global_step, trainer.optimizers[0]
         where = (batch_idx % trainer.accumulate_grad_batches, trainer.global_rank)
         seed_step(seed, step, *where, self.device)
-        self._first_draw = 0 if isinstance(batch, Batch) else first_draw(seed, step, *where)  # it has draws
-        self._progress = step / self._total_steps
+        now.first_draw = 0 if isinstance(batch, Batch) else first_draw(seed, step, *where)  # it has draws
+        now.progress = step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
-        self._lr = max(group["lr"] for group in optimizer.param_groups)
-        self.schedule.set_weight_decay(optimizer, self._decays, self._progress)
+        now.lr = max(group["lr"] for group in optimizer.param_groups)
+        self.schedule.set_weight_decay(optimizer, self._decays, now.progress)
 
     @not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = Batch.of(batch, self._first_draw)
+        batch = Batch.of(batch, self._now.first_draw)
         check_batch(self.objective, len(batch.views), len(batch.indices) * self.trainer.world_size)
         step = self.step(batch)
         self._logs.append({name: value.detach() for name, value in {"loss": step.loss, **step.logs}.items()})
@@ -238,7 +240,7 @@ class Stage(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients until the next forward has filled the memory
         # Not as the batch ends: callbacks that save a checkpoint then come first.
-        self.objective.after_step(self.vit, self._progress)
+        self.objective.after_step(self.vit, self._now.progress)
 
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Nothing: `optimizer_step`, which computes gradients once, has done it after the last."""
@@ -255,7 +257,7 @@ class Stage(LightningModule):
                 mean = torch.stack([micro[name] for micro in logs]).mean()
                 mean = self.trainer.strategy.reduce(mean, reduce_op="mean").cpu()
                 self.log_step(f"train/{name}", mean, prog_bar=name == "loss")
-            self.log_step("train/lr", torch.tensor(self._lr))
+            self.log_step("train/lr", torch.tensor(self._now.lr))
             row, self._row = self._row, {}
             every_few = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # bars also show an epoch's last
             for logger in self.trainer.loggers if every_few else ():
