@@ -104,7 +104,8 @@ def first(values: list[tuple[int, Tensor]], wrong: Callable[[float], bool]) -> i
 
 def nonfinite(gradients: list[Tensor], one: Tensor) -> Tensor:
     """1 if an element is not finite, else 0, on their device: by the gradient scaler's kernel, which divides by one."""
-    parts: list[Tensor] = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    # Of a plain tensor, to look for what it lacks would take as long as the rest.
+    parts: list[Tensor] = [each if type(each) is Tensor else getattr(each, "_local_tensor", each) for each in gradients]
     found = torch.zeros_like(one)
     for dtype in {part.dtype for part in parts}:
         of_type = [part for part in parts if part.dtype == dtype]
