@@ -108,6 +108,7 @@ class Plain(LightningModule):
 def options(folder: Path) -> dict[str, Any]:
     """What both Trainers are given."""
     quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    quiet["log_every_n_steps"] = EVERY
     return {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": folder, **quiet}
 
 

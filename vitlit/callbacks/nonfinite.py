@@ -77,7 +77,7 @@ class NonFinite(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
-        steps = [first(self._losses, lambda loss: not math.isfinite(loss)), first(self._found, bool)]
+        steps = [first_step(self._losses, lambda loss: not math.isfinite(loss)), first_step(self._found, bool)]
         if trainer.world_size > 1:
             of_all = torch.tensor(steps, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MIN)
@@ -92,7 +92,7 @@ class NonFinite(Callback):
         raise nonfinite_error(trainer, f"the {what} of step {step}{images} is not finite", step)
 
 
-def first(values: list[tuple[int, Tensor]], wrong: Callable[[float], bool]) -> int:
+def first_step(values: list[tuple[int, Tensor]], wrong: Callable[[float], bool]) -> int:
     """The first step whose value is wrong, or NEVER; the list is emptied."""
     if not values:
         return NEVER

@@ -25,7 +25,6 @@ from vitlit.weights.averaged import RAW, Choice, pick_key, pick_names
 # numpy's scalar.
 RECORDS: list[Any] = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
 RECORDS += [np.float64(0).__reduce__()[0]]
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 
 def skips(patterns: Iterable[str], name: str) -> bool:

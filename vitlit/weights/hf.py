@@ -12,7 +12,8 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.config import Resampling
 from vitlit.model.position import resample
-from vitlit.weights.files import CONFIG, PREPROCESSOR, Contents
+from vitlit.weights.files import Contents
+from vitlit.weights.hub import CONFIG, PREPROCESSOR
 from vitlit.weights.names import Table, backwards, blocks, fuse, prefix_of, split, strip, translate
 from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, PLAIN, Weights, architecture, require, square, tensors
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from vitlit.errors import UserError
 
 FILES = ("model.safetensors", "model.safetensors.index.json")
-PATTERNS = [*FILES, "model-*.safetensors", "config.json", "preprocessor_config.json"]
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+PATTERNS = [*FILES, "model-*.safetensors", CONFIG, PREPROCESSOR]
 
 
 def fetch(name: str) -> Path:

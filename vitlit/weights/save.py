@@ -15,7 +15,7 @@ from vitlit.files import expand, whole_file
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import checkpoint, google, hf, timm, torchvision
-from vitlit.weights.files import CONFIG, PREPROCESSOR
+from vitlit.weights.hub import CONFIG, PREPROCESSOR
 from vitlit.weights.weights import tensors
 
 Format = Literal["vitlit", "timm", "hf", "torchvision", "google"]

@@ -12,7 +12,8 @@ from vitlit.errors import UserError
 from vitlit.model import ViT
 from vitlit.model.position import sincos2d
 from vitlit.weights.checkpoint import EXPORTED, exported
-from vitlit.weights.files import CONFIG, Contents
+from vitlit.weights.files import Contents
+from vitlit.weights.hub import CONFIG
 from vitlit.weights.names import fuse, prefix_of, strip
 from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, STEM, Weights, architecture, require, square, tensors
 
