@@ -85,7 +85,7 @@ def test_what_is_computed_twice_counts_once() -> None:
 
 def test_s16_takes_what_its_paper_says() -> None:
     """2205.01580 and timm give 4.6 and 4.3 G multiply-adds for the forward pass; backward is twice that."""
-    vit = ViT.from_preset("S/16", num_classes=1000).to("meta")
+    vit = ViT.from_preset("S/16", num_classes=1000, pool="gap", position="sincos2d").to("meta")
     batch = Batch.of([torch.empty(1, 3, 224, 224, device="meta"), torch.empty(1, dtype=torch.long, device="meta")])
     assert flop_of_step(vit, Supervised(vit), batch) == pytest.approx(3 * 2 * 4.6e9, rel=0.01)
 

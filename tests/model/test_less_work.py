@@ -42,6 +42,54 @@ def flops(module: nn.Module, x: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "distilled": {"distilled": True},
+    "registers, norms, factors": {"registers": 2, "qk_norm": True, "sub_norm": True, "layer_scale": 0.5},
+    "rope": {"position": "rope", "norm": "pooled"},
+    "recomputed": {"activation_checkpointing": 1},
+    "one block": {"depth": 1},
+    "mean": {"pool": "gap", "class_token": True},
+    "attention": {"pool": "map"},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_logits_and_gradients_are_those_of_all_tokens(options: dict[str, Any]) -> None:
+    vit = tiny(**options).double().train()
+    images = images_for(vit).double()
+
+    def gradients(logits: Tensor) -> list[Tensor]:
+        return [logits, *torch.autograd.grad(logits.square().sum(), [*vit.parameters()])]
+
+    logits, distilled, _ = vit.heads(vit.features(images))
+    expected = gradients(logits if distilled is None else (logits + distilled) / 2)
+    torch.testing.assert_close(gradients(vit(images)), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_stochastic_depth_drops_the_same_where_only_the_class_token_comes_out(subset: bool) -> None:
+    vit = tiny(drop_path=0.5, drop_path_subset=subset).double().train()
+    images = images_for(vit, BATCH).double()
+    torch.manual_seed(1)
+    expected = vit.head(vit.pool(vit.features(images)))
+    torch.manual_seed(1)
+    torch.testing.assert_close(vit(images), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_last_block_computes_the_class_token_alone() -> None:
+    # 12 D^2 multiply-adds a token and block, and attention's 2 tokens x D: for N of N + 1 tokens the last block does
+    # without the 9 D^2 of its projection and MLP, and without what they attend to.
+    options = {"image_size": 32, "patch_size": 8, "width": 64, "depth": 4, "mlp_dim": 256, "heads": 4}
+    vit, images = ViT(**options, num_classes=5), torch.randn(1, 3, 32, 32)
+    whole, part = (FlopCounterMode(display=False) for _ in range(2))
+    with whole, torch.no_grad():
+        vit.head(vit.pool(vit.features(images)))
+    with part, torch.no_grad():
+        vit(images)
+    assert whole.get_total_flops() - part.get_total_flops() == 2 * 16 * (9 * 64**2 + 2 * 17 * 64)
+
+
 def test_a_fixed_number_of_random_samples_gets_the_branch_scaled_to_the_same_mean() -> None:
     block, x = only_mlp(last_block()), torch.randn(1, 3, 24)
     alone = (block.eval()(x) - x).detach()
@@ -133,7 +181,7 @@ def test_mae_which_hides_patches_itself_refuses_patch_dropout() -> None:
 
 @pytest.mark.parametrize(("every", "calls"), [(1, [2, 2, 2, 2]), (2, [2, 1, 2, 1]), (3, [2, 1, 1, 2])])
 def test_every_so_many_blocks_are_computed_twice_and_keep_less(every: int, calls: list[int]) -> None:
-    plain, saving = tiny(depth=4), tiny(depth=4, activation_checkpointing=every)
+    plain, saving = (tiny(depth=4, pool="gap", activation_checkpointing=each) for each in (0, every))
     saving.load_state_dict(plain.state_dict())
     images, sizes = images_for(plain, batch=4), []
     for vit in (plain, saving):

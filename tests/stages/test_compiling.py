@@ -36,6 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 COMPILE = torch.compile
 
 
+GRAPHS = {"default": 2, "reduce-overhead": 1}  # the last block computes the class token alone
+
+
 class Graphs:
     """Makes torch.compile trace whole graphs, which it counts and runs as they are: inductor takes its time."""
 
@@ -87,17 +90,17 @@ def test_one_graph_of_training_and_one_of_evaluation(mode: str, micro: int | Non
     names = list(compiled.state_dict())
     batches = {"batch_size": 8, "micro_batch": micro, "mixing": Mixing(mixup=1.0, cutmix=1.0, prob=0.5)}
     assert losses(compiled, few, batches) == pytest.approx(losses(plain, few, batches), rel=1e-5)
-    assert graphs.count == 2
+    assert graphs.count == 2 * GRAPHS[mode]
     assert list(compiled.state_dict()) == names
     assert distance(state_of(plain), state_of(compiled)) < 1e-5
     compiled.objective(compiled.vit, Batch.of((torch.randn(5, 3, 16, 16), torch.arange(5) % 4)), 0.0)  # after training
-    assert graphs.count == 2
+    assert graphs.count == 2 * GRAPHS[mode]
 
 
 def test_stochastic_depth_that_rises_is_a_graph_a_block(few: Path, graphs: Graphs) -> None:
     stage = compiling("default", depth=10, drop_path=0.1)  # more blocks than torch allows graphs
     fit(stage, few, max_steps=2)
-    assert graphs.count == 10 + 1  # in evaluation, blocks do not differ
+    assert graphs.count == 10 + 2  # in evaluation, blocks do not differ, but for the last
 
 
 CONFIGS = RECIPES | {name: REPOSITORY / "configs" / f"{name}.yaml" for name in ("pretrain", "finetune")}
@@ -209,7 +212,7 @@ def test_a_continued_training_is_the_undisturbed_one_bit_for_bit(
     whole, continued = ends(few, path, mode, [None, path], **drops)
     assert distance(whole.weights, continued.weights) == 0
     assert continued.losses == whole.losses[7:]
-    assert graphs.count == 2
+    assert graphs.count == 2 * GRAPHS[mode]
 
 
 @pytest.mark.skipif(which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")

@@ -38,7 +38,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D)."""
+    """Multi-head self-attention: (B, tokens, D) -> (B, tokens, D), or of the `first` tokens alone to all."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -52,15 +52,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=config.proj_bias)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None, first: int | None = None) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
-        return self.drop(self.proj(self.norm(x.transpose(1, 2).reshape(batch, tokens, width))))
+        dropout = self.attention_dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q[:, :, :first], k, v, dropout_p=dropout)
+        return self.drop(self.proj(self.norm(x.transpose(1, 2).reshape(batch, -1, width))))
 
 
 class MLP(nn.Module):
@@ -104,7 +105,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """The block `i` of a pre-norm encoder (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D)."""
+    """The block `i` of a pre-norm encoder (2010.11929, equations 2 and 3): (B, tokens, D) -> (B, tokens, D).
+
+    With `first`, only so many tokens come out, and for the others no more is computed than their keys and values.
+    """
 
     def __init__(self, config: ViTConfig, i: int = 0) -> None:
         super().__init__()
@@ -119,20 +123,23 @@ class Block(nn.Module):
         self.drop_path = config.drop_path * i / max(1, config.depth - 1) if rises else config.drop_path
         self.subset = config.drop_path_subset
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        x = self.add(x, lambda x, rotary: self.ls1(self.attn(self.norm1(x), rotary)), rotary)
+    def forward(self, x: Tensor, rotary: Rotary | None = None, first: int | None = None) -> Tensor:
+        x = self.add(x, lambda x, rotary: self.ls1(self.attn(self.norm1(x), rotary, first)), rotary, first)
         return self.add(x, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
 
-    def add(self, x: Tensor, branch: Callable[[Tensor, Any], Tensor], rotary: Rotary | None = None) -> Tensor:
+    def add(
+        self, x: Tensor, branch: Callable[[Tensor, Any], Tensor], rotary: Rotary | None = None, first: int | None = None
+    ) -> Tensor:
         """x and a branch; stochastic depth (1603.09382) drops it for some samples in training, and scales the rest."""
         batch, p = x.shape[0], self.drop_path if self.training else 0.0
         if p == 0:
-            return x + branch(x, rotary)
+            return x[:, :first] + branch(x, rotary)
         if not self.subset:
             added = branch(x, rotary)
             kept = torch.rand(batch, 1, 1, device=x.device) >= p
-            return x + added * kept.to(added.dtype) / (1 - p)
+            return x[:, :first] + added * kept.to(added.dtype) / (1 - p)
         rows = torch.rand(batch, device=x.device).argsort()[: max(1, int(batch * (1 - p)))]
         if rotary is not None and rotary[0].ndim > 2:  # of the patches of each image
             rotary = rotary[0][rows], rotary[1][rows]
-        return x.index_add(0, rows, branch(x[rows], rotary).to(x.dtype), alpha=batch / rows.shape[0])
+        added = branch(x[rows], rotary).to(x.dtype)
+        return x[:, :first].index_add(0, rows, added, alpha=batch / rows.shape[0])

@@ -98,20 +98,20 @@ class ViT(nn.Module):
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` gives, and the pooled features (B, D) that it comes from."""
-        logits, distilled, pooled = self.heads(self.features(images))
+        logits, distilled, pooled = self.heads(self.features(images, pooled=True))
         return logits if distilled is None else (logits + distilled) / 2, pooled
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, pooled: bool = False) -> Tensor:
         """The encoded tokens of images, (B, C, H, W) -> (B, S + N, D); not normalised with `norm: pooled`.
 
-        Those of K patches, (B, S + K, D), in training with patch dropout.
+        Those of K patches, (B, S + K, D), in training with patch dropout. With `pooled`, what `encode` then gives.
         """
         grid, keep = self.grid_of(*images.shape[-2:]), None
         if self.config.patch_dropout and self.pos_drop.training:
             patches = math.prod(grid)
             kept = max(1, int(patches * (1 - self.config.patch_dropout)))
             keep = torch.rand(images.shape[0], patches, device=images.device).argsort(dim=1)[:, :kept]
-        return self.encode(self.embed(images, keep=keep), grid, keep)
+        return self.encode(self.embed(images, keep=keep), grid, keep, pooled)
 
     def embed(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Prefix tokens and patches with positions (equation 1): (B, C, H, W) -> (B, S + N, D).
@@ -139,11 +139,16 @@ class ViT(nn.Module):
             prefix.append(self.reg_token)
         return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
-    def encode(self, tokens: Tensor, grid: Grid | None = None, keep: Tensor | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, grid: Grid | None = None, keep: Tensor | None = None, pooled: bool = False
+    ) -> Tensor:
         """The norm before the blocks if there is one, the blocks, the final norm: (B, S + N, D) -> (B, S + N, D).
 
         Position rope needs the images' patch `grid`, by default the model's own, and the `keep` that `embed` was given.
+        With `pooled`, only the tokens that `pool` and `heads` look at come out. If these are the class token and the
+        distillation token, the last block computes no others, which saves most of its work.
         """
+        first = 1 + self.config.distilled if pooled and self.config.pool == "cls" else None
         rotary = None
         if self.position == "rope":
             head_width = self.width // self.config.heads
@@ -151,10 +156,11 @@ class ViT(nn.Module):
         tokens = self.norm_pre(tokens)
         every = int(self.config.activation_checkpointing)
         for i, block in enumerate(self.blocks):
+            asked = (rotary, first if i + 1 == len(self.blocks) else None)
             if every and i % every == 0 and self.training:
-                tokens = checkpoint(block, tokens, rotary, use_reentrant=False)
+                tokens = checkpoint(block, tokens, *asked, use_reentrant=False)
             else:
-                tokens = block(tokens, rotary)
+                tokens = block(tokens, *asked)
         return self.norm(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:

@@ -113,12 +113,12 @@ class DINO(Objective):
             rows, blocks = masked_views(batch.draws, count, vit.grid)
             mask = blocks.new_zeros(len(first), blocks.shape[1]).index_copy(0, rows, blocks)
         with torch.no_grad():
-            teacher_tokens = self.teacher_vit.features(first)
+            teacher_tokens = self.teacher_vit.features(first, pooled=not self.masked)
             teacher_features = self.teacher_vit.pool(teacher_tokens)
             targets = self.targets(0, self.teacher_heads[0](teacher_features), temperature)
-        tokens = vit.encode(vit.embed(first, mask), vit.grid)
+        tokens = vit.encode(vit.embed(first, mask), vit.grid, pooled=not self.masked)
         features = vit.pool(tokens)
-        pooled = torch.cat([features, *(vit.pool(vit.features(torch.cat(views))) for views in others)])
+        pooled = torch.cat([features, *(vit.pool(vit.features(torch.cat(views), pooled=True)) for views in others)])
         predicted = log_softmax(self.heads[0](pooled))
         loss = pair_loss(targets.unflatten(0, (count, -1)), predicted.unflatten(0, (len(batch.views), -1)))
         logs = {"loss_image": loss}

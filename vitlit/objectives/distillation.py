@@ -82,7 +82,7 @@ class Distillation(Supervised):
         if not self.training:
             return super().forward(vit, batch, progress)
         images = batch.views[0]
-        logits, distilled, features = vit.heads(vit.features(images))
+        logits, distilled, features = vit.heads(vit.features(images, pooled=True))
         by_labels = self.error(logits, batch.labels)
         by_teacher = self._teacher_loss(logits if distilled is None else distilled, images)
         loss = (1 - self.share) * by_labels + self.share * by_teacher

@@ -49,7 +49,7 @@ class LeJEPA(Objective):
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         by_size = grouped(batch.views)
-        pooled = torch.cat([vit.pool(vit.features(torch.cat(views))) for views in by_size])
+        pooled = torch.cat([vit.pool(vit.features(torch.cat(views), pooled=True)) for views in by_size])
         projections = at_least_float32(self.projector(pooled)).unflatten(0, (len(batch.views), -1))
         invariance = (projections - projections[: len(by_size[0])].mean(0)).square().mean()
         with without_autocast(projections):

@@ -1,7 +1,8 @@
 """torch.compile in a stage: whether, how, and which part.
 
-One graph of a block serves all blocks. An S/16 compiles in a twelfth of the time of its whole step, and steps as fast
-(inductor on one CPU core: 6 s and 75 s; 2.56 s and 2.60 s). For CUDA graphs, the whole step is compiled.
+One graph of a block serves all but the last, if that computes the class token alone. A block of S/16 compiles in a
+twelfth of the time of the whole step, and steps as fast (inductor on one CPU core: 6 s and 75 s; 2.56 s and 2.60 s).
+For CUDA graphs, the whole step is compiled.
 """
 
 import math

@@ -114,7 +114,7 @@ class Stage(LightningModule):
         """Pooled features (B, D) of images by the weights that go on: a teacher's, where the objective moves one."""
         vit = getattr(self.objective, "teacher_vit", self.vit)
         with torch.compiler.set_stance("force_eager"):  # the batch may have another shape than the training's
-            return vit.pool(vit.features(images))
+            return vit.pool(vit.features(images, pooled=True))
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The objective's pictures of a batch, else what the weights that go on attend to in its images."""
