@@ -14,7 +14,7 @@ import yaml
 from vitlit.errors import UserError
 from vitlit.files import check_archive, expand, write_text, writing
 from vitlit.run.config import TRUST, read_config
-from vitlit.run.lock import Lock
+from vitlit.run.lock import take
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
@@ -90,7 +90,6 @@ class RunFolder:
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
         expand(self.best)  # refuses a root that is too long for what will be in it
-        self.lock = Lock(self.path / LOCK)
         self.commands = self.path / "run.json"  # what worked on the run, when, where and for how long, and its result
         self._wandb_id = self.path / "wandb" / "run-id"
 
@@ -150,7 +149,7 @@ class RunFolder:
         """Lock the folder, empty it if the run is overwritten, and write the config into it."""
         with writing(self.path, "give another --run.root"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.take(f"the run {self.path}")
+            self.lock = take(self.path / LOCK, f"the run {self.path}")
             if self.options.overwrite:
                 self._empty()
             self.marker.unlink(missing_ok=True)
