@@ -81,8 +81,6 @@ class Finetune(Stage):
             freeze_below(self.vit, last_blocks)
         elif freeze:
             freeze_matching(self.vit, freeze)
-        if not keep_head and frozen(self.vit.head):
-            raise UserError(f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out")
 
     def start(self, weights: Weights) -> LoadReport:
         if self.keep_head:
