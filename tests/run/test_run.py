@@ -308,16 +308,6 @@ def test_only_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
         made.decide({**more, "lr": 1})
 
 
-def test_overwriting_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "mine").symlink_to(tmp_path / "elsewhere")
-    made = begun(tmp_path, {})
-    made.lock.release()
-    with pytest.raises(UserError, match="symbolic link"):
-        folder(tmp_path, overwrite=True).begin({})
-    assert made.last.exists()
-
-
 @pytest.mark.parametrize(
     ("before", "after", "more"),
     [(2, 3, True), (3, 2, False), (2, 2, False), (2, -1, True), (2, None, True), (-1, 9, False), (None, 9, False)],

@@ -138,7 +138,8 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return kind(*args, **kwargs)
     except Exception as error:  # a logger's may be of its service's package
-        ours = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
-        if ours or kind.__module__.partition(".")[0] not in ("torch", "torchvision", "torchmetrics", "lightning"):
+        told = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+        library = kind.__module__.partition(".")[0] in ("torch", "torchvision", "torchmetrics", "lightning")
+        if told or not (library or isinstance(error, ImportError)):  # that a package is missing is no bug either
             raise
         raise UserError(f"{kind.__name__}: {error}") from error

@@ -148,7 +148,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = take(self.path / LOCK, f"the run {self.path}")
             if self.options.overwrite:
-                self._empty()
+                for path in self._content():
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             self.marker.unlink(missing_ok=True)
             write_text(self.config, yaml.safe_dump(config, sort_keys=False))
 
@@ -179,12 +180,6 @@ class RunFolder:
         total = round(sum(each.get("seconds", 0) for each in commands), 1)
         content = {"commands": commands} | ({"result": {"step": step, "seconds": total, **result}} if result else {})
         write_text(self.commands, json.dumps(content, indent=2) + "\n")
-
-    def _empty(self) -> None:
-        if self.path.is_symlink():
-            raise UserError(f"{self.path} is a symbolic link, which is not overwritten; give another --run.name")
-        for path in self._content():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _content(self) -> list[Path]:
         """What is in the folder, but for the lock."""

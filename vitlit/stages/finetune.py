@@ -85,11 +85,7 @@ class Finetune(Stage):
     def start(self, weights: Weights) -> LoadReport:
         if self.keep_head:
             self.check_head(weights)
-        report = start(self.vit, weights, self.keep_head)
-        fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
-        if fixed and "attn_pool.latent" in report.new:
-            raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
-        return report
+        return start(self.vit, weights, self.keep_head)
 
     def check_head(self, weights: Weights) -> None:
         """UserError unless the weights' head is one linear layer for the data's classes."""
