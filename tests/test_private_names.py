@@ -45,7 +45,6 @@ NAMES = [
         "Lightning lets the settings of a checkpoint win over the config, silently",
         "look for a switch of LightningCLI; without one, test that --ckpt_path leaves the config alone",
     ),
-    Name("cli/fit.py", "_set_seed", CLI, "a seed out of range is a ValueError", "check seed_everything after parsing"),
     Name(
         "cli/fit.py",
         "_prepare_subcommand_kwargs",

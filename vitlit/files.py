@@ -33,6 +33,12 @@ def expand(path: str | Path) -> str:
     return found
 
 
+def from_here(path: str | Path) -> str:
+    """A path, relative to the working folder if it is in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path)
+
+
 @contextmanager
 def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `path` after the block, once its content is on the disk.

@@ -24,12 +24,7 @@ LONG = "/".join(["x" * 200] * 30)
     [
         ("--trainer.num_nodes 2", "trainer.num_nodes is 2: start each node with torchrun or srun"),
         ("--data.num_workers 10000000", "data.num_workers 10000000 is more than"),
-        ("--model.vit.depth 1000000", "model.vit.depth 1000000 is more than 10,000 blocks"),
-        ("--model.vit.width 1000000000", "fits in no memory"),
         ("--model.vit.drop_path_subset true", "drop_path_subset does nothing without model.vit.drop_path"),
-        ("--model.vit.registers 100000000000", "the ViT's weights need 5,960 GiB, and this machine has"),
-        ("--data.image_size 100000000", "the ViT's weights need 9,313,226 GiB"),
-        ("--model.groups.lr {1:1}", "model.groups.lr: 1 is no pattern"),
         (f"--run.root {LONG}", "is no path: it is too long"),
         (f"--run.root {'r' * 300}", "is no path: it is too long"),
         (f"--data.root {LONG}", "is no path: it is too long"),
@@ -38,24 +33,13 @@ LONG = "/".join(["x" * 200] * 30)
     ],
 )
 def test_what_no_machine_has_is_refused(vitlit: Command, few: Path, tmp_path: Path, flags: str, words: str) -> None:
-    line = ["fit", *SMALL, "--data.root", few, *flags.replace("{1:1}", "{1:_1}").split()]
-    refused(vitlit(*[str(word).replace("{1:_1}", "{1: 1}") for word in line]), words)
+    refused(vitlit("fit", *SMALL, "--data.root", few, *flags.split()), words)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("RANK", "1", "by the environment this is process 1, but none is 0"),
-        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1 in the environment"),
-        ("WORLD_SIZE", "abc", "WORLD_SIZE=abc in the environment"),
-        ("JSONARGPARSE_DEBUG", "1", "JSONARGPARSE_DEBUG: 1; unset it"),
-    ],
-)
-def test_an_environment_that_no_launcher_left_is_named(
-    vitlit: Command, few: Path, name: str, value: str, words: str
-) -> None:
-    refused(vitlit("fit", *SMALL, "--data.root", few, before=lambda: os.environ.update({name: value})), words)
+def test_an_environment_that_no_launcher_left_is_named(vitlit: Command, few: Path) -> None:
+    result = vitlit("fit", *SMALL, "--data.root", few, before=lambda: os.environ.update(RANK="1"))
+    refused(result, "by the environment this is process 1, but none is 0")
 
 
 def test_a_logger_that_fails_is_left_out_and_the_training_goes_on(vitlit: Command, few: Path, tmp_path: Path) -> None:

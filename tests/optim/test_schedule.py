@@ -146,5 +146,5 @@ def test_a_cool_down_that_begins_before_the_warm_up_ends_is_refused() -> None:
     ],
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"model\.schedule\."):
+    with pytest.raises(UserError, match=r"model\.schedule"):
         Schedule(**wrong)

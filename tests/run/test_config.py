@@ -1,7 +1,6 @@
-"""Hostile configs: only plain YAML of limited size is read, and no code runs."""
+"""Hostile configs: only plain YAML is read, and no code runs."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ def test_a_config_is_plain_yaml_and_nothing_in_it_is_run(vitlit: Callable[..., A
     assert not (tmp_path / "ran").exists()
 
 
-LAUGHS = "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijklmnop"))
-MERGES = "".join(f"{b}: &{b} {{<<: [{', '.join(9 * [f'*{a}'])}]}}\n" for a, b in pairwise("abcdefghijklmnop"))
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (f"a: &a [x]\n{LAUGHS}", "line [0-9]+: aliases make more than 100,000 values"),
-        (f"a: &a {{x: 1, y: 2}}\n{MERGES}", "aliases make more than 100,000 values"),
-        ("model: &a [*a]", "line [0-9]+: aliases make more than 100,000 values"),
         ("run: {name: 2026-13-01}", "is not YAML: month must be in 1..12"),
         ("run: {name: !!bool x}", "is not YAML"),
         ("run: !!map x", "is not YAML: line 1"),
@@ -42,7 +34,7 @@ MERGES = "".join(f"{b}: &{b} {{<<: [{', '.join(9 * [f'*{a}'])}]}}\n" for a, b in
         ("run: {name: a}\nrun: {name: b}", "is not YAML: line 2: the key run is there twice"),
     ],
 )
-def test_a_config_that_is_endless_or_malformed_is_refused_in_a_line(text: str, words: str, tmp_path: Path) -> None:
+def test_a_config_that_is_malformed_is_refused_in_a_line(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(text)
     with pytest.raises(UserError, match=words) as caught:
         read_config(tmp_path / "evil.yaml")

@@ -41,7 +41,7 @@ def test_a_checkpoint_holds_plain_values_and_gives_the_stage_back(kind: Any, few
     assert torch.equal(vitlit.load(path)(images), expected)
 
 
-def test_a_checkpoint_records_public_paths_and_those_of_earlier_versions_are_read(few: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_records_public_paths(few: Path, tmp_path: Path) -> None:
     stage = pretrain()
     path = saved(stage, few, tmp_path / "a.ckpt")
     checkpoint = torch.load(path, weights_only=True)
@@ -49,10 +49,7 @@ def test_a_checkpoint_records_public_paths_and_those_of_earlier_versions_are_rea
     assert record["_class_path"] == "vitlit.stages.Pretrain"
     assert record["objective"]["class_path"] == "vitlit.objectives.Supervised"
     assert record["optimizer"]["class_path"] == "torch.optim.AdamW"
-    record["_class_path"] = "vitlit.stages.pretrain.Pretrain"
-    record["objective"]["class_path"] = "vitlit.objectives.supervised.Supervised"
-    torch.save(checkpoint, tmp_path / "old.ckpt")
-    again = Stage.load_from_checkpoint(tmp_path / "old.ckpt")
+    again = Stage.load_from_checkpoint(path)
     assert type(again) is Pretrain
     assert distance(state_of(again), state_of(stage)) == 0
 

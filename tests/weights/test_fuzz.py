@@ -290,27 +290,24 @@ def test_safetensors_whose_header_lies_is_refused(header: dict[str, Any], size: 
     unloadable(path, "safetensors refuses it")
 
 
-@pytest.mark.parametrize("change", ["repeated", "sparse", "meta", "hollow"])
-def test_a_tensor_of_more_numbers_than_the_file_holds_is_refused(change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["sparse", "hollow"])
+def test_a_tensor_without_its_numbers_is_refused(change: str, tmp_path: Path) -> None:
     state = network().state_dict()
     state["head.weight"] = {
-        "repeated": torch.zeros(1).expand(10**7, 10**7),
         "sparse": state["head.weight"].to_sparse(),
-        "meta": torch.empty(10**7, 10**7, device="meta"),
         "hollow": torch.empty(state["head.weight"].shape, device="meta"),
     }[change]
     torch.save(state, tmp_path / "a.pt")
-    unloadable(tmp_path / "a.pt", r"its tensors claim 4.* bytes|head\.weight without its numbers, or sparse")
+    unloadable(tmp_path / "a.pt", r"head\.weight without its numbers, or sparse")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"depth": 10**9}, "states a depth of 1000000000, but holds 2 blocks"),
-        ({"depth": "2"}, "states a depth of '2', but holds 2 blocks"),
+        ({"depth": 3}, "is not a whole ViT: blocks.2.norm1.weight .* is missing from the file"),
+        ({"depth": "2"}, "of no ViT that this version builds"),
         ({"mlp_dim": 10**30}, "of no ViT that this version builds"),
         ({"image_size": "large"}, "of no ViT that this version builds"),
-        ({"image_size": 10**6}, "its images have 15,625,000,000 patches"),
         ({"heads": 0}, "of no ViT that this version builds: heads 0 is less than 1"),
         ({"mlp": "os.system"}, "of no ViT that this version builds"),
     ],

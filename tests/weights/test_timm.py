@@ -263,4 +263,4 @@ def test_an_exported_table_that_was_trained_on_is_learned(tmp_path: Path) -> Non
     assert vit.position == "learned"
     assert torch.equal(vit.state_dict()["pos_embed"], state["pos_embed"])
     save_file(state, file, {**metadata, "vitlit_export": "{"})
-    user_error("vitlit_export in its metadata is damaged", vitlit.load, file)
+    user_error("looks like a file of timm, but is not whole", vitlit.load, file)

@@ -1,6 +1,5 @@
 """An exponential moving average of the weights, evaluated along with the trained weights."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -75,13 +74,6 @@ class EMA(WeightAveraging):
                 f"much of a training of {steps:,.0f}, so that it lags behind; {remedy}",
                 flush=True,
             )
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The checkpoint was not created with WeightAveraging")
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if self._average_model is not None and "averaging_state" not in checkpoint:
-            rank_zero_only(print)("the checkpoint has no EMA of weights; it begins with the weights", flush=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # swaps the two

@@ -45,10 +45,6 @@ class Lines(Callback):
         if time.monotonic() - self._last >= 60:
             self._print(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit" and time.monotonic() - self._last >= 60:
-            self._print(trainer)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print(trainer, ended=True)
 

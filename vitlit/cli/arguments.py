@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from vitlit.cli.configs import find_config
 from vitlit.errors import UserError
 from vitlit.files import expand
-from vitlit.run.config import check_class_paths, read_config, told_to_trust, with_public_paths
+from vitlit.run.config import check_class_paths, read_config, with_public_paths
 
 BARE = ("-h", "--help", "--print_config")  # flags that no value follows
 
@@ -47,7 +47,7 @@ class CommandLine:
             raise UserError(f"unexpected argument {others[0]!r}; {command} takes --config CONFIG and --KEY VALUE")
         paths = [str(find_config(name)) for name in configs]
         contents = [read_config(path) for path in paths]
-        check_class_paths(contents, next(filter(None, map(told_to_trust, paths)), ""))
+        check_class_paths(contents)
         trainers = [dict(content["trainer"]) for content in contents if isinstance(content.get("trainer"), dict)]
         wandb = "--trainer.logger=vitlit.loggers.Wandb"  # the default, whose options may follow
         flags = [wandb if flag.lower() == "--trainer.logger=true" else flag for flag in flags]
@@ -138,7 +138,8 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return kind(*args, **kwargs)
     except Exception as error:  # a logger's may be of its service's package
-        ours = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
-        if ours or kind.__module__.partition(".")[0] not in ("torch", "torchvision", "torchmetrics", "lightning"):
+        told = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+        library = kind.__module__.partition(".")[0] in ("torch", "torchvision", "torchmetrics", "lightning")
+        if told or not (library or isinstance(error, ImportError)):  # that a package is missing is no bug either
             raise
         raise UserError(f"{kind.__name__}: {error}") from error

@@ -1,8 +1,6 @@
 """Fill in what follows from the data or the weights, and refuse contradictions."""
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -164,8 +162,6 @@ def check_idle(data: Namespace, source: dict[str, Any]) -> None:
                 )
 
 
-MOST_BLOCKS = 10_000  # ten times the deepest published (2203.00555)
-
 # Options of the ViT that follow from the data and the head.
 SIZE = ("image_size", "num_classes", "hidden_dim")
 # Options in which a config may differ from its weights, and in which a new run may besides.
@@ -192,30 +188,12 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
         for name, value in weights.config.items():
             if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):
                 vit[name] = value
-    built = check_size(ViT.from_preset if preset else ViT, vit.as_dict())
+    with torch.device("meta"):
+        built = (ViT.from_preset if preset else ViT)(**vit.as_dict()).config
     if built.drop_path_subset and not built.drop_path:
         raise UserError("model.vit.drop_path_subset does nothing without model.vit.drop_path; give both or none")
     if weights is not None:
         check_vit(built, weights, FREE | NEW if new else FREE)
-
-
-def check_size(kind: Callable[..., ViT], options: dict[str, Any]) -> ViTConfig:
-    """The config of a ViT with these options; UserError if the machine has no memory for its weights."""
-    if (options.get("depth") or 0) > MOST_BLOCKS:
-        raise UserError(f"model.vit.depth {options['depth']} is more than {MOST_BLOCKS:,} blocks")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with torch.device("meta"):
-            vit = kind(**options)
-        need = sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers()))
-    except RuntimeError as error:  # more bytes than a number holds
-        raise UserError("a ViT of these sizes (model.vit, data.image_size) fits in no memory; give less") from error
-    if need > memory:
-        raise UserError(
-            f"the ViT's weights need {need / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}; give less of "
-            "model.vit's width, depth, mlp_dim or registers, or of data.image_size"
-        )
-    return vit.config
 
 
 def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:

@@ -16,11 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from vitlit import callbacks
 from vitlit.cli import completion
 from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths, opening
-from vitlit.cli.begin import Begin
-from vitlit.cli.loggers import harmless
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
-from vitlit.cli.summary import Evaluated, best, ending, print_summary
+from vitlit.cli.summary import Begin, Evaluated, best, ending, print_summary
 from vitlit.cli.trainer import (
     Trainer,
     check_length,
@@ -28,6 +26,7 @@ from vitlit.cli.trainer import (
     check_trainer,
     fill_folders,
     fill_modes,
+    harmless,
     listed,
     monitor,
 )
@@ -51,16 +50,13 @@ def run(command: str, arguments: list[str]) -> int:
     check_environment()
     if "VITLIT_TRUST" in os.environ and "" not in sys.path:
         sys.path.append(os.getcwd())  # at the end: a file here must not replace a module that is installed
-    try:
-        set_parsing_settings(
-            import_path_denylist=["*"],
-            # The name that jsonargparse gives to the base class if a callback's keys come without a class.
-            import_path_allowlist=[*trusted(), "lightning.Callback"],
-            # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
-            docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
-        )
-    except ValueError as error:  # of JSONARGPARSE_DEBUG
-        raise UserError(f"{error}; unset it, or give true or false") from error
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        # The name that jsonargparse gives to the base class if a callback's keys come without a class.
+        import_path_allowlist=[*trusted(), "lightning.Callback"],
+        # The help of ViTConfig's options, for which sources are read: 0.6 s that a training need not wait for.
+        docstring_parse_attribute_docstrings=any("help" in part or "comments" in part for part in arguments),
+    )
     load = get_loader("yaml")
     set_loader("yaml", lambda text: with_public_paths(load(text)), (yaml.YAMLError,))
     line = CommandLine(command, arguments)
@@ -202,12 +198,7 @@ class CLI(LightningCLI):
         """What rank 0 decides about the run; it writes the digits if they are trained on."""
         config = self.config.fit
         root = str(config.data.root)
-        try:
-            decision = self.folder.decide(recorded, self.completed) if self.keeps else Decision("begin")
-        except UserError as error:
-            if root == DIGITS or "://" in root or Path(root).exists():
-                raise
-            raise UserError(f"data.root {root} does not exist, and {error}") from error
+        decision = self.folder.decide(recorded, self.completed) if self.keeps else Decision("begin")
         if root == DIGITS and decision.action != "finished" and not Path(root).exists():
             if decision.action == "begin":
                 completion.starting_weights(config, fitting=True)  # nothing is written if they are missing
@@ -263,13 +254,6 @@ class CLI(LightningCLI):
             self.model.check_data(self.datamodule)
             for warning in completion.config_warnings(self.config.fit, self.line.content):
                 rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
-
-    def _set_seed(self) -> None:
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            given = self.config[self.subcommand].seed_everything
-            raise UserError(f"seed_everything {given} is not from 0 to {2**32 - 1}") from error
 
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
@@ -19,6 +20,8 @@ from vitlit.objectives import Objective
 from vitlit.run.config import check_class_paths
 from vitlit.stages import Stage
 
+SEED = restricted_number_type("seed", int, [(">=", 0), ("<", 2**32)])
+
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line, and that does not accept abbreviated keys."""
@@ -28,7 +31,7 @@ class Parser(LightningArgumentParser):
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if "--seed_everything" in args:  # Lightning's true is 0, and not any seed
-            kwargs |= {"type": int, "help": "The seed of every random draw, from 0 to 4294967295."}
+            kwargs |= {"type": SEED, "help": "The seed of every random draw, from 0 to 4294967295."}
         return super().add_argument(*args, **kwargs)
 
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
@@ -48,13 +51,10 @@ class Parser(LightningArgumentParser):
                 raise UserError(f"{command} needs --{key}") from ex
             run = "" if command == "fit" else " or the folder of a run"
             raise UserError(f"{command} needs --config CONFIG{run}; `vitlit config` lists the shipped ones") from ex
-        for name, remedy in INSTEAD.items():
-            if re.search(rf"are required(?s:.*)class_path[ =]'[\w.]+\.{name}'|value: (?:[\w.]+\.)?{name}$", message):
-                raise UserError(f"{name}: {remedy}") from ex
         if unknown := UNKNOWN_KEY.match(message):
             key, parser = ".".join(filter(None, unknown.groups())), getattr(ex, "subcommand_parser", self)
             raise UserError("no key {}{}".format(*parser.nearest(key))) from ex
-        raise UserError(shortened(message, getattr(ex, "subcommand_parser", self).get_defaults())) from ex
+        raise UserError(shortened(message)) from ex
 
     def nearest(self, wrong: str) -> tuple[str, str]:
         """The wrong part of a key, and words that suggest the nearest of its group, or of any if it has none."""
@@ -87,14 +87,6 @@ ELSEWHERE = {
     "amp": "trainer.precision",
     "resume": "ckpt_path",
     "data_path": "data.root",
-}
-# What to use instead of classes that a config cannot make.
-INSTEAD = {
-    "ThroughputMonitor": "train/images_per_second, train/data_wait and train/mfu are logged in any case; leave it out",
-    "CSVLogger": "metrics.csv is written in any case; leave it out, or give it a save_dir of its own",
-    "CSV": "metrics.csv is written in any case; leave it out (trainer.logger false for no other logger)",
-    "Logger": "a base class, which logs nothing; name one derived from it, or vitlit.loggers.Wandb",
-    "LitLogger": "not a logger of lightning.pytorch without the package litlogger; install it, or use another",
 }
 
 
@@ -136,7 +128,7 @@ WORDING = (
 )
 
 
-def shortened(message: str, defaults: Namespace) -> str:
+def shortened(message: str) -> str:
     """A message of jsonargparse on one line: the key, what is wrong, what was given, and the nearest class."""
     key = re.match(r"Parser key \"([\w.]+)\":", message)
     values = r"\n *Given value: " if "\n  Given value: " in message else r"\.+ Got value: "
@@ -157,9 +149,7 @@ def shortened(message: str, defaults: Namespace) -> str:
         text += f", not {value if nullable else YAML.get(value, value or repr(value))}"
         text += "; write null" if nullable else ""
         if choices in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
-            default = defaults.get(key[1]) if key else None
-            example = list(default) if isinstance(default, tuple | list) else []
-            text += f"; write a list, such as {example}" if len(example) > 1 else f"; write [{value}]"
+            text += f"; write [{value}]"
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
         text += suggestion(unknown[1], class_names())
         if "did you mean" not in text and key and key[1].endswith("objective"):

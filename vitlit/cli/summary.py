@@ -1,27 +1,76 @@
-"""What `vitlit fit`, `validate` and `test` print at their end, and the results that they keep."""
+"""What `vitlit fit`, `validate` and `test` print and record: as a training begins, and at the end."""
 
 import json
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.markup import escape
 
+from vitlit.cli.arguments import CommandLine
 from vitlit.data import ImageFolderData
 from vitlit.doctor import origin
-from vitlit.files import write_text
-from vitlit.loggers import Wandb
+from vitlit.errors import UserError
+from vitlit.files import from_here, write_text
+from vitlit.loggers import CSV, Wandb
+from vitlit.optim import table
 from vitlit.prepare.sources import DIGITS
 from vitlit.run.checkpoints import Best
 from vitlit.run.folder import RunFolder
-from vitlit.stages import Pretrain
+from vitlit.stages import Pretrain, Stage
 from vitlit.weights.checkpoint import open_checkpoint
+
+
+class Begin(Callback):
+    """All checks have passed: print what is trained, log the `resolved` config, and record the run, if one is kept."""
+
+    def __init__(
+        self, line: CommandLine, folder: RunFolder | None, config: dict[str, Any], resolved: dict[str, Any]
+    ) -> None:
+        self.line, self.folder, self.config, self.resolved = line, folder, config, resolved
+        self.begun = False  # on this rank
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.line.launched = True
+        data, vit = trainer.datamodule, cast(Stage, pl_module).vit  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
+        labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
+        print(
+            f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
+            f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
+            f"{labels}; {data.epoch}",
+            flush=True,
+        )
+        if self.folder is not None:
+            self.folder.begin(self.config)
+            self.folder.command_begins(origin(self.line.words))
+            self.begun = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        print(table(trainer.optimizers[0]), flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSV):
+                logger.cut(trainer.global_step - 1)  # the rows after it will be logged again; Lightning counts from 0
+            elif isinstance(logger, Wandb):
+                self.folder.keep_wandb_id(str(logger.version))
+                logger.log_config(self.resolved)
+                logger.log_classes(trainer.datamodule.classes)  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.folder is not None and self.begun:
+            ended = str(exception) or type(exception).__name__
+            with suppress(OSError, UserError):  # the exception says more
+                self.folder.command_ends(trainer.global_step, self.line.seconds(), ended)
 
 
 def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) -> None:
@@ -81,12 +130,6 @@ def program() -> str:
     if shutil.which("vitlit"):
         return "vitlit"
     return from_here(Path(sys.executable).with_name("vitlit"))
-
-
-def from_here(path: str | Path) -> str:
-    """A path, relative to the working folder if it is in it."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path)
 
 
 def predict(folder: RunFolder, data: ImageFolderData) -> list[str]:

@@ -1,7 +1,8 @@
-"""Lightning's Trainer with automatic precision, checkpoints written whole, and its settings checked."""
+"""Lightning's Trainer with automatic precision and whole checkpoints, its settings checked, its loggers harmless."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT
 
 from vitlit.benchmark.model import automatic
-from vitlit.callbacks import EMA, Probes
+from vitlit.callbacks import EMA
 from vitlit.errors import UserError
-from vitlit.run.callbacks import best_mode, check_callbacks, refuse
+from vitlit.run.callbacks import best_mode, check_callbacks
 from vitlit.run.checkpoints import Best, Files
 from vitlit.run.folder import RunFolder
 from vitlit.run.fsdp import FSDP2
+from vitlit.run.interrupt import Interrupted
 from vitlit.run.ranks import launched
 from vitlit.stages import Stage
 from vitlit.stages.metrics import direction
@@ -57,8 +59,6 @@ class Trainer(LightningTrainer):
         for name in ("check_val_every_n_epoch", "val_check_interval"):  # Lightning would divide by 0
             if isinstance(kwargs.get(name), int | float) and not kwargs[name] > 0:
                 raise UserError(f"trainer.{name} {kwargs[name]} is not above 0")
-        if not (kwargs.get("gradient_clip_val") or 0) >= 0:
-            raise UserError(f"trainer.gradient_clip_val {kwargs['gradient_clip_val']} is negative; 0 turns it off")
         accelerator = kwargs.get("accelerator", "auto")
         gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
         if precision == "auto":
@@ -67,11 +67,7 @@ class Trainer(LightningTrainer):
             raise UserError(f"trainer.precision {precision} needs a GPU; on this machine use bf16-mixed or 32-true")
         try:
             super().__init__(logger=logger, precision=precision, **kwargs)  # type: ignore[arg-type]
-        except MisconfigurationException as error:
-            if "backend found" in str(error):
-                raise UserError(f"trainer.accelerator {accelerator}: no GPU is found; use cpu or auto") from error
-            raise
-        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # an unknown strategy, among others
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             raise UserError(f"trainer: {error}") from error
         callbacks: Any = self.callbacks  # type: ignore[attr-defined]
         check_callbacks(callbacks)
@@ -117,11 +113,10 @@ REPLACED = {
 
 
 def fill_modes(callbacks: Any, given: bool) -> None:
-    """Refuse callbacks by name, and fill in the mode of a monitored accuracy unless a mode was `given`."""
+    """Refuse callbacks that are of no use, and fill in the mode of a monitored accuracy unless a mode was `given`."""
     for callback in listed(callbacks):
         name, options = callback.class_path.rpartition(".")[2], callback.get("init_args") or Namespace()
-        refuse(name)
-        if name in REPLACED:
+        if name in REPLACED:  # now, since some cannot be recorded
             raise UserError(f"trainer.callbacks: {name} {REPLACED[name]}")
         if name in ("EarlyStopping", "ModelCheckpoint") and not given:
             options.mode = best_mode(options.get("monitor")) or options.mode
@@ -160,9 +155,6 @@ def check_monitors(trainer: LightningTrainer, stage: Stage, data: Any) -> None:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or isinstance(callback, Best):
             continue
-        option = {"val": "limit_val_batches", "train": "log_every_n_steps"}.get(monitor.partition("/")[0])
-        if option is not None and not getattr(trainer, option):
-            raise UserError(f"{type(callback).__name__} waits for {monitor}, but trainer.{option} is 0")
         if monitor in known:
             continue
         # The user's own callbacks and objective may log metrics of their own.
@@ -177,11 +169,6 @@ def check_trainer(config: Namespace) -> None:
             raise UserError(f"trainer.{key} cannot be set: {why}")
     if (nodes := config.num_nodes) > 1 and not launched():
         raise UserError(f"trainer.num_nodes is {nodes}: start each node with torchrun or srun, or leave it out")
-    if config.devices in (0, "0"):
-        raise UserError("trainer.devices is 0; give how many, or auto")
-    if config.profiler == "xla" or getattr(config.profiler, "class_path", "").endswith("XLAProfiler"):
-        remedy = "which vitlit does not train on; use simple or pytorch"
-        raise UserError(f"trainer.profiler: XLAProfiler is for TPUs, {remedy}")
     ends = (config.max_epochs, config.max_steps)
     if not config.fast_dev_run and ends in ((None, -1), (-1, -1)):
         raise UserError("training has no end; set trainer.max_epochs or trainer.max_steps")
@@ -195,12 +182,8 @@ def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any
     name = given or next(iter(known))
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
-        why = "vitlit.callbacks.Probes measures it where each image has one of several classes"
-        if "val/probe" in known:
-            why = "with bank 0 Probes leaves it out"
-        elif not any(isinstance(callback, Probes) for callback in callbacks):
-            why = "add vitlit.callbacks.Probes to trainer.callbacks"
-        because = f": {why}" if name in ("val/knn", "val/probe") else ""
+        why = ": vitlit.callbacks.Probes in trainer.callbacks measures it where each image has one of several classes"
+        because = why if name in ("val/knn", "val/probe") else ""
         raise UserError(f"run.monitor {name} is not among {' '.join(known)}{because}")
     return name, known.get(name, direction(name))
 
@@ -213,3 +196,29 @@ def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, 
     if start is not None and (step := open_checkpoint(start)["global_step"]) >= end:
         more = "give more --trainer.max_epochs or --trainer.max_steps"
         raise UserError(f"{start} is at step {step}, and this training ends at step {end}; {more}")
+
+
+METHODS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+OURS = ("log_config", "log_classes", "log_mistakes", "log_image", "close")  # Wandb's further ones
+
+
+def harmless(logger: Any) -> Any:
+    """A logger whose first failure is a warning, after which it is left out: metrics.csv has the numbers."""
+    failed: list[Exception] = []
+
+    def guarded(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if failed:
+            return None
+        try:
+            return method(*args, **kwargs)
+        except (UserError, Interrupted):  # a mistake in its settings, or a signal
+            raise
+        except Exception as error:
+            failed.append(error)
+            name, why = type(logger).__name__, " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"vitlit: warning: {name} failed ({why}) and is left out from here", flush=True)
+
+    for name in (*METHODS, *OURS):
+        if hasattr(logger, name):
+            setattr(logger, name, partial(guarded, getattr(logger, name)))
+    return logger

@@ -87,8 +87,6 @@ def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[s
     """Write weights in another format, read them back, and print the largest difference of the outputs."""
     if out.exists():
         raise UserError(f"{out} exists; give another name")
-    if format == "hf" and out.suffix:
-        raise UserError(f"{out} must be a folder for hf: give a name without an ending")
     vit = load(source, choice, skip)
     images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))
     what = "logits" if vit.config.num_classes else "features"

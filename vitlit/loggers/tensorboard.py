@@ -4,13 +4,9 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vitlit.errors import UserError
-
 
 class TensorBoard(TensorBoardLogger):
     """TensorBoard's event files, to which a continued run adds; `tensorboard --logdir runs` shows all runs by name.
-
-    UserError if tensorboard is not installed.
 
     Args:
         save_dir: the files go to `save_dir/name`; by default into the run's folder, else the working directory.
@@ -22,7 +18,4 @@ class TensorBoard(TensorBoardLogger):
     def __init__(
         self, save_dir: str | Path | None = None, name: str = "tensorboard", version: str = "", prefix: str = ""
     ) -> None:
-        try:
-            super().__init__(save_dir or ".", name, version, default_hp_metric=False, prefix=prefix)
-        except ImportError as error:
-            raise UserError("TensorBoardLogger needs a package that is missing: pip install tensorboard") from error
+        super().__init__(save_dir or ".", name, version, default_hp_metric=False, prefix=prefix)

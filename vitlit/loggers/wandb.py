@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageOps
 
-from vitlit.files import expand
+from vitlit.files import expand, from_here
 from vitlit.loggers.wandb_mode import Mode, decide
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ class Wandb(WandbLogger):
 
 
 def _sync(*folders: Path) -> str:
-    here = Path.cwd()
-    return shlex.join(["wandb", "sync", *(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)])
+    return shlex.join(["wandb", "sync", *map(from_here, folders)])
 
 
 def _picture(path: str) -> "wandb.Image | None":

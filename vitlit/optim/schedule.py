@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,13 @@ class Schedule:
         check_types(type(self), vars(self), "model.schedule.")
         for name in ("warmup", "cooldown"):
             length(f"model.schedule.{name}", getattr(self, name), 1, 1)
-        for name in ("start", "final"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"model.schedule.{name} {getattr(self, name)} is not between 0 and 1")
+        check_range("model.schedule", 0, 1, start=self.start, final=self.final)
+        check_range("model.schedule", 0, weight_decay_end=self.weight_decay_end or 0)
+        check_range("model.schedule", 1, timescale=self.timescale, lr_per=1 if self.lr_per is None else self.lr_per)
         if self.start and not length("model.schedule.warmup", self.warmup, 100, 1):
             raise UserError("model.schedule.start is for a warm-up; give model.schedule.warmup, or leave it out")
-        if not 0 <= (self.weight_decay_end or 0) < math.inf:
-            raise UserError(f"model.schedule.weight_decay_end {self.weight_decay_end} is not at least 0")
-        if self.timescale < 1:
-            raise UserError(f"model.schedule.timescale {self.timescale} is less than 1")
         if self.timescale != Schedule.timescale and self.decay != "rsqrt":
             raise UserError(f"model.schedule.timescale is for rsqrt, not for {self.decay}; leave it out")
-        if self.lr_per is not None and self.lr_per < 1:
-            raise UserError(f"model.schedule.lr_per {self.lr_per} is less than 1")
         if self.final and self.decay not in ("cosine", "linear"):
             raise UserError(f"model.schedule.final is for cosine and linear; {self.decay} has cooldown")
         if self.decay in ("cosine", "linear") and length("model.schedule.cooldown", self.cooldown, 100, 1):

@@ -4,11 +4,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from vitlit.errors import UserError
 
-BASES = ("Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar")
 # Callbacks that cannot work with a stage, and what to use instead.
 REFUSED = {
     "BackboneFinetuning": "cannot unfreeze a stage; use model.freeze or model.last_blocks of Finetune",
@@ -30,22 +29,12 @@ def best_mode(monitor: Any) -> str | None:
     return BEST.get(name) if split in ("train", "val", "test") else None
 
 
-def refuse(name: str) -> None:
-    """Raise UserError if a callback of this name cannot work with a stage."""
-    if name in REFUSED:
-        raise UserError(f"trainer.callbacks: {name} {REFUSED[name]}")
-    if name in BASES:
-        raise UserError(f"trainer.callbacks: {name} is a base class, which does nothing; name one derived from it")
-
-
 def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Refuse callbacks that cannot work, do nothing or watch a metric the wrong way, and keep `filename` one name."""
+    """Refuse callbacks that cannot work or watch a metric the wrong way, and keep `filename` one name."""
     for callback in callbacks:
         name, *bases = (kind.__name__ for kind in type(callback).__mro__)
-        for refused in (name, *(base for base in bases if base in REFUSED)):
-            refuse(refused)
-        if type(callback) is LambdaCallback and not vars(callback):
-            raise UserError("trainer.callbacks: LambdaCallback without a function does nothing; derive from Callback")
+        for refused in (each for each in (name, *bases) if each in REFUSED):
+            raise UserError(f"trainer.callbacks: {refused} {REFUSED[refused]}")
         if isinstance(callback, EarlyStopping | ModelCheckpoint):
             best = best_mode(callback.monitor)
             if best not in (None, callback.mode):

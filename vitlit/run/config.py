@@ -1,4 +1,4 @@
-"""Reading a config file: plain values only, of limited size."""
+"""Reading a config file: plain values only."""
 
 import os
 from collections.abc import Iterator
@@ -11,25 +11,15 @@ from vitlit.errors import UserError
 
 # Packages whose classes a config or a checkpoint may name; VITLIT_TRUST adds your own.
 TRUSTED = ("vitlit", "torch.optim", "torchvision.transforms", "torchmetrics", "lightning.pytorch", "lightning.fabric")
-TRUST = "# VITLIT_TRUST="  # how a run's config opens, if it was told to trust packages
-MAX_VALUES = 100_000  # in a config; the shipped ones have about a hundred
 
-# The public paths of classes that configs and checkpoints of earlier versions name by file.
-RENAMED = {
-    "vitlit.averaging.EMA": "vitlit.callbacks.EMA",
-    "vitlit.objectives.distillation.Distillation": "vitlit.objectives.Distillation",
-    "vitlit.objectives.supervised.Supervised": "vitlit.objectives.Supervised",
-    "vitlit.optim.lamb.LAMB": "vitlit.optim.LAMB",
-    "vitlit.stages.finetune.Finetune": "vitlit.stages.Finetune",
-    "vitlit.stages.pretrain.Pretrain": "vitlit.stages.Pretrain",
-    # Lightning's needs a save_dir, which here is the run's folder.
-    "TensorBoardLogger": "vitlit.loggers.TensorBoard",
-    "lightning.pytorch.loggers.TensorBoardLogger": "vitlit.loggers.TensorBoard",
-}
+# Lightning's needs a save_dir, which here is the run's folder.
+RENAMED = dict.fromkeys(
+    ("TensorBoardLogger", "lightning.pytorch.loggers.TensorBoardLogger"), "vitlit.loggers.TensorBoard"
+)
 
 
 def with_public_paths(value: Any) -> Any:
-    """Plain values, with the class paths of earlier versions replaced by today's."""
+    """Plain values, with vitlit's own classes in the place of Lightning's."""
     if isinstance(value, dict):
         return {key: with_public_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -38,22 +28,7 @@ def with_public_paths(value: Any) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Builds plain values only, and refuses a repeated key and aliases that multiply the values beyond MAX_VALUES."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.count = 0
-        self.sizes: dict[yaml.Node, int] = {}  # the values in each finished node
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        before, alias = self.count, self.check_event(yaml.AliasEvent)
-        node: Any = super().compose_node(parent, index)
-        # An alias repeats the values of its node. A node without a size is not finished: it contains itself.
-        self.count += self.sizes.get(node, MAX_VALUES) if alias else 1
-        if self.count > MAX_VALUES:
-            raise yaml.MarkedYAMLError(None, None, f"aliases make more than {MAX_VALUES:,} values", node.start_mark)
-        self.sizes[node] = self.count - before
-        return node
+    """Builds plain values only, and refuses a repeated key."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -79,12 +54,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config {path} holds no keys; `vitlit config pretrain` prints one to start from")
     check_classes(f"config {path}", content)
     return dict(with_public_paths(content))
-
-
-def told_to_trust(path: str | Path) -> str:
-    """The packages that a run's config says it was told to trust, with commas; "" in other configs."""
-    first, _, _ = Path(path).read_text().partition("\n")
-    return first.removeprefix(TRUST) if first.startswith(TRUST) else ""
 
 
 def groups(value: Any) -> Iterator[dict[str, Any]]:
@@ -113,12 +82,10 @@ def trusted() -> list[str]:
     return [*TRUSTED, *os.environ.get("VITLIT_TRUST", "").replace(",", " ").split()]
 
 
-def check_class_paths(value: Any, told: str = "") -> None:
-    """Raise UserError if a class path is outside the trusted packages, of which the values' run was `told` some."""
+def check_class_paths(value: Any) -> None:
+    """Raise UserError if a class path is outside the trusted packages."""
     for group in groups(value):
         for path in (str(group[key]) for key in ("class_path", "_class_path", "_instantiator") if group.get(key)):
             if "." in path and not path.startswith(tuple(f"{package}." for package in trusted())):
-                asked = f"VITLIT_TRUST={told or path.partition('.')[0]}"
-                remedy = f"its run was made with {asked}, so set that" if told else f"set {asked}"
                 outside = f"class {path} is outside the packages that may be named ({' '.join(trusted())})"
-                raise UserError(f"{outside}; if you trust its code, {remedy}")
+                raise UserError(f"{outside}; if you trust its code, set VITLIT_TRUST={path.partition('.')[0]}")

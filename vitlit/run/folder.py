@@ -11,15 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_range
 from vitlit.files import check_archive, expand, write_text, writing
-from vitlit.run.config import TRUST, read_config
-from vitlit.run.lock import Lock
+from vitlit.run.config import read_config
+from vitlit.run.lock import take
 
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
     *("data.cache", "data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
-    "model.init_args.vit.init_args.image_size",  # is data.image_size, but 224 in the configs of earlier versions
     *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.root", "run.save_minutes"),
     *("run.time_limit", "trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*"),
     *("trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
@@ -57,10 +56,8 @@ class RunOptions:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.save_minutes >= 0:
-            raise UserError(f"run.save_minutes {self.save_minutes} is less than 0")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise UserError(f"run.keep_every {self.keep_every} is less than 1; leave it out to keep none")
+        check_range("run", 0, save_minutes=self.save_minutes)
+        check_range("run", 1, keep_every=1 if self.keep_every is None else self.keep_every)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise UserError(f"run.peak_tflops {self.peak_tflops} is not above 0")
 
@@ -90,7 +87,6 @@ class RunFolder:
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
         expand(self.best)  # refuses a root that is too long for what will be in it
-        self.lock = Lock(self.path / LOCK)
         self.commands = self.path / "run.json"  # what worked on the run, when, where and for how long, and its result
         self._wandb_id = self.path / "wandb" / "run-id"
 
@@ -150,12 +146,12 @@ class RunFolder:
         """Lock the folder, empty it if the run is overwritten, and write the config into it."""
         with writing(self.path, "give another --run.root"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.take(f"the run {self.path}")
+            self.lock = take(self.path / LOCK, f"the run {self.path}")
             if self.options.overwrite:
-                self._empty()
+                for path in self._content():
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             self.marker.unlink(missing_ok=True)
-            trust = ",".join(os.environ.get("VITLIT_TRUST", "").replace(",", " ").split())
-            write_text(self.config, (f"{TRUST}{trust}\n" if trust else "") + yaml.safe_dump(config, sort_keys=False))
+            write_text(self.config, yaml.safe_dump(config, sort_keys=False))
 
     def wandb_id(self) -> str | None:
         return self._wandb_id.read_text() if self._wandb_id.is_file() else None
@@ -170,32 +166,20 @@ class RunFolder:
         write_text(self.marker, json.dumps({"step": step}) + "\n")
 
     def finished_at(self) -> int:
-        return self._stored(self.marker, "step", int)
+        return int(json.loads(self.marker.read_text())["step"])
 
     def command_begins(self, command: dict[str, Any]) -> None:
         """Add a command to run.json. One that is killed stays without `step`, `seconds` and `ended`."""
-        before = self._stored(self.commands, "commands", list) if self.commands.exists() else []
+        before = json.loads(self.commands.read_text())["commands"] if self.commands.exists() else []
         write_text(self.commands, json.dumps({"commands": [*before, command]}, indent=2) + "\n")
 
     def command_ends(self, step: int, seconds: float, ended: str, **result: Any) -> None:
         """Add to run.json how the last command ended, and a complete run's result."""
-        commands = self._stored(self.commands, "commands", list)
+        commands = json.loads(self.commands.read_text())["commands"]
         commands[-1].update(step=step, seconds=round(seconds, 1), ended=ended)
         total = round(sum(each.get("seconds", 0) for each in commands), 1)
         content = {"commands": commands} | ({"result": {"step": step, "seconds": total, **result}} if result else {})
         write_text(self.commands, json.dumps(content, indent=2) + "\n")
-
-    def _stored(self, file: Path, key: str, kind: Callable[[Any], Any]) -> Any:
-        try:
-            return kind(json.loads(file.read_text())[key])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file} is damaged; remove it, and the same command continues the run") from error
-
-    def _empty(self) -> None:
-        if self.path.is_symlink():
-            raise UserError(f"{self.path} is a symbolic link, which is not overwritten; give another --run.name")
-        for path in self._content():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _content(self) -> list[Path]:
         """What is in the folder, but for the lock."""

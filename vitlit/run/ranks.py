@@ -27,11 +27,7 @@ def launched() -> bool:
 
 
 def check_environment() -> None:
-    """Raise UserError for numbers of processes that no launcher left in the environment."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
-        value = os.environ.get(name, "0")
-        if not value.isdecimal():
-            raise UserError(f"{name}={value} in the environment is no number of processes; unset it")
+    """Raise UserError for the number of a process that no launcher left in the environment."""
     if rank() and not launched() and "MASTER_PORT" not in os.environ:  # which Lightning sets for those that it starts
         raise UserError(f"by the environment this is process {rank()}, but none is 0; unset RANK and LOCAL_RANK")
 

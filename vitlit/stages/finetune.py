@@ -81,17 +81,11 @@ class Finetune(Stage):
             freeze_below(self.vit, last_blocks)
         elif freeze:
             freeze_matching(self.vit, freeze)
-        if not keep_head and frozen(self.vit.head):
-            raise UserError(f"model.freeze {freeze} leaves the new head as it begins, at zero; leave the head out")
 
     def start(self, weights: Weights) -> LoadReport:
         if self.keep_head:
             self.check_head(weights)
-        report = start(self.vit, weights, self.keep_head)
-        fixed = not all(p.requires_grad for name, p in self.vit.named_parameters() if name.startswith("attn_pool"))
-        if fixed and "attn_pool.latent" in report.new:
-            raise UserError(f"{self.init_from} has no attention pool, and model.freeze would leave a random one")
-        return report
+        return start(self.vit, weights, self.keep_head)
 
     def check_head(self, weights: Weights) -> None:
         """UserError unless the weights' head is one linear layer for the data's classes."""

@@ -20,7 +20,7 @@ from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step
 from vitlit.optim import Groups, OptimizerFactory, Schedule, build_optimizer, follow_schedule
 from vitlit.run.callbacks import check_callbacks
-from vitlit.run.config import check_class_paths, with_public_paths
+from vitlit.run.config import check_class_paths
 from vitlit.run.fsdp import shard
 from vitlit.seeds import first_draw, global_seed, seed_step
 from vitlit.stages.compiling import Compile, Compiling
@@ -317,7 +317,7 @@ class Stage(LightningModule):
 
         UserError if it cannot be read, holds another stage, or names a class outside the trusted packages.
         """
-        record = with_public_paths(open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}))
+        record = open_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
         check_class_paths(record)
         # Lightning would expect the arguments of `cls`, whatever the record says.
         path = str(record.get("_class_path"))

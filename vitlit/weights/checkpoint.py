@@ -14,7 +14,7 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.model.lora import merge
 from vitlit.weights.files import Contents, load_torch
-from vitlit.weights.weights import Weights, count_blocks, tensors
+from vitlit.weights.weights import Weights, tensors
 
 # A checkpoint's weights are those of the average of the steps' weights, where the run kept one, and so of the teacher
 # that an objective moves, where it has one; else the encoder's. EMA's average is under the names of the encoder.
@@ -50,11 +50,8 @@ def read(contents: Contents) -> Weights | None:
         vit = TEACHER if any(name.startswith(TEACHER) for name in state) else "vit."
         state = {name.removeprefix(vit): t for name, t in state.items() if name.startswith(vit)}
     unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
-    config, blocks = about["vit"], count_blocks(state)
-    if config["depth"] != blocks:  # a huge depth would take all memory
-        raise UserError(f"the file states a depth of {config['depth']!r}, but holds {blocks} blocks")
-    known = frozenset({*config, "preprocess"})
-    return Weights(contents.path, "vitlit", state, config, about["classes"], about["preprocess"], unused, known)
+    known = frozenset({*about["vit"], "preprocess"})
+    return Weights(contents.path, "vitlit", state, about["vit"], about["classes"], about["preprocess"], unused, known)
 
 
 def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,12 +86,9 @@ def exported(contents: Contents) -> tuple[dict[str, Any], list[str], dict[str, A
     """Options, classes and preprocessing that vitlit wrote into a file of another format; empty if it did not."""
     if KEY not in contents.rest:
         return {}, [], {}
-    try:
-        known = json.loads(contents.rest[KEY])
-        options = {name: known["vit"][name] for name in OPTIONS if name in known["vit"]}
-        return options, [str(name) for name in known["classes"]], dict(known["preprocess"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the {KEY} in its metadata is damaged") from error
+    known = json.loads(contents.rest[KEY])
+    options = {name: known["vit"][name] for name in OPTIONS if name in known["vit"]}
+    return options, [str(name) for name in known["classes"]], dict(known["preprocess"])
 
 
 def checksum(text: str, state: dict[str, Tensor]) -> int:

@@ -1,6 +1,5 @@
 """Read weights of any known format into a ViT."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from vitlit.weights.files import locate, open_file, skips
 from vitlit.weights.names import how_to_skip
 from vitlit.weights.weights import ASSUMED, NOT_SAID, Weights, in_words, usual_heads
 
-MOST_PATCHES = 1 << 18  # of an image: no file holds a sin-cos table, so its image_size could ask for any memory
 READERS = (checkpoint.read, google.read, hf.read, torchvision.read, facebook.read, timm.read)
 BUILD = "build the ViT with its image_size and heads, and call load_weights"
 
@@ -192,8 +190,6 @@ def empty(weights: Weights) -> ViT:
     except (TypeError, ValueError, RuntimeError) as error:  # a file may state anything instead of a number
         why = str(error).partition("\n")[0]
         raise UserError(f"{weights.path} is of no ViT that this version builds: {why}") from error
-    if math.prod(vit.grid) > MOST_PATCHES:
-        raise UserError(f"{weights.path} is not a ViT: its images have {math.prod(vit.grid):,} patches")
     problems = differences(vit, vit.state_dict(), weights.state, weights)
     if problems:
         raise UserError(f"{weights.path} is not a whole ViT: {next(iter(problems.values()))}")
