@@ -14,13 +14,12 @@ from typing import Any
 
 from vitlit.errors import UserError
 
-LONGEST = 4096  # bytes of a path, in Linux
 MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
 MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
 
 
 def expand(path: str | Path) -> str:
-    """A path with ~ and environment variables replaced; UserError if there are none such, or it is too long."""
+    """A path with ~ and environment variables replaced; UserError if there are none such."""
     text = os.fspath(path)
     if "://" in text or text.startswith("hf:"):
         return text
@@ -28,8 +27,6 @@ def expand(path: str | Path) -> str:
     missing = re.match(r"~[^/]*|.*?(\$\w+|\$\{\w+\})", found)
     if missing and not os.path.lexists(found):
         raise UserError(f"{text}: there is no {missing[1] or missing[0]} to put in; write the path out")
-    if "\0" in found or len(os.fsencode(found)) >= LONGEST or max(map(len, os.fsencode(found).split(b"/"))) > 255:
-        raise UserError(f"{found[:80]!r}... is no path: it is too long, or has a null character")
     return found
 
 
@@ -80,10 +77,8 @@ def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
     partial = target.with_name(f"{target.name}.partial")
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with writing(partial, "name another folder"):
         partial.mkdir(parents=True, exist_ok=resume)
-    except OSError as error:
-        raise UserError(f"{partial} cannot be made ({error.strerror}): name another folder") from error
     try:
         yield partial
         partial.rename(target)

@@ -12,11 +12,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 import vitlit
 from vitlit.data.splits import Splits
-from vitlit.errors import UserError
 from vitlit.files import expand
 
 Command = Callable[..., Result]
-LONG = "/".join(["x" * 200] * 30)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +28,6 @@ LONG = "/".join(["x" * 200] * 30)
         ("--model.vit.registers 100000000000", "the ViT's weights need 5,960 GiB, and this machine has"),
         ("--data.image_size 100000000", "the ViT's weights need 9,313,226 GiB"),
         ("--model.groups.lr {1:1}", "model.groups.lr: 1 is no pattern"),
-        (f"--run.root {LONG}", "is no path: it is too long"),
-        (f"--run.root {'r' * 300}", "is no path: it is too long"),
-        (f"--data.root {LONG}", "is no path: it is too long"),
         ("--run.root ~nobody-here/x", "there is no ~nobody-here"),
         ("--data.root $NO_SUCH_PLACE/x", "there is no $NO_SUCH_PLACE"),
     ],
@@ -94,5 +89,3 @@ def test_home_and_variables_are_replaced_in_python(trained: Path, few: Path, mon
     assert len(Splits("${IMAGES}", 0.0, None)["train"]) == 40
     assert expand("hf:a/$b") == "hf:a/$b"
     assert expand("s3://a/~b") == "s3://a/~b"
-    with pytest.raises(UserError, match="null character"):
-        expand("a\0b")
