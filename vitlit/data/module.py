@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
-from vitlit.data.dataset import LEAVE_OUT, NEEDED, Images, ImagesOnDevice
+from vitlit.data.dataset import Images, ImagesOnDevice
 from vitlit.data.decoded import Cache, Decoded, decode_once
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
@@ -294,7 +294,6 @@ class ImageFolderData(LightningDataModule):
         size = min(-(-self.batch_size // trainer.world_size), self.micro_batch or self.batch_size, share.count)
         bad = self._bad_images(index, photos) if photos or split == "train" else None
         images = Images(index, self.preprocess.crop, bad=bad, ground=self.preprocess.ground)
-        images.remedy = LEAVE_OUT if photos else NEEDED
         return self._loader(images, share, eval_batch(share.count, trainer.world_size, size), split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:
