@@ -77,7 +77,8 @@ def loader(
     A dataset may `collate` its samples, or make whole batches in `__getitems__`.
     """
     if workers:
-        end_at_exit()
+        # Before Python's own exit, which would wait forever for children that ignore SIGTERM.
+        Finalize(None, _end, exitpriority=10)
     return Loader(
         dataset,
         collate_fn=getattr(dataset, "collate", list if hasattr(dataset, "__getitems__") else None),
@@ -95,11 +96,6 @@ def leave_signals(worker: int) -> None:
     """Leave signals to the main process: one to the process group must not end its data workers."""
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
-
-
-def end_at_exit() -> None:
-    """Kill data workers before Python's own exit, which would wait forever for children that ignore SIGTERM."""
-    Finalize(None, _end, exitpriority=10)
 
 
 def _end() -> None:
