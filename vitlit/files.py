@@ -14,7 +14,6 @@ from typing import Any
 
 from vitlit.errors import UserError
 
-MOST_BYTES = 1 << 30  # of an image file: twice the largest image in uncompressed 8-bit RGB
 MOST_UNPACKED = 20  # times a file's own size. Weights compress to a half, a bomb to a thousandth.
 
 
@@ -98,18 +97,13 @@ def save_arrays(file: Path, arrays: dict[str, Any]) -> None:
 
 
 def load_arrays(file: Path | io.BytesIO) -> dict[str, Any]:
-    """Read a file of `save_arrays`, without executing its content or unpacking more bytes than the file has.
+    """Read a file of `save_arrays`, without executing its content.
 
     Raises OSError if the file cannot be read, and ValueError if it is damaged or another file.
     """
     import numpy as np
 
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            places = {member.header_offset for member in members}
-            if any(member.compress_type for member in members) or len(places) < len(members):
-                raise ValueError("its members are compressed or overlap")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError):
@@ -119,21 +113,14 @@ def load_arrays(file: Path | io.BytesIO) -> dict[str, Any]:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The content of an image file; UserError if it is not a regular file of at most `MOST_BYTES`."""
+    """The content of an image file; UserError if it is not a regular file."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe or /dev/zero would not end
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # reading a pipe or /dev/zero would not end
                 raise UserError(f"cannot read the image {path}: it is no file")
-            refuse_large(path, status.st_size)
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from error
-
-
-def refuse_large(path: str | Path, size: int) -> None:
-    if size > MOST_BYTES:
-        raise UserError(f"cannot read the image {path}: {size:,} bytes, more than {MOST_BYTES:,}; make it smaller")
 
 
 def check_archive(path: Path) -> list[str]:
