@@ -161,7 +161,6 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
 
 
 def _labelled(folder: Path, classes: list[str]) -> tuple[Index, str]:
-    """The images of a split, and what is not read."""
     names = folders_in(folder) or ([] if classes else [""])
     strange = sorted(set(names) - {"", *classes})
     if strange:

@@ -151,7 +151,6 @@ class Report:
             finding.reasons |= {path: why for path, why in reasons.items() if why}
 
     def write(self, file: Path) -> None:
-        """Write JSON; UserError if the file cannot be written."""
         content = {**asdict(self), "root": str(self.root), "ok": self.ok}
         with writing(file, "give --json another file"):
             file.write_text(json.dumps(content, indent=1) + "\n")
