@@ -21,7 +21,6 @@ Command = Callable[..., Result]
     ("flags", "words"),
     [
         ("--trainer.num_nodes 2", "trainer.num_nodes is 2: start each node with torchrun or srun"),
-        ("--data.num_workers 10000000", "data.num_workers 10000000 is more than"),
         ("--model.vit.depth 1000000", "model.vit.depth 1000000 is more than 10,000 blocks"),
         ("--model.vit.width 1000000000", "fits in no memory"),
         ("--model.vit.drop_path_subset true", "drop_path_subset does nothing without model.vit.drop_path"),
