@@ -192,10 +192,7 @@ def test_a_batch_of_any_size_from_twice_the_repeats_on_is_paired(repeats: int) -
             indices = np.array([sample.index for sample in stream(length, batch_size, repeats=repeats)])
             pairs = indices.reshape(-1, batch_size)[:, : batch_size // 2 * 2].reshape(-1, 2)
             assert (pairs[:, 0] != pairs[:, 1]).all()
-    with pytest.raises(
-        UserError,
-        match=f"give at least {2 * repeats}, or fewer.*{repeats - 1} or less" if repeats > 2 else "give at least 4",
-    ):
+    with pytest.raises(UserError, match=f"give at least {2 * repeats}, or fewer"):
         stream(100, 2 * repeats - 1, repeats=repeats)
 
 
