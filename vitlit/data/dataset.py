@@ -67,8 +67,7 @@ class Images(Dataset[tuple[Any, ...]]):
         return views[0], self.label(index), index, item.position, *views[1:], *key
 
     def _image(self, index: int) -> Tensor | None:
-        kept = None if self.kept is None else self.kept[index]
-        return self.decode(index) if kept is None else kept
+        return self.decode(index) if self.kept is None else self.kept[index]
 
     def decode(self, index: int) -> Tensor | None:
         """An image, or None after listing it as bad."""
