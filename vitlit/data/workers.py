@@ -18,8 +18,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all co
 
 def cores() -> int:
     """Cores that this process may use, by its affinity and its container's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
-    allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = QUOTA.read_text().partition(" ") if QUOTA.is_file() else ("max", "", "")
     return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
