@@ -51,10 +51,10 @@ def fits(value: Any, hint: Any) -> bool:
     return kind is Any or (isinstance(value, wider) and (kind is bool or not isinstance(value, bool)))
 
 
-def check_range(owner: str, least: float, most: float = inf, **options: float) -> None:
-    """UserError for the first of an owner's options that is not from `least` to `most`."""
+def check_range(owner: str, least: float, most: float = inf, **options: float | None) -> None:
+    """UserError for the first of an owner's options that is given and not from `least` to `most`."""
     for name, value in options.items():
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             takes = f"at least {least}" if most == inf else f"from {least} to {most}"
             raise UserError(f"{owner}: {name} is {value}; give {takes}")
 

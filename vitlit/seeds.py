@@ -21,8 +21,7 @@ def global_seed() -> int:
 
 def mix(*values: int | np.ndarray) -> np.ndarray:
     """Hash integers to uint64 (splitmix64, broadcasting), the same on every machine and in every version."""
-    mixed: np.ndarray = splitmix(np.zeros(1, np.uint64), [np.asarray(value).astype(np.uint64) for value in values])
-    return mixed
+    return splitmix(np.zeros(1, np.uint64), [np.asarray(value).astype(np.uint64) for value in values])
 
 
 def mix_one(*values: int) -> int:

@@ -12,22 +12,16 @@ from lightning.pytorch.loggers import CSVLogger
 
 import vitlit
 from vitlit.data.splits import Splits
-from vitlit.errors import UserError
 from vitlit.files import expand
 
 Command = Callable[..., Result]
-LONG = "/".join(["x" * 200] * 30)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("--trainer.num_nodes 2", "trainer.num_nodes is 2: start each node with torchrun or srun"),
-        ("--data.num_workers 10000000", "data.num_workers 10000000 is more than"),
         ("--model.vit.drop_path_subset true", "drop_path_subset does nothing without model.vit.drop_path"),
-        (f"--run.root {LONG}", "is no path: it is too long"),
-        (f"--run.root {'r' * 300}", "is no path: it is too long"),
-        (f"--data.root {LONG}", "is no path: it is too long"),
         ("--run.root ~nobody-here/x", "there is no ~nobody-here"),
         ("--data.root $NO_SUCH_PLACE/x", "there is no $NO_SUCH_PLACE"),
     ],
@@ -78,5 +72,3 @@ def test_home_and_variables_are_replaced_in_python(trained: Path, few: Path, mon
     assert len(Splits("${IMAGES}", 0.0, None)["train"]) == 40
     assert expand("hf:a/$b") == "hf:a/$b"
     assert expand("s3://a/~b") == "s3://a/~b"
-    with pytest.raises(UserError, match="null character"):
-        expand("a\0b")

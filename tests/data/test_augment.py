@@ -364,13 +364,13 @@ def test_augments_come_from_a_config(augment: v2.Transform) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BigVisionRandAugment(ops=0), "ops 0"),
-        (lambda: BigVisionRandAugment(magnitude=-1), "magnitude -1"),
-        (lambda: TimmRandAugment(magnitude=11), "magnitude 11"),
-        (lambda: TimmRandAugment(ops=0), "ops 0"),
-        (lambda: TimmRandAugment(std=-1), "std -1"),
-        (lambda: TimmRandAugment(prob=1.5), "prob 1.5"),
-        (lambda: ThreeAugment(jitter=-0.1), "jitter -0.1"),
+        (lambda: BigVisionRandAugment(ops=0), "ops is 0"),
+        (lambda: BigVisionRandAugment(magnitude=-1), "magnitude is -1"),
+        (lambda: TimmRandAugment(magnitude=11), "magnitude is 11"),
+        (lambda: TimmRandAugment(ops=0), "ops is 0"),
+        (lambda: TimmRandAugment(std=-1), "std is -1"),
+        (lambda: TimmRandAugment(prob=1.5), "prob is 1.5"),
+        (lambda: ThreeAugment(jitter=-0.1), "jitter is -0.1"),
     ],
 )
 def test_what_is_out_of_range_is_refused(make: Callable[[], v2.Transform], message: str) -> None:

@@ -170,7 +170,7 @@ def test_a_run_skips_and_lists_and_a_run_without_stops(
     photos = broken / "train" / "1"
     stopped = vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "error")
     assert (stopped.code, stopped.err.count("\n")) == (2, 1)
-    assert "; --data.on_bad_image skip leaves it out" in stopped.err
+    assert "; --data.on_bad_image skip trains and predicts without it" in stopped.err
     for _ in range(2):  # the list is that of the last
         told = vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "skip", "--out", "out.csv")
         assert told.code == 0, told.err
@@ -196,4 +196,4 @@ def test_evaluation_stops_at_a_bad_image_either_way(vitlit: Callable[..., Any], 
     result = vitlit("fit", *SMALL, "--data.root", root, "--data.on_bad_image", "skip")
     assert result.code == 2
     assert "cannot read the image" in result.err
-    assert "evaluation takes every image: restore or remove it" in result.err
+    assert "but evaluates on every image" in result.err

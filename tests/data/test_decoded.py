@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_replaced_as_without_a_cache(
         lists[name] = list(data.train_dataloader())
     assert_same(lists[cache], lists["none"])
     data = folder_data(root, cache=cache)
-    assert "train/1" in user_error(r"cannot read .*; --data\.on_bad_image skip trains without", data.train_dataloader)
+    assert "train/1" in user_error(r"cannot read .*; --data\.on_bad_image skip trains and", data.train_dataloader)
 
 
 def memory_files() -> list[str]:

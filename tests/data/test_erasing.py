@@ -132,12 +132,12 @@ def test_the_mean_is_zero_and_nothing_is_erased_unless_asked() -> None:
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"prob": 1.5}, "prob 1.5 is not a probability"),
+        ({"prob": 1.5}, "prob is 1.5; give from 0 to 1"),
         ({"area": (0.5, 0.1)}, r"area \[0.5, 0.1\] must rise"),
         ({"area": (0.0, 0.1)}, "must rise within"),
         ({"area": (0.1, 1.1)}, "must rise within"),
-        ({"aspect": 0.0}, "aspect 0.0 must be"),
-        ({"aspect": 3.0}, "aspect 3.0 must be"),
+        ({"aspect": 0.0}, "aspect is 0.0"),
+        ({"aspect": 3.0}, "aspect is 3.0"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options: dict[str, object], pattern: str) -> None:

@@ -78,8 +78,7 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", " is empty; it needs a header with the columns path and label"),
-        ("\n", " is empty; it needs a header"),
+        ("", " has no column 'path', only an empty line; the header must be path,label"),
         ("path,label\n", " has a header but no rows"),
         ("file,label\n1.png,a\n", " has no column 'path', only 'file', 'label'; the header must be path,label"),
         ("x" * 10**6 + "\n", ", line 1: not valid CSV (field larger than field limit"),
@@ -98,7 +97,7 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
         ),
         ("path,label\n1.png\n", ", line 2: it does not have the header's 2 fields"),
         ('path,label\n1.png,a\n"2.png,a\n', ", line 3: not valid CSV"),
-        ("path,label\n1.png,a\n,a\n", ", line 3: the path is empty"),
+        ("path,label\n1.png,a\n,a\n", ", line 3: there is no file "),
         ("path,label\n1.png,a\n2.png, \n", ", line 3: the label of 2.png is empty"),
         ("path,label\n1.png,a|\n", ", line 2: the label 'a|' has an empty name"),
         ("path,label,split\n1.png,a,training\n", ", line 2: the split 'training' is none of train, val, test"),

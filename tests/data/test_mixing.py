@@ -10,14 +10,21 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vitlit.data.mixing import Box, Mix, Mixing, cutmix, mixup, soft_targets
+from vitlit.data.mixing import Box, Mixing, cutmix, mixup, soft_targets
 from vitlit.errors import UserError
 
 HEIGHT, WIDTH = 32, 48
 
 
-def draws(mixing: Mixing, count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> list[Mix | None]:
+def draws(
+    mixing: Mixing, count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0
+) -> list[float | Box | None]:
     return [mixing.draw(seed, step, height, width) for step in range(count)]
+
+
+def own_share(drawn: float | Box) -> float:
+    """The share of an image that mixing leaves to it."""
+    return 1 - drawn.area / (HEIGHT * WIDTH) if isinstance(drawn, Box) else drawn
 
 
 def batch(size: int = 8, classes: int = 5) -> tuple[Tensor, Tensor]:
@@ -28,14 +35,14 @@ def batch(size: int = 8, classes: int = 5) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 3.0])
 def test_lambda_is_drawn_from_beta(alpha: float) -> None:
-    lams = [mix.lam for mix in draws(Mixing(mixup=alpha), 3000) if mix]
+    lams = [lam for lam in draws(Mixing(mixup=alpha), 3000) if isinstance(lam, float)]
     assert len(lams) == 3000
     assert stats.kstest(lams, stats.beta(alpha, alpha).cdf).pvalue > 0.001
 
 
 def test_the_kinds_are_drawn_as_often_as_asked_and_as_timm_draws_them() -> None:
     ours = draws(Mixing(0.8, 1.0, prob=0.6, switch=0.3), 3000)
-    cuts, mixes = ([m.lam for m in ours if m and (m.box is not None) == cut] for cut in (True, False))
+    cuts, mixes = ([own_share(m) for m in ours if m is not None and isinstance(m, Box) == cut] for cut in (True, False))
     assert stats.binomtest(len(cuts) + len(mixes), 3000, 0.6).pvalue > 0.001
     assert stats.binomtest(len(cuts), len(cuts) + len(mixes), 0.3).pvalue > 0.001
 
@@ -55,7 +62,7 @@ def test_the_kinds_are_drawn_as_often_as_asked_and_as_timm_draws_them() -> None:
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 @pytest.mark.parametrize("shape", [(32, 32), (20, 61), (7, 9)])
 def test_boxes_are_distributed_as_timms(alpha: float, shape: tuple[int, int]) -> None:
-    ours = [mix.box for mix in draws(Mixing(cutmix=alpha), 4000, *shape, seed=1) if mix and mix.box]
+    ours = [box for box in draws(Mixing(cutmix=alpha), 4000, *shape, seed=1) if isinstance(box, Box)]
     assert len(ours) == 4000
     np.random.seed(1)
     timms = []
@@ -68,13 +75,12 @@ def test_boxes_are_distributed_as_timms(alpha: float, shape: tuple[int, int]) ->
 
 
 def test_cutmix_weighs_by_the_pixels_that_are_left() -> None:
-    for mix in draws(Mixing(cutmix=1.0), 300):
-        assert mix is not None
-        assert mix.box is not None
+    for box in draws(Mixing(cutmix=1.0), 300):
+        assert isinstance(box, Box)
         images = torch.stack([torch.zeros(1, HEIGHT, WIDTH), torch.ones(1, HEIGHT, WIDTH)]).double()
-        mixed, targets = cutmix(images, torch.eye(2, dtype=torch.float64), mix.box)
-        assert targets[0, 1].item() == pytest.approx(mixed[0].mean().item()) == pytest.approx(1 - mix.lam)
-        assert targets[1, 0].item() == pytest.approx(1 - mixed[1].mean().item()) == pytest.approx(1 - mix.lam)
+        mixed, targets = cutmix(images, torch.eye(2, dtype=torch.float64), box)
+        assert targets[0, 1].item() == pytest.approx(mixed[0].mean().item()) == pytest.approx(1 - own_share(box))
+        assert targets[1, 0].item() == pytest.approx(1 - mixed[1].mean().item()) == pytest.approx(1 - own_share(box))
 
 
 def as_timm_pairs(rows: Tensor) -> Tensor:
@@ -141,8 +147,8 @@ def test_nothing_is_mixed_unless_asked() -> None:
         assert not mixing.on
         assert draws(mixing, 20) == [None] * 20
         assert mixing(images, targets, 0, 0)[0] is images
-    assert all(mix and mix.box is None for mix in draws(Mixing(mixup=0.8, switch=1.0), 50))
-    assert all(mix and mix.box is not None for mix in draws(Mixing(cutmix=0.8, switch=0.0), 50))
+    assert not any(isinstance(drawn, Box) for drawn in draws(Mixing(mixup=0.8, switch=1.0), 50))
+    assert all(isinstance(drawn, Box) for drawn in draws(Mixing(cutmix=0.8, switch=0.0), 50))
 
 
 def test_labels_become_shares_of_classes() -> None:
@@ -155,20 +161,13 @@ def test_labels_become_shares_of_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"mixup": -0.1}, "mixup -0.1 is no parameter of Beta"),
-        ({"cutmix": float("nan")}, "cutmix nan is no parameter"),
-        ({"cutmix": float("inf")}, "cutmix inf is no parameter"),
-        ({"prob": 1.1}, "prob 1.1 is not a probability"),
-        ({"switch": -0.5}, "switch -0.5 is not a probability"),
+        ({"mixup": -0.1}, "mixup is -0.1"),
+        ({"cutmix": float("nan")}, "cutmix is nan"),
+        ({"cutmix": float("inf")}, "cutmix is inf"),
+        ({"prob": 1.1}, "prob is 1.1; give from 0 to 1"),
+        ({"switch": -0.5}, "switch is -0.5"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options: dict[str, float], pattern: str) -> None:
     with pytest.raises(UserError, match=pattern):
         Mixing(**options)
-
-
-def test_an_odd_batch_is_refused() -> None:
-    images, labels = batch(5)
-    for mixing in (Mixing(mixup=0.8), Mixing(cutmix=1.0)):
-        with pytest.raises(UserError, match="not 5; give an even batch"):
-            mixing(images, soft_targets(labels, 5), 0, 0)

@@ -192,10 +192,7 @@ def test_a_batch_of_any_size_from_twice_the_repeats_on_is_paired(repeats: int) -
             indices = np.array([sample.index for sample in stream(length, batch_size, repeats=repeats)])
             pairs = indices.reshape(-1, batch_size)[:, : batch_size // 2 * 2].reshape(-1, 2)
             assert (pairs[:, 0] != pairs[:, 1]).all()
-    with pytest.raises(
-        UserError,
-        match=f"give at least {2 * repeats}, or fewer.*{repeats - 1} or less" if repeats > 2 else "give at least 4",
-    ):
+    with pytest.raises(UserError, match=f"give at least {2 * repeats}, or fewer"):
         stream(100, 2 * repeats - 1, repeats=repeats)
 
 
@@ -327,10 +324,10 @@ def test_a_batch_is_split_into_equal_parts_within_the_bound(
     ("batch_size", "micro_batch", "world_size"),
     [(64, None, 3), (64, 24, 1), (1, None, 4), (7, 2, 1), (10, 3, 2), (10, 3, 1), (33, 8, 1)],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(
+def test_a_batch_that_does_not_divide_is_refused_with_the_next_that_does(
     batch_size: int, micro_batch: int | None, world_size: int
 ) -> None:
-    with pytest.raises(UserError, match=rf"data\.batch_size {batch_size} .* the nearest that does is \d+") as caught:
+    with pytest.raises(UserError, match=rf"data\.batch_size {batch_size} .* the next that does is \d+") as caught:
         split_batch(batch_size, micro_batch, world_size)
     fitting = []
     for size in range(1, 200):
@@ -339,9 +336,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(
             fitting.append(size)
         except UserError:
             pass
-    nearest = int(str(caught.value).rsplit(" ", 1)[-1])
-    assert nearest in fitting
-    assert abs(nearest - batch_size) == min(abs(size - batch_size) for size in fitting)
+    assert int(str(caught.value).rsplit(" ", 1)[-1]) == min(size for size in fitting if size > batch_size)
 
 
 def test_draws_are_a_function_of_seed_epoch_index_and_repeat() -> None:

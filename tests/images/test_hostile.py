@@ -10,18 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import SMALL, forked, user_error
 from PIL import EpsImagePlugin, Image
 
 from vitlit.data.folder import scan_photos
-from vitlit.data.index import Index
-from vitlit.data.manifest import Manifest
-from vitlit.data.shards import read_shards
 from vitlit.errors import UserError
 from vitlit.images.decode import decode
-from vitlit.prepare import shard as sharding
 from vitlit.prepare.report import look
 
 SIDE = 50_000
@@ -242,35 +237,19 @@ def test_postscript_is_no_image_and_not_run(tmp_path: Path, monkeypatch: pytest.
     assert not marker.exists()
 
 
-def test_what_is_no_file_or_too_large_a_one_is_not_read(tmp_path: Path) -> None:
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
-    with (tmp_path / "large.jpg").open("wb") as file:
-        file.truncate(10_000_000_000)
     index = scan_photos([tmp_path])
-    assert len(index) == 4
+    assert len(index) == 3
     said = {"pipe.jpg": "it is no file", "zeros.jpg": "it is no file", "loop.jpg": "symbolic links"}
-    said["large.jpg"] = "10,000,000,000 bytes, more than 1,073,741,824"
-    for row in range(4):
+    for row in range(3):
         path = Path(index.path(row))
         for read in (partial(index.read, row), partial(decode, path)):
             with pytest.raises(UserError, match=rf"cannot read the image {path}: .*{said[path.name]}"):
                 read()
         assert look(str(path)).kind == "unreadable"
-
-
-def test_a_large_member_of_a_shard_is_not_read(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {
-        "train": Index.of(few, [p.relative_to(few).as_posix() for p in sorted(few.rglob("*.png"))[:2]], np.arange(2))
-    }
-    sharding.write(Manifest(["a", "b"], found, False), tmp_path / "shards", 1_000_000)
-    train = read_shards(str(tmp_path / "shards")).splits["train"]
-    assert train.read(0)
-    monkeypatch.setattr("vitlit.files.MOST_BYTES", len(train.read(0)) - 1)
-    monkeypatch.setattr("vitlit.data.shard_index.read_range", None)
-    with pytest.raises(UserError, match=r"cannot read the image train-000000\.tar/.* bytes, more than"):
-        train.read(0)
 
 
 def test_every_command_refuses_a_bomb_in_a_line(

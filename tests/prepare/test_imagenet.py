@@ -133,7 +133,7 @@ def test_existing_folder(tars: Tars, tmp_path: Path) -> None:
     photo = next((tmp_path / "mine").glob("*/*/*"))
     with pytest.raises(UserError, match=r"JPEG exists"):
         unpack(tars.folder, photo)
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot write"):
         unpack(tars.folder, photo / "out")
     assert contents(tmp_path) == before
 

@@ -120,7 +120,7 @@ def test_existing_folder(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"mine/photo.jpg": b"mine"}
     with pytest.raises(UserError, match=r"photo\.jpg exists"):
         sources.write("digits", tmp_path / "mine/photo.jpg")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot write"):
         sources.write("digits", tmp_path / "mine/photo.jpg/digits")
     (tmp_path / "empty").mkdir()
     sources.write("digits", tmp_path / "empty")

@@ -54,7 +54,7 @@ class Parser(LightningArgumentParser):
         if unknown := UNKNOWN_KEY.match(message):
             key, parser = ".".join(filter(None, unknown.groups())), getattr(ex, "subcommand_parser", self)
             raise UserError("no key {}{}".format(*parser.nearest(key))) from ex
-        raise UserError(shortened(message)) from ex
+        raise UserError(shortened(message, getattr(ex, "subcommand_parser", self).get_defaults())) from ex
 
     def nearest(self, wrong: str) -> tuple[str, str]:
         """The wrong part of a key, and words that suggest the nearest of its group, or of any if it has none."""
@@ -128,7 +128,7 @@ WORDING = (
 )
 
 
-def shortened(message: str) -> str:
+def shortened(message: str, defaults: Namespace) -> str:
     """A message of jsonargparse on one line: the key, what is wrong, what was given, and the nearest class."""
     key = re.match(r"Parser key \"([\w.]+)\":", message)
     values = r"\n *Given value: " if "\n  Given value: " in message else r"\.+ Got value: "
@@ -149,7 +149,9 @@ def shortened(message: str) -> str:
         text += f", not {value if nullable else YAML.get(value, value or repr(value))}"
         text += "; write null" if nullable else ""
         if choices in (["Sequence"], ["tuple"]) and not value.startswith(("[", "{")):
-            text += f"; write [{value}]"
+            default = defaults.get(key[1]) if key else None
+            example = list(default) if isinstance(default, tuple | list) else []
+            text += f"; write a list, such as {example}" if len(example) > 1 else f"; write [{value}]"
     if unknown := re.search(r"(?:expected class, not |has no attribute ')(?:[\w.]+\.)?(\w+)'?$", text):
         text += suggestion(unknown[1], class_names())
         if "did you mean" not in text and key and key[1].endswith("objective"):

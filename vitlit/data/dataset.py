@@ -19,9 +19,7 @@ from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
 from vitlit.images.resample import cut_all
 from vitlit.seeds import PHOTOMETRIC, REPLACE, mix, mix_one, seeded_sample
 
-# What to do about an image of a prediction, or of an evaluation, that cannot be read.
-LEAVE_OUT = "--data.on_bad_image skip leaves it out"
-NEEDED = "evaluation takes every image: restore or remove it"
+REMEDY = "--data.on_bad_image skip trains and predicts without it, but evaluates on every image"
 
 
 @dataclass(eq=False)
@@ -41,7 +39,6 @@ class Images(Dataset[tuple[Any, ...]]):
     further: Sequence[Transform] = ()
     keyed: bool = False
     ground: str = GROUND
-    remedy: str = "--data.on_bad_image skip trains without it"
     kept: Decoded | None = None
     _told: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool).share_memory_(), init=False)
 
@@ -70,8 +67,7 @@ class Images(Dataset[tuple[Any, ...]]):
         return views[0], self.label(index), index, item.position, *views[1:], *key
 
     def _image(self, index: int) -> Tensor | None:
-        kept = None if self.kept is None else self.kept[index]
-        return self.decode(index) if kept is None else kept
+        return self.decode(index) if self.kept is None else self.kept[index]
 
     def decode(self, index: int) -> Tensor | None:
         """An image, or None after listing it as bad."""
@@ -91,7 +87,7 @@ class Images(Dataset[tuple[Any, ...]]):
             raise
         except UserError as error:
             if self.bad is None:
-                raise UserError(f"{error}; {self.remedy}") from error
+                raise UserError(f"{error}; {REMEDY}") from error
             self.bad.note(path, reason(error, path))
             return None
 

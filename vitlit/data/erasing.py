@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitlit.data.mixing import Box
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.seeds import ERASING, mix
 
 ATTEMPTS = 10
@@ -36,12 +36,10 @@ class Erasing:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "data.erasing.")
-        if not 0 <= self.prob <= 1:
-            raise UserError(f"data.erasing.prob {self.prob} is not a probability; give 0 to 1")
+        check_range("data.erasing", 0, 1, prob=self.prob)
+        check_range("data.erasing", 1e-6, 1, aspect=self.aspect)
         if not 0 < self.area[0] <= self.area[1] <= 1:
             raise UserError(f"data.erasing.area {list(self.area)} must rise within (0, 1]")
-        if not 0 < self.aspect <= 1:
-            raise UserError(f"data.erasing.aspect {self.aspect} must be above 0 and at most 1")
 
 
 def boxes(erasing: Erasing, seed: int, step: int, rows: Sequence[int], height: int, width: int) -> list[Box | None]:

@@ -138,10 +138,8 @@ def train_folder(root: Path, holdout: float) -> Path:
             raise no_folder(root, "train", remedy)
         folder = root
     if not folders_in(folder) and not (top := walk(os.fsencode(folder), deep=False)).images:
-        holds = unread([top])
-        raise UserError(
-            f"{folder} holds no class folders{holds and f', only {holds}'}; images belong in {folder}/CLASS/"
-        )
+        only = f", only {holds}" if (holds := unread([top])) else ""
+        raise UserError(f"{folder} holds no class folders{only}; images belong in {folder}/CLASS/")
     return folder
 
 
@@ -161,7 +159,6 @@ def scan_split(folder: Path, classes: list[str]) -> Index:
 
 
 def _labelled(folder: Path, classes: list[str]) -> tuple[Index, str]:
-    """The images of a split, and what is not read."""
     names = folders_in(folder) or ([] if classes else [""])
     strange = sorted(set(names) - {"", *classes})
     if strange:

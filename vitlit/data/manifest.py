@@ -89,8 +89,6 @@ def _rows(file: Path, root: Path) -> Iterator[_Row]:
     for line, fields in _read(file):
         label, split = fields["label"].strip(), fields.get("split", "train").strip()
         names = [name.strip() for name in label.split("|")] if label else []
-        if not fields["path"]:
-            raise UserError(f"{file}, line {line}: the path is empty")
         if not all(names):
             raise UserError(f"{file}, line {line}: the label {label!r} has an empty name next to a |; remove the |")
         if split not in SPLITS:
@@ -124,13 +122,11 @@ def _read(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _check_header(file: Path, header: list[str]) -> None:
-    if not header:
-        raise UserError(f"{file} is empty; it needs a header with the columns {' and '.join(REQUIRED)}")
     for name in header:
         column = name.strip().lower()
         if column in COLUMNS and (name != column or header.count(name) > 1):
             raise UserError(f"{file}: the column {name!r} must be {column!r}, once")
     for name in REQUIRED:
         if name not in header:
-            lacks = f"{file} has no column {name!r}, only {', '.join(map(repr, header[:8]))}"
+            lacks = f"{file} has no column {name!r}, only {', '.join(map(repr, header[:8])) or 'an empty line'}"
             raise UserError(f"{lacks}; the header must be path,label[,split][,group], with commas")

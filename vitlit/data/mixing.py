@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import check_range, check_types
 from vitlit.seeds import MIXING, mix
 
 
@@ -27,13 +27,6 @@ class Box(NamedTuple):
     @property
     def slices(self) -> tuple[slice, slice]:
         return slice(self.top, self.bottom), slice(self.left, self.right)
-
-
-class Mix(NamedTuple):
-    """How a batch is mixed: the weight of an image's own targets, and what cutmix takes from its partner."""
-
-    lam: float
-    box: Box | None
 
 
 @dataclass(frozen=True)
@@ -58,19 +51,15 @@ class Mixing:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "data.mixing.")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise UserError(f"data.mixing.{name} {value} is no parameter of Beta; give 0 for none, or more")
-        for name in ("prob", "switch"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise UserError(f"data.mixing.{name} {value} is not a probability; give 0 to 1")
+        check_range("data.mixing", 0, 1e6, mixup=self.mixup, cutmix=self.cutmix)
+        check_range("data.mixing", 0, 1, prob=self.prob, switch=self.switch)
 
     @property
     def on(self) -> bool:
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
-    def draw(self, seed: int, step: int, height: int, width: int) -> Mix | None:
-        """The mix of a step's images of height x width pixels; None to leave them."""
+    def draw(self, seed: int, step: int, height: int, width: int) -> float | Box | None:
+        """mixup's lam or cutmix's box, of a step's images of height x width pixels; None to leave them."""
         # RandomState, since its numbers are the same in every version of numpy (NEP 19).
         random = np.random.RandomState(mix(MIXING, seed, step).view(np.uint32))
         if not self.on or random.random_sample() >= self.prob:
@@ -79,20 +68,19 @@ class Mixing:
         alpha = self.cutmix if cut else self.mixup
         lam = random.beta(alpha, alpha)
         if not cut:
-            return Mix(lam, None)
+            return lam
         edges: list[int] = []
         for side in (height, width):
             length, centre = int(side * math.sqrt(1 - lam)), random.randint(side)
             edges += [max(0, centre - length // 2), min(side, centre + (length + 1) // 2)]
-        box = Box(*edges)
-        return Mix(1 - box.area / (height * width), box)
+        return Box(*edges)
 
     def __call__(self, images: Tensor, targets: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """Mix a step's images (B, C, H, W) and targets (B, classes), or whole pairs of them."""
         drawn = self.draw(seed, step, *images.shape[-2:])
         if drawn is None:
             return images, targets
-        return mixup(images, targets, drawn.lam) if drawn.box is None else cutmix(images, targets, drawn.box)
+        return cutmix(images, targets, drawn) if isinstance(drawn, Box) else mixup(images, targets, drawn)
 
 
 def mixup(images: Tensor, targets: Tensor, lam: float) -> tuple[Tensor, Tensor]:
@@ -116,8 +104,6 @@ def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _partners(rows: Tensor) -> Tensor:
-    if len(rows) % 2:
-        raise UserError(f"mixing takes pairs of images, not {len(rows)}; give an even batch")
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from vitlit.data import workers
 from vitlit.data.bad_images import BadImages
-from vitlit.data.dataset import LEAVE_OUT, NEEDED, Images, ImagesOnDevice
+from vitlit.data.dataset import Images, ImagesOnDevice
 from vitlit.data.decoded import Cache, Decoded, decode_once
 from vitlit.data.erasing import Erasing, erase
 from vitlit.data.folder import parse_share
@@ -25,7 +25,7 @@ from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
 from vitlit.data.transforms import PIXELS, CropName, check_augment, check_scale, matched, train_transform
 from vitlit.data.views import Photometric, Preset, Views, all_views, change_colours
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
 from vitlit.model import ViT
@@ -123,13 +123,9 @@ class ImageFolderData(LightningDataModule):
         # `augment` may be any callable.
         check_types(ImageFolderData.__init__, {n: value for n, value in locals().items() if n != "augment"}, "data.")
         super().__init__()
-        from_1 = {"batch_size": batch_size, "micro_batch": micro_batch, "repeats": repeats, "prefetch": prefetch}
-        for name, value in {**from_1, "num_workers": num_workers, "seed": seed, "local_views": local_views}.items():
-            if value is not None and not (least := int(name in from_1)) <= value < 2**63:
-                wrong = f"is less than {least}" if value < least else "does not fit in 64 bits"
-                raise UserError(f"data.{name} {value} {wrong}")
-        if (num_workers or 0) > (most := max(64, 8 * workers.cores())):
-            raise UserError(f"data.num_workers {num_workers} is more than {most}, all that could be of use here")
+        check_range("data", 1, batch_size=batch_size, micro_batch=micro_batch, repeats=repeats, prefetch=prefetch)
+        check_range("data", 0, num_workers=num_workers, local_views=local_views)
+        check_range("data", 0, 2**63 - 1, seed=seed)
         check_scale("data.crop_scale", crop_scale)
         if views and mixing.on:
             raise UserError("data.mixing works on one view of an image, but data.views adds more; leave one out")
@@ -294,7 +290,6 @@ class ImageFolderData(LightningDataModule):
         size = min(-(-self.batch_size // trainer.world_size), self.micro_batch or self.batch_size, share.count)
         bad = self._bad_images(index, photos) if photos or split == "train" else None
         images = Images(index, self.preprocess.crop, bad=bad, ground=self.preprocess.ground)
-        images.remedy = LEAVE_OUT if photos else NEEDED
         return self._loader(images, share, eval_batch(share.count, trainer.world_size, size), split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:

@@ -19,9 +19,7 @@ class Splits:
 
     def __init__(self, root: str, holdout: float, manifest: str | None, labels: str | None = None) -> None:
         if labels is not None and manifest is None:
-            raise UserError(
-                "data.labels says what a manifest's labels are, but there is no data.manifest; leave it out"
-            )
+            raise UserError("data.labels is about a manifest, but there is no data.manifest; leave it out")
         self.root, self.holdout, self.labels = expand(root), holdout, labels
         self.manifest = manifest and expand(manifest)
         self.classes: list[str] = []

@@ -11,7 +11,6 @@ from vitlit.errors import UserError
 
 PAUSES = (0.3, 1.2, 3.0)  # seconds before a read is tried again
 TIMEOUT = 60.0  # seconds for a response
-NO_RANGES = "range requests"  # in fsspec's error for a server without them
 
 
 class Folder(NamedTuple):
@@ -44,15 +43,17 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
             time.sleep(pause)
         try:
             data = _read_once(root, name, start, end)
-            if len(data) == end - start:
-                return data
-            failure = EOFError(f"the file is cut short before byte {end}")
         except UserError:
             raise
         except Exception as error:  # each filesystem raises its own
-            if NO_RANGES in str(error):
-                raise StorageUserError(f"{place}: {reason(error)}") from error
             failure = error
+            continue
+        if len(data) == end - start:
+            return data
+        if len(data) > end - start:
+            whole = "the server ignores Range and sends the whole file: use one that serves parts of files"
+            raise StorageUserError(f"{place}: {whole}")
+        failure = EOFError(f"the file is cut short before byte {end}")
     tried = f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)})"
     raise StorageUserError(f"{tried}; once they can be read, the same command continues the run") from failure
 
@@ -64,28 +65,13 @@ def _read_once(root: str, name: str, start: int, end: int) -> bytes:
             return file.read(end - start)
     key = (os.getpid(), root)  # a fork must not use its parent's, nor drop it, which would close the connections
     _, filesystem, path = _folders.get(key) or _folders.setdefault(key, connect(root))
-    if root.startswith("http"):
-        from aiohttp import ClientTimeout
-
-        # Unlike cat_file this notices a server that sends the whole file before it has arrived.
-        limit = ClientTimeout(total=TIMEOUT)
-        with filesystem.open(join(path, name), "rb", cache_type="none", size=end, timeout=limit) as file:
-            file.seek(start)
-            return bytes(file.read(end - start))
     limits = {"timeout": TIMEOUT} if filesystem.async_impl else {}
     return bytes(filesystem.cat_file(join(path, name), start=start, end=end, **limits))
 
 
 def reason(error: Exception) -> str:
-    status, text = getattr(error, "status", None), " ".join(str(error).split())
-    if isinstance(status, int):
-        return f"the server answers with HTTP status {status}"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, TimeoutError):
         return f"no answer within {TIMEOUT:g} seconds"
-    if "connect" in type(error).__name__.lower():
-        return f"the server cannot be reached: {text}"
-    if NO_RANGES in text:
-        return "the server ignores Range and sends the whole file: use one that serves parts of files"
-    return str(getattr(error, "strerror", None) or text or type(error).__name__)
+    return str(getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)

@@ -54,18 +54,12 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray, count: int) -> tup
 
 def split_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
     """(samples of a device's micro-batch, at most `micro_batch` if given; micro-batches accumulated in a step)."""
-    most = world_size * (micro_batch or batch_size)
-
-    def divides(size: int) -> bool:
-        return size % (world_size * -(-size // most)) == 0
-
-    accumulate = -(-batch_size // most)
-    if not divides(batch_size):
-        sizes = filter(divides, range(1, 2 * batch_size + world_size))
-        nearest = min(sizes, key=lambda size: abs(size - batch_size))
-        over = f"{world_size} devices x {accumulate} micro-batches"
-        raise UserError(f"data.batch_size {batch_size} does not divide over {over}; the nearest that does is {nearest}")
-    return batch_size // (world_size * accumulate), accumulate
+    accumulate = -(-batch_size // (world_size * (micro_batch or batch_size)))
+    parts = world_size * accumulate
+    if batch_size % parts:
+        over, fits = f"{world_size} devices x {accumulate} micro-batches", parts * -(-batch_size // parts)
+        raise UserError(f"data.batch_size {batch_size} does not divide over {over}; the next that does is {fits}")
+    return batch_size // parts, accumulate
 
 
 def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
@@ -78,8 +72,7 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
         return np.arange(batch_size)
     if batch_size < 2 * repeats:
         small = f"data.batch_size {batch_size} is too small for {repeats} repeats of a pair"
-        fewer = "fewer --data.repeats" + (f", {batch_size // 2} or less" if batch_size > 3 else "")
-        raise UserError(f"{small}; give at least {2 * repeats}, or {fewer}")
+        raise UserError(f"{small}; give at least {2 * repeats}, or fewer --data.repeats")
     half = -(-batch_size // 2)
     rows = np.empty(batch_size, np.int64)
     rows[0::2] = np.arange(half)
@@ -136,9 +129,8 @@ class TrainStream(DistributedSampler[Any]):
     @staticmethod
     def check(saved: dict[str, Any], settings: dict[str, Any]) -> None:
         """UserError if a checkpoint's stream is not that of these settings."""
-        before = {"repeats": 1, "balanced": False, **saved}  # older checkpoints lack these
         for name, value in settings.items():
-            if (had := before.get(name, value)) == value:
+            if (had := saved.get(name, value)) == value:
                 continue
             remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
             difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_range
 from vitlit.images.crops import BoxCrop, Cut, InceptionCrop, PadCrop, RandomResizedCrop, ResmallCrop, SimpleCrop
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
@@ -43,10 +43,8 @@ def train_transform(
     preprocess: Preprocess, crop: CropName, scale: tuple[float, float], flip: float, augment: Sequence[Transform] = ()
 ) -> TrainTransform:
     """The transform for ImageFolderData's options, with evaluation's image size and interpolation."""
-    if not 0 <= flip <= 1:
-        raise UserError(f"data.flip {flip} is not a probability")
-    if not 0.1 <= preprocess.crop_ratio <= 1:  # images are resized to image_size / crop_ratio
-        raise UserError(f"data.crop_ratio {preprocess.crop_ratio} is not between 0.1 and 1")
+    check_range("data", 0, 1, flip=flip)
+    check_range("data", 0.1, 1, crop_ratio=preprocess.crop_ratio)  # images are resized to image_size / crop_ratio
     size, how = preprocess.image_size, InterpolationMode(preprocess.interpolation)
     crops: dict[CropName, Callable[[], BoxCrop | PadCrop]] = {
         "random_resized": lambda: RandomResizedCrop(size, scale, how),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vitlit.data.transforms import Transform, check_scale, train_transform
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.images.preprocess import Preprocess
 from vitlit.seeds import PHOTOMETRIC, mix
 
@@ -91,10 +91,7 @@ class Views(Photometric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count < 1:
-            raise UserError(f"data.views: count {self.count} is less than 1; give more, or leave the entry out")
-        if min(self.pixels) < 1:
-            raise UserError(f"data.views: size {self.size} is less than 1 pixel")
+        check_range("data.views", 1, count=self.count, size=min(self.pixels))
         check_scale("data.views: scale", self.scale)
 
     @property

@@ -18,8 +18,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all co
 
 def cores() -> int:
     """Cores that this process may use, by its affinity and its container's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
-    allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = QUOTA.read_text().partition(" ") if QUOTA.is_file() else ("max", "", "")
     return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
@@ -77,7 +76,8 @@ def loader(
     A dataset may `collate` its samples, or make whole batches in `__getitems__`.
     """
     if workers:
-        end_at_exit()
+        # Before Python's own exit, which would wait forever for children that ignore SIGTERM.
+        Finalize(None, _end, exitpriority=10)
     return Loader(
         dataset,
         collate_fn=getattr(dataset, "collate", list if hasattr(dataset, "__getitems__") else None),
@@ -95,11 +95,6 @@ def leave_signals(worker: int) -> None:
     """Leave signals to the main process: one to the process group must not end its data workers."""
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
-
-
-def end_at_exit() -> None:
-    """Kill data workers before Python's own exit, which would wait forever for children that ignore SIGTERM."""
-    Finalize(None, _end, exitpriority=10)
 
 
 def _end() -> None:

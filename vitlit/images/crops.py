@@ -11,8 +11,6 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.errors import UserError
-
 Box = tuple[int, int, int, int]  # top, left, height, width, pixels
 RATIO = (3 / 4, 4 / 3)  # width / height of torchvision's crop
 LOG_RATIO = torch.log(torch.tensor(RATIO, device="cpu")).tolist()  # rounded as torchvision rounds it
@@ -144,10 +142,6 @@ class SimpleCrop(PadCrop):
 
     mode: ClassVar = "reflect"
 
-    def __post_init__(self) -> None:
-        if self.padding >= min(self.size):
-            raise UserError(f"padding {self.padding} must be smaller than both sides of {self.size} to mirror them")
-
     def resized(self, rows: int, columns: int) -> tuple[int, int]:
         return cover(self.size, rows, columns)
 
@@ -186,5 +180,4 @@ def cover(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
 
 
 def _below(count: int) -> int:
-    """A uniform draw from range(count)."""
     return int(torch.randint(count, ()))

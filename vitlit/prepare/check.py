@@ -6,19 +6,19 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from os.path import join
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from vitlit.data.folder import SPELLINGS, Tree, alike, folders_in, hold_out, parse_share, unread, walk
 from vitlit.data.index import Index
 from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
-from vitlit.data.workers import Loader, count, end_at_exit, leave_signals
+from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
 from vitlit.images.decode import GROUND, colour
 from vitlit.prepare.report import SMALL, Look, Paths, Report, describe, look
@@ -54,9 +54,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("root", metavar="ROOT", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
     parser.add_argument("--holdout", metavar="SHARE", default="0", help="cut val off train, as --data.holdout does")
-    parser.add_argument(
-        "--ground", metavar="COLOUR", default=GROUND, help="under what is transparent, as --data.ground"
-    )
+    parser.add_argument("--ground", metavar="COLOUR", default=GROUND, help="under transparency, as --data.ground")
     parser.add_argument("--workers", metavar="N", type=int, default=count(1), help="processes; default one a core")
     given = parser.parse_args(arguments or ["--help"])
     if given.workers < 1:
@@ -180,24 +178,25 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, gro
     _compare_copies(report, layouts, [copies for copies in places.values() if len(copies) > 1])
 
 
+@dataclass(eq=False)
+class _Looks(Dataset[Any]):
+    index: Index
+    ground: str
+
+    def __getitems__(self, rows: list[int]) -> list[Look]:
+        return [look(self.index.path(row), self.ground) for row in rows]
+
+
 def _look_all(index: Index, workers: int, split: str, ground: str) -> Iterator[Look]:
-    end_at_exit()
-    rows: Any = range(len(index))  # as good as a Dataset
-    collate = partial(_look_batch, index, ground)
-    loader = Loader(rows, batch_size=16, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals)
     done, show = 0, Progress()
     try:
-        for looks in loader:
+        for looks in loader(_Looks(index, ground), range(len(index)), 16, workers):
             done += len(looks)
             yield from looks
             show(f"{split}: {done:,} of {len(index):,} images")
     except RuntimeError as error:  # look never fails, but its process may
         where = f"from {index.path(min(done, len(index) - 1))} on ({error})"
         raise UserError(f"a process died while it read images {where}: if memory ran out, fewer --workers") from error
-
-
-def _look_batch(index: Index, ground: str, rows: list[int]) -> list[Look]:
-    return [look(index.path(row), ground) for row in rows]
 
 
 def _compare_copies(report: Report, layouts: dict[str, Layout], copies: list[list[tuple[str, int]]]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from vitlit.errors import UserError
+from vitlit.files import writing
 from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode
 from vitlit.images.decode import reason as why_unread
 
@@ -151,12 +151,9 @@ class Report:
             finding.reasons |= {path: why for path, why in reasons.items() if why}
 
     def write(self, file: Path) -> None:
-        """Write JSON; UserError if the file cannot be written."""
         content = {**asdict(self), "root": str(self.root), "ok": self.ok}
-        try:
+        with writing(file, "give --json another file"):
             file.write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {file} ({error.strerror}): give --json another file") from error
 
     def print(self) -> None:
         console = Console(soft_wrap=True, highlight=False, markup=False)

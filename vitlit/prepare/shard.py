@@ -22,7 +22,7 @@ from vitlit.data.shard_index import BLOCK, INDEX, ShardFiles, ShardIndex, save_i
 from vitlit.data.webdataset import CLASSES
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import whole_folder
+from vitlit.files import whole_folder, writing
 from vitlit.images.decode import decode_bytes
 from vitlit.seeds import mix
 
@@ -81,17 +81,14 @@ def write(found: Manifest, out: Path, shard_size: int, shrink: Shrink = None) ->
         raise UserError("--shard_size and --short_side must be at least 1, and --quality from 1 to 100")
     shards: list[str] = []
     splits: dict[str, Index] = {}
-    try:
-        with whole_folder(out) as partial:
-            for split, index in found.splits.items():
-                parts = _write_split(partial, split, index, shard_size, shrink, shards)
-                files = ShardFiles(str(out), Names.pack(index.names()), tuple(shards), parts)
-                splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
-            sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
-            save_index(partial / INDEX, ShardIndex(found._replace(splits=splits), tuple(shards), sizes))
-            (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): name another folder") from error
+    with writing(out, "name another folder"), whole_folder(out) as partial:
+        for split, index in found.splits.items():
+            parts = _write_split(partial, split, index, shard_size, shrink, shards)
+            files = ShardFiles(str(out), Names.pack(index.names()), tuple(shards), parts)
+            splits[split] = Index(files, np.arange(len(index)), index.labels, index.groups)
+        sizes = np.array([(partial / shard).stat().st_size for shard in shards], np.int64)
+        save_index(partial / INDEX, ShardIndex(found._replace(splits=splits), tuple(shards), sizes))
+        (partial / CLASSES[0]).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.classes))
     for split, index in splits.items():
         tars = sum(shard.startswith(f"{split}-") for shard in shards)
         print(f"{out}: {split}, {len(index):,} images in {tars:,} shards")

@@ -1,20 +1,17 @@
 """`vitlit data show RUN --step N`: the images that a step of a run is trained on."""
 
 import csv
-import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from vitlit.errors import CommandParser, UserError
 from vitlit.run.config import read_config
-from vitlit.run.folder import RunFolder, RunOptions
 
 ABOUT = """\
 Print the images of an optimiser step as CSV: row of the global batch, index, path, label, and repeat, which tells the
-augmentations of an image apart. They follow from the run's config alone, so any step up to its end will do, trained or
-not. With data.on_bad_image skip, the run's bad_images.csv lists the images that were replaced.
+augmentations of an image apart. They follow from the run's config alone, so any step will do, trained or not. With
+data.on_bad_image skip, the run's bad_images.csv lists the images that were replaced.
 """
 
 
@@ -26,12 +23,10 @@ def run(arguments: list[str]) -> int:
     if given.step < 0:
         raise UserError(f"step {given.step} is less than 0")
     file = given.run / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml")
-    config = read_config(file)
-    stored = config.get("data")
-    if not isinstance(stored, dict):
-        raise UserError(f"{file} is not a run's config: it has no data")
+    config = read_config(file) if file.is_file() else {}
+    if "data" not in config:
+        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml of a run")
+    stored = config["data"]
     if stored.get("seed") is None:
         stored["seed"] = config.get("seed_everything", 0)
     from vitlit.data import ImageFolderData  # loads torch and Lightning, which a mistake need not wait for
@@ -41,9 +36,6 @@ def run(arguments: list[str]) -> int:
     data = ImageFolderData(**{name: stored[name] for name in options if name in stored})
     with redirect_stdout(sys.stderr):  # what is said of the folder is no CSV
         index = data.split("train")
-    end = last_step(given.run, config.get("trainer") or {}, data.steps_per_epoch)
-    if given.step > end:
-        raise UserError(f"step {given.step} is beyond the run's end; its last step is {end:,}, counted from 0")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["row", "index", "path", "label", "repeat"])
     for row, sample in enumerate(data.samples(given.step)):
@@ -52,14 +44,3 @@ def run(arguments: list[str]) -> int:
         names = [f"{labels:g}"] if data.numbers else [data.classes[int(number)] for number in numbers]
         table.writerow([row, sample.index, index.path(sample.index), "|".join(names), sample.repeat])
     return 0
-
-
-def last_step(run: Path, trainer: dict[str, Any], steps_per_epoch: int) -> float:
-    """The number of a run's last step: where it ended, or where its config ends it; infinite if nowhere."""
-    folder = RunFolder(RunOptions(run.absolute().name, str(run.absolute().parent)), None, exact=True)
-    if folder.marker.is_file():
-        return folder.finished_at() - 1
-    share = trainer.get("limit_train_batches")
-    epoch = int(share * steps_per_epoch) if isinstance(share, float) else steps_per_epoch
-    limits = ((trainer.get("max_epochs"), epoch), (trainer.get("max_steps"), 1))
-    return min((limit * steps for limit, steps in limits if limit not in (None, -1)), default=math.inf) - 1

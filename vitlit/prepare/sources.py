@@ -83,7 +83,6 @@ def _digits() -> dict[str, Split]:
 
 
 def _download(name: str, root: str) -> dict[str, Split]:
-    """Fetch a data set with torchvision; a failure is a UserError of one line."""
     splits = ("train", "val", "test") if name == "flowers102" else ("train", "val")
     try:
         return {split: _fetch_split(name, split, root) for split in splits}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import check_range
 
 _FILL = 128
 _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu")  # of a pixel
@@ -47,8 +47,8 @@ class BigVisionRandAugment(v2.Transform):
 
     def __init__(self, ops: int = 2, magnitude: int = 10) -> None:
         super().__init__()
-        if ops < 1 or magnitude < 0:
-            raise UserError(f"ops {ops} must be at least 1, and magnitude {magnitude} at least 0")
+        check_range("BigVisionRandAugment", 1, ops=ops)
+        check_range("BigVisionRandAugment", 0, magnitude=magnitude)
         self.ops, self.magnitude = ops, magnitude
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:

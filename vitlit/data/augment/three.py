@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import check_range
 
 
 class ThreeAugment(v2.Transform):
@@ -25,8 +25,7 @@ class ThreeAugment(v2.Transform):
 
     def __init__(self, jitter: float = 0.3) -> None:
         super().__init__()
-        if jitter < 0:
-            raise UserError(f"jitter {jitter} must be at least 0")
+        check_range("ThreeAugment", 0, jitter=jitter)
         self.jitter = v2.ColorJitter(jitter, jitter, jitter)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """RandAugment as timm has it: timm/data/auto_augment.py, with the same pixels for the same draws."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vitlit.errors import UserError
+from vitlit.errors import check_range
 
 _RESAMPLING = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 
@@ -68,12 +67,10 @@ class TimmRandAugment(v2.Transform):
         fill: tuple[int, int, int] = (124, 116, 104),
     ) -> None:
         super().__init__()
-        # To timm a std above 100 means another distribution.
-        limits = {"magnitude": (magnitude, 0, 10), "ops": (ops, 1, math.inf)}
-        limits |= {"std": (std, 0, 100), "prob": (prob, 0, 1)}
-        for name, (value, least, most) in limits.items():
-            if not least <= value <= most:
-                raise UserError(f"{name} {value} must be in [{least}, {most}]")
+        check_range("TimmRandAugment", 0, 10, magnitude=magnitude)
+        check_range("TimmRandAugment", 1, ops=ops)
+        check_range("TimmRandAugment", 0, 100, std=std)  # above it timm means another distribution
+        check_range("TimmRandAugment", 0, 1, prob=prob)
         self.magnitude, self.ops, self.std, self.increasing, self.prob = magnitude, ops, std, increasing, prob
         self.interpolation, self.fill = interpolation, fill
 
