@@ -18,19 +18,21 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     given = parser.parse_args(arguments or ["--help"])
     from vitlit.files import whole_folder
-    from vitlit.inspection.figures import FIGURES  # loads torch, which a mistake need not wait for
+    from vitlit.inspection.attention import pooled  # loads torch, which a mistake need not wait for
+    from vitlit.inspection.figures import FIGURES
     from vitlit.weights import load
 
     with whole_folder(given.out) as folder:
         vit = load(given.weights)
         if vit.preprocess is None:
-            remedy = "set vit.preprocess in Python, and save it again"
-            raise UserError(f"{given.weights} does not tell how its images are normalised; {remedy}")
+            raise UserError(f"{given.weights} tells no normalisation of images; set vit.preprocess and save it again")
         images = vit.preprocess(given.images)
+        print(f"images and heads: attention of the {pooled(vit)[0]}, which the head sees")
         for draw in FIGURES:
             name = draw.__name__.removeprefix("draw_")
             try:
                 draw(vit, images).savefig(folder / f"{name}.png")
+                print(f"{name}: {given.out / name}.png")
             except UserError as reason:
-                print(f"{name} is left out: {reason}")
+                print(f"{name}: not drawn, {reason}")
     return 0

@@ -14,7 +14,6 @@ from vitlit.inspection.patches import filter_components, occlusion, patch_compon
 from vitlit.model import ViT
 
 POSITIONS, SQUARES = 7, 14  # drawn on each axis, of a larger grid
-DARK = 0.15  # of a pixel's brightness, which it keeps where no attention goes
 
 
 def draw_filters(vit: ViT, images: Tensor | None = None) -> Figure:
@@ -49,7 +48,7 @@ def draw_images(vit: ViT, images: Tensor) -> Figure:
     last = [attention(vit, image, tokens=tokens).mean((1, 2)) for image in images.split(1)]
     through = [rollout(vit, image)[:, tokens].mean(1) for image in images.split(1)]
     maps = [as_map(vit, images, torch.cat(weights)).cpu()[:, None] for weights in (last, through)]
-    light = [DARK + (1 - DARK) * F.interpolate(each, images.shape[-2:], mode="bilinear") for each in maps]
+    light = [0.15 + 0.85 * F.interpolate(each, images.shape[-2:], mode="bilinear") for each in maps]
     inputs, found = coloured(images, vit.preprocess), patch_components(vit, images).cpu()
     low, high = found.flatten(0, 2).quantile(torch.tensor([0.01, 0.99]), 0)
     rows = [inputs, *(inputs * each.permute(0, 2, 3, 1) for each in light), ((found - low) / (high - low)).clamp(0, 1)]

@@ -15,7 +15,7 @@ def filter_components(vit: ViT, count: int = 28) -> Tensor:
 
 
 def position_similarity(vit: ViT) -> Tensor:
-    """The cosine of the positions' embeddings, (rows, columns, rows, columns); UserError if there are none (figure 7)."""
+    """The cosine of all position embeddings, (rows, columns, rows, columns) (figure 7); UserError if there are none."""
     if vit.pos_embed is None:
         raise UserError(f"this ViT adds no positions to its patches (position: {vit.position})")
     positions = F.normalize(vit.pos_embed[0, vit.positioned :].detach().float(), dim=-1)
@@ -24,10 +24,7 @@ def position_similarity(vit: ViT) -> Tensor:
 
 @torch.no_grad()
 def patch_components(vit: ViT, images: Tensor, count: int = 3) -> Tensor:
-    """The first principal components of the patches' features: (B, C, H, W) -> (B, rows, columns, count).
-
-    Those of all images together, so that what is alike is alike in all (2304.07193, figure 1).
-    """
+    """Components of the features of all patches (2304.07193, figure 1): (B, C, H, W) -> (B, rows, columns, count)."""
     features = torch.cat([vit.features(image)[:, vit.prefix :] for image in images.split(1)]).float()
     found = (features - features.mean((0, 1))) @ principal_components(features.flatten(0, 1), count).T
     return found.unflatten(1, vit.grid_of(*images.shape[-2:]))
@@ -43,8 +40,8 @@ def principal_components(rows: Tensor, count: int) -> Tensor:
 def occlusion(vit: ViT, images: Tensor, window: int = 3, stride: int = 1) -> tuple[Tensor, Tensor]:
     """How much probability the predicted class loses by a grey square around every stride-th patch (1311.2901, 4.2).
 
-    The square has the side of `window` patches. (B, C, H, W) -> losses (B, rows / stride, columns / stride), rounded up,
-    and the predicted classes (B,). UserError: there is no head that tells classes apart.
+    It is `window` patches wide. (B, C, H, W) -> what is lost, (B, rows / stride, columns / stride), rounded up, and the
+    predicted classes (B,). UserError: there is no head that tells classes apart.
     """
     if vit.config.num_classes < 2:
         raise UserError("this ViT has no head that tells classes apart")
