@@ -33,8 +33,8 @@ def draw_positions(vit: ViT, images: Tensor | None = None) -> Figure:
 
 def draw_distance(vit: ViT, images: Tensor) -> Figure:
     """2010.11929, figure 7, right. A point is a head, the line their mean."""
-    found = torch.stack([attention_distance(vit, image) for image in images.split(1)]).mean(0).cpu()
-    depth, figure = torch.arange(1, len(found) + 1), Figure((5, 4), 200, layout="constrained")
+    found = torch.stack([attention_distance(vit, image) for image in images.split(1)]).mean(0).cpu().numpy()
+    depth, figure = range(1, len(found) + 1), Figure((5, 4), 200, layout="constrained")
     axes = figure.subplots()
     axes.plot(depth, found, "o", color="tab:blue", alpha=0.6)
     axes.plot(depth, found.mean(1), color="black")
@@ -86,7 +86,7 @@ def draw_grid(
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, subplot_kw=blank)
     for line, row, label in zip(grid, rows, left or repeat(""), strict=False):
         for axes, shown, caption in zip(line, row, below or repeat(""), strict=False):
-            drawn = axes.imshow(shown, "viridis", **scale)
+            drawn = axes.imshow(shown.numpy(), "viridis", **scale)
             axes.set(xlabel=caption, ylabel=label)
             axes.label_outer()
     if bar:
