@@ -22,7 +22,7 @@ def saved(path: Path, preprocess: Preprocess | None = None, **options: object) -
     """The file of a tiny ViT."""
     torch.manual_seed(0)
     size = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
-    vit = ViT(**{**size, **options})  # type: ignore[arg-type]
+    vit = ViT(**{**size, **options})
     vit.preprocess = preprocess or Preprocess((16, 16))
     package.save_weights(vit, path, format="vitlit")
     return path
@@ -80,9 +80,10 @@ def test_the_figures_show_their_numbers() -> None:
     assert [axes.get_ylabel() for axes in heads] == ["block 1", "", "block 2", ""]
     (axes,) = figures.draw_distance(vit, images).axes
     assert "(pixels)" in axes.get_ylabel()
+    assert len(axes.get_xticks()) == 2
     positions = figures.draw_positions(vit).axes
     assert len(positions) == 17
     assert positions[-1].get_ylabel() == "Cosine similarity"
-    assert positions[5].images[0].get_array()[1, 1] == pytest.approx(1)
+    assert torch.tensor(positions[5].images[0].get_array())[1, 1] == pytest.approx(1)
     filters = figures.draw_filters(vit).axes
     assert len(filters) == 28

@@ -36,9 +36,9 @@ def draw_distance(vit: ViT, images: Tensor) -> Figure:
     found = torch.stack([attention_distance(vit, image) for image in images.split(1)]).mean(0).cpu().numpy()
     depth, figure = range(1, len(found) + 1), Figure((5, 4), 200, layout="constrained")
     axes = figure.subplots()
-    axes.plot(depth, found, "o", color="tab:blue", alpha=0.6)
-    axes.plot(depth, found.mean(1), color="black")
-    axes.set(xlabel="Network depth (block)", ylabel="Mean attention distance (pixels)", ylim=(0, None))
+    axes.plot(depth, found, "C0o", depth, found.mean(1), "k-", alpha=0.7)
+    axes.set(title="Heads, and their mean", xlabel="Network depth (block)", ylabel="Mean attention distance (pixels)")
+    axes.set(xticks=depth[:: -(-len(depth) // 12)], ylim=(0, 1.05 * found.max()))
     return figure
 
 
@@ -62,7 +62,7 @@ def draw_occlusion(vit: ViT, images: Tensor) -> Figure:
     lost, classes = occlusion(vit, images, 2 * stride + 1, stride)
     names = [vit.classes[i][:20] if vit.classes else f"class {i}" for i in classes.tolist()]
     rows, scale = [coloured(images, vit.preprocess), lost.cpu()], {"vmin": lost.min(), "vmax": lost.max()}
-    return draw_grid("Occlusion", rows, ["input", "square at"], names, 2, "Lost probability", **scale)
+    return draw_grid("Occlusion", rows, ["input", "hidden at"], names, 2, "Lost probability", **scale)
 
 
 def draw_heads(vit: ViT, images: Tensor) -> Figure:
