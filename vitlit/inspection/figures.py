@@ -13,7 +13,7 @@ from vitlit.inspection.attention import as_map, attention, attention_distance, a
 from vitlit.inspection.patches import filter_components, occlusion, patch_components, position_similarity
 from vitlit.model import ViT
 
-POSITIONS, SQUARES = 7, 14  # drawn on each axis, of a larger grid
+POSITIONS, SQUARES = 8, 14  # drawn on each axis, of a larger grid
 
 
 def draw_filters(vit: ViT, images: Tensor | None = None) -> Figure:
@@ -80,7 +80,7 @@ def draw_grid(
     title: str, rows: Any, left: Any = (), below: Any = (), inches: float = 0.8, bar: str = "", **scale: Any
 ) -> Figure:
     """Rows of pictures (H, W, 3) and maps (rows, columns), labelled; `bar` says what the numbers of the maps are."""
-    figure = Figure((inches * len(rows[0]) + 1, inches * len(rows) + 0.8), 200, layout="constrained")
+    figure = Figure((inches * len(rows[0]) + (2 if bar else 1), inches * len(rows) + 0.8), 200, layout="constrained")
     figure.suptitle(title)
     blank = {"xticks": [], "yticks": [], "frame_on": False}
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, subplot_kw=blank)
