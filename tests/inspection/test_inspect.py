@@ -49,7 +49,7 @@ def test_what_does_not_apply_to_a_vit_is_said(vitlit: Command, tmp_path: Path) -
     out = done(vitlit("inspect", file, "1.png", "--out", "looks"))
     assert re.search(r"^positions: not drawn, .*position: rope", out, re.M)
     assert re.search(r"^occlusion: not drawn, .*no head", out, re.M)
-    assert "attention of the patches" in out
+    assert "attention of the patches (pool: gap)" in out
     assert {path.stem for path in (tmp_path / "looks").iterdir()} == ALL - {"positions", "occlusion"}
 
 

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
         if vit.preprocess is None:
             raise UserError(f"{given.weights} tells no normalisation of images; set vit.preprocess and save it again")
         images = vit.preprocess(given.images)
-        print(f"images and heads: attention of the {pooled(vit)[0]}, which the head sees")
+        print(f"images and heads: attention of the {pooled(vit)[0]} (pool: {vit.config.pool})")
         for draw in FIGURES:
             name = draw.__name__.removeprefix("draw_")
             try:
