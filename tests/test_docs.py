@@ -166,6 +166,7 @@ def reader(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     (folder / "configs").symlink_to(REPOSITORY / "configs")
     save_file(stranger().state_dict(), folder / "timm.safetensors")
+    shutil.copy(next((few / "val" / "0").iterdir()), folder / "photo.png")
     write_labels(few, folder)
     return folder
 

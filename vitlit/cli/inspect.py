@@ -1,0 +1,38 @@
+"""`vitlit inspect WEIGHTS IMAGE... --out DIR`."""
+
+from pathlib import Path
+
+from vitlit.errors import CommandParser, UserError
+
+ABOUT = """\
+Draw what a ViT attends to in images, and what it has learned, as PNG files in a new folder: filters (of the patches),
+positions (their similarity), distance (of attention, by depth), images (their attention and features), occlusion (what
+the class loses where a grey square is) and heads (of each block, in the first image). What does not apply is said.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    parser = CommandParser("vitlit inspect", ABOUT)
+    parser.add_argument("weights", metavar="WEIGHTS", help="a run's folder, a weight file, or hf:OWNER/NAME")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    given = parser.parse_args(arguments or ["--help"])
+    from vitlit.files import whole_folder
+    from vitlit.inspection.attention import pooled  # loads torch, which a mistake need not wait for
+    from vitlit.inspection.figures import FIGURES
+    from vitlit.weights import load
+
+    with whole_folder(given.out) as folder:
+        vit = load(given.weights)
+        if vit.preprocess is None:
+            raise UserError(f"{given.weights} tells no normalisation of images; set vit.preprocess and save it again")
+        images = vit.preprocess(given.images)
+        print(f"images and heads: attention of the {pooled(vit)[0]} (pool: {vit.config.pool})")
+        for draw in FIGURES:
+            name = draw.__name__.removeprefix("draw_")
+            try:
+                draw(vit, images).savefig(folder / f"{name}.png")
+                print(f"{name}: {given.out / name}.png")
+            except UserError as reason:
+                print(f"{name}: not drawn, {reason}")
+    return 0
