@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import log_loss, recall_score
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from vitlit.evaluation import classify, temperature
+from vitlit.evaluation import classify
 from vitlit.evaluation.classify import per_class
 
 
@@ -36,15 +36,3 @@ def test_the_numbers_are_torchmetrics_and_scikit_learns() -> None:
     assert classify(logits.numpy(), labels.numpy()) == pytest.approx(expected, abs=1e-6)
     of_class = recall_score(labels, logits.argmax(1), labels=range(7), average=None)
     assert per_class((logits.argmax(1) == labels).double().numpy(), labels.numpy()) == pytest.approx(of_class)
-
-
-def test_a_temperature_undoes_what_was_too_sure() -> None:
-    logits, labels = made(4000)
-    found = temperature(logits[::2], labels[::2])
-    assert found == pytest.approx(3, rel=0.1)
-    before, after = classify(logits[1::2], labels[1::2]), classify(logits[1::2] / found, labels[1::2])
-    assert after["nll"] < before["nll"]
-    assert after["ece"] < before["ece"] / 3
-    assert after["top1"] == before["top1"]
-    near = [classify(logits[::2] / (found * factor), labels[::2])["nll"] for factor in (1, 0.99, 1.01)]
-    assert min(near) == near[0]

@@ -57,9 +57,9 @@ def test_the_layers_learn_by_sgd_with_a_cosine() -> None:
     inputs, rates, steps = x.float(), (1e-3, 0.1), 9
     found = layers(inputs, labels, 7, rates, seed=3, steps=steps)
     draw = torch.Generator().manual_seed(3)
-    first = 0.01 * torch.randn(7, 24, generator=draw).double()
+    first = 0.01 * torch.randn(24, 7, generator=draw).T.double()
     order = torch.cat([torch.randperm(150, generator=draw)[:128] for _ in range(steps)]).split(128)
-    for layer, rate in zip(found, rates, strict=True):
+    for layer, rate in zip(found.unbind(1), rates, strict=True):
         weights, bias, speed = (
             first.clone(),
             torch.zeros(7).double(),
@@ -70,8 +70,8 @@ def test_the_layers_learn_by_sgd_with_a_cosine() -> None:
             speed = [0.9 * speed[0] + slopes.T @ x[rows] / 128, 0.9 * speed[1] + slopes.mean(0)]
             now = rate * 128 / 256 * (1 + np.cos(np.pi * step / steps)) / 2
             weights, bias = weights - now * speed[0], bias - now * speed[1]
-        torch.testing.assert_close(layer.weight.double(), weights, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(layer.bias.double(), bias, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer[:-1].T.double(), weights, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer[-1].double(), bias, atol=1e-4, rtol=1e-4)
 
 
 def test_the_best_features_and_rate_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

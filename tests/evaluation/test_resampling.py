@@ -1,9 +1,8 @@
-"""Folds that keep groups together, intervals that cover at their rate, and a test that is near McNemar's."""
+"""Folds that keep groups together, intervals that cover at their rate, and compare two models."""
 
 import numpy as np
 import pytest
 from conftest import user_error
-from scipy.stats import chi2  # type: ignore[import-untyped]
 
 from vitlit.evaluation import compare, folds, interval
 
@@ -35,16 +34,15 @@ def test_an_interval_covers_the_truth_at_its_rate() -> None:
 
 
 @pytest.mark.parametrize(("better", "worse"), [(45, 30), (20, 18), (60, 20)])
-def test_p_is_near_mcnemars(better: int, worse: int) -> None:
+def test_the_interval_of_a_difference_is_of_pairs(better: int, worse: int) -> None:
     one, other = np.ones(400), np.ones(400)
     one[:better] = other[better : better + worse] = 0
-    difference, low, high, p = compare(np.mean, (one,), (other,), draws=2000)
+    difference, low, high = compare(np.mean, (one,), (other,), draws=1000)
     assert difference == pytest.approx((better - worse) / 400)
     spread = ((better + worse) / 400 - difference**2) ** 0.5 / 20
     assert (low, high) == pytest.approx((difference - 1.96 * spread, difference + 1.96 * spread), abs=0.006)
-    assert p == pytest.approx(chi2.sf((better - worse) ** 2 / (better + worse), 1), abs=0.04)
 
 
 def test_two_that_are_the_same_do_not_differ() -> None:
     values = np.random.default_rng(0).random(50)
-    assert compare(np.mean, (values,), (values,)) == (0, 0, 0, 1)
+    assert compare(np.mean, (values,), (values,)) == (0, 0, 0)

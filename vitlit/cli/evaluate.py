@@ -26,16 +26,15 @@ from vitlit.evaluation import compare, features, fewshot, folds, interval, linea
 from vitlit.evaluation.classify import balanced, measures, per_class
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.files import load_arrays, save_arrays, write_text, writing
-from vitlit.images.preprocess import Preprocess
 from vitlit.weights import load
 
 HELP = """\
-Measure weights (files, runs, hf:OWNER/NAME) on a folder's val split: probes that learn from train, and with classify
-the weights' own head. Intervals are of 95 %, over images; +- is the deviation over seeds; what follows is the
-difference to the first weights, its interval and p of a paired test. Features are kept in ~/.cache/vitlit/features.
+Measure weights (files, runs, hf:OWNER/NAME) on a folder's val split, by probes that learn from train; classify is their
+own head. A row is weights, method, metric, value, its 95 % interval over images, +- the deviation over seeds, and the
+paired difference to the first weights. Features are kept in ~/.cache/vitlit/features.
 """
 NEEDS = {"knn": ["pooled"], "fewshot": ["pooled"], "linear": ["class", "patches"], "classify": ["logits"]}
-ROW = ("weights", "method", "metric", "value", "low", "high", "deviation", "difference", "from", "to", "p")
+ROW = ("weights", "method", "metric", "value", "low", "high", "deviation", "difference", "from", "to")
 Found = dict[tuple[str, str], Any]  # a statistic, its values for each image, and its value for each seed
 
 
@@ -46,9 +45,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--with", dest="methods", metavar="LIST", default="knn,fewshot,linear", help=",".join(NEEDS))
     parser.add_argument("--shots", type=int, default=5, metavar="N", help="images of each class for fewshot; default 5")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of probes and folds; default 3")
-    parser.add_argument(
-        "--folds", type=int, default=0, metavar="N", help="measure train, each of N parts by the others"
-    )
+    parser.add_argument("--folds", type=int, default=0, metavar="N", help="of train, measured in place of val")
     parser.add_argument("--image_size", type=int, default=0, metavar="N", help="pixels; by default the weights'")
     parser.add_argument("--holdout", default="0", metavar="SHARE", help="as --data.holdout, such as 10%%")
     parser.add_argument("--manifest", metavar="FILE", help="as --data.manifest; folds keep its groups together")
@@ -66,23 +63,24 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"{given.root} must have one class for each image; `vitlit test` measures other labels")
     indices = [splits["train"]] if given.folds else [splits["train"], splits["val"]]
     names, groups = sorted({name for method in methods for name in NEEDS[method]}), splits["train"].groups
-    first: Found = {}
-    rows, classes = [], {}
+    first, rows, classes = Found(), [], {}
     for source in given.weights:
-        vit, found = ready(source, given.image_size), {}
+        vit, found = ready(source, given.image_size), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
         for method in methods:
-            found |= (
-                by_head(vit, *parts[-1], splits) if method == "classify" else by_probe(method, parts, given, groups)
-            )
+            head = method == "classify"
+            found |= by_head(vit, *parts[-1], splits) if head else by_probe(method, parts, given, groups)
         for (method, metric), (statistic, values, of_seeds) in found.items():
-            value, (low, high), spread = np.mean(of_seeds), interval(statistic, *values), np.std(of_seeds)
-            against = compare(statistic, first[method, metric][1], values) if first else ()
-            rows.append([source, method, metric, value, low, high, spread, *(against or [None] * 4)])
-            said = f"{source:<24} {method:<8} {metric:<8} {value:.4f}  {low:.4f} to {high:.4f}  +- {spread:.4f}"
-            print(said + "  {:+.4f} ({:+.4f} to {:+.4f}), p {:.3f}".format(*against) if against else said, flush=True)
+            spread = [np.std(of_seeds, ddof=1)] if len(of_seeds) > 1 else []
+            against = compare(statistic, first[method, metric][1], values) if first else []
+            row = [source, method, metric, np.mean(of_seeds), *interval(statistic, *values)]
+            rows.append([*row, *(spread or [None]), *(against or [None] * 3)])
+            said = ["{:<24} {:<8} {:<8} {:.4f}  {:.4f} to {:.4f}", *["+- {:.4f}" for _ in spread]]
+            said += ["{:+.4f} ({:+.4f} to {:+.4f})"] if against else []
+            print("  ".join(said).format(*row, *spread, *against), flush=True)
             if metric == "balanced":
-                classes[f"{source}, {method}"] = dict(zip(splits.classes, per_class(*values).tolist(), strict=False))
+                shares = zip(splits.classes, per_class(*values).tolist(), strict=False)
+                classes[f"{source}, {method}"] = {name: share for name, share in shares if share == share}  # no NaN
         first = first or found
     if given.out:
         with writing(given.out, "give another --out"):
@@ -95,11 +93,10 @@ def run(arguments: list[str]) -> int:
 
 def ready(source: str, image_size: int) -> Any:
     """A ViT on the GPU if there is one, for images of its own size or another; UserError without preprocessing."""
-    vit = load(source)
-    if not isinstance(vit.preprocess, Preprocess):
+    vit: Any = load(source)
+    if vit.preprocess is None:
         raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
     if image_size:
-        vit.grid_of(image_size, image_size)
         vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
     return vit.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -115,7 +112,8 @@ def by_head(vit: Any, val: Any, labels: np.ndarray, splits: Splits) -> Found:
 def by_probe(method: str, parts: list[Any], given: Namespace, groups: Any) -> Found:
     """What probes are worth on val, or on the folds of train, in the mean over seeds; parts are features and labels."""
     both = {name: torch.cat([part[name] for part, _ in parts]) for name in NEEDS[method]}
-    labels, right = np.concatenate([labels for _, labels in parts]), {}
+    labels = np.concatenate([labels for _, labels in parts])
+    right: dict[str, np.ndarray] = {}
     fold = np.concatenate([np.full(len(labels), part - 1) for part, (_, labels) in enumerate(parts)])  # train: -1
     for seed in range(given.seeds):
         if given.folds:
@@ -125,11 +123,12 @@ def by_probe(method: str, parts: list[Any], given: Namespace, groups: Any) -> Fo
             own = groups if groups is None else groups[~test[: len(groups)]]
             for name, found in classes_by(method, bank, labels[~test], seen, seed, own, given.shots).items():
                 right.setdefault(name, np.zeros((given.seeds, len(labels))))[seed, test] = found == labels[test]
-    shown, measured = fold >= 0, {}
-    for name, of_seeds in ((name, each[:, shown]) for name, each in right.items()):
-        share, numbers = of_seeds.mean(0), labels[shown]
-        measured[name, "top1"] = np.mean, (share,), of_seeds.mean(1)
-        measured[name, "balanced"] = balanced, (share, numbers), [balanced(each, numbers) for each in of_seeds]
+    measured, numbers = Found(), labels[fold >= 0]
+    for name, each in right.items():
+        of_seeds = each[:, fold >= 0]
+        measured[name, "top1"] = np.mean, (of_seeds.mean(0),), of_seeds.mean(1)
+        balances = [balanced(of_seed, numbers) for of_seed in of_seeds]
+        measured[name, "balanced"] = balanced, (of_seeds.mean(0), numbers), balances
     return measured
 
 
@@ -148,7 +147,7 @@ def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
     device, preprocess = next(vit.parameters()).device, vit.preprocess
     key = hashlib.blake2b(save(dict(vit.state_dict())), digest_size=16)
     key.update(repr([torch.__version__, device.type, vit.config, preprocess, names, index.digest()]).encode())
-    if isinstance(index.files, ShardFiles):
+    if isinstance(index.files, ShardFiles):  # whose parts hold checksums of headers
         key.update(repr([index.files.root, index.files.shards]).encode() + index.files.parts.tobytes())
     else:
         status = ((path := index.path(row), os.stat(path)) for row in range(len(index)))

@@ -52,12 +52,3 @@ def balanced(right: np.ndarray, labels: np.ndarray) -> float:
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     return float(np.abs(np.bincount(bins, confidence - right)).sum() / len(bins))
-
-
-def temperature(logits: Any, labels: Any) -> float:
-    """What logits are divided by so that their mean negative log-likelihood is least (1706.04599, section 4.2)."""
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
-
-    logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
-    found = minimize_scalar(lambda log: F.cross_entropy(logits / np.exp(log), labels).item(), bounds=(-5, 5))
-    return float(np.exp(found.x))

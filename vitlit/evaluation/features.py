@@ -24,15 +24,14 @@ def features(vit: Any, batches: Iterable[Tensor], names: Sequence[str] = ("poole
     if vit.training:
         raise UserError("features are those of evaluation: call vit.eval() first")
     device = next(vit.parameters()).device
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    found: list[dict[str, Tensor]] = []
     images = (image for batch in batches for image in batch)
     while block := list(islice(images, BLOCK)):
         filled = torch.stack(block + [torch.zeros_like(block[0])] * (BLOCK - len(block)))
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             of_block = forward(vit, filled.to(device, torch.float32))
-        for name, parts in found.items():
-            parts.append(of_block[name][: len(block)].to("cpu", copy=True))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        found.append({name: of_block[name][: len(block)].to("cpu", copy=True) for name in names})
+    return {name: torch.cat([each[name] for each in found]) for name in names}
 
 
 def forward(vit: Any, images: Tensor) -> dict[str, Tensor]:
