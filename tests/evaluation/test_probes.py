@@ -51,11 +51,13 @@ def test_other_shots_are_other_classes() -> None:
     user_error("more than 100 training images.*fewer", fewshot, train, labels, images, 100)
 
 
-def test_the_layers_learn_by_sgd_with_a_cosine() -> None:
-    layers = importlib.import_module("vitlit.evaluation.linear").train_layers
+def test_the_layers_learn_by_sgd_with_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("vitlit.evaluation.linear")
     x, labels = (torch.as_tensor(part) for part in features(1, 150))
     inputs, rates, steps = x.float(), (1e-3, 0.1), 9
-    found = layers(inputs, labels, 7, rates, seed=3, steps=steps)
+    for name, value in (("RATES", rates), ("STEPS", steps), ("EPOCHS", 0)):
+        monkeypatch.setattr(module, name, value)
+    found = module.train_layers(inputs, labels, 7, 3)
     draw = torch.Generator().manual_seed(3)
     first = 0.01 * torch.randn(24, 7, generator=draw).T.double()
     order = torch.cat([torch.randperm(150, generator=draw)[:128] for _ in range(steps)]).split(128)

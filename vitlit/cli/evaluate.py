@@ -30,8 +30,7 @@ from vitlit.weights import load
 
 HELP = """\
 Measure weights (files, runs, hf:OWNER/NAME) on a folder's val split, by probes that learn from train; classify is their
-own head. A row is weights, method, metric, value, its 95 % interval over images, +- the deviation over seeds, and the
-paired difference to the first weights. Features are kept in ~/.cache/vitlit/features.
+own head. Intervals are of 95 %, over images, deviations over seeds, differences to the first weights.
 """
 NEEDS = {"knn": ["pooled"], "fewshot": ["pooled"], "linear": ["class", "patches"], "classify": ["logits"]}
 ROW = ("weights", "method", "metric", "value", "low", "high", "deviation", "difference", "from", "to")
@@ -62,25 +61,23 @@ def run(arguments: list[str]) -> int:
     if splits.multi_label or splits.numbers or not splits.classes:
         raise UserError(f"{given.root} must have one class for each image; `vitlit test` measures other labels")
     indices = [splits["train"]] if given.folds else [splits["train"], splits["val"]]
-    names, groups = sorted({name for method in methods for name in NEEDS[method]}), splits["train"].groups
+    names = sorted({name for method in methods for name in NEEDS[method]})
     first, rows, classes = Found(), [], {}
+    line = ("{:<24} {:<8} {:<8}" + " {:>10}" * 7).format
+    print(line(*ROW))
     for source in given.weights:
         vit, found = ready(source, given.image_size), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
         for method in methods:
-            head = method == "classify"
-            found |= by_head(vit, *parts[-1], splits) if head else by_probe(method, parts, given, groups)
+            found |= measured(method, vit, parts, splits, given)
         for (method, metric), (statistic, values, of_seeds) in found.items():
-            spread = [np.std(of_seeds, ddof=1)] if len(of_seeds) > 1 else []
-            against = compare(statistic, first[method, metric][1], values) if first else []
-            row = [source, method, metric, np.mean(of_seeds), *interval(statistic, *values)]
-            rows.append([*row, *(spread or [None]), *(against or [None] * 3)])
-            said = ["{:<24} {:<8} {:<8} {:.4f}  {:.4f} to {:.4f}", *["+- {:.4f}" for _ in spread]]
-            said += ["{:+.4f} ({:+.4f} to {:+.4f})"] if against else []
-            print("  ".join(said).format(*row, *spread, *against), flush=True)
+            spread = np.std(of_seeds, ddof=1) if len(of_seeds) > 1 else None
+            against = compare(statistic, first[method, metric][1], values) if first else [None] * 3
+            rows.append([source, method, metric, np.mean(of_seeds), *interval(statistic, *values), spread, *against])
+            print(line(*(cell if type(cell) is str else "-" if cell is None else f"{cell:.4f}" for cell in rows[-1])))
             if metric == "balanced":
-                shares = zip(splits.classes, per_class(*values).tolist(), strict=False)
-                classes[f"{source}, {method}"] = {name: share for name, share in shares if share == share}  # no NaN
+                shares = enumerate(per_class(*values).tolist())  # NaN for a class without images
+                classes[f"{source}, {method}"] = {splits.classes[i]: share for i, share in shares if share == share}
         first = first or found
     if given.out:
         with writing(given.out, "give another --out"):
@@ -101,18 +98,15 @@ def ready(source: str, image_size: int) -> Any:
     return vit.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def by_head(vit: Any, val: Any, labels: np.ndarray, splits: Splits) -> Found:
-    """What the weights' own head is worth on val."""
-    if vit.config.num_classes != len(splits.classes) or vit.classes not in ([], splits.classes):
-        raise other_classes(splits.root, splits.classes, vit.classes)
-    found = measures(val["logits"], labels)
-    return {("classify", name): (*each, [each[0](*each[1])]) for name, each in found.items()}
-
-
-def by_probe(method: str, parts: list[Any], given: Namespace, groups: Any) -> Found:
-    """What probes are worth on val, or on the folds of train, in the mean over seeds; parts are features and labels."""
+def measured(method: str, vit: Any, parts: list[Any], splits: Splits, given: Namespace) -> Found:
+    """What the weights' own head, or in the mean over seeds a probe, is worth on val, or on the folds of train."""
+    labels, groups = np.concatenate([labels for _, labels in parts]), splits["train"].groups
+    if method == "classify":
+        if vit.config.num_classes != len(splits.classes) or vit.classes not in ([], splits.classes):
+            raise other_classes(splits.root, splits.classes, vit.classes)
+        numbers = measures(parts[-1][0]["logits"], parts[-1][1])
+        return {(method, name): (*each, [each[0](*each[1])]) for name, each in numbers.items()}
     both = {name: torch.cat([part[name] for part, _ in parts]) for name in NEEDS[method]}
-    labels = np.concatenate([labels for _, labels in parts])
     right: dict[str, np.ndarray] = {}
     fold = np.concatenate([np.full(len(labels), part - 1) for part, (_, labels) in enumerate(parts)])  # train: -1
     for seed in range(given.seeds):
@@ -123,13 +117,13 @@ def by_probe(method: str, parts: list[Any], given: Namespace, groups: Any) -> Fo
             own = groups if groups is None else groups[~test[: len(groups)]]
             for name, found in classes_by(method, bank, labels[~test], seen, seed, own, given.shots).items():
                 right.setdefault(name, np.zeros((given.seeds, len(labels))))[seed, test] = found == labels[test]
-    measured, numbers = Found(), labels[fold >= 0]
+    worth, truth = Found(), labels[fold >= 0]
     for name, each in right.items():
         of_seeds = each[:, fold >= 0]
-        measured[name, "top1"] = np.mean, (of_seeds.mean(0),), of_seeds.mean(1)
-        balances = [balanced(of_seed, numbers) for of_seed in of_seeds]
-        measured[name, "balanced"] = balanced, (of_seeds.mean(0), numbers), balances
-    return measured
+        worth[name, "top1"] = np.mean, (of_seeds.mean(0),), of_seeds.mean(1)
+        balances = [balanced(of_seed, truth) for of_seed in of_seeds]
+        worth[name, "balanced"] = balanced, (of_seeds.mean(0), truth), balances
+    return worth
 
 
 def classes_by(method: str, bank: Any, labels: np.ndarray, seen: Any, seed: int, groups: Any, shots: int) -> Any:

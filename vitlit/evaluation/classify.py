@@ -1,14 +1,12 @@
 """Classification and calibration, measured on logits."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 BINS = 15  # of the calibration error
-Measure: TypeAlias = "tuple[Callable[..., Any], tuple[np.ndarray, ...]]"  # a statistic, and its values for each image
 
 
 def classify(logits: Any, labels: Any) -> dict[str, float]:
@@ -20,8 +18,8 @@ def classify(logits: Any, labels: Any) -> dict[str, float]:
     return {name: float(statistic(*values)) for name, (statistic, values) in measures(logits, labels).items()}
 
 
-def measures(logits: Any, labels: Any) -> dict[str, Measure]:
-    """What `classify` counts, as `interval` and `compare` take it."""
+def measures(logits: Any, labels: Any) -> dict[str, Any]:
+    """What `classify` counts: statistics and their values of each image, as `interval` and `compare` take them."""
     logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
     likelihoods, numbers = logits.log_softmax(1), labels.numpy()
     confidence, first = likelihoods.exp().max(1)

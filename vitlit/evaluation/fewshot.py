@@ -28,11 +28,9 @@ def fewshot(train_features: Any, train_labels: Any, features: Any, shots: int = 
     if not len(further):
         raise UserError(f"few-shot: no class has more than {shots} training images, to choose l2 on; give fewer shots")
     mean, std, targets = bank[few].mean(0), bank[few].std(0) + 1e-5, 2.0 * np.eye(len(counts))[labels[few]] - 1
-
-    def whitened(part: np.ndarray) -> np.ndarray:
-        return np.pad((part - mean) / std, ((0, 0), (0, 1)), constant_values=[(0, 0), (0, BIAS)])
-
-    models = [Ridge(alpha=l2, fit_intercept=False).fit(whitened(bank[few]), targets) for l2 in L2]
-    right = [(model.predict(whitened(bank[further])).argmax(1) == labels[further]).mean() for model in models]
-    found: np.ndarray = models[int(np.argmax(right))].predict(whitened(features)).argmax(1)
+    whitened = ((part - mean) / std for part in (bank[few], bank[further], features))
+    train, held, test = (np.pad(part, ((0, 0), (0, 1)), constant_values=BIAS) for part in whitened)
+    models = [Ridge(alpha=l2, fit_intercept=False).fit(train, targets) for l2 in L2]
+    right = [(model.predict(held).argmax(1) == labels[further]).mean() for model in models]
+    found: np.ndarray = models[int(np.argmax(right))].predict(test).argmax(1)
     return found

@@ -1,7 +1,7 @@
 """Classification by a linear layer, as DINOv2 measures it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from vitlit.evaluation.resampling import folds
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 BATCH, EPOCHS, STEPS = 128, 10, 1000  # at least so many steps
+Named = Mapping[str, Tensor]
 
 
-def linear(
-    train: Mapping[str, Tensor], labels: Any, features: Mapping[str, Tensor], seed: int = 0, groups: Any = None
-) -> Tensor:
+def linear(train: Named, labels: Any, features: Named, seed: int = 0, groups: Any = None) -> Tensor:
     """The classes (M,) that the best of many linear layers gives to features (M, D), of one or more names.
 
     For each name and learning rate a layer is trained as DINOv2's 52 are (facebookresearch/dinov2, eval/linear.py; see
@@ -28,7 +27,7 @@ def linear(
     most = min(10, int(numbers.bincount().max()), len(numbers if groups is None else set(groups)))
     held = torch.from_numpy(folds(numbers, most, groups, seed) == 0)
     for name, inputs in train.items():
-        layers = train_layers(inputs[~held], numbers[~held], int(numbers.max()) + 1, seed=seed)
+        layers = train_layers(inputs[~held], numbers[~held], int(numbers.max()) + 1, seed)
         right = (logits(layers, inputs[held]).argmax(2) == numbers[held, None]).sum(0)
         if right.max() > best:
             best, layer = int(right.max()), layers[:, right.argmax()][:, None]
@@ -36,16 +35,13 @@ def linear(
     return found
 
 
-def train_layers(
-    inputs: Tensor, labels: Tensor, classes: int, rates: Sequence[float] = RATES, seed: int = 0, steps: int = 0
-) -> Tensor:
+def train_layers(inputs: Tensor, labels: Tensor, classes: int, seed: int) -> Tensor:
     """A layer for each learning rate, (D + 1, rates, classes) with the bias last; they begin alike and see the same."""
-    draw, batch = torch.Generator().manual_seed(seed), min(BATCH, len(inputs))
-    steps = steps or max(STEPS, EPOCHS * len(inputs) // batch)
+    draw, batch, order = torch.Generator().manual_seed(seed), min(BATCH, len(inputs)), torch.arange(0)
+    steps = max(STEPS, EPOCHS * len(inputs) // batch)
     first = 0.01 * torch.randn(inputs.shape[1], 1, classes, generator=draw)
-    layers = F.pad(first, (0, 0, 0, 0, 0, 1)).repeat(1, len(rates), 1)
-    speeds, momentum = torch.tensor(rates)[:, None] * batch / 256, torch.zeros_like(layers)
-    order = torch.empty(0, dtype=torch.int64)
+    layers = F.pad(first, (0, 0, 0, 0, 0, 1)).repeat(1, len(RATES), 1)
+    speeds, momentum = torch.tensor(RATES)[:, None] * batch / 256, torch.zeros_like(layers)
     for step in range(steps):
         if len(order) < batch:
             order = torch.randperm(len(inputs), generator=draw)

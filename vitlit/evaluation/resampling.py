@@ -8,7 +8,7 @@ import numpy as np
 
 from vitlit.errors import UserError
 
-Statistic = Callable[..., Any]
+Statistic, Values = Callable[..., Any], Sequence[np.ndarray]
 
 
 def folds(labels: Any, count: int, groups: Any = None, seed: int = 0) -> np.ndarray:
@@ -41,9 +41,7 @@ def interval(statistic: Statistic, *values: np.ndarray, seed: int = 0, draws: in
     return low, high
 
 
-def compare(
-    statistic: Statistic, one: Sequence[np.ndarray], other: Sequence[np.ndarray], seed: int = 0, draws: int = 1000
-) -> tuple[float, float, float]:
+def compare(statistic: Statistic, one: Values, other: Values, seed: int = 0) -> tuple[float, float, float]:
     """How much higher a statistic is for the second of two models, and its interval by the paired bootstrap.
 
     Both models' values are of the same images, which are drawn for both: without 0 in it, they differ at the 5 % level.
@@ -52,4 +50,4 @@ def compare(
     def apart(*both: np.ndarray) -> float:
         return float(statistic(*both[len(one) :]) - statistic(*both[: len(one)]))
 
-    return apart(*one, *other), *interval(apart, *one, *other, seed=seed, draws=draws)
+    return apart(*one, *other), *interval(apart, *one, *other, seed=seed)
