@@ -17,9 +17,9 @@ def features(vit: Any, batches: Iterable[Tensor], names: Sequence[str] = ("poole
 
     pooled (N, D) is what the head sees, logits (N, classes) what it gives. class (N, 4, D) has the class token, or
     without one the mean of the patches, after each of the last four blocks (all, of fewer), and patches (N, D) the mean
-    of the last block's patches, both after the final norm. Matrix products round by their size, so every forward pass
-    has 64 images, and zeros fill up the last: an image's features, to the last bit, depend on its place in the data and
-    not on the batches. UserError in training mode.
+    of the last block's patches, both after the final norm. Products may round by their size, so each forward pass has
+    64 images, and zeros fill up the last: an image's features, to the last bit, depend on its place in the data and not
+    on the batches. UserError in training mode.
     """
     if vit.training:
         raise UserError("features are those of evaluation: call vit.eval() first")

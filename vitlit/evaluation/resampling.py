@@ -1,14 +1,14 @@
 """Images drawn anew: folds, how sure a number is, and whether two differ."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from vitlit.errors import UserError
 
-Statistic, Values = Callable[..., Any], Sequence[np.ndarray]
+Statistic = Callable[..., Any]
 
 
 def folds(labels: Any, count: int, groups: Any = None, seed: int = 0) -> np.ndarray:
@@ -41,7 +41,7 @@ def interval(statistic: Statistic, *values: np.ndarray, seed: int = 0, draws: in
     return low, high
 
 
-def compare(statistic: Statistic, one: Values, other: Values, seed: int = 0) -> tuple[float, float, float]:
+def compare(statistic: Statistic, one: Any, other: Any, seed: int = 0) -> tuple[float, float, float]:
     """How much higher a statistic is for the second of two models, and its interval by the paired bootstrap.
 
     Both models' values are of the same images, which are drawn for both: without 0 in it, they differ at the 5 % level.
