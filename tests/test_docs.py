@@ -6,7 +6,9 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -152,7 +154,10 @@ def together(lines: list[str]) -> list[list[str]]:
 
 
 def fast() -> None:
-    """Let benchmarks time for less long, and the preset of the recipes have two blocks."""
+    """Let benchmarks and probes take less long, the preset of the recipes have two blocks, and caches be the test's."""
+    os.environ["XDG_CACHE_HOME"] = "cache"
+    probe: Any = import_module("vitlit.evaluation.linear")
+    probe.STEPS = 5
     data.SECONDS, model.SECONDS, model.ROUNDS = 0.1, 0.01, 1
     SIZES["Ti"] = SIZES["Ti"]._replace(depth=2)
 

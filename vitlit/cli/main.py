@@ -27,6 +27,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit doctor [--json]                            report on this machine, and what to fix on it
   vitlit weights show FILE                          what is in a weight file: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
+  vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
@@ -54,6 +55,7 @@ COMMANDS = {
     "doctor": "vitlit.doctor",
     "config": "vitlit.cli.configs",
     "weights": "vitlit.cli.weights",
+    "evaluate": "vitlit.cli.evaluate",
     "inspect": "vitlit.cli.inspect",
 }
 

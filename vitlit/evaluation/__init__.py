@@ -1,6 +1,12 @@
 """Numbers that say what features are worth: arrays in, numbers out."""
 
+from vitlit.evaluation.classify import classify
+from vitlit.evaluation.features import features, probe_inputs
+from vitlit.evaluation.fewshot import fewshot
 from vitlit.evaluation.knn import knn
+from vitlit.evaluation.linear import linear
 from vitlit.evaluation.rank import deviation, effective_rank
+from vitlit.evaluation.resampling import compare, folds, interval
 
-__all__ = ["deviation", "effective_rank", "knn"]
+__all__ = ["classify", "compare", "deviation", "effective_rank", "features", "fewshot", "folds"]
+__all__ += ["interval", "knn", "linear", "probe_inputs"]

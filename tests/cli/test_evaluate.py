@@ -1,0 +1,117 @@
+"""`vitlit evaluate`: its numbers are those of the features, whoever reads the images, and are kept."""
+
+import csv
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Result, done, refused
+from sklearn.neighbors import KNeighborsClassifier
+
+from vitlit import ViT, load, save_weights
+from vitlit.images.preprocess import Preprocess
+
+Command = Callable[..., Result]
+
+
+def save(path: Path, seed: int = 0, classes: int = 4) -> None:
+    torch.manual_seed(seed)
+    vit: Any = ViT(16, 8, width=16, depth=2, heads=2, mlp_dim=32, num_classes=classes)
+    torch.nn.init.normal_(vit.head.weight)
+    vit.classes, vit.preprocess = [str(number) for number in range(classes)], Preprocess((16, 16))
+    save_weights(vit, path)
+
+
+@pytest.fixture
+def evaluate(vitlit: Command, tmp_path: Path, few: Path) -> Command:
+    """`vitlit evaluate a.safetensors b.safetensors` with flags, on the few digits, with short trainings."""
+    save(tmp_path / "a.safetensors")
+    save(tmp_path / "b.safetensors", 1)
+
+    def run(*flags: object, workers: int = 0, cache: str = "cache") -> Result:
+        def before() -> None:
+            os.environ["XDG_CACHE_HOME"] = cache
+            importlib.import_module("vitlit.evaluation.linear").STEPS = 10  # type: ignore[attr-defined]
+            importlib.import_module("vitlit.cli.evaluate").count = lambda devices: workers  # type: ignore[attr-defined]
+
+        return vitlit("evaluate", "a.safetensors", "b.safetensors", "--root", few, *flags, before=before)
+
+    return run
+
+
+def table(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    numbers = [{k: float(v) for k, v in row.items() if v and k not in ("weights", "method", "metric")} for row in rows]
+    return {(row["weights"][0], row["method"], row["metric"]): n for row, n in zip(rows, numbers, strict=True)}
+
+
+def test_the_table_is_what_the_features_give(evaluate: Command, tmp_path: Path, few: Path) -> None:
+    out = done(evaluate("--with", "knn,fewshot,linear,classify", "--seeds", 2, "--out", "out"))
+    rows = table(tmp_path / "out")
+    assert len(rows) == 2 * (4 * 2 + 2 + 2 + 6)
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values() if row["value"] not in (0, 1))
+    paths = {split: sorted((few / split).rglob("*.png")) for split in ("train", "val")}
+    labels = {split: [int(path.parent.name) for path in found] for split, found in paths.items()}
+    for name in "ab":
+        vit: Any = load(tmp_path / f"{name}.safetensors")
+        with torch.inference_mode():
+            (_, train), (logits, val) = (vit.outputs(vit.preprocess(paths[split])) for split in ("train", "val"))
+        assert rows[name, "classify", "top1"]["value"] == np.mean(logits.argmax(1).numpy() == labels["val"])
+        weights = lambda apart: np.exp((1 - apart) / 0.07)  # noqa: E731
+        neighbours = KNeighborsClassifier(10, metric="cosine", algorithm="brute", weights=weights)
+        score = neighbours.fit(train, labels["train"]).score(val, labels["val"])
+        assert rows[name, "knn 10", "top1"]["value"] == pytest.approx(score)
+    first, other = (rows[name, "knn 10", "top1"]["value"] for name in "ab")
+    assert rows["b", "knn 10", "top1"]["difference"] == pytest.approx(other - first)
+    assert "difference" not in rows["a", "knn 10", "top1"]
+    assert all(row["from"] <= row["difference"] <= row["to"] for name, row in rows.items() if name[0] == "b")
+    content = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert content["table"][0]["weights"] == "a.safetensors"
+    assert list(content["classes"]["b.safetensors, classify"]) == ["0", "1", "2", "3"]
+    assert out.count("\n") == 1 + len(rows)
+
+
+def test_the_numbers_do_not_depend_on_the_processes_and_features_are_kept(evaluate: Command, tmp_path: Path) -> None:
+    alone, two = (done(evaluate(workers=workers, cache=f"cache{workers}")) for workers in (0, 2))
+    assert alone == two
+    kept = list((tmp_path / "cache0").rglob("*.npz"))
+    assert len(kept) == 4
+    for file in kept:
+        file.write_bytes((tmp_path / "cache2").joinpath(file.relative_to(tmp_path / "cache0")).read_bytes())
+    times = [file.stat().st_mtime_ns for file in kept]
+    assert done(evaluate(cache="cache0")) == alone
+    assert [file.stat().st_mtime_ns for file in kept] == times
+    assert done(evaluate("--image_size", 24, cache="cache0")) != alone
+    assert len(list((tmp_path / "cache0").rglob("*.npz"))) == 8
+
+
+def test_folds_measure_train(evaluate: Command, tmp_path: Path, few: Path) -> None:
+    paths = [path.relative_to(few) for path in sorted((few / "train").rglob("*.png"))]
+    rows = [f"{path},{path.parent.name},{number // 2}" for number, path in enumerate(paths)]
+    (tmp_path / "groups.csv").write_text("\n".join(["path,label,group", *rows]))
+    done(evaluate("--folds", 2, "--manifest", "groups.csv", "--shots", 2, "--out", "out"))
+    found = table(tmp_path / "out")
+    assert found["a", "knn 10", "top1"]["value"] * 40 * 3 == pytest.approx(
+        round(found["a", "knn 10", "top1"]["value"] * 120)
+    )
+    assert found["a", "knn 10", "top1"]["deviation"] > 0  # each seed has its folds
+
+
+def test_mistakes_are_one_line(evaluate: Command, vitlit: Command, tmp_path: Path, few: Path) -> None:
+    refused(evaluate("--with", "knn,lda"), "'lda'", "fewshot")
+    refused(evaluate("--with", "classify", "--folds", 2), "--folds")
+    refused(evaluate("--with", "fewshot", "--shots", 10), "10 training images", "fewer")
+    refused(evaluate("--seeds", 0), "seeds is 0")
+    refused(evaluate("--image_size", 17), "17", "16")
+    save(tmp_path / "b.safetensors", classes=3)
+    refused(evaluate("--with", "classify"), "3")
+    vit = ViT(16, 8, width=16, depth=2, heads=2, mlp_dim=32)
+    save_weights(vit, tmp_path / "a.safetensors")
+    refused(evaluate(), "a.safetensors", "preprocess")
