@@ -49,8 +49,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = adapted.weight, adapted.bias
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
-        self.lora_scale: Tensor
-        self.register_buffer("lora_scale", self.weight.new_tensor(alpha / rank))
+        self.lora_scale = nn.Buffer(self.weight.new_tensor(alpha / rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # the authors' loralib
 
     def forward(self, x: Tensor) -> Tensor:

@@ -91,8 +91,7 @@ class DINO(Objective):
         self.heads = nn.ModuleList(Head(vit.width, hidden_dim, bottleneck, prototypes) for _ in range(heads))
         self.teacher_vit = copy.deepcopy(vit).requires_grad_(False)
         self.teacher_heads = copy.deepcopy(self.heads).requires_grad_(False)
-        self.centres: Tensor
-        self.register_buffer("centres", torch.zeros(2 if masked else 1, prototypes))  # of features and of patches
+        self.centres = nn.Buffer(torch.zeros(2 if masked else 1, prototypes))  # of features and of patches
         if masked:
             vit.add_mask_token()
 

@@ -44,8 +44,7 @@ class LeJEPA(Objective):
         first = nn.Linear(vit.width, hidden_dim), BatchNorm(hidden_dim), nn.ReLU()
         second = nn.Linear(hidden_dim, hidden_dim), BatchNorm(hidden_dim), nn.ReLU()
         self.projector = nn.Sequential(*first, *second, nn.Linear(hidden_dim, width))
-        self.step: Tensor
-        self.register_buffer("step", torch.zeros(1, dtype=torch.long))
+        self.step: Tensor = nn.Buffer(torch.zeros(1, dtype=torch.long))
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         by_size = grouped(batch.views)

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError, check_types
@@ -32,10 +32,8 @@ class Regression(Objective):
         check_types(Regression.__init__, locals(), "model.objective.")
         vit.set_head("finetune", 1)
         self.loss = loss
-        self.label_mean: Tensor
-        self.label_std: Tensor
-        self.register_buffer("label_mean", torch.zeros(()))  # `vitlit.load` reads both
-        self.register_buffer("label_std", torch.ones(()))
+        self.label_mean = nn.Buffer(torch.zeros(()))  # `vitlit.load` reads both
+        self.label_std = nn.Buffer(torch.ones(()))
 
     def metrics(self) -> dict[str, Any]:
         return {"mae": 1, "r2": 1}
