@@ -144,10 +144,9 @@ class DINO(Objective):
     def collapse(self, logs: dict[str, float]) -> str:
         information = logs.get("teacher_information", math.inf)
         certainty = math.log(self.centres.shape[1]) - logs.get("teacher_entropy", 0.0) + information
-        same = information < max(1e-3, 0.05 * certainty)
-        return (
-            "the teacher says the same of every image; try centring sinkhorn or a lower learning rate" if same else ""
-        )
+        if information < max(1e-3, 0.05 * certainty):
+            return "the teacher says the same of every image; try centring sinkhorn or a lower learning rate"
+        return ""
 
     def temperature(self, progress: Any) -> Any:
         """The teacher's temperature at a progress, a float or a tensor."""
