@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from vitlit.errors import UserError
-
 
 class Size(NamedTuple):
     """A row of the size table."""
@@ -26,11 +24,3 @@ SIZES = {
     "g": Size(1408, 40, 6144, 16),
     "G": Size(1664, 48, 8192, 16),
 }
-
-
-def parse_preset(preset: str) -> tuple[Size, int]:
-    """The size and the patch size in pixels of a preset such as B/16; UserError if it is not SIZE/PATCH."""
-    name, _, patch = str(preset).partition("/")
-    if name not in SIZES or not patch.isdecimal() or int(patch) == 0:
-        raise UserError(f"preset {preset!r} is not SIZE/PATCH with SIZE one of {' '.join(SIZES)}, such as B/16")
-    return SIZES[name], int(patch)

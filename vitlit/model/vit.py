@@ -20,7 +20,7 @@ from vitlit.model.config import Resampling, ViTConfig
 from vitlit.model.heads import AttentionPool, new_head
 from vitlit.model.init import init_weights
 from vitlit.model.position import Grid, resample, rotary2d, sincos2d
-from vitlit.model.sizes import parse_preset
+from vitlit.model.sizes import SIZES
 
 
 class ViT(nn.Module):
@@ -84,13 +84,16 @@ class ViT(nn.Module):
             image_size: pixels, an int or (height, width).
             **options: the other fields of `ViTConfig`, such as num_classes.
         """
+        name, _, patch = str(preset).partition("/")
+        if name not in SIZES or not patch.isdecimal() or int(patch) == 0:
+            raise UserError(f"preset {preset!r} is not SIZE/PATCH with SIZE one of {' '.join(SIZES)}, such as B/16")
         # Written out, so that jsonargparse sees which fields are left for **options.
-        (width, depth, mlp_dim, heads), patch = parse_preset(preset)
+        (width, depth, mlp_dim, heads), side = SIZES[name], int(patch)
         if given := {"patch_size", "width", "depth", "mlp_dim", "heads"} & options.keys():
             named = " ".join(sorted(given))
             raise UserError(f"{named} follows from the preset {preset}; leave it out, or make a ViT(...)")
         return ViT(
-            image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
+            image_size=image_size, patch_size=side, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )
 
     def forward(self, images: Tensor) -> Tensor:
