@@ -355,6 +355,8 @@ def test_a_dinov2_of_no_square_is_refused_since_transformers_takes_its_table_as_
 ) -> None:
     hf_model(family, name, image_size=[32, 72]).save_pretrained(tmp_path / "theirs")
     user_error("takes every table as a square", vitlit.load, tmp_path / "theirs")
+    vit = ViT(**{**SMALL, "image_size": (32, 72), "layer_scale": 1.0})
+    user_error("takes the positions as a square", vitlit.save_weights, vit, tmp_path / "ours", "hf")
 
 
 def test_fixed_positions_take_the_table_of_a_transformers_mae(tmp_path: Path) -> None:
