@@ -297,7 +297,7 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
         ("--run.keep_every", "0", "run: keep_every is 0; give at least 1"),
         ("--run.save_minutes", ".nan", "run: save_minutes is nan; give at least 0"),
         ("--run.name", "a\0b", "run.name 'a"),
-        ("--model.objective.hidden_dim", "-1", "hidden_dim -1"),
+        ("--model.objective.hidden_dim", "-1", "hidden_dim is -1"),
         ("--model.objective.head_std", "-1", "head_std -1.0"),
         ("--trainer.limit_train_batches", "0", "nothing to train with trainer.limit_train_batches 0"),
         ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0 is not above 0"),

@@ -308,7 +308,7 @@ def test_a_tensor_without_its_numbers_is_refused(change: str, tmp_path: Path) ->
         ({"depth": "2"}, "of no ViT that this version builds"),
         ({"mlp_dim": 10**30}, "of no ViT that this version builds"),
         ({"image_size": "large"}, "of no ViT that this version builds"),
-        ({"heads": 0}, "of no ViT that this version builds: heads 0 is less than 1"),
+        ({"heads": 0}, "of no ViT that this version builds: ViT: heads is 0; give at least 1"),
         ({"mlp": "os.system"}, "of no ViT that this version builds"),
     ],
 )

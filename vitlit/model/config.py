@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Init = Literal["vision_transformer", "big_vision", "timm"]
@@ -104,15 +104,12 @@ class ViTConfig:
             object.__setattr__(self, "class_token", self.pool == "cls")
         if not self.num_classes:
             object.__setattr__(self, "hidden_dim", None)
-        for name, least in MINIMUM.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} {value} is less than {least}")
+        check_range("ViT", 1, **{name: getattr(self, name) for name in COUNTS}, image_size=min(self.sides))
+        check_range("ViT", 0, num_classes=self.num_classes, registers=self.registers)
+        check_range("ViT", 0, activation_checkpointing=self.activation_checkpointing)
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
-        if min(self.sides) < 1:
-            raise UserError("image size {} x {} is less than 1 x 1".format(*self.sides))
         if self.width % self.heads:
             raise UserError(f"heads {self.heads} do not divide the width {self.width}")
         if self.position == "rope" and self.width // self.heads % 4:
@@ -137,7 +134,4 @@ class ViTConfig:
 
 
 DROPOUTS = ("dropout", "attention_dropout", "drop_path", "patch_dropout")
-MINIMUM = {
-    **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
-    **dict.fromkeys(("num_classes", "registers", "activation_checkpointing"), 0),
-}
+COUNTS = ("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim")

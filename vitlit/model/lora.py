@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.model.vit import ViT
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -33,8 +33,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "model.lora.")
-        if self.rank < 1:
-            raise UserError(f"model.lora.rank {self.rank} is less than 1")
+        check_range("model.lora", 1, rank=self.rank)
         if self.alpha <= 0:
             raise UserError(f"model.lora.alpha {self.alpha} is not above 0")
         if not self.layers or not set(self.layers) <= set(LAYERS):

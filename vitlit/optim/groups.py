@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.optim.muon import Muon
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -42,9 +42,7 @@ class Groups:
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
         for name in ("lr", "weight_decay"):
-            for pattern, multiple in getattr(self, name).items():
-                if multiple < 0:
-                    raise UserError(f"model.groups.{name} of {pattern} is {multiple}, less than 0")
+            check_range(f"model.groups.{name}", 0, **getattr(self, name))
 
 
 def build_optimizer(
