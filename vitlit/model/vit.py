@@ -184,10 +184,8 @@ class ViT(nn.Module):
 
     def grid_of(self, height: int, width: int) -> Grid:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""
-        patch, dropped = self.patch_size, self.config.partial_patches == "drop"
-        if dropped and min(height, width) < patch:
-            raise UserError(f"an image of {height} x {width} pixels is smaller than a patch of {patch} x {patch}")
-        if not dropped and (height % patch or width % patch):
+        patch = self.patch_size
+        if self.config.partial_patches == "refuse" and (height % patch or width % patch):
             near = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
             raise UserError(f"patch size {patch} does not divide the image size {height} x {width}; {near} would do")
         return height // patch, width // patch
