@@ -298,7 +298,7 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
         ("--run.save_minutes", ".nan", "run: save_minutes is nan; give at least 0"),
         ("--run.name", "a\0b", "run.name 'a"),
         ("--model.objective.hidden_dim", "-1", "hidden_dim is -1"),
-        ("--model.objective.head_std", "-1", "head_std -1.0"),
+        ("--model.objective.head_std", "-1", "head_std is -1.0"),
         ("--trainer.limit_train_batches", "0", "nothing to train with trainer.limit_train_batches 0"),
         ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0 is not above 0"),
         ("--trainer.val_check_interval", "1000", "more than the 2 batches of an epoch"),
