@@ -28,14 +28,12 @@ class MaskedPatch(Objective):
         vit: the encoder; its head is removed.
 
     Raises:
-        UserError: the ViT has fewer than 2 patches, or an attention pool. In a step: mean and std of the images are
-            unknown; a data module has them, else `vit.preprocess`.
+        UserError: the ViT has an attention pool. In a step: mean and std of the images are unknown; a data module has
+            them, else `vit.preprocess`.
     """
 
     def __init__(self, vit: ViT) -> None:
         super().__init__(vit)
-        if math.prod(vit.grid) < 2:
-            raise UserError("MaskedPatch needs a ViT of at least 2 patches; give larger images or smaller patches")
         if vit.config.pool == "map":
             raise UserError("MaskedPatch does not train with model.vit.pool map; set it when you finetune")
         if vit.config.patch_dropout:
