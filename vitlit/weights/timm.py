@@ -143,17 +143,15 @@ def place(state: dict[str, Tensor], size: Any) -> dict[str, Any]:
     if table is None or table.ndim != 3:
         return {}
     special = sum(name in state for name in ("cls_token", "dist_token"))
-    count = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
-    patches, sides = 0, [size, size] if isinstance(size, int) else size
-    if isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        patches = math.prod(side // patch for side in sides)
+    count = 0 if registers is None else registers.shape[1]
+    sides = [size, size] if isinstance(size, int) else size or ()
+    patches = math.prod(side // patch for side in sides) if sides else 0
     length = table.shape[1] - special
     covered = length - count == patches
     if not patches or length not in (patches - special, patches, patches + count):  # of another size than is stated
         patches = 0
         covered = square(length - count) is not None and not square(length) and not square(table.shape[1])
-    if count and covered:
-        assert registers is not None
+    if registers is not None and covered:
         state["reg_token"] = registers + table[:, special : special + count]
         state["pos_embed"] = table = torch.cat([table[:, :special], table[:, special + count :]], dim=1)
     if not patches:
