@@ -77,7 +77,7 @@ class ViT(nn.Module):
 
     @staticmethod
     def from_preset(preset: str, image_size: int | tuple[int, int] = 224, **options: Any) -> "ViT":
-        """Build a ViT from its name in the paper's notation; UserError for another name, and for options that it fixes.
+        """Build a ViT from its name in the paper's notation; UserError for another name.
 
         Args:
             preset: SIZE/PATCH, such as B/16: sizes Ti S M B L So400m H g G, any patch size.
@@ -89,9 +89,6 @@ class ViT(nn.Module):
             raise UserError(f"preset {preset!r} is not SIZE/PATCH with SIZE one of {' '.join(SIZES)}, such as B/16")
         # Written out, so that jsonargparse sees which fields are left for **options.
         (width, depth, mlp_dim, heads), side = SIZES[name], int(patch)
-        if given := {"patch_size", "width", "depth", "mlp_dim", "heads"} & options.keys():
-            named = " ".join(sorted(given))
-            raise UserError(f"{named} follows from the preset {preset}; leave it out, or make a ViT(...)")
         return ViT(
             image_size=image_size, patch_size=side, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )
