@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vitlit.errors import UserError
 from vitlit.model.block import Block, PatchEmbed, new_norm
-from vitlit.model.config import Resampling, ViTConfig
+from vitlit.model.config import SIZES, Resampling, ViTConfig
 from vitlit.model.heads import AttentionPool, new_head
 from vitlit.model.init import init_weights
 from vitlit.model.position import Grid, resample, rotary2d, sincos2d
-from vitlit.model.sizes import SIZES
 
 
 class ViT(nn.Module):
