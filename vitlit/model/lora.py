@@ -34,8 +34,7 @@ class LoRA:
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "model.lora.")
         check_range("model.lora", 1, rank=self.rank)
-        if self.alpha <= 0:
-            raise UserError(f"model.lora.alpha {self.alpha} is not above 0")
+        check_range("model.lora", 1e-6, alpha=self.alpha)
         if not self.layers or not set(self.layers) <= set(LAYERS):
             raise UserError(f"model.lora.layers {list(self.layers)} must be one or more of {' '.join(LAYERS)}")
 

@@ -39,8 +39,7 @@ class Groups:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "model.groups.")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
+        check_range("model.groups", 1e-6, 1, layer_decay=self.layer_decay)
         for name in ("lr", "weight_decay"):
             check_range(f"model.groups.{name}", 0, **getattr(self, name))
 
