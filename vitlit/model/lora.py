@@ -17,9 +17,7 @@ TENSORS = (".lora_a", ".lora_b", ".lora_scale")
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1).
-
-    A rank, an alpha or a layer that does not fit raises UserError.
+    """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1). UserError if they do not fit.
 
     Args:
         rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix.

@@ -19,6 +19,7 @@ class LeJEPA(Objective):
     The invariance is the mean squared distance of the views' projections from the mean of the global views', those of
     the first view's size. SIGReg is the Epps-Pulley statistic of each view's global batch, averaged over directions
     that each step draws anew. Validation has one view, so only SIGReg, of a device's batch. Both are logged.
+    Options out of range raise UserError.
 
     Args:
         vit: the encoder; its head is removed.
@@ -26,9 +27,6 @@ class LeJEPA(Objective):
         width: outputs of the projector, an MLP of three layers with batch normalisation.
         hidden_dim: its hidden units.
         slices: the number of directions.
-
-    Raises:
-        UserError: an option is out of range.
     """
 
     views, whole_batch = 2, True

@@ -15,14 +15,12 @@ class Regression(Objective):
     """Predict a number for each image, such as an age or a score, with a head of one output.
 
     The head learns labels standardised by the mean and standard deviation of the training labels, in whose units the
-    loss is. The metrics mae and r2, predictions, and what `vitlit.load` gives are in the units of the labels.
+    loss is. The metrics mae and r2, predictions, and what `vitlit.load` gives are in the units of the labels. An
+    unknown loss raises UserError, and so do labels that are all equal, before training.
 
     Args:
         vit: the headless ViT; it gets its head here.
         loss: squared is the mean squared error, absolute the mean absolute one, which outliers move less.
-
-    Raises:
-        UserError: the loss is unknown. Before training: all labels are equal.
     """
 
     needs_labels = numbers = True
