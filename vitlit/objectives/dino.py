@@ -30,7 +30,8 @@ class DINO(Objective):
     all pairs of a teacher's and a student's view that are not the same. Of an image with `masked`, the student sees
     half of the global views with blocks of patches masked, and learns the teacher's patches there. DINOv2's objective
     has masked 1, koleo 0.1 and centring sinkhorn. Finetuning and `vitlit.load` take the teacher from a checkpoint. In
-    validation, which has one view, both see the same one, without KoLeo, and sinkhorn is over a device's batch.
+    validation, which has one view, both see the same one, without KoLeo, and sinkhorn is over a device's batch. Options
+    out of range raise UserError, and so do, in a step, weights of half precision, too coarse for a moving average.
 
     Logged are `loss_image`, `loss_patch`, `loss_koleo`, without their weights, and in training `teacher_entropy`, of
     the mean of its predictions: log K if all prototypes are used equally often, 0 if it is one. Less the mean of their
@@ -50,9 +51,6 @@ class DINO(Objective):
         masked: weight of the loss of masked patches (2111.07832, equation 2); 0 masks nothing.
         shared_head: whether patches use the head of the pooled features; by default they have their own.
         koleo: weight of KoLeo (1806.03198) on the student's features, summed over the global views.
-
-    Raises:
-        UserError: an option is out of range. In a step: weights are half precision, too coarse for a moving average.
     """
 
     views, whole_batch = 2, True
