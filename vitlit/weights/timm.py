@@ -144,7 +144,7 @@ def place(state: dict[str, Tensor], size: Any) -> dict[str, Any]:
         return {}
     special = sum(name in state for name in ("cls_token", "dist_token"))
     count = 0 if registers is None else registers.shape[1]
-    sides = [size, size] if isinstance(size, int) else size or ()
+    sides: Any = [size, size] if isinstance(size, int) else size or ()
     patches = math.prod(side // patch for side in sides) if sides else 0
     length = table.shape[1] - special
     covered = length - count == patches
