@@ -40,8 +40,7 @@ from vitlit import callbacks
 from vitlit.benchmark.mfu import flop_of_step, peak_tflops
 from vitlit.cli.trainer import Trainer
 from vitlit.loggers import CSV
-from vitlit.model import ViT
-from vitlit.model.sizes import parse_preset
+from vitlit.model import SIZES, ViT
 from vitlit.objectives import Batch, Supervised
 from vitlit.stages import Pretrain
 
@@ -66,9 +65,10 @@ class Logits(nn.Module):
 
 def build(name: str, preset: str, image_size: int) -> nn.Module:
     """A library's ViT with a class token, learned positions and one linear layer for its head."""
-    (width, depth, mlp_dim, heads), patch = parse_preset(preset)
     if name in (BARE, THROUGH):
         return ViT.from_preset(preset, image_size=image_size, num_classes=CLASSES)
+    size, patch_size = preset.split("/")
+    (width, depth, mlp_dim, heads), patch = SIZES[size], int(patch_size)
     peer = import_module(PEERS[name])
     if name == "timm":
         sizes = {

@@ -534,11 +534,11 @@ def test_any_options_run_in_other_precisions(options: dict[str, Any]) -> None:
         ({"position": "rope", "heads": 4}, "multiple of 4"),
         ({"position": "sincos2d", "width": 6}, "divisible by 4"),
         ({"position": "sincos2d_mae", "width": 6}, "divisible by 4"),
-        ({"registers": -1}, "registers -1"),
+        ({"registers": -1}, "registers is -1"),
         ({"drop_path": 1.0}, "drop_path 1.0"),
         ({"drop_path": -0.1}, "drop_path -0.1"),
         ({"patch_dropout": 1.0}, "patch_dropout 1.0"),
-        ({"activation_checkpointing": -1}, "activation_checkpointing -1"),
+        ({"activation_checkpointing": -1}, "activation_checkpointing is -1"),
         *(
             ({name: "other"}, rf"{name} is 'other' .*{', '.join(map(repr, choices))}")
             for name, choices in CHOICES.items()

@@ -90,7 +90,7 @@ def test_a_state_without_adapters_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"rank": 0}, {"layers": ("attn.q",)}, {"layers": ()}])
 def test_what_cannot_be_adapted_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"model\.lora\."):
+    with pytest.raises(UserError, match=r"model\.lora"):
         LoRA(**wrong)
 
 

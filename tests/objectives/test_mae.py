@@ -221,7 +221,7 @@ def test_a_head_is_removed() -> None:
         ({}, {"mask_ratio": 0.0}, "mask_ratio 0.0"),
         ({}, {"mask_ratio": 0.99}, "mask_ratio 0.99 .* leave others visible"),
         ({}, {"decoder_heads": 3}, "MAE's decoder: heads 3 do not divide the width 16"),
-        ({}, {"decoder_depth": 0}, "MAE's decoder: depth 0 is less than 1"),
+        ({}, {"decoder_depth": 0}, "MAE's decoder: ViT: depth is 0; give at least 1"),
         ({"pool": "map"}, {}, "does not train with model.vit.pool map"),
         ({"pool": "gap", "norm": "pooled"}, {}, "norm pooled; set them when you finetune"),
     ],

@@ -78,7 +78,6 @@ def test_it_sees_no_masked_pixels() -> None:
 
 
 def test_what_cannot_be_learned_is_refused() -> None:
-    user_error("at least 2 patches", MaskedPatch, ViT(**{**TINY, "image_size": 8}))
     user_error("pool map", MaskedPatch, ViT(**TINY, pool="map"))
     vit = ViT(**TINY)
     user_error(

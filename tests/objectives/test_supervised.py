@@ -148,7 +148,7 @@ def test_an_existing_head_stays_unless_another_kind_is_given() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": 1.0}, "label_smoothing 1.0 is not between 0 and 1"),
+        ({"label_smoothing": 1.1}, "label_smoothing is 1.1; give from 0 to 1"),
         ({"loss": "hinge"}, r"loss is 'hinge' \(str\); give Literal\['softmax', 'sigmoid', 'bce'\]"),
         (
             {"multi_label": True},

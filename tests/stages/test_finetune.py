@@ -258,7 +258,7 @@ def test_mixed_and_distilled_training_steps_and_reloads(weights: str, few: Path,
         ({"lora": LoRA(), "last_blocks": 0}, "exclude one another"),
         ({"objective": partial(Supervised, num_classes=10)}, "num_classes 10, but the stage 4"),
         ({"freeze": ["blocs.*"]}, r"model\.freeze 'blocs\.\*' matches no parameter of the ViT, such as"),
-        ({"last_blocks": 4}, r"model\.last_blocks is 4, but the ViT has 3 blocks"),
+        ({"last_blocks": 4}, "model: last_blocks is 4; give from 0 to 3"),
         ({"num_classes": None}, "a supervised objective needs num_classes of at least 2, not 0"),
     ],
 )

@@ -280,7 +280,7 @@ def test_a_config_of_another_model_is_refused(vitlit: Command, tmp_path: Path) -
     about = json.loads(path.read_text())
     for changes, words in (
         ({"hidden_size": 384}, "width 192, but config.json beside it has hidden_size 384"),
-        ({"image_size": 320000}, "positions for 16 patches, but config.json beside it has image_size 320000"),
+        ({"image_size": 320000}, "is not a whole ViT: pos_embed is [1, 17, 192] in the file"),
     ):
         path.write_text(json.dumps({**about, **changes}))
         refused(vitlit("weights", "convert", "model", "out", "--format", "hf"), words)

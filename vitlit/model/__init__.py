@@ -1,7 +1,6 @@
 """What a ViT is. Torch only."""
 
-from vitlit.model.config import ViTConfig
-from vitlit.model.sizes import SIZES, Size
+from vitlit.model.config import SIZES, Size, ViTConfig
 from vitlit.model.vit import ViT
 
 __all__ = ["SIZES", "Size", "ViT", "ViTConfig"]

@@ -1,9 +1,9 @@
-"""The options of a ViT."""
+"""The options of a ViT, and its named sizes."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Init = Literal["vision_transformer", "big_vision", "timm"]
@@ -104,15 +104,12 @@ class ViTConfig:
             object.__setattr__(self, "class_token", self.pool == "cls")
         if not self.num_classes:
             object.__setattr__(self, "hidden_dim", None)
-        for name, least in MINIMUM.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} {value} is less than {least}")
+        check_range("ViT", 1, **{name: getattr(self, name) for name in COUNTS}, image_size=min(self.sides))
+        check_range("ViT", 0, num_classes=self.num_classes, registers=self.registers)
+        check_range("ViT", 0, activation_checkpointing=self.activation_checkpointing)
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a probability below 1")
-        if min(self.sides) < 1:
-            raise UserError("image size {} x {} is less than 1 x 1".format(*self.sides))
         if self.width % self.heads:
             raise UserError(f"heads {self.heads} do not divide the width {self.width}")
         if self.position == "rope" and self.width // self.heads % 4:
@@ -137,7 +134,27 @@ class ViTConfig:
 
 
 DROPOUTS = ("dropout", "attention_dropout", "drop_path", "patch_dropout")
-MINIMUM = {
-    **dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim"), 1),
-    **dict.fromkeys(("num_classes", "registers", "activation_checkpointing"), 0),
+COUNTS = ("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hidden_dim")
+
+
+class Size(NamedTuple):
+    """A row of the size table."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+
+
+# 2010.11929 table 1 (B, L, H), 2106.04560 table 2 (Ti, S, g, G), big_vision's decode_variant (M, So400m).
+SIZES = {
+    "Ti": Size(192, 12, 768, 3),
+    "S": Size(384, 12, 1536, 6),
+    "M": Size(512, 12, 2048, 8),
+    "B": Size(768, 12, 3072, 12),
+    "L": Size(1024, 24, 4096, 16),
+    "So400m": Size(1152, 27, 4304, 16),
+    "H": Size(1280, 32, 5120, 16),
+    "g": Size(1408, 40, 6144, 16),
+    "G": Size(1664, 48, 8192, 16),
 }

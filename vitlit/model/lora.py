@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.model.vit import ViT
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -17,9 +17,7 @@ TENSORS = (".lora_a", ".lora_b", ".lora_scale")
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1).
-
-    A rank, an alpha or a layer that does not fit raises UserError.
+    """Which linear layers of the blocks are adapted, and how (2106.09685, section 4.1). UserError if they do not fit.
 
     Args:
         rank: rank of the product; each layer trains a (rank, in) and an (out, rank) matrix.
@@ -33,10 +31,8 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "model.lora.")
-        if self.rank < 1:
-            raise UserError(f"model.lora.rank {self.rank} is less than 1")
-        if self.alpha <= 0:
-            raise UserError(f"model.lora.alpha {self.alpha} is not above 0")
+        check_range("model.lora", 1, rank=self.rank)
+        check_range("model.lora", 1e-6, alpha=self.alpha)
         if not self.layers or not set(self.layers) <= set(LAYERS):
             raise UserError(f"model.lora.layers {list(self.layers)} must be one or more of {' '.join(LAYERS)}")
 
@@ -49,8 +45,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = adapted.weight, adapted.bias
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
-        self.lora_scale: Tensor
-        self.register_buffer("lora_scale", self.weight.new_tensor(alpha / rank))
+        self.lora_scale = nn.Buffer(self.weight.new_tensor(alpha / rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # the authors' loralib
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vitlit.errors import UserError
 from vitlit.model.block import Block, PatchEmbed, new_norm
-from vitlit.model.config import Resampling, ViTConfig
+from vitlit.model.config import SIZES, Resampling, ViTConfig
 from vitlit.model.heads import AttentionPool, new_head
 from vitlit.model.init import init_weights
 from vitlit.model.position import Grid, resample, rotary2d, sincos2d
-from vitlit.model.sizes import parse_preset
 
 
 class ViT(nn.Module):
@@ -77,20 +76,20 @@ class ViT(nn.Module):
 
     @staticmethod
     def from_preset(preset: str, image_size: int | tuple[int, int] = 224, **options: Any) -> "ViT":
-        """Build a ViT from its name in the paper's notation; UserError for another name, and for options that it fixes.
+        """Build a ViT from its name in the paper's notation; UserError for another name.
 
         Args:
             preset: SIZE/PATCH, such as B/16: sizes Ti S M B L So400m H g G, any patch size.
             image_size: pixels, an int or (height, width).
             **options: the other fields of `ViTConfig`, such as num_classes.
         """
+        name, _, patch = str(preset).partition("/")
+        if name not in SIZES or not patch.isdecimal() or int(patch) == 0:
+            raise UserError(f"preset {preset!r} is not SIZE/PATCH with SIZE one of {' '.join(SIZES)}, such as B/16")
         # Written out, so that jsonargparse sees which fields are left for **options.
-        (width, depth, mlp_dim, heads), patch = parse_preset(preset)
-        if given := {"patch_size", "width", "depth", "mlp_dim", "heads"} & options.keys():
-            named = " ".join(sorted(given))
-            raise UserError(f"{named} follows from the preset {preset}; leave it out, or make a ViT(...)")
+        (width, depth, mlp_dim, heads), side = SIZES[name], int(patch)
         return ViT(
-            image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
+            image_size=image_size, patch_size=side, width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,10 +180,8 @@ class ViT(nn.Module):
 
     def grid_of(self, height: int, width: int) -> Grid:
         """The patch grid (rows, columns) of an image in pixels; UserError if the patch size does not divide it."""
-        patch, dropped = self.patch_size, self.config.partial_patches == "drop"
-        if dropped and min(height, width) < patch:
-            raise UserError(f"an image of {height} x {width} pixels is smaller than a patch of {patch} x {patch}")
-        if not dropped and (height % patch or width % patch):
+        patch = self.patch_size
+        if self.config.partial_patches == "refuse" and (height % patch or width % patch):
             near = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
             raise UserError(f"patch size {patch} does not divide the image size {height} x {width}; {near} would do")
         return height // patch, width // patch

@@ -30,7 +30,8 @@ class DINO(Objective):
     all pairs of a teacher's and a student's view that are not the same. Of an image with `masked`, the student sees
     half of the global views with blocks of patches masked, and learns the teacher's patches there. DINOv2's objective
     has masked 1, koleo 0.1 and centring sinkhorn. Finetuning and `vitlit.load` take the teacher from a checkpoint. In
-    validation, which has one view, both see the same one, without KoLeo, and sinkhorn is over a device's batch.
+    validation, which has one view, both see the same one, without KoLeo, and sinkhorn is over a device's batch. Options
+    out of range raise UserError, and so do, in a step, weights of half precision, too coarse for a moving average.
 
     Logged are `loss_image`, `loss_patch`, `loss_koleo`, without their weights, and in training `teacher_entropy`, of
     the mean of its predictions: log K if all prototypes are used equally often, 0 if it is one. Less the mean of their
@@ -50,9 +51,6 @@ class DINO(Objective):
         masked: weight of the loss of masked patches (2111.07832, equation 2); 0 masks nothing.
         shared_head: whether patches use the head of the pooled features; by default they have their own.
         koleo: weight of KoLeo (1806.03198) on the student's features, summed over the global views.
-
-    Raises:
-        UserError: an option is out of range. In a step: weights are half precision, too coarse for a moving average.
     """
 
     views, whole_batch = 2, True
@@ -91,8 +89,7 @@ class DINO(Objective):
         self.heads = nn.ModuleList(Head(vit.width, hidden_dim, bottleneck, prototypes) for _ in range(heads))
         self.teacher_vit = copy.deepcopy(vit).requires_grad_(False)
         self.teacher_heads = copy.deepcopy(self.heads).requires_grad_(False)
-        self.centres: Tensor
-        self.register_buffer("centres", torch.zeros(2 if masked else 1, prototypes))  # of features and of patches
+        self.centres = nn.Buffer(torch.zeros(2 if masked else 1, prototypes))  # of features and of patches
         if masked:
             vit.add_mask_token()
 
@@ -145,10 +142,9 @@ class DINO(Objective):
     def collapse(self, logs: dict[str, float]) -> str:
         information = logs.get("teacher_information", math.inf)
         certainty = math.log(self.centres.shape[1]) - logs.get("teacher_entropy", 0.0) + information
-        same = information < max(1e-3, 0.05 * certainty)
-        return (
-            "the teacher says the same of every image; try centring sinkhorn or a lower learning rate" if same else ""
-        )
+        if information < max(1e-3, 0.05 * certainty):
+            return "the teacher says the same of every image; try centring sinkhorn or a lower learning rate"
+        return ""
 
     def temperature(self, progress: Any) -> Any:
         """The teacher's temperature at a progress, a float or a tensor."""

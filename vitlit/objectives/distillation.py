@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError, check_range, check_types, first_difference
@@ -48,8 +48,8 @@ class Distillation(Supervised):
             raise UserError("distillation needs one label an image, but the data has several")
         self.teacher, self.kind, self.share, self.temperature = teacher, kind, share, temperature
         self._teacher: list[ViT] = []  # a list hides its parameters from this module's
-        self.to_teacher: Tensor  # factor and summand of an image's channels
-        self.register_buffer("to_teacher", torch.ones(2, 1, vit.config.in_channels, 1, 1), persistent=False)
+        # Factor and summand of an image's channels.
+        self.to_teacher = nn.Buffer(torch.ones(2, 1, vit.config.in_channels, 1, 1), persistent=False)
 
     def set_teacher(self, teacher: ViT) -> None:
         self._teacher = [teacher.requires_grad_(False).eval()]

@@ -19,6 +19,7 @@ class LeJEPA(Objective):
     The invariance is the mean squared distance of the views' projections from the mean of the global views', those of
     the first view's size. SIGReg is the Epps-Pulley statistic of each view's global batch, averaged over directions
     that each step draws anew. Validation has one view, so only SIGReg, of a device's batch. Both are logged.
+    Options out of range raise UserError.
 
     Args:
         vit: the encoder; its head is removed.
@@ -26,9 +27,6 @@ class LeJEPA(Objective):
         width: outputs of the projector, an MLP of three layers with batch normalisation.
         hidden_dim: its hidden units.
         slices: the number of directions.
-
-    Raises:
-        UserError: an option is out of range.
     """
 
     views, whole_batch = 2, True
@@ -44,8 +42,7 @@ class LeJEPA(Objective):
         first = nn.Linear(vit.width, hidden_dim), BatchNorm(hidden_dim), nn.ReLU()
         second = nn.Linear(hidden_dim, hidden_dim), BatchNorm(hidden_dim), nn.ReLU()
         self.projector = nn.Sequential(*first, *second, nn.Linear(hidden_dim, width))
-        self.step: Tensor
-        self.register_buffer("step", torch.zeros(1, dtype=torch.long))
+        self.step: Tensor = nn.Buffer(torch.zeros(1, dtype=torch.long))
 
     def forward(self, vit: ViT, batch: Batch, progress: float) -> Step:
         by_size = grouped(batch.views)

@@ -67,8 +67,7 @@ class MAE(Objective):
             raise UserError(f"MAE's decoder: {error}") from error
         self.decoder_embed = nn.Linear(vit.width, decoder_width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
-        self.decoder_pos_embed: Tensor
-        self.register_buffer("decoder_pos_embed", sincos2d(vit.grid, decoder_width, "sincos2d_mae"), persistent=False)
+        self.decoder_pos_embed = nn.Buffer(sincos2d(vit.grid, decoder_width, "sincos2d_mae"), persistent=False)
         self.decoder_blocks = nn.ModuleList(Block(config) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=config.norm_eps)
         self.decoder_pred = nn.Linear(decoder_width, vit.patch_size**2 * vit.config.in_channels)

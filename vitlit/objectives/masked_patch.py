@@ -22,20 +22,16 @@ class MaskedPatch(Objective):
     """Cross entropy on the 3-bit mean colours of corrupted patches, one of 512 (2010.11929, appendix B.1.2).
 
     `Batch.draws` says which half of an image's patches is corrupted: of these, 80 % become the mask token, 10 % another
-    patch, 10 % stay. A linear layer predicts the colours of all, 8 for grey images; its `accuracy` is logged.
+    patch, 10 % stay. A linear layer predicts the colours of all, 8 for grey images; its `accuracy` is logged. A ViT
+    with an attention pool raises UserError, and so do, in a step, images whose mean and std neither a data module nor
+    `vit.preprocess` has.
 
     Args:
         vit: the encoder; its head is removed.
-
-    Raises:
-        UserError: the ViT has fewer than 2 patches, or an attention pool. In a step: mean and std of the images are
-            unknown; a data module has them, else `vit.preprocess`.
     """
 
     def __init__(self, vit: ViT) -> None:
         super().__init__(vit)
-        if math.prod(vit.grid) < 2:
-            raise UserError("MaskedPatch needs a ViT of at least 2 patches; give larger images or smaller patches")
         if vit.config.pool == "map":
             raise UserError("MaskedPatch does not train with model.vit.pool map; set it when you finetune")
         if vit.config.patch_dropout:

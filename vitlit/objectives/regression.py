@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlit.errors import UserError, check_types
@@ -15,14 +15,12 @@ class Regression(Objective):
     """Predict a number for each image, such as an age or a score, with a head of one output.
 
     The head learns labels standardised by the mean and standard deviation of the training labels, in whose units the
-    loss is. The metrics mae and r2, predictions, and what `vitlit.load` gives are in the units of the labels.
+    loss is. The metrics mae and r2, predictions, and what `vitlit.load` gives are in the units of the labels. An
+    unknown loss raises UserError, and so do labels that are all equal, before training.
 
     Args:
         vit: the headless ViT; it gets its head here.
         loss: squared is the mean squared error, absolute the mean absolute one, which outliers move less.
-
-    Raises:
-        UserError: the loss is unknown. Before training: all labels are equal.
     """
 
     needs_labels = numbers = True
@@ -32,10 +30,8 @@ class Regression(Objective):
         check_types(Regression.__init__, locals(), "model.objective.")
         vit.set_head("finetune", 1)
         self.loss = loss
-        self.label_mean: Tensor
-        self.label_std: Tensor
-        self.register_buffer("label_mean", torch.zeros(()))  # `vitlit.load` reads both
-        self.register_buffer("label_std", torch.ones(()))
+        self.label_mean = nn.Buffer(torch.zeros(()))  # `vitlit.load` reads both
+        self.label_std = nn.Buffer(torch.ones(()))
 
     def metrics(self) -> dict[str, Any]:
         return {"mae": 1, "r2": 1}

@@ -1,13 +1,12 @@
 """Classification."""
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.model import ViT
 from vitlit.objectives.objective import Batch, Objective, Step, at_least_float32
 
@@ -53,10 +52,8 @@ class Supervised(Objective):
         num_classes = vit.config.num_classes if num_classes is None else num_classes
         if num_classes < 2:
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing {label_smoothing} is not between 0 and 1")
-        if not (0 <= head_std < math.inf and math.isfinite(head_bias)):
-            raise UserError(f"head_std {head_std} is not a standard deviation, or head_bias {head_bias} not finite")
+        check_range("Supervised", 0, 1, label_smoothing=label_smoothing)
+        check_range("Supervised", 0, head_std=head_std)
         if multi_label and (loss == "softmax" or class_weights is not None):
             wrong = "loss softmax" if loss == "softmax" else "class_weights"
             remedy = "give --model.objective.loss sigmoid or bce" if loss == "softmax" else "leave it out"

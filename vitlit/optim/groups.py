@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from vitlit.errors import UserError, check_types
+from vitlit.errors import UserError, check_range, check_types
 from vitlit.optim.muon import Muon
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -39,12 +39,9 @@ class Groups:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self), "model.groups.")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"model.groups.layer_decay {self.layer_decay} is not above 0 and at most 1")
+        check_range("model.groups", 1e-6, 1, layer_decay=self.layer_decay)
         for name in ("lr", "weight_decay"):
-            for pattern, multiple in getattr(self, name).items():
-                if multiple < 0:
-                    raise UserError(f"model.groups.{name} of {pattern} is {multiple}, less than 0")
+            check_range(f"model.groups.{name}", 0, **getattr(self, name))
 
 
 def build_optimizer(

@@ -76,13 +76,10 @@ class Compiling:
             if self._chosen and (part is stage.objective if self._chosen in CUDA_GRAPHS else isinstance(part, Block)):
                 part.compile(dynamic=False, options=options)
 
-    def _is_other(self, training: bool, batch: Batch) -> bool:
-        shapes = [part.shape for part in (*batch.views, batch.labels)]
-        return self._shapes.setdefault(training, shapes) != shapes
-
     def step(self, stage: Any, batch: Batch, progress: Any) -> Step:
         """The objective's step. Compiled is the first shape of batch, not an evaluation's smaller last."""
-        other = bool(self._chosen) and self._is_other(stage.training, batch)
+        shapes = [part.shape for part in (*batch.views, batch.labels)]
+        other = bool(self._chosen) and self._shapes.setdefault(stage.training, shapes) != shapes
         if other or self._chosen not in CUDA_GRAPHS:
             with torch.compiler.set_stance("force_eager") if other else nullcontext():
                 return Step(*stage.objective(stage.vit, batch, progress))

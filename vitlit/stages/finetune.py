@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import nn
 
-from vitlit.errors import UserError, check_types, first_difference
+from vitlit.errors import UserError, check_range, check_types, first_difference
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA, add_lora
 from vitlit.objectives import Objective, Supervised
@@ -129,9 +129,7 @@ def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
 
 
 def freeze_below(vit: ViT, last_blocks: int) -> None:
-    blocks = len(vit.blocks)
-    if not 0 <= last_blocks <= blocks:
-        raise UserError(f"model.last_blocks is {last_blocks}, but the ViT has {blocks} blocks")
-    for layer in list(vit.layers().values())[: 1 + blocks - last_blocks]:  # embed, then the blocks
+    check_range("model", 0, len(vit.blocks), last_blocks=last_blocks)
+    for layer in list(vit.layers().values())[: 1 + len(vit.blocks) - last_blocks]:  # embed, then the blocks
         for parameter in layer.values():
             parameter.requires_grad_(False)

@@ -4,7 +4,6 @@ from typing import Any
 
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit.errors import UserError
 from vitlit.model import ViT, ViTConfig
@@ -45,7 +44,6 @@ def start(vit: ViT, weights: Weights, keep_head: bool = False) -> LoadReport:
 
 def save(stage: Any, checkpoint: dict[str, Any]) -> None:
     """Add what weights need to be used, and merge adapters into them."""
-    checkpoint["devices"] = stage.trainer.world_size
     checkpoint["vitlit"] = about(stage.vit, stage.classes, getattr(stage.data, "preprocess", None))
     averaging = averaging_of(stage.trainer)
     if averaging is not None and "averaging_state" not in checkpoint:
@@ -70,8 +68,7 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
         return
     trainer = stage.trainer
     stage.lead(stage.data)
-    fitting = trainer.state.fn == TrainerFn.FITTING
-    if fitting and "averaging_state" in checkpoint and averaging_of(trainer) is None:
+    if trainer.state.fn == TrainerFn.FITTING and "averaging_state" in checkpoint and averaging_of(trainer) is None:
         remedy = "give its trainer.callbacks, or start from the averaged weights (model.init_from)"
         raise UserError(f"the checkpoint's run averages its weights (EMA), this one does not: {remedy}")
     if not checkpoint["global_step"]:
@@ -79,14 +76,6 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
     # Lightning counts the micro-batches of a device; a step may now have another number of them.
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     before = progress["total"]["processed"] // checkpoint["global_step"]
-    was = (checkpoint.get("devices", trainer.world_size), before)
-    now = (trainer.world_size, trainer.accumulate_grad_batches)
-    if fitting and was != now and any(getattr(vit.config, name) for name in DROPOUTS):
-        rank_zero_only(print)(
-            "vitlit: warning: steps of {} devices x {} micro-batches continue as {} x {}: the samples are the "
-            "same, but dropout depends on this division".format(*was, *now),
-            flush=True,
-        )
     for counts in (progress["total"], progress["current"]):
         ready = counts["ready"]
         shift = ready // before * trainer.accumulate_grad_batches - ready

@@ -71,8 +71,6 @@ def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
         left = [*found.unused, *(f"*{pattern}" for pattern in contents.skip)]
         used = {name: tensor for name, tensor in contents.tensors.items() if not skips(left, name)}
     for name, tensor in used.items():
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path} holds {name} without its numbers, or sparse; a ViT has dense tensors")
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{path} holds {kind} numbers in {name}, unlike a ViT; {how_to_skip(name, used)}")

@@ -146,10 +146,7 @@ def open_safetensors(path: Path) -> Contents:
 def open_shards(path: Path) -> Contents:
     """Read a model.safetensors.index.json and the files beside it."""
     contents = Contents(path, "safetensors", {}, "", {})
-    shards = contents.beside(path.name).get("weight_map")
-    if not isinstance(shards, dict):
-        raise UserError(f"{path} has no weight_map")
-    for name in sorted({str(name) for name in shards.values()}):
+    for name in sorted(set(contents.beside(path.name)["weight_map"].values())):
         if Path(name).name != name or not (path.parent / name).is_file():
             raise UserError(f"{path} names a shard {name} that is missing from its folder")
         contents.tensors.update(open_safetensors(path.parent / name).tensors)

@@ -49,7 +49,7 @@ def read(contents: Contents) -> Weights | None:
     big_vision = "Transformer.encoderblock_0.MultiHeadDotProductAttention_0.query.weight" in named
     state = translate(named, table(big_vision, "pre_logits.weight" in named))
     heads = state["blocks.0.attn.q.weight"].shape[1]
-    state = {name: from_jax(name, t.float() if t.is_floating_point() else t, heads) for name, t in state.items()}
+    state = {name: from_jax(name, t.float() if t.is_floating_point() else t) for name, t in state.items()}
     state = fuse(fuse(state, QKV, "attn.qkv"), KV, "kv")
     learned = "pos_embed" in state or not big_vision
     config = architecture(state, "learned" if learned else "sincos2d")
@@ -73,11 +73,9 @@ def unstacked(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def from_jax(name: str, tensor: Tensor, heads: int) -> Tensor:
+def from_jax(name: str, tensor: Tensor) -> Tensor:
     """JAX's (..., in, out) as (out, in, ...), with heads and their channels as one axis."""
     if PER_HEAD.search(name):
-        if tensor.shape[-2:-1] != (heads,):
-            raise UserError(f"{name} is {list(tensor.shape)} in the file, but the first block has {heads} heads")
         tensor = tensor.flatten(-2)
     elif MERGING.search(name) and tensor.ndim == 3:
         tensor = tensor.flatten(0, 1)

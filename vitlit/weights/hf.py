@@ -10,12 +10,10 @@ from torch.nn import functional as F
 from vitlit.errors import UserError
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
-from vitlit.model.config import Resampling
-from vitlit.model.position import resample
 from vitlit.weights.files import Contents
 from vitlit.weights.hub import CONFIG, PREPROCESSOR
 from vitlit.weights.names import Table, backwards, blocks, fuse, prefix_of, split, strip, translate
-from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, PLAIN, Weights, architecture, require, square, tensors
+from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, PLAIN, Weights, architecture, require, tensors
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATED = ("mlp.gate", "mlp.up")
@@ -122,10 +120,8 @@ def read(contents: Contents) -> Weights | None:
     config = {"mlp": "gelu", **architecture(state, position, class_position=True), "norm_eps": EPS[kind]}
     if kind == "dinov2":
         config["resampling"] = "offset"
-    stated = stated_by(about, config, state) if about else {}
+    stated = stated_by(about, config) if about else {}
     config |= stated
-    if kind.startswith("dinov2"):
-        square_table(state, config)
     origins |= dict.fromkeys(stated.keys() & {"norm_eps", "heads"}, CONFIG)
     guessed = [name for name in ("norm_eps", "mlp") if name not in stated and config[name] != "swiglu"]
     origins |= {name: f"{config[name]} (transformers' default for {kind}); {NOT_SAID}" for name in guessed}
@@ -139,19 +135,6 @@ def read(contents: Contents) -> Weights | None:
     return Weights(contents.path, f"hf {kind}", state, config, classes, preprocess, unused, known, origins)
 
 
-def square_table(state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Bring DINOv2's table to an image that is not square: transformers takes it as a square in every case."""
-    size, table = config["image_size"], state["pos_embed"]
-    if isinstance(size, int) or size is None or size[0] == size[1]:
-        return
-    height, width = (side // config["patch_size"] for side in size)
-    side = square(table.shape[1] - 1)
-    if side is None:
-        raise UserError(f"{height} x {width} patches; transformers' DINOv2 runs only if their number is a square")
-    how: Resampling = "antialias" if config["registers"] else "bicubic"
-    state["pos_embed"] = resample(table, (side, side), (height, width), 1, how)
-
-
 def model_type_of(named: dict[str, Tensor]) -> str:
     """The model type of a file without a config.json."""
     if "embeddings.patch_embeddings.weight" in named:
@@ -163,7 +146,7 @@ def model_type_of(named: dict[str, Tensor]) -> str:
     return "vit_mae" if any(name.startswith("decoder.") for name in named) else "vit"
 
 
-def stated_by(about: dict[str, Any], config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+def stated_by(about: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The options that config.json states; UserError if the tensors contradict it or vitlit does not have them."""
     stated: dict[str, Any] = {}
     activation = about.get("hidden_act", "gelu")
@@ -185,10 +168,8 @@ def stated_by(about: dict[str, Any], config: dict[str, Any], state: dict[str, Te
     size = about.get("image_size")
     if isinstance(size, int | list):
         stated["image_size"] = size
-        height, width = (side // config["patch_size"] for side in ([size, size] if isinstance(size, int) else size))
-        positions = state["pos_embed"].shape[1] - 1 - config["distilled"] if "pos_embed" in state else height * width
-        if positions != height * width:
-            raise UserError(f"positions for {positions} patches, but {CONFIG} beside it has image_size {size}")
+        if isinstance(size, list) and size[0] != size[1] and about["model_type"].startswith("dinov2"):
+            raise UserError(f"{CONFIG} has image_size {size}; transformers' DINOv2 takes every table as a square")
     return stated
 
 

@@ -74,8 +74,6 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
             fused[name] = tensor
         elif (new := f"{match[1]}{whole}.{match[2]}") not in fused:
             names = [f"{match[1]}{part}.{match[2]}" for part in parts]
-            if missing := next((part for part in names if part not in state), None):
-                raise UserError(f"{missing} is missing from the file")
             # Stack, unlike cat, refuses parts of different sizes.
             fused[new] = torch.stack([state[part] for part in names]).flatten(0, 1)
     return fused

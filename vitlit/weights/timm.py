@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
-from vitlit.model.position import sincos2d
 from vitlit.weights.checkpoint import EXPORTED, exported
 from vitlit.weights.files import Contents
 from vitlit.weights.hub import CONFIG
@@ -77,13 +76,8 @@ def read(contents: Contents) -> Weights | None:
     stated = dict(options) or stated_by(about)
     size = cfg["input_size"][1:] if cfg.get("input_size") else None
     seen = place(state, stated.get("image_size", size))
-    position = stated.pop("position", "learned")
-    if position.startswith("sincos2d"):
-        if holds(state, seen, position):
-            seen.pop("class_position")
-        else:
-            position = "learned"  # changed since it was exported
-    config = architecture(state, position, seen.get("class_position"))
+    stated.pop("position", None)  # timm learns every table, also one that was fixed here
+    config = architecture(state, class_position=seen.get("class_position"))
     if config.get("mlp") == "swiglu":
         stated.pop("mlp", None)
     stated |= seen
@@ -149,17 +143,15 @@ def place(state: dict[str, Tensor], size: Any) -> dict[str, Any]:
     if table is None or table.ndim != 3:
         return {}
     special = sum(name in state for name in ("cls_token", "dist_token"))
-    count = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
-    patches, sides = 0, [size, size] if isinstance(size, int) else size
-    if isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        patches = math.prod(side // patch for side in sides)
+    count = 0 if registers is None else registers.shape[1]
+    sides: Any = [size, size] if isinstance(size, int) else size or ()
+    patches = math.prod(side // patch for side in sides) if sides else 0
     length = table.shape[1] - special
     covered = length - count == patches
     if not patches or length not in (patches - special, patches, patches + count):  # of another size than is stated
         patches = 0
         covered = square(length - count) is not None and not square(length) and not square(table.shape[1])
-    if count and covered:
-        assert registers is not None
+    if registers is not None and covered:
         state["reg_token"] = registers + table[:, special : special + count]
         state["pos_embed"] = table = torch.cat([table[:, :special], table[:, special + count :]], dim=1)
     if not patches:
@@ -168,19 +160,6 @@ def place(state: dict[str, Tensor], size: Any) -> dict[str, Any]:
     if any(side % patch for side in sides):
         seen["partial_patches"] = "drop"
     return seen
-
-
-def holds(state: dict[str, Tensor], seen: dict[str, Any], position: str) -> bool:
-    """Whether a table is fixed positions and zeros for the tokens before them; if so, take it away."""
-    table, size, patch = state.get("pos_embed"), seen.get("image_size"), state[STEM].shape[-1]
-    if table is None or size is None:
-        return False
-    height, width = (side // patch for side in ([size, size] if isinstance(size, int) else size))
-    fixed = sincos2d((height, width), table.shape[2], position)
-    if not torch.equal(table.float(), F.pad(fixed, (0, 0, table.shape[1] - fixed.shape[1], 0))):
-        return False
-    del state["pos_embed"]
-    return True
 
 
 def write(vit: ViT) -> dict[str, Tensor]:

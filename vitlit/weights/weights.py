@@ -66,7 +66,7 @@ def architecture(
         "image_size": None,
         "patch_size": patch,
         "width": width,
-        "depth": count_blocks(state),
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "mlp_dim": mlp_dim,
         "num_classes": 0,
         "hidden_dim": None,
@@ -104,10 +104,6 @@ def architecture(
         side = square(length - special if class_position else length)
         config["class_position"], config["image_size"] = class_position, side * patch if side else None
     return config
-
-
-def count_blocks(state: dict[str, Tensor]) -> int:
-    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def usual_heads(config: Mapping[str, Any]) -> int | None:
