@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vitlit.errors import UserError
 from vitlit.model import ViT
+from vitlit.model.position import sincos2d
 from vitlit.weights.checkpoint import EXPORTED, exported
 from vitlit.weights.files import Contents
 from vitlit.weights.hub import CONFIG
@@ -76,8 +77,13 @@ def read(contents: Contents) -> Weights | None:
     stated = dict(options) or stated_by(about)
     size = cfg["input_size"][1:] if cfg.get("input_size") else None
     seen = place(state, stated.get("image_size", size))
-    stated.pop("position", None)  # timm learns every table, also one that was fixed here
-    config = architecture(state, class_position=seen.get("class_position"))
+    position = stated.pop("position", "learned")
+    if position.startswith("sincos2d"):
+        if holds(state, seen, position):
+            seen.pop("class_position")
+        else:
+            position = "learned"  # changed since it was exported
+    config = architecture(state, position, seen.get("class_position"))
     if config.get("mlp") == "swiglu":
         stated.pop("mlp", None)
     stated |= seen
@@ -160,6 +166,19 @@ def place(state: dict[str, Tensor], size: Any) -> dict[str, Any]:
     if any(side % patch for side in sides):
         seen["partial_patches"] = "drop"
     return seen
+
+
+def holds(state: dict[str, Tensor], seen: dict[str, Any], position: str) -> bool:
+    """Whether a table is fixed positions and zeros for the tokens before them; if so, take it away."""
+    table, size, patch = state.get("pos_embed"), seen.get("image_size"), state[STEM].shape[-1]
+    if table is None or size is None:
+        return False
+    height, width = (side // patch for side in ([size, size] if isinstance(size, int) else size))
+    fixed = sincos2d((height, width), table.shape[2], position)
+    if not torch.equal(table.float(), F.pad(fixed, (0, 0, table.shape[1] - fixed.shape[1], 0))):
+        return False
+    del state["pos_embed"]
+    return True
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
