@@ -32,11 +32,9 @@ from vitlit.weights.checkpoint import open_checkpoint
 
 # Settings of the Trainer that a config must leave at their defaults, and why.
 FIXED = {
-    "accumulate_grad_batches": (1, "it follows from data.batch_size and data.micro_batch"),
     "barebones": (False, "best.ckpt and last.ckpt are always kept"),
     "default_root_dir": (None, "the run's folder is run.root and run.name"),
     "enable_checkpointing": (None, "best.ckpt and last.ckpt are always kept"),
-    "overfit_batches": (0.0, "it would read images unseeded and unmixed; set limit_train_batches"),
     "max_time": (None, "it would end the run as if it were complete; use run.time_limit"),
 }
 
