@@ -52,7 +52,7 @@ def test_its_logs_may_be_monitored_and_a_name_that_nothing_logs_is_refused(mylab
     said = done(run(*again, "--run.name", "b", "--run.monitor", "val/upright"))
     assert "best val/upright" in said
     wrong = run(*again, "--run.name", "c", "--run.monitor", "val/uprigth")
-    refused(wrong, "run.monitor val/uprigth was not logged", "val/loss", "val/upright")
+    refused(wrong, "val/uprigth", "could not find the monitored key", "val/loss", "val/upright")
 
 
 def test_a_run_asks_for_what_it_was_told_to_trust(mylab: Path) -> None:

@@ -59,12 +59,6 @@ class Best(ModelCheckpoint):
     def state_key(self) -> str:  # which Lightning composes from the arguments in every hook of every step
         return super().state_key
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
-            logged = " ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError(f"run.monitor {self.monitor} was not logged; validation logged {logged}")
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = str(Path(str(self.dirpath)) / BEST)  # Lightning forgets the best score of another folder
         moved = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here}
