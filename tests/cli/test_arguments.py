@@ -329,7 +329,7 @@ def test_a_config_of_ones_own_is_found_first_and_a_folder_is_called_one(
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "finetune_folder.yaml").write_text("data: {batch_sise: 8}\n")
     refused(vitlit("fit", "--config", "recipes/finetune_folder"), "did you mean data.batch_size?")
-    refused(vitlit("fit", "--config", "recipes"), "config recipes is a folder")
+    refused(vitlit("fit", "--config", "recipes"), "config recipes does not exist; ")
     changed = shipped(tmp_path, "\nmodel:", "\nmodle:")
     refused(vitlit("fit", "--config", changed), "no key modle; did you mean model?")
 

@@ -519,7 +519,6 @@ def test_a_class_may_have_a_splits_name(photos: Path) -> None:
         (["{}", "--json"], "--json"),
         (["{}", "--jobs", "2"], "--jobs"),
         (["-x"], "ROOT"),
-        (["{}", "--workers", "0"], "--workers 0 is less than 1"),
         (["{}", "--workers", "two"], "--workers: invalid int value: 'two'"),
         (["{}", "--holdout", "2"], "2 is not a share such as 10%"),
         (["{}", "--json", "{}/nowhere/report.json"], "nowhere is not a folder"),

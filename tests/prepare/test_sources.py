@@ -128,8 +128,8 @@ def test_existing_folder(tmp_path: Path) -> None:
 
 
 def test_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data set 'minst': choose one of digits cifar10 cifar100 imagenette"):
-        sources.write("minst", tmp_path / "out")
+    with pytest.raises(UserError, match=r"NAME: invalid choice: 'minst' .*digits.*cifar10.*imagenette"):
+        sources.run(["minst", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 

@@ -44,8 +44,6 @@ def find_config(name: str) -> Path:
     for path in (Path(name), Path(f"{name}.yaml"), configs() / f"{known}.yaml"):
         if path.is_file():
             return path
-    if Path(name).is_dir():
-        raise UserError(f"config {name} is a folder; give a file in it, or a name that `vitlit config` lists")
     near = get_close_matches(known, shipped(), 1)
     hint = f"; did you mean {near[0]}?" if near else "; `vitlit config` lists the shipped ones"
     raise UserError(f"config {name} does not exist{hint}")

@@ -55,10 +55,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
     parser.add_argument("--holdout", metavar="SHARE", default="0", help="cut val off train, as --data.holdout does")
     parser.add_argument("--ground", metavar="COLOUR", default=GROUND, help="under transparency, as --data.ground")
-    parser.add_argument("--workers", metavar="N", type=int, default=count(1), help="processes; default one a core")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=count(1), help="processes; default one a core, 0 for none"
+    )
     given = parser.parse_args(arguments or ["--help"])
-    if given.workers < 1:
-        parser.error(f"--workers {given.workers} is less than 1")
     if given.json and not given.json.parent.is_dir():
         raise UserError(f"{given.json.parent} is not a folder: give --json another file")
     if is_shards(str(given.root)):

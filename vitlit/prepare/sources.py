@@ -30,7 +30,7 @@ Write a public data set as OUT/{{train,val}}/CLASS/*. NAME: {" ".join(NAMES)}
 
 def run(arguments: list[str]) -> int:
     parser = CommandParser("vitlit data", HELP)
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", choices=NAMES)
     parser.add_argument("out", metavar="OUT", type=Path)
     given = parser.parse_args(arguments or ["--help"])
     write(given.name, given.out)
@@ -39,8 +39,6 @@ def run(arguments: list[str]) -> int:
 
 def write(name: str, out: Path) -> None:
     """Write a data set as `out/SPLIT/CLASS/FILE` and print one line for each split; docs/data.md lists their sizes."""
-    if name not in NAMES:
-        raise UserError(f"there is no data set {name!r}: choose one of {' '.join(NAMES)}")
     with whole_folder(out) as partial, tempfile.TemporaryDirectory(dir=partial) as root:
         splits = _digits() if name == "digits" else _download(name, root)
         for split, pairs in splits.items():

@@ -86,7 +86,6 @@ class RunFolder:
         self.marker = self.path / "finished.json"
         checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (checkpoints / f"{which}.ckpt" for which in ("last", "previous", "best"))
-        expand(self.best)  # refuses a root that is too long for what will be in it
         self.commands = self.path / "run.json"  # what worked on the run, when, where and for how long, and its result
         self._wandb_id = self.path / "wandb" / "run-id"
 
