@@ -40,7 +40,9 @@ class Made(NamedTuple):
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder for the runs and their logs")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="a folder for runs and logs; what ended is not run again"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--at-once", type=int, default=1, help="how many trainings run at once, on one core each")
     return parser
@@ -68,6 +70,9 @@ def _fit(job: tuple[Run, Path, bool]) -> Made:
 
     run, work, alone = job
     name = f"{run.name}-{run.seed}".replace(" ", "_")
+    took = work / f"{name}.seconds"
+    if took.exists():  # in a benchmark that was broken off, and goes on
+        return Made(run, *measured(work / name / "metrics.csv"), float(took.read_text()))
     if alone:
         torch.set_num_threads(1)
     log = os.open(work / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -80,6 +85,7 @@ def _fit(job: tuple[Run, Path, bool]) -> Made:
     sys.stdout.flush()
     if code:
         raise RuntimeError(f"{name} ended with {code}; see {work / name}.log")
+    took.write_text(str(seconds))
     return Made(run, *measured(work / name / "metrics.csv"), seconds)
 
 
