@@ -9,6 +9,7 @@ os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import gc
 import math
 import shutil
 import signal
@@ -125,6 +126,7 @@ def start(function: Callable[[], int], cwd: Path, name: str = "") -> int:
     child = os.fork()
     if child == 0:
         code = 1
+        gc.freeze()  # the garbage of earlier tests may hold threads, for whose end a fork would wait for ever
         try:
             os.chdir(cwd)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

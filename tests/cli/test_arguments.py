@@ -283,7 +283,7 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
         ("--model.schedule.warmup", "-6", "warmup -6"),
         ("--data.num_workers", "-1", "num_workers is -1"),
         ("--data.crop_scale", "[2,3]", "crop_scale"),
-        ("--data.image_size", "0", "image size 0"),
+        ("--data.image_size", "0", "image_size is 0"),
         ("--data.seed", str(10**30), "data: seed is 1000"),
         ("--data.prefetch", "0", "data: prefetch is 0; give at least 1"),
         ("--data.std", "[.inf,1,1]", "std (inf, 1.0, 1.0)"),

@@ -102,6 +102,8 @@ def measured(method: str, vit: Any, parts: list[Any], splits: Splits, given: Nam
     """What the weights' own head, or in the mean over seeds a probe, is worth on val, or on the folds of train."""
     labels, groups = np.concatenate([labels for _, labels in parts]), splits["train"].groups
     if method == "classify":
+        if not vit.config.num_classes:
+            raise UserError("classify measures the weights' own head, and these have none; finetune them first")
         if vit.config.num_classes != len(splits.classes) or vit.classes not in ([], splits.classes):
             raise other_classes(splits.root, splits.classes, vit.classes)
         numbers = measures(parts[-1][0]["logits"], parts[-1][1])

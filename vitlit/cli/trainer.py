@@ -66,7 +66,8 @@ class Trainer(LightningTrainer):
         try:
             super().__init__(logger=logger, precision=precision, **kwargs)  # type: ignore[arg-type]
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-            raise UserError(f"trainer: {error}") from error
+            remedy = " Use trainer.accelerator cpu or auto." if "backend found" in str(error) else ""
+            raise UserError(f"trainer: {error}{remedy}") from error
         callbacks: Any = self.callbacks  # type: ignore[attr-defined]
         check_callbacks(callbacks)
         skip_empty_hooks(callbacks)

@@ -62,7 +62,7 @@ class LeJEPA(Objective):
     def directions(self, like: Tensor) -> Tensor:
         """The step's random unit vectors, (width, slices), the same on every device."""
         share = uniform(image_noise(self.step, like.shape[-1] * self.slices)).clamp(min=2.0**-25)  # of 0, -inf
-        self.step += self.training
+        self.step.add_(int(self.training))
         return nn.functional.normalize(torch.erfinv(2 * share - 1).view(-1, self.slices), dim=0).to(like)
 
 

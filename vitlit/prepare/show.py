@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
     file = given.run / "config.yaml"
     config = read_config(file) if file.is_file() else {}
     if "data" not in config:
-        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml of a run")
+        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml")
     stored = config["data"]
     if stored.get("seed") is None:
         stored["seed"] = config.get("seed_everything", 0)
