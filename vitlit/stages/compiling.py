@@ -78,7 +78,7 @@ class Compiling:
 
     def step(self, stage: Any, batch: Batch, progress: Any) -> Step:
         """The objective's step. Compiled is the first shape of batch, not an evaluation's smaller last."""
-        shapes = [part.shape for part in (*batch.views, batch.labels)]
+        shapes = [part.shape for part in (*batch.views, batch.labels)] if self._chosen else []
         other = bool(self._chosen) and self._shapes.setdefault(stage.training, shapes) != shapes
         if other or self._chosen not in CUDA_GRAPHS:
             with torch.compiler.set_stance("force_eager") if other else nullcontext():
