@@ -73,8 +73,7 @@ def manifest(root: Path, out: Path, counts: list[int]) -> Path:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--mnist", type=Path, required=True)
+    parser = arguments(__doc__ or "", "mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     root = given.mnist.absolute()

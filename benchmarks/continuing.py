@@ -7,7 +7,6 @@ drawings among Google's.
 """
 
 import sys
-from pathlib import Path
 
 from pretraining import baselines
 from runs import Run, arguments, fit_all, summary, write
@@ -20,10 +19,7 @@ FLAGS = f"""
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--emoji", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    given = parser.parse_args()
+    given = arguments(__doc__ or "", "emoji", "weights").parse_args()
     where = ["--data.root", str(given.emoji), "--model.init_from", str(given.weights)]
     before = baselines(given.emoji, given.weights, SIZE)["weights"]
     print(f"before: {before}")

@@ -49,10 +49,7 @@ def costs(where: list[str], work: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--emoji", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    given = parser.parse_args()
+    given = arguments(__doc__ or "", "emoji", "weights").parse_args()
     where = ["--data.root", str(given.emoji), "--model.init_from", str(given.weights)]
     runs = [Run(name, SEED, [*BASE.split(), *flags.split(), *where]) for name, flags in ROWS.items()]
     rows = summary(fit_all(runs, given.work, given.at_once), "val/top1_macro")

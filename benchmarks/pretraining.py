@@ -67,10 +67,7 @@ def few(root: Path, work: Path) -> Path:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--mnist", type=Path, required=True)
-    parser.add_argument("--emoji", type=Path, required=True)
-    given = parser.parse_args()
+    given = arguments(__doc__ or "", "mnist", "emoji").parse_args()
     roots = {"mnist": given.mnist, "emoji": given.emoji}
     flags = {"mnist": "--data.flip 0", "emoji": ""}
     runs = [

@@ -37,9 +37,11 @@ class Made(NamedTuple):
     seconds: float
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
+def arguments(description: str, *needs: str) -> argparse.ArgumentParser:
+    """The options of every benchmark, and the paths that this one needs."""
     parser = argparse.ArgumentParser(description=description)
+    for name in needs:
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument(
         "--work", type=Path, required=True, help="a folder for runs and logs; what ended is not run again"
     )
