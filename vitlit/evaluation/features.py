@@ -39,19 +39,14 @@ def forward(vit: Any, images: Tensor) -> dict[str, Tensor]:
     after: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, tokens: after.append(tokens)) for block in vit.blocks[-4:]]
     try:
-        logits, distilled, pooled = vit.heads(vit.features(images))
+        logits, pooled = vit.outputs(images, pooled=False)  # all tokens come out of the last block
     finally:
         for hook in hooks:
             hook.remove()
     tokens = [vit.fc_norm(vit.norm(each)) for each in after]  # one is the final norm, the other does nothing
     means = [each[:, vit.prefix :].mean(1) for each in tokens]
     of_blocks = means if vit.cls_token is None else [each[:, 0] for each in tokens]
-    return {
-        "pooled": pooled,
-        "logits": logits if distilled is None else (logits + distilled) / 2,
-        "class": torch.stack(of_blocks, 1),
-        "patches": means[-1],
-    }
+    return {"pooled": pooled, "logits": logits, "class": torch.stack(of_blocks, 1), "patches": means[-1]}
 
 
 def probe_inputs(found: Mapping[str, Tensor]) -> dict[str, Tensor]:

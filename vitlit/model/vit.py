@@ -95,10 +95,10 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.outputs(images)[0]
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` gives, and the pooled features (B, D) that it comes from."""
-        logits, distilled, pooled = self.heads(self.features(images, pooled=True))
-        return logits if distilled is None else (logits + distilled) / 2, pooled
+    def outputs(self, images: Tensor, pooled: bool = True) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the pooled features (B, D) that it comes from; `pooled` as in `encode`."""
+        logits, distilled, features = self.heads(self.features(images, pooled))
+        return logits if distilled is None else (logits + distilled) / 2, features
 
     def features(self, images: Tensor, pooled: bool = False) -> Tensor:
         """The encoded tokens of images, (B, C, H, W) -> (B, S + N, D); not normalised with `norm: pooled`.
