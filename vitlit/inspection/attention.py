@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import reduce
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,21 +13,23 @@ from vitlit.model import ViT
 
 
 class QueriesAndKeys(TorchFunctionMode):
-    """Keeps the queries and keys that the fused kernel is given."""
+    """Keeps the queries and keys that the fused kernel is given, in its calls with these numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: range) -> None:
         super().__init__()
-        self.given: list[tuple[Tensor, Tensor]] = []
+        self.calls, self.call, self.given = calls, 0, list[tuple[Tensor, Tensor]]()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
-            self.given.append(args[:2])
+            self.given += [args[:2]] if self.call in self.calls else []
+            self.call += 1
         return function(*args, **(kwargs or {}))
 
 
-def attentions(vit: ViT, images: Tensor, tokens: slice = slice(None)) -> Iterator[Tensor]:
-    """The weights of `attention` of each block in turn, from one forward pass."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), QueriesAndKeys() as seen:
+def attentions(vit: ViT, images: Tensor, tokens: slice = slice(None), blocks: slice = slice(None)) -> Iterator[Tensor]:
+    """The weights of `attention` of each of the blocks in turn, from one forward pass."""
+    calls = range(len(vit.blocks))[blocks]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), QueriesAndKeys(calls) as seen:
         vit.encode(vit.embed(images), vit.grid_of(*images.shape[-2:]))
     return ((queries[:, :, tokens] * queries.shape[-1] ** -0.5 @ keys.mT).softmax(-1) for queries, keys in seen.given)
 
@@ -38,7 +39,8 @@ def attention(vit: ViT, images: Tensor, block: int = -1, tokens: slice = slice(N
 
     Rows sum to 1. The S prefix tokens (class, distillation, registers) come first. IndexError: there is no such block.
     """
-    return next(islice(attentions(vit, images, tokens), range(len(vit.blocks))[block], None))
+    number = range(len(vit.blocks))[block]
+    return next(attentions(vit, images, tokens, slice(number, number + 1)))
 
 
 def rollout(vit: ViT, images: Tensor, residual: float = 0.5) -> Tensor:
