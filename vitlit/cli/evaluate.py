@@ -111,14 +111,16 @@ def measured(method: str, vit: Any, parts: list[Any], splits: Splits, given: Nam
     both = {name: torch.cat([part[name] for part, _ in parts]) for name in NEEDS[method]}
     right: dict[str, np.ndarray] = {}
     fold = np.concatenate([np.full(len(labels), part - 1) for part, (_, labels) in enumerate(parts)])  # train: -1
-    for seed in range(given.seeds):
+    draws = given.folds or method != "knn"  # else all seeds find the same
+    for seed in range(given.seeds if draws else 1):
         if given.folds:
             fold = folds(labels, given.folds, groups, seed)
         for test in (fold == part for part in range(fold.max() + 1)):
             bank, seen = ({name: each[rows] for name, each in both.items()} for rows in (~test, test))
             own = groups if groups is None else groups[~test[: len(groups)]]
             for name, found in classes_by(method, bank, labels[~test], seen, seed, own, given.shots).items():
-                right.setdefault(name, np.zeros((given.seeds, len(labels))))[seed, test] = found == labels[test]
+                of_seeds = right.setdefault(name, np.zeros((given.seeds, len(labels))))
+                of_seeds[seed if draws else slice(None), test] = found == labels[test]
     worth, truth = Found(), labels[fold >= 0]
     for name, each in right.items():
         of_seeds = each[:, fold >= 0]
