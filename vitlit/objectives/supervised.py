@@ -52,7 +52,8 @@ class Supervised(Objective):
         num_classes = vit.config.num_classes if num_classes is None else num_classes
         if num_classes < 2:
             raise UserError(f"a supervised objective needs num_classes of at least 2, not {num_classes}")
-        check_range("Supervised", 0, 1, label_smoothing=label_smoothing)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"Supervised: label_smoothing is {label_smoothing}; give from 0 to 1, but not 1 itself")
         check_range("Supervised", 0, head_std=head_std)
         if multi_label and (loss == "softmax" or class_weights is not None):
             wrong = "loss softmax" if loss == "softmax" else "class_weights"
