@@ -36,19 +36,17 @@ class NonFinite(Callback):
         self._one = torch.ones((), device=pl_module.device)
         self._first_loss: Tensor | None = None  # that this training logged
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step = trainer.global_step
-        if self._first_loss is None:
-            self._first_loss = trainer.callback_metrics.get("train/loss")
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.precision != "16-mixed":
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._found.append((self._step, nonfinite(gradients, self._one)))
+            self._found.append((trainer.global_step, nonfinite(gradients, self._one)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._losses.append((self._step, outputs["loss"]))
-        if len(self._losses) == MOST or (step_ends(trainer, batch_idx) and logs_now(trainer)):
+        if self._first_loss is None:
+            self._first_loss = trainer.callback_metrics.get("train/loss")
+        ended = step_ends(trainer, batch_idx)
+        self._losses.append((trainer.global_step - ended, outputs["loss"]))
+        if len(self._losses) == MOST or (ended and logs_now(trainer)):
             self._check(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

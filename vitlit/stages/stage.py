@@ -82,7 +82,7 @@ class Stage(LightningModule):
         self._checked = 0  # the id of the data that was compared with the network
         self._total_steps = 1
         # Of the current step: to set attributes of a module takes ten times as long.
-        self._now = SimpleNamespace(progress=0.0, first_draw=0, lr=0.0)
+        self._now = SimpleNamespace(progress=0.0, first_draw=0, lr=0.0, seed=0)
 
     @property
     def data(self) -> Any:
@@ -209,6 +209,8 @@ class Stage(LightningModule):
         self._logs.clear()
         self._row: dict[str, float] = {}  # of the step that is to be logged
         self._total_steps = int(self.trainer.estimated_stepping_batches)
+        seed = getattr(self.data, "seed", None)
+        self._now.seed = global_seed() if seed is None else seed
         for config in self.trainer.lr_scheduler_configs:  # a checkpoint restores the rate of a shorter training
             follow_schedule(config.scheduler)
         self.vit.preprocess = getattr(self.data, "preprocess", self.vit.preprocess)
@@ -216,12 +218,11 @@ class Stage(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.compiling.begin(self, batch)
-        seed = global_seed() if (given := getattr(self.data, "seed", None)) is None else given
         trainer = self.trainer
         now, step, optimizer = self._now, trainer.global_step, trainer.optimizers[0]
         where = (batch_idx % trainer.accumulate_grad_batches, trainer.global_rank)
-        seed_step(seed, step, *where, self.device)
-        now.first_draw = 0 if isinstance(batch, Batch) else first_draw(seed, step, *where)  # it has draws
+        seed_step(now.seed, step, *where, self.device)
+        now.first_draw = 0 if isinstance(batch, Batch) else first_draw(now.seed, step, *where)  # it has draws
         now.progress = step / self._total_steps
         # The head's. The scheduler steps before the batch ends, so it is read here.
         now.lr = max(group["lr"] for group in optimizer.param_groups)
