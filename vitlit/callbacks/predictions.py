@@ -25,9 +25,11 @@ class Predictions(Callback):
         self.bad = out.with_name(f"{out.stem}-bad.csv")  # where the data module is to list what it cannot read
         self._rows: list[Tensor] = []
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
+        if pl_module.vit.temperature != 1:
+            print(f"probabilities are softmax(logits / {pl_module.vit.temperature:.4g}), by the weights' temperature")
         with writing(self.out, "give another --out"):  # now, not when all is predicted
             self.out.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.out.parent).close()

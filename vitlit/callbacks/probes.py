@@ -1,6 +1,5 @@
 """What features are worth while a ViT learns, and alarms that stop a training which has collapsed."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +144,8 @@ class Probes(Callback):
         if self.bank and self._count(trainer.datamodule) != 0 and (last or trainer.current_epoch % self.every == 0):
             bank = self._features(trainer, pl_module)
             if len(bank):
-                self._probes["knn"] = partial(nearest, normalised(bank[:, 2:]), bank[:, 1].long()), MeanMetric()
+                known = normalised(bank[:, 2:]), bank[:, 1].long()
+                self._probes["knn"] = lambda rows: nearest(*known, rows)[0], MeanMetric()
         if self._layer:
             self._probes["probe"] = lambda rows: self._layer(rows).argmax(1), MeanMetric()
 

@@ -1,113 +1,178 @@
 """`vitlit evaluate WEIGHTS... --root ROOT`: what weights are worth on a folder, and how sure that is."""
 
-import hashlib
 import json
-import os
+import re
 from argparse import Namespace
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from vitlit.callbacks.predictions import write_csv
-from vitlit.data.dataset import Images
-from vitlit.data.folder import parse_share
+from vitlit.data.folder import parse_share, scan_classes
 from vitlit.data.index import Index
-from vitlit.data.shard_index import ShardFiles
-from vitlit.data.splits import Splits, other_classes
-from vitlit.data.workers import count, loader
+from vitlit.data.shards import is_shards
+from vitlit.data.splits import Splits
 from vitlit.errors import CommandParser, UserError, check_range
-from vitlit.evaluation import compare, features, fewshot, folds, interval, linear, probe_inputs
-from vitlit.evaluation.classify import balanced, measures, per_class
+from vitlit.evaluation import compare, fewshot, folds, interval, linear, logistic, probe_inputs, temperature
+from vitlit.evaluation.calibration import binned
+from vitlit.evaluation.classify import balanced, measures, per_class, precisions
+from vitlit.evaluation.imagenet import outputs, read_real
 from vitlit.evaluation.knn import nearest, normalised
-from vitlit.files import load_arrays, save_arrays, write_text, writing
-from vitlit.weights import load
+from vitlit.files import write_text, writing
+from vitlit.inspection.figures import draw_reliability
+from vitlit.prepare.features import extract, ready
+from vitlit.weights.calibrated import check_storable, store_temperature
 
 HELP = """\
 Measure weights (files, runs, hf:OWNER/NAME) on a folder's val split, by probes that learn from train; classify is their
 own head. Intervals are of 95 %, over images, deviations over seeds, differences to the first weights.
 """
-NEEDS = {"knn": ["pooled"], "fewshot": ["pooled"], "linear": ["class", "patches"], "classify": ["logits"]}
+NEEDS = {"knn": ["pooled"], "fewshot": ["pooled"], "linear": ["class", "patches"]}
+NEEDS |= {"logistic": ["pooled"], "classify": ["logits"]}
+NEIGHBOURS = (10, 20, 100, 200)
 ROW = ("weights", "method", "metric", "value", "low", "high", "deviation", "difference", "from", "to")
 Found = dict[tuple[str, str], Any]  # a statistic, its values for each image, and its value for each seed
 
 
-def run(arguments: list[str]) -> int:
+def parse(arguments: list[str]) -> Namespace:
+    """The settings; `methods` and `shots` are lists."""
     parser = CommandParser("vitlit evaluate", HELP)
     parser.add_argument("weights", metavar="WEIGHTS", nargs="+")
-    parser.add_argument("--root", required=True, help="as --data.root: a folder, or shards")
+    parser.add_argument("--root", required=True, help="as --data.root: a folder, or shards; for classify val will do")
     parser.add_argument("--with", dest="methods", metavar="LIST", default="knn,fewshot,linear", help=",".join(NEEDS))
-    parser.add_argument("--shots", type=int, default=5, metavar="N", help="images of each class for fewshot; default 5")
+    parser.add_argument("--shots", default="5", metavar="LIST", help="images of each class for fewshot; default 5")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of probes and folds; default 3")
     parser.add_argument("--folds", type=int, default=0, metavar="N", help="of train, measured in place of val")
     parser.add_argument("--image_size", type=int, default=0, metavar="N", help="pixels; by default the weights'")
     parser.add_argument("--holdout", default="0", metavar="SHARE", help="as --data.holdout, such as 10%%")
     parser.add_argument("--manifest", metavar="FILE", help="as --data.manifest; folds keep its groups together")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write table.csv, and table.json with each class")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="CSV for classify: folder, the head's class")
+    parser.add_argument("--real", type=Path, metavar="FILE", help="ImageNet's ReaL labels, real.json, for classify")
+    calibrate = "fit a temperature on half of val, show what it does on the other, and store it with the weights"
+    parser.add_argument("--calibrate", action="store_true", help=calibrate)
+    about = "write table.csv, table.json with each class, and reliability.png of classify"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=about)
     given = parser.parse_args(arguments)
-    methods = given.methods.split(",")
-    if wrong := set(methods) - NEEDS.keys():
+    given.methods, head = given.methods.split(","), given.calibrate or given.classes or given.real
+    if wrong := set(given.methods) - NEEDS.keys():
         parser.error(f"--with has {min(wrong)!r}; give some of {','.join(NEEDS)}")
-    if given.folds == 1 or (given.folds and "classify" in methods):
+    if given.folds == 1 or (given.folds and "classify" in given.methods):
         parser.error("--folds must be at least 2, and without classify, which learns nothing")
-    check_range("vitlit evaluate", 1, shots=given.shots, seeds=given.seeds)
-    splits = Splits(given.root, parse_share(given.holdout), given.manifest)
-    splits.scan()
-    if splits.multi_label or splits.numbers or not splits.classes:
-        raise UserError(f"{given.root} must have one class for each image; `vitlit test` measures other labels")
-    indices = [splits["train"]] if given.folds else [splits["train"], splits["val"]]
-    names = sorted({name for method in methods for name in NEEDS[method]})
-    first, rows, classes = Found(), [], {}
-    line = ("{:<24} {:<8} {:<8}" + " {:>10}" * 7).format
+    if head and "classify" not in given.methods:
+        parser.error("--calibrate, --classes and --real are about the weights' own head; add classify to --with")
+    if given.calibrate and given.image_size:
+        parser.error("--calibrate is for the weights' own size of images; leave --image_size out")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given.shots):
+        parser.error(f"--shots is {given.shots!r}; give numbers such as 1,5,10,25")
+    given.shots = [int(number) for number in given.shots.split(",")]
+    check_range("vitlit evaluate", 1, seeds=given.seeds)
+    if given.out and (given.out / "table.csv").exists():
+        raise UserError(f"{given.out} has a table.csv; give another --out, or remove it")
+    return given
+
+
+def run(arguments: list[str]) -> int:
+    given = parse(arguments)
+    try:
+        splits, indices = scan(given)
+    except UserError as error:  # worded for training
+        raise UserError(re.sub(r"(--)?data\.(root|holdout|manifest)\b", r"--\2", str(error))) from error
+    paths = (indices[-1].path(row) for row in range(len(indices[-1])))
+    real = read_real(given.real, list(paths), splits.classes) if given.real else None
+    heads = [check(source, splits, given) for source in given.weights]  # all, before the first is measured
+    names, first = sorted({name for method in given.methods for name in NEEDS[method]}), Found()
+    line, rows, every = ("{:<24} {:<12} {:<8}" + " {:>10}" * 7).format, [], {}
     print(line(*ROW))
-    for source in given.weights:
+    for source, head in zip(given.weights, heads, strict=True):
         vit, found = ready(source, given.image_size), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
-        for method in methods:
-            found |= measured(method, vit, parts, splits, given)
+        for method in given.methods:
+            if method != "classify":
+                found |= probed(method, parts, indices[0].groups, given)
+                continue
+            logits = parts[-1][0]["logits"][:, head]
+            found |= of_head(method, measures(logits / vit.temperature, parts[-1][1], real))
+            found |= calibrated(source, logits, indices[-1]) if given.calibrate else {}
         for (method, metric), (statistic, values, of_seeds) in found.items():
             spread = np.std(of_seeds, ddof=1) if len(of_seeds) > 1 else None
             against = compare(statistic, first[method, metric][1], values) if first else [None] * 3
             rows.append([source, method, metric, np.mean(of_seeds), *interval(statistic, *values), spread, *against])
             print(line(*(cell if type(cell) is str else "-" if cell is None else f"{cell:.4f}" for cell in rows[-1])))
-            if metric == "balanced":
-                shares = enumerate(per_class(*values).tolist())  # NaN for a class without images
-                classes[f"{source}, {method}"] = {splits.classes[i]: share for i, share in shares if share == share}
+            every[f"{source}, {method}", metric] = values
         first = first or found
     if given.out:
         with writing(given.out, "give another --out"):
-            given.out.mkdir(parents=True, exist_ok=True)
-            write_csv(given.out / "table.csv", ROW, rows)
-            content = {"settings": vars(given), "table": [dict(zip(ROW, row, strict=True)) for row in rows]}
-            write_text(given.out / "table.json", json.dumps(content | {"classes": classes}, indent=1, default=str))
+            write(given, rows, every, splits.classes)
     return 0
 
 
-def ready(source: str, image_size: int) -> Any:
-    """A ViT on the GPU if there is one, for images of its own size or another; UserError without preprocessing."""
-    vit: Any = load(source)
-    if vit.preprocess is None:
-        raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
-    if image_size:
-        vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
-    return vit.to("cuda" if torch.cuda.is_available() else "cpu")
+def scan(given: Namespace) -> tuple[Splits, list[Index]]:
+    """The classes, and the images to learn from and to measure; for classify alone those of val, or of ROOT itself."""
+    splits, alone = Splits(given.root, parse_share(given.holdout), given.manifest), given.methods == ["classify"]
+    root, listed = Path(splits.root), given.manifest or is_shards(splits.root)
+    if alone and root.is_dir() and not (listed or splits.holdout or (root / "train").is_dir()):
+        splits.classes, val = scan_classes(root / "val" if (root / "val").is_dir() else root)
+        indices = [val]
+    else:
+        splits.scan()
+        wanted = ["val"] if alone else ["train"] if given.folds else ["train", "val"]
+        indices = [splits[name] for name in wanted]
+    if splits.numbers:
+        raise UserError(f"{given.root} has numbers, not classes; `vitlit test RUN` measures what a run makes of them")
+    if not splits.classes:
+        raise UserError(f"{given.root} has images without classes; sort them into class folders, or give --manifest")
+    if splits.multi_label and (not alone or given.calibrate or given.real):
+        raise UserError(f"{given.root} has several classes an image, of which classify alone measures the map")
+    return splits, indices
 
 
-def measured(method: str, vit: Any, parts: list[Any], splits: Splits, given: Namespace) -> Found:
-    """What the weights' own head, or in the mean over seeds a probe, is worth on val, or on the folds of train."""
-    labels, groups = np.concatenate([labels for _, labels in parts]), splits["train"].groups
-    if method == "classify":
-        if not vit.config.num_classes:
-            raise UserError("classify measures the weights' own head, and these have none; finetune them first")
-        if vit.config.num_classes != len(splits.classes) or vit.classes not in ([], splits.classes):
-            raise other_classes(splits.root, splits.classes, vit.classes)
-        numbers = measures(parts[-1][0]["logits"], parts[-1][1])
-        return {(method, name): (*each, [each[0](*each[1])]) for name, each in numbers.items()}
+def check(source: str, splits: Splits, given: Namespace) -> list[int]:
+    """The outputs of a head for the folder's classes; UserError unless all that is asked of the weights can be done."""
+    vit = ready(source, given.image_size)
+    if "classify" not in given.methods:
+        return []
+    count, metric = vit.config.num_classes, "map" if splits.multi_label else "top1"
+    if not count:
+        raise UserError(f"classify measures the weights' own head, and {source} has none; finetune it first")
+    try:
+        head = outputs(splits.classes, vit.classes, count, given.classes)
+    except UserError as error:
+        raise UserError(f"{source} on {given.root}: {error}") from error
+    if given.calibrate:
+        check_storable(source)
+    if len(head) < count:
+        print(f"{source}: {metric} among {len(head)} of {count} classes")
+        if given.calibrate:
+            raise UserError(f"--calibrate needs images of all classes of {source}; {given.root} has not")
+    if vit.temperature != 1:
+        print(f"{source}: probabilities are softmax(logits / {vit.temperature:.4g}), as in `vitlit predict`")
+    return head
+
+
+def of_head(method: str, numbers: dict[str, Any]) -> Found:
+    return {(method, name): (*each, [each[0](*each[1])]) for name, each in numbers.items()}
+
+
+def calibrated(source: str, logits: torch.Tensor, val: Index) -> Found:
+    """Fit a temperature on a half of val, store it if it is better on the other, and tell what that one gives."""
+    half, names = folds(val.labels, 2, val.groups) == 0, ("top1", "nll", "brier", "ece")
+    fitted, found = temperature(logits[half], val.labels[half]), Found()
+    for method, each in (("uncalibrated", logits[~half]), ("calibrated", logits[~half] / fitted)):
+        numbers = measures(each, val.labels[~half])
+        found |= of_head(method, {name: numbers[name] for name in names})
+    better = found["calibrated", "nll"][2] < found["uncalibrated", "nll"][2]
+    stored = (
+        f"is stored in {store_temperature(source, fitted)}" if better else "is not stored: the other half's nll rises"
+    )
+    print(f"{source}: temperature {fitted:.4g}, fitted on {half.sum():,} of {len(half):,} images, {stored}")
+    return found
+
+
+def probed(method: str, parts: list[Any], groups: Any, given: Namespace) -> Found:
+    """What probes are worth in the mean over seeds, on val, or on the folds of train, whose groups are given."""
+    labels = np.concatenate([labels for _, labels in parts])
     both = {name: torch.cat([part[name] for part, _ in parts]) for name in NEEDS[method]}
     right: dict[str, np.ndarray] = {}
     fold = np.concatenate([np.full(len(labels), part - 1) for part, (_, labels) in enumerate(parts)])  # train: -1
@@ -130,34 +195,33 @@ def measured(method: str, vit: Any, parts: list[Any], splits: Splits, given: Nam
     return worth
 
 
-def classes_by(method: str, bank: Any, labels: np.ndarray, seen: Any, seed: int, groups: Any, shots: int) -> Any:
+def classes_by(
+    method: str, bank: Any, labels: np.ndarray, seen: Any, seed: int, groups: Any, shots: list[int]
+) -> dict[str, np.ndarray]:
     """The classes (M,) that each probe of a method gives to features, by name."""
     if method == "linear":
-        return {"linear": linear(probe_inputs(bank), labels, probe_inputs(seen), seed, groups).numpy()}
-    train, test = normalised(bank["pooled"]), seen["pooled"]
-    if method == "knn":
-        return {f"knn {k}": nearest(train, torch.from_numpy(labels), test, k).numpy() for k in (10, 20, 100, 200)}
-    return {f"{shots}-shot": fewshot(bank["pooled"], labels, test, shots, seed)}
+        return {method: linear(probe_inputs(bank), labels, probe_inputs(seen), seed, groups).numpy()}
+    train, test = bank["pooled"], seen["pooled"]
+    if method == "logistic":
+        return {method: logistic(train, labels, test, seed, groups)}
+    if method == "fewshot":
+        return {f"{number}-shot": fewshot(train, labels, test, number, seed) for number in shots}
+    found = nearest(normalised(train), torch.from_numpy(labels), test, NEIGHBOURS)
+    return {f"knn {k}": each.numpy() for k, each in zip(NEIGHBOURS, found, strict=True)}
 
 
-def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
-    """`features` of images, kept in the user's cache by weights, preprocessing, and the files' paths, sizes, times."""
-    device, preprocess = next(vit.parameters()).device, vit.preprocess
-    key = hashlib.blake2b(save(dict(vit.state_dict())), digest_size=16)
-    key.update(repr([torch.__version__, device.type, vit.config, preprocess, names, index.digest()]).encode())
-    if isinstance(index.files, ShardFiles):  # whose parts hold checksums of headers
-        key.update(repr([index.files.root, index.files.shards]).encode() + index.files.parts.tobytes())
-    else:
-        status = ((path := index.path(row), os.stat(path)) for row in range(len(index)))
-        key.update(repr([(path, each.st_size, each.st_mtime_ns) for path, each in status]).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitlit" / "features"
-    file = cache / f"{key.hexdigest()}.npz"
-    with suppress(OSError, ValueError):  # missing or damaged
-        return {name: torch.from_numpy(array) for name, array in load_arrays(file).items()}
-    images = Images(index, preprocess.crop, ground=preprocess.ground)
-    batches = loader(images, range(len(index)), 64, count(torch.cuda.device_count()))
-    found = features(vit, (preprocess.normalise(batch[0].to(device).permute(0, 3, 1, 2)) for batch in batches), names)
-    with suppress(OSError):  # without a writable cache they are extracted each time
-        cache.mkdir(parents=True, exist_ok=True)
-        save_arrays(file, {name: part.numpy() for name, part in found.items()})
-    return found
+def write(given: Namespace, rows: list[Any], every: dict[Any, Any], classes: list[str]) -> None:
+    """Write the tables, and the diagram of what classify finds, from the values for each image by method and metric."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_csv(given.out / "table.csv", ROW, rows)
+    of_class: dict[str, dict[str, float]] = {}
+    for (name, metric), values in every.items():
+        if metric in ("balanced", "map"):
+            shares = (per_class if metric == "balanced" else precisions)(*values).tolist()
+            pairs = zip(classes, shares, strict=False)
+            of_class[name] = {each: share for each, share in pairs if share == share}  # NaN: no images
+    table = [dict(zip(ROW, row, strict=True)) for row in rows]
+    content = {"settings": vars(given), "table": table, "classes": of_class}
+    write_text(given.out / "table.json", json.dumps(content, indent=1, default=str))
+    if curves := {name: binned(*values) for (name, metric), values in every.items() if metric == "ece"}:
+        draw_reliability(curves).savefig(given.out / "reliability.png")

@@ -20,12 +20,10 @@ def run(arguments: list[str]) -> int:
     from vitlit.files import whole_folder
     from vitlit.inspection.attention import pooled  # loads torch, which a mistake need not wait for
     from vitlit.inspection.figures import FIGURES
-    from vitlit.weights import load
+    from vitlit.weights import load_prepared
 
     with whole_folder(given.out) as folder:
-        vit = load(given.weights)
-        if vit.preprocess is None:
-            raise UserError(f"{given.weights} tells no normalisation of images; set vit.preprocess and save it again")
+        vit = load_prepared(given.weights)
         images = vit.preprocess(given.images)
         print(f"images and heads: attention of the {pooled(vit)[0]} (pool: {vit.config.pool})")
         for draw in FIGURES:

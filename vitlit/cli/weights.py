@@ -78,6 +78,7 @@ def describe(weights: Weights) -> dict[str, str]:
         "parameters": f"{sum(tensor.numel() for tensor in weights.state.values()):,}",
         "head": f"{config['num_classes']:,} classes" if config["num_classes"] else "none",
         "classes": ", ".join(weights.classes[:5]) + (", ..." if len(weights.classes) > 5 else "") or "unnamed",
+        "temperature": f"{weights.temperature:.4g}",
         "preprocess": ", ".join(f"{name} {value}" for name, value in weights.preprocess.items()) or "unknown",
         "settings": "; ".join(f"{', '.join(names)} from {origin}" for origin, names in known.items()) or "none stated",
     }
@@ -93,7 +94,7 @@ def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[s
     try:
         written = save_weights(vit, out, format)
         with torch.inference_mode():
-            before, after = vit(images), load(written)(images)
+            before, after = vit(images), (again := load(written))(images)
         difference = (before - after).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, before.abs().max().item()):
             raise UserError(f"{what} read back from {out} differ by {difference:.1e}; it was removed")
@@ -101,3 +102,5 @@ def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[s
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
     print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
+    if again.temperature != vit.temperature:
+        print(f"the temperature {vit.temperature:.4g} is lost, since the format {format} has none")

@@ -1,5 +1,6 @@
 """Classification by nearest neighbours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,21 @@ def knn(
     """
     bank, features = normalised(torch.as_tensor(train_features)), torch.as_tensor(features)
     bank_labels, labels = (torch.as_tensor(part, device=bank.device) for part in (train_labels, labels))
-    return float((nearest(bank, bank_labels, features.to(bank.device), k, temperature) == labels).double().mean())
+    found = nearest(bank, bank_labels, features.to(bank.device), [k], temperature)[0]
+    return float((found == labels).double().mean())
 
 
-def nearest(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """The classes (M,) that a bank of `normalised` features (N, D) with labels (N,) gives to features (M, D)."""
-    classes, k, found = int(bank_labels.max()) + 1, min(k, len(bank)), []
+def nearest(
+    bank: Tensor, bank_labels: Tensor, features: Tensor, ks: Sequence[int] = (20,), temperature: float = 0.07
+) -> Tensor:
+    """The classes (K, M) that for each k a `normalised` bank (N, D) with labels (N,) gives to features (M, D)."""
+    classes, most, found = int(bank_labels.max()) + 1, min(max(ks), len(bank)), []
     for part in normalised(features).to(bank).split(max(1, SIMILARITIES // len(bank))):
-        similarity, neighbours = (part @ bank.T).topk(k)
-        weights = ((similarity - 1) / temperature).exp()
-        found.append(weights.new_zeros(len(part), classes).scatter_add(1, bank_labels[neighbours], weights).argmax(1))
-    return torch.cat(found)
+        similarity, neighbours = (part @ bank.T).topk(most)
+        weights, labels = ((similarity - 1) / temperature).exp(), bank_labels[neighbours]
+        votes = (weights.new_zeros(len(part), classes).scatter_add(1, labels[:, :k], weights[:, :k]) for k in ks)
+        found.append(torch.stack([each.argmax(1) for each in votes]))
+    return torch.cat(found, 1)
 
 
 def normalised(features: Tensor) -> Tensor:

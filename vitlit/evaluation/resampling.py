@@ -14,20 +14,30 @@ Statistic = Callable[..., Any]
 def folds(labels: Any, count: int, groups: Any = None, seed: int = 0) -> np.ndarray:
     """The fold of each image, (N,), from 0: each has its share of every class, and the images of a group are together.
 
-    UserError if no class has an image for each fold, or there are fewer groups.
+    UserError if there are fewer than two, no class has an image for each, or there are fewer groups.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     labels, found = np.asarray(labels), np.empty(len(labels), np.int64)
+    if not 2 <= count <= (most := most_folds(labels, groups)):
+        has = f"the largest of their classes has {most}, or there are as many groups"
+        raise UserError(f"{count} folds of {len(labels)} images: {has}; give from 2 to that many")
     kind = (StratifiedKFold if groups is None else StratifiedGroupKFold)(count, shuffle=True, random_state=seed)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The least populated class")  # which some folds then lack
-            for fold, (_, rows) in enumerate(kind.split(labels, labels, groups)):
-                found[rows] = fold
-    except ValueError as error:
-        raise UserError(f"{count} folds of {len(labels)} images: {error}") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")  # which some folds then lack
+        for fold, (_, rows) in enumerate(kind.split(labels, labels, groups)):
+            found[rows] = fold
     return found
+
+
+def most_folds(labels: Any, groups: Any = None) -> int:
+    """The images of the largest class, or if that is less the groups."""
+    return min(int(np.bincount(labels).max()), len(labels if groups is None else np.unique(groups)))
+
+
+def tenth(labels: Any, groups: Any = None, seed: int = 0) -> np.ndarray:
+    """A tenth of the images, or a larger fold where there are fewer than ten of a class, bool (N,), to choose on."""
+    return folds(labels, min(10, most_folds(labels, groups)), groups, seed) == 0
 
 
 def interval(statistic: Statistic, *values: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[float, float]:

@@ -1,19 +1,23 @@
 """Pictures of what a ViT looks at and has learned, from the ViT and normalised images (B, C, H, W)."""
 
-from itertools import repeat
+from collections.abc import Mapping
+from itertools import cycle, repeat
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitlit.evaluation.calibration import Reliability
 from vitlit.images.preprocess import Preprocess
 from vitlit.inspection.attention import as_map, attention, attention_distance, attentions, pooled, rollout
 from vitlit.inspection.patches import filter_components, occlusion, patch_components, position_similarity
 from vitlit.model import ViT
 
 POSITIONS, SQUARES = 8, 14  # drawn on each axis, of a larger grid
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's, for the colour-blind
 
 
 def draw_filters(vit: ViT, images: Tensor | None = None) -> Figure:
@@ -74,6 +78,20 @@ def draw_heads(vit: ViT, images: Tensor) -> Figure:
 
 
 FIGURES = (draw_filters, draw_positions, draw_distance, draw_images, draw_occlusion, draw_heads)
+
+
+def draw_reliability(curves: Mapping[str, Reliability]) -> Figure:
+    """1706.04599, figure 1, as lines by name: how often predictions are right, and how many of them there are."""
+    figure = Figure((5, 6), 200, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], "k:", label="as often right as sure")
+    for (name, found), colour, mark in zip(curves.items(), cycle(COLOURS), cycle("osD^v*"), strict=False):
+        upper.plot(found.confidence, found.accuracy, f"-{mark}", color=colour, label=name, markersize=5)
+        lower.stairs(found.images / found.images.sum(), np.linspace(0, 1, len(found.images) + 1), color=colour)
+    upper.set(title="Reliability", ylabel="Share that is right", xlim=(0, 1), ylim=(0, 1))
+    upper.legend(loc="upper left", fontsize="small")
+    lower.set(xlabel="Confidence (probability of the predicted class)", ylabel="Share of images", ylim=(0, None))
+    return figure
 
 
 def draw_grid(

@@ -205,6 +205,7 @@ class Stage(LightningModule):
         self.train()  # not called by Lightning; Finetune's turns off a frozen encoder's dropout
         for teacher in self.teachers:
             teacher.to(self.device)
+        self.vit.temperature = 1.0  # training makes other logits of those it was fitted on
         self.zero_grad()
         self._logs.clear()
         self._row: dict[str, float] = {}  # of the step that is to be logged
@@ -303,7 +304,7 @@ class Stage(LightningModule):
     @not_compiled
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """What the objective predicts: class probabilities (B, num_classes) or numbers (B,), float32."""
-        predicted = self.objective.predictions(self.vit(Batch.of(batch).views[0]))
+        predicted = self.objective.predictions(self.vit(Batch.of(batch).views[0]) / self.vit.temperature)
         if predicted is None:
             raise UserError(f"{type(self.objective).__name__} learns nothing to predict; finetune the weights first")
         return predicted

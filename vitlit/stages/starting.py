@@ -62,6 +62,7 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
     set_numerics(vit, made["vit"])
     vit.preprocess = preprocess(made["preprocess"], vit)
     vit.classes = made["classes"] if len(made["classes"]) == vit.config.num_classes else []
+    vit.temperature = float(made.get("temperature", 1.0))
     zeros = {f"vit.{name}": tensor for name, tensor in zero_adapters(vit).items()}
     checkpoint["state_dict"] |= checkpoint.get("adapters") or zeros
     if stage._trainer is None:

@@ -1,6 +1,7 @@
 """vitlit's own files, and what it knows of a network in the metadata of the files that it writes in other formats."""
 
 import json
+import math
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,11 @@ def read(contents: Contents) -> Weights | None:
         state = {name.removeprefix(vit): t for name, t in state.items() if name.startswith(vit)}
     unused = ["vit.mask_token"] if state.pop("mask_token", None) is not None else []
     known = frozenset({*about["vit"], "preprocess"})
-    return Weights(contents.path, "vitlit", state, about["vit"], about["classes"], about["preprocess"], unused, known)
+    temperature = float(about.get("temperature", 1.0))
+    if not 0 < temperature < math.inf:
+        raise UserError(f"the temperature {temperature} is not above 0")
+    said = about["vit"], about["classes"], about["preprocess"]
+    return Weights(contents.path, "vitlit", state, *said, unused, known, temperature=temperature)
 
 
 def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +76,8 @@ def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
     """What a vitlit file holds besides the tensors, as values that JSON can hold."""
     known = asdict(preprocess) if isinstance(preprocess, Preprocess) else {}
-    return {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
+    plain = {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
+    return plain | {"temperature": vit.temperature}
 
 
 def metadata(vit: ViT, format: str) -> dict[str, str]:
