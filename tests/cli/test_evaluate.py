@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Result, done, refused
+from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from vitlit import ViT, load, save_weights
@@ -96,12 +98,97 @@ def test_folds_measure_train(evaluate: Command, tmp_path: Path, few: Path) -> No
     paths = [path.relative_to(few) for path in sorted((few / "train").rglob("*.png"))]
     rows = [f"{path},{path.parent.name},{number // 2}" for number, path in enumerate(paths)]
     (tmp_path / "groups.csv").write_text("\n".join(["path,label,group", *rows]))
-    done(evaluate("--folds", 2, "--manifest", "groups.csv", "--shots", 2, "--out", "out"))
+    probes = "knn,fewshot,linear,logistic"
+    done(evaluate("--with", probes, "--folds", 2, "--manifest", "groups.csv", "--shots", "1,2", "--out", "out"))
     found = table(tmp_path / "out")
+    named = {method for _, method, _ in found}
+    assert named == {"1-shot", "2-shot", "linear", "logistic", *(f"knn {k}" for k in (10, 20, 100, 200))}
     assert found["a", "knn 10", "top1"]["value"] * 40 * 3 == pytest.approx(
         round(found["a", "knn 10", "top1"]["value"] * 120)
     )
     assert found["a", "knn 10", "top1"]["deviation"] > 0  # each seed has its folds
+
+
+def write(folder: Path, few: Path, names: dict[str, str]) -> None:
+    """The validation images of the few digits' classes in class folders of other names."""
+    for digit, name in names.items():
+        shutil.copytree(few / "val" / digit, folder / name)
+
+
+def top1(path: Path, few: Path, columns: dict[str, int]) -> float:
+    """The share of the images of these digits whose output is the highest of those of these numbers."""
+    vit: Any = load(path)
+    paths = [path for digit in columns for path in sorted((few / "val" / digit).iterdir())]
+    with torch.inference_mode():
+        found = vit(vit.preprocess(paths))[:, list(columns.values())].argmax(1)
+    return float(
+        np.mean([list(columns)[number] == path.parent.name for number, path in zip(found, paths, strict=True)])
+    )
+
+
+def test_a_part_of_the_classes_is_measured_among_them(
+    evaluate: Command, vitlit: Command, tmp_path: Path, few: Path
+) -> None:
+    """As on ImageNet-A and -R, whose folders are some of the classes; V2's and Sketch's need a file."""
+    write(tmp_path / "some", few, {"1": "1", "3": "3"})
+    out = done(evaluate("--root", "some", "--with", "classify", "--out", "one"))
+    assert "a.safetensors: top1 among 2 of 4 classes\n" in out
+    for name in "ab":
+        expected = top1(tmp_path / f"{name}.safetensors", few, {"1": 1, "3": 3})
+        assert table(tmp_path / "one")[name, "classify", "top1"]["value"] == expected
+    write(tmp_path / "named" / "val", few, {"0": "first", "1": "second", "2": "x", "3": "y"})
+    (tmp_path / "classes.csv").write_text("first,2\nsecond,0\nx,1\ny,3\n")
+    refused(evaluate("--root", "named", "--with", "classify"), "'first'", "--classes")
+    out = done(evaluate("--root", "named", "--with", "classify", "--classes", "classes.csv", "--out", "two"))
+    assert "among" not in out
+    expected = top1(tmp_path / "a.safetensors", few, {"0": 2, "1": 0, "2": 1, "3": 3})
+    assert table(tmp_path / "two")["a", "classify", "top1"]["value"] == expected
+    refused(evaluate("--root", "some", "--with", "classify", "--calibrate"), "all classes", "a.safetensors")
+
+
+def test_real_labels_are_a_metric(evaluate: Command, tmp_path: Path, few: Path) -> None:
+    """2006.07159: images that no label fits do not count, and each that fits is right."""
+    paths = sorted((few / "val").rglob("*.png"))
+    for number, path in enumerate(paths):
+        name = f"n0000000{path.parent.name}/ILSVRC2012_val_{number + 1:08d}.png"
+        (tmp_path / "imagenet" / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "imagenet" / "val" / name)
+    (tmp_path / "classes.csv").write_text("".join(f"n0000000{number},{number}\n" for number in range(4)))
+    real = [[], *([number % 4, (number + 1) % 4] for number in range(len(paths) - 1))]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    flags = ("--root", "imagenet", "--with", "classify", "--classes", "classes.csv", "--real", "real.json")
+    done(evaluate(*flags, "--out", "out"))
+    vit: Any = load(tmp_path / "a.safetensors")
+    with torch.inference_mode():
+        found = vit(vit.preprocess(paths)).argmax(1).tolist()
+    right = [number in labels for number, labels in zip(found, real, strict=True) if labels]
+    assert table(tmp_path / "out")["a", "classify", "real"]["value"] == pytest.approx(np.mean(right))
+    refused(evaluate("--with", "classify", "--real", "real.json"), "real.json", "WordNet")
+
+
+def test_several_classes_an_image_give_the_map(evaluate: Command, tmp_path: Path, few: Path) -> None:
+    paths = {split: sorted((few / split).rglob("*.png")) for split in ("train", "val")}
+    rows = ["path,label,split"]
+    for split, found in paths.items():
+        rows += [
+            f"{path.relative_to(few)},{path.parent.name}{'|0' if i % 3 else ''},{split}" for i, path in enumerate(found)
+        ]
+    (tmp_path / "several.csv").write_text("\n".join(rows))
+    done(evaluate("--with", "classify", "--manifest", "several.csv", "--out", "out"))
+    labels = np.zeros((len(paths["val"]), 4), bool)
+    for row, path in enumerate(paths["val"]):
+        labels[row, [int(path.parent.name), *([0] if row % 3 else [])]] = True
+    content = json.loads((tmp_path / "out" / "table.json").read_text())["classes"]
+    for name in "ab":
+        vit: Any = load(tmp_path / f"{name}.safetensors")
+        with torch.inference_mode():
+            logits = vit(vit.preprocess(paths["val"])).numpy()
+        expected = average_precision_score(labels, logits, average=None)
+        assert table(tmp_path / "out")[name, "classify", "map"]["value"] == pytest.approx(expected.mean())
+        assert list(content[f"{name}.safetensors, classify"].values()) == pytest.approx(expected.tolist())
+    assert not (tmp_path / "out" / "reliability.png").exists()
+    refused(evaluate("--manifest", "several.csv"), "several classes", "classify alone")
+    refused(evaluate("--with", "classify", "--calibrate", "--manifest", "several.csv"), "several classes")
 
 
 def test_mistakes_are_one_line(evaluate: Command, vitlit: Command, tmp_path: Path, few: Path) -> None:
@@ -109,9 +196,20 @@ def test_mistakes_are_one_line(evaluate: Command, vitlit: Command, tmp_path: Pat
     refused(evaluate("--with", "classify", "--folds", 2), "--folds")
     refused(evaluate("--with", "fewshot", "--shots", 10), "10 training images", "fewer")
     refused(evaluate("--seeds", 0), "seeds is 0")
+    refused(evaluate("--shots", "1,x"), "'1,x'", "1,5,10,25")
     refused(evaluate("--image_size", 17), "17", "16")
+    refused(evaluate("--folds", 500), "500 folds of 40 images", "10")
+    refused(evaluate("--root", few / "val"), "--root", "--holdout")
+    refused(evaluate("--holdout", "x"), "--holdout x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.csv").touch()
+    refused(evaluate("--out", "out"), "table.csv", "another --out")
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    shutil.copy(next((few / "val" / "0").iterdir()), tmp_path / "flat" / "train")
+    refused(evaluate("--root", "flat"), "without classes", "class folders")
     save(tmp_path / "b.safetensors", classes=3)
-    refused(evaluate("--with", "classify"), "3")
+    refused(evaluate("--with", "classify", cache="none"), "b.safetensors", "'3'")
+    assert not (tmp_path / "none").exists()  # the second weights are looked at before the first are measured
     vit = ViT(16, 8, width=16, depth=2, heads=2, mlp_dim=32)
     save_weights(vit, tmp_path / "a.safetensors")
     refused(evaluate(), "a.safetensors", "preprocess")

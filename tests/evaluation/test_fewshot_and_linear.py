@@ -1,4 +1,4 @@
-"""Few-shot ridge regression against big_vision's closed form, and the linear probe against SGD written out."""
+"""Few-shot regression against big_vision's closed form, logistic against scikit-learn's, the probe against SGD."""
 
 import importlib
 
@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import user_error
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from test_knn import features
 
-from vitlit.evaluation import fewshot, linear
+from vitlit.evaluation import fewshot, folds, linear, logistic
 
 
 def big_visions(train: np.ndarray, labels: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,6 +53,19 @@ def test_other_shots_are_other_classes() -> None:
     assert 1 / 7 < right[0] < right[1]
     assert not np.array_equal(fewshot(train, labels, images, 5, 0), fewshot(train, labels, images, 5, 1))
     user_error("more than 100 training images.*fewer", fewshot, train, labels, images, 100)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_logistic_regression_is_the_best_of_a_grid_on_a_tenth(grouped: bool) -> None:
+    (train, labels), (images, truth) = features(1, 300), features(2, 200)
+    groups = np.arange(300) // 3 if grouped else None
+    tenth = np.where(folds(labels, 10, groups, 5) == 0, 0, -1)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    grid = {"logisticregression__C": [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100]}
+    best = GridSearchCV(model, grid, cv=PredefinedSplit(tenth)).fit(train, labels)
+    found = logistic(train, labels, images, 5, groups)
+    assert np.array_equal(found, best.predict(images))
+    assert 0.5 < (found == truth).mean() < 0.95
 
 
 def test_the_layers_learn_by_sgd_with_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,21 +111,20 @@ def run(arguments: list[str]) -> int:
 def scan(given: Namespace) -> tuple[Splits, list[Index]]:
     """The classes, and the images to learn from and to measure; for classify alone those of val, or of ROOT itself."""
     splits, alone = Splits(given.root, parse_share(given.holdout), given.manifest), given.methods == ["classify"]
-    root, listed = Path(splits.root), given.manifest or is_shards(splits.root)
+    root, listed, found = Path(splits.root), given.manifest or is_shards(splits.root), list[Index]()
     if alone and root.is_dir() and not (listed or splits.holdout or (root / "train").is_dir()):
         splits.classes, val = scan_classes(root / "val" if (root / "val").is_dir() else root)
-        indices = [val]
+        found = [val]
     else:
         splits.scan()
-        wanted = ["val"] if alone else ["train"] if given.folds else ["train", "val"]
-        indices = [splits[name] for name in wanted]
     if splits.numbers:
         raise UserError(f"{given.root} has numbers, not classes; `vitlit test RUN` measures what a run makes of them")
     if not splits.classes:
         raise UserError(f"{given.root} has images without classes; sort them into class folders, or give --manifest")
     if splits.multi_label and (not alone or given.calibrate or given.real):
         raise UserError(f"{given.root} has several classes an image, of which classify alone measures the map")
-    return splits, indices
+    wanted = ["val"] if alone else ["train"] if given.folds else ["train", "val"]
+    return splits, found or [splits[name] for name in wanted]
 
 
 def check(source: str, splits: Splits, given: Namespace) -> list[int]:
