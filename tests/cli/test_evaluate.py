@@ -38,7 +38,7 @@ def evaluate(vitlit: Command, tmp_path: Path, few: Path) -> Command:
         def before() -> None:
             os.environ["XDG_CACHE_HOME"] = cache
             importlib.import_module("vitlit.evaluation.linear").STEPS = 10  # type: ignore[attr-defined]
-            importlib.import_module("vitlit.cli.evaluate").count = lambda devices: workers  # type: ignore[attr-defined]
+            importlib.import_module("vitlit.prepare.features").count = lambda devices: workers  # type: ignore[attr-defined]
 
         return vitlit("evaluate", "a.safetensors", "b.safetensors", "--root", few, *flags, before=before)
 
