@@ -16,7 +16,7 @@ from vitlit.evaluation import compare, fewshot, folds, interval, linear, probe_i
 from vitlit.evaluation.classify import balanced, measures, per_class
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.files import write_text, writing
-from vitlit.prepare.features import extract, ready
+from vitlit.prepare.features import extract, ranks, ready
 
 HELP = """\
 Measure weights (files, runs, hf:OWNER/NAME) on a folder's val split, by probes that learn from train; classify is their
@@ -54,10 +54,14 @@ def run(arguments: list[str]) -> int:
     names = sorted({name for method in methods for name in NEEDS[method]})
     first, rows, classes = Found(), [], {}
     line = ("{:<24} {:<8} {:<8}" + " {:>10}" * 7).format
-    print(line(*ROW))
+    rank, _ = ranks()
+    if rank == 0:
+        print(line(*ROW))
     for source in given.weights:
         vit, found = ready(source, given.image_size), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
+        if rank:
+            continue
         for method in methods:
             found |= measured(method, vit, parts, splits, given)
         for (method, metric), (statistic, values, of_seeds) in found.items():
@@ -69,7 +73,7 @@ def run(arguments: list[str]) -> int:
                 shares = enumerate(per_class(*values).tolist())  # NaN for a class without images
                 classes[f"{source}, {method}"] = {splits.classes[i]: share for i, share in shares if share == share}
         first = first or found
-    if given.out:
+    if given.out and rank == 0:
         with writing(given.out, "give another --out"):
             given.out.mkdir(parents=True, exist_ok=True)
             write_csv(given.out / "table.csv", ROW, rows)
