@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Result, done, refused
+from conftest import Result, done, launched, refused
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -94,6 +94,31 @@ def test_the_numbers_do_not_depend_on_the_processes_and_features_are_kept(evalua
     assert len(list((tmp_path / "cache0").rglob("*.npz"))) == 8
 
 
+def test_two_processes_share_the_images_and_find_the_same(evaluate: Command, tmp_path: Path, digits: Path) -> None:
+    flags = ("--root", digits, "--with", "knn,linear", "--seeds", 1)
+    alone = done(evaluate(*flags))
+
+    def before() -> None:
+        os.environ["XDG_CACHE_HOME"] = "two"
+        importlib.import_module("vitlit.evaluation.linear").STEPS = 10  # type: ignore[attr-defined]
+        module: Any = importlib.import_module("vitlit.prepare.features")
+        loader = module.loader
+
+        def noted(images: Any, rows: Any, *_: Any) -> Any:
+            with Path(f"rows{os.environ['RANK']}").open("a") as file:
+                file.write(f"{len(rows)} ")
+            return loader(images, rows, 7, 0)
+
+        module.loader = noted
+
+    first, second = launched(2, "evaluate", "a.safetensors", "b.safetensors", *flags, cwd=tmp_path, before=before)
+    assert (done(first), done(second)) == (alone, "")
+    read = [[int(rows) for rows in (tmp_path / f"rows{rank}").read_text().split()] for rank in range(2)]
+    images = [len(list((digits / split).rglob("*.png"))) for split in ("train", "val")]
+    assert [sum(rows) for rows in zip(*read, strict=True)][:2] == images
+    assert read[1][0] > 0
+
+
 def test_folds_measure_train(evaluate: Command, tmp_path: Path, few: Path) -> None:
     paths = [path.relative_to(few) for path in sorted((few / "train").rglob("*.png"))]
     rows = [f"{path},{path.parent.name},{number // 2}" for number, path in enumerate(paths)]
@@ -143,7 +168,7 @@ def test_a_part_of_the_classes_is_measured_among_them(
     assert "among" not in out
     expected = top1(tmp_path / "a.safetensors", few, {"0": 2, "1": 0, "2": 1, "3": 3})
     assert table(tmp_path / "two")["a", "classify", "top1"]["value"] == expected
-    refused(evaluate("--root", "some", "--with", "classify", "--calibrate"), "all classes", "a.safetensors")
+    refused(evaluate("--root", "some", "--with", "classify", "--calibrate"), "all 4 classes of a.safetensors")
 
 
 def test_real_labels_are_a_metric(evaluate: Command, tmp_path: Path, few: Path) -> None:

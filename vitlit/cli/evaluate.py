@@ -18,11 +18,11 @@ from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.evaluation import compare, fewshot, folds, interval, linear, logistic, probe_inputs, temperature
 from vitlit.evaluation.calibration import binned
 from vitlit.evaluation.classify import balanced, measures, per_class, precisions
-from vitlit.evaluation.imagenet import outputs, read_real
+from vitlit.evaluation.variants import outputs, read_real
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.files import write_text, writing
 from vitlit.inspection.figures import draw_reliability
-from vitlit.prepare.features import extract, ready
+from vitlit.prepare.features import extract, ranks, ready
 from vitlit.weights.calibrated import check_storable, store_temperature
 
 HELP = """\
@@ -84,10 +84,14 @@ def run(arguments: list[str]) -> int:
     heads = [check(source, splits, given) for source in given.weights]  # all, before the first is measured
     names, first = sorted({name for method in given.methods for name in NEEDS[method]}), Found()
     line, rows, every = ("{:<24} {:<12} {:<8}" + " {:>10}" * 7).format, [], {}
-    print(line(*ROW))
+    rank, _ = ranks()
+    if rank == 0:
+        print(line(*ROW))
     for source, head in zip(given.weights, heads, strict=True):
         vit, found = ready(source, given.image_size), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
+        if rank:
+            continue
         for method in given.methods:
             if method != "classify":
                 found |= probed(method, parts, indices[0].groups, given)
@@ -102,7 +106,7 @@ def run(arguments: list[str]) -> int:
             print(line(*(cell if type(cell) is str else "-" if cell is None else f"{cell:.4f}" for cell in rows[-1])))
             every[f"{source}, {method}", metric] = values
         first = first or found
-    if given.out:
+    if given.out and rank == 0:
         with writing(given.out, "give another --out"):
             write(given, rows, every, splits.classes)
     return 0
@@ -141,11 +145,12 @@ def check(source: str, splits: Splits, given: Namespace) -> list[int]:
         raise UserError(f"{source} on {given.root}: {error}") from error
     if given.calibrate:
         check_storable(source)
-    if len(head) < count:
+    if len(head) < count and given.calibrate:
+        raise UserError(f"--calibrate needs all {count} classes of {source}; {given.root} has {len(head)}")
+    rank, _ = ranks()
+    if len(head) < count and rank == 0:
         print(f"{source}: {metric} among {len(head)} of {count} classes")
-        if given.calibrate:
-            raise UserError(f"--calibrate needs images of all classes of {source}; {given.root} has not")
-    if vit.temperature != 1:
+    if vit.temperature != 1 and rank == 0:
         print(f"{source}: probabilities are softmax(logits / {vit.temperature:.4g}), as in `vitlit predict`")
     return head
 
@@ -161,10 +166,9 @@ def calibrated(source: str, logits: torch.Tensor, val: Index) -> Found:
     for method, each in (("uncalibrated", logits[~half]), ("calibrated", logits[~half] / fitted)):
         numbers = measures(each, val.labels[~half])
         found |= of_head(method, {name: numbers[name] for name in names})
-    better = found["calibrated", "nll"][2] < found["uncalibrated", "nll"][2]
-    stored = (
-        f"is stored in {store_temperature(source, fitted)}" if better else "is not stored: the other half's nll rises"
-    )
+    stored = "is not stored, since the other half's nll rises"
+    if found["calibrated", "nll"][2] < found["uncalibrated", "nll"][2]:
+        stored = f"is stored in {store_temperature(source, fitted)}"
     print(f"{source}: temperature {fitted:.4g}, fitted on {half.sum():,} of {len(half):,} images, {stored}")
     return found
 

@@ -78,12 +78,14 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) ->
     rows = {"steps": f"{trainer.global_step:,}"}
     if (ended := ending(trainer)) != COMPLETE:
         rows["ended"] = ended
-    if result := best(trainer, folder):
+    result = best(trainer, folder)
+    last = result.get("metric") == "step"
+    if result and not last:
         is_share = result["metric"].removeprefix("val/").startswith(("top", "map", "knn", "probe"))
         value = f"{100 * result['value']:.2f} %" if is_share else f"{result['value']:.4f}"
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
     if folder.best.is_file():
-        rows["checkpoint"] = str(folder.best)
+        rows["checkpoint"] = f"{folder.best}{' (the last: no metric tells which is best)' if last else ''}"
     else:
         validated = any(name.startswith("val/") for name in trainer.callback_metrics)
         why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"

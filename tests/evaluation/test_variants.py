@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import user_error
 
-from vitlit.evaluation.imagenet import outputs, read_real
+from vitlit.evaluation.variants import outputs, read_real
 
 NAMES = ["ant", "bee", "cat", "3", "emu"]
 
