@@ -18,8 +18,8 @@ from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.evaluation import compare, fewshot, folds, interval, linear, logistic, probe_inputs, temperature
 from vitlit.evaluation.calibration import binned
 from vitlit.evaluation.classify import balanced, measures, per_class, precisions
-from vitlit.evaluation.variants import outputs, read_real
 from vitlit.evaluation.knn import nearest, normalised
+from vitlit.evaluation.variants import outputs, read_real
 from vitlit.files import write_text, writing
 from vitlit.inspection.figures import draw_reliability
 from vitlit.prepare.features import extract, ranks, ready
