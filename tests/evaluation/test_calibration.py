@@ -45,7 +45,8 @@ def test_the_temperature_is_scikit_learns_and_has_the_least_loss(sharper: float)
     loss = lambda exponent: log_loss(labels, (logits / np.exp(exponent)).softmax(1))  # noqa: E731
     least = minimize_scalar(loss, bounds=(-4, 4), method="bounded", options={"xatol": 1e-9})
     assert loss(np.log(found)) <= least.fun + 1e-12
-    assert temperature(7 * logits, labels) == pytest.approx(7 * found, rel=1e-9)
+    for scale in (7, 1e-4):  # the network of a short training has small logits
+        assert temperature(scale * logits, labels) == pytest.approx(scale * found, rel=1e-9)
 
 
 def test_a_temperature_changes_no_class_and_lowers_the_loss_of_others() -> None:

@@ -226,5 +226,8 @@ def write(given: Namespace, rows: list[Any], every: dict[Any, Any], classes: lis
     table = [dict(zip(ROW, row, strict=True)) for row in rows]
     content = {"settings": vars(given), "table": table, "classes": of_class}
     write_text(given.out / "table.json", json.dumps(content, indent=1, default=str))
-    if curves := {name: binned(*values) for (name, metric), values in every.items() if metric == "ece"}:
+    curves = {name: binned(*values) for (name, metric), values in every.items() if metric == "ece"}
+    if given.calibrate:  # of the same images
+        curves = {name: curve for name, curve in curves.items() if name.endswith("calibrated")}
+    if curves:
         draw_reliability(curves).savefig(given.out / "reliability.png")

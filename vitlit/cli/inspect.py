@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
     from vitlit.files import whole_folder
     from vitlit.inspection.attention import pooled  # loads torch, which a mistake need not wait for
     from vitlit.inspection.figures import FIGURES
-    from vitlit.weights import load_prepared
+    from vitlit.weights.door import load_prepared
 
     with whole_folder(given.out) as folder:
         vit = load_prepared(given.weights)

@@ -23,20 +23,20 @@ def temperature(logits: Any, labels: Any) -> float:
     """The T with the least negative log-likelihood of softmax(logits / T) (1706.04599, section 4.2).
 
     Logits (N, C) and class numbers (N,) are of images that the model has not learned from. At the best T the mean logit
-    that the softmax expects is that of the labels. UserError if there is none from 0.01 to 100.
+    that the softmax expects is that of the labels. UserError if there is none: all are right, or right by chance alone.
     """
     from scipy.optimize import brentq  # type: ignore[import-untyped]
 
     logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
-    of_labels = logits.gather(1, labels[:, None]).mean()
+    of_labels, unit = logits.gather(1, labels[:, None]).mean(), (logits - logits.mean(1, keepdim=True)).std()
 
     def apart(exponent: float) -> float:
-        return float(of_labels - ((logits / 10**exponent).softmax(1) * logits).sum(1).mean())
+        return float(of_labels - ((logits / (unit * 10**exponent)).softmax(1) * logits).sum(1).mean())
 
-    if not apart(-2) < 0 < apart(2):
-        why = "all are right" if (logits.argmax(1) == labels).all() else "they tell too little of the labels"
+    if not apart(-3) < 0 < apart(3):
+        why = "all are right" if apart(-3) >= 0 else "they tell too little of the labels"
         raise UserError(f"the logits of {len(labels)} images have no best temperature: {why}; give more images")
-    return float(10 ** brentq(apart, -2, 2, xtol=1e-12))
+    return float(unit * 10 ** brentq(apart, -3, 3, xtol=1e-12))
 
 
 def reliability(logits: Any, labels: Any, bins: int = BINS) -> Reliability:

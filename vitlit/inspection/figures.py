@@ -82,14 +82,14 @@ FIGURES = (draw_filters, draw_positions, draw_distance, draw_images, draw_occlus
 
 def draw_reliability(curves: Mapping[str, Reliability]) -> Figure:
     """1706.04599, figure 1, as lines by name: how often predictions are right, and how many of them there are."""
-    figure = Figure((5, 6), 200, layout="constrained")
+    figure = Figure((5, 6 + 0.2 * len(curves)), 200, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], "k:", label="as often right as sure")
     for (name, found), colour, mark in zip(curves.items(), cycle(COLOURS), cycle("osD^v*"), strict=False):
-        upper.plot(found.confidence, found.accuracy, f"-{mark}", color=colour, label=name, markersize=5)
+        upper.plot(found.confidence, found.accuracy, f"-{mark}", color=colour, label=name, clip_on=False)
         lower.stairs(found.images / found.images.sum(), np.linspace(0, 1, len(found.images) + 1), color=colour)
     upper.set(title="Reliability", ylabel="Share that is right", xlim=(0, 1), ylim=(0, 1))
-    upper.legend(loc="upper left", fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small")
     lower.set(xlabel="Confidence (probability of the predicted class)", ylabel="Share of images", ylim=(0, None))
     return figure
 

@@ -18,7 +18,7 @@ from vitlit.data.shard_index import ShardFiles
 from vitlit.data.workers import count, loader
 from vitlit.evaluation.features import BLOCK, features
 from vitlit.files import load_arrays, save_arrays
-from vitlit.weights import load_prepared
+from vitlit.weights.door import load_prepared
 
 
 def ready(source: str, image_size: int) -> Any:

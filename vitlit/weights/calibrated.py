@@ -13,13 +13,13 @@ def check_storable(source: str) -> None:
     """UserError unless the weights at `source` are in a file that can hold a temperature, and predict by a softmax."""
     path = locate(source)
     contents = open_file(path)
-    made_by = contents.rest.get("hyper_parameters", {}).get("objective", {}).get("init_args", {})
     remedy = f"`vitlit weights convert {source} FILE.safetensors --format vitlit` makes a file that can"
     if source.startswith("hf:") or "vitlit" not in contents.rest:
         raise UserError(f"{source} is no file of vitlit's, and cannot hold a temperature; {remedy}")
     if "optimizer_states" in contents.rest:
         raise UserError(f"{path} is to continue a training, and does not hold a temperature; {remedy}")
-    if made_by.get("loss", "softmax") != "softmax":
+    made_by = contents.rest.get("hyper_parameters", {}).get("objective", {})
+    if made_by.get("init_args", {}).get("loss", "softmax") != "softmax":
         raise UserError(f"{path} predicts by a sigmoid for each class; a temperature is of a softmax")
 
 
