@@ -16,7 +16,7 @@ from test_classify import made
 from vitlit.evaluation import classify, reliability, temperature
 
 
-class Logits(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class Logits(ClassifierMixin, BaseEstimator):
     """A classifier whose features are its logits."""
 
     classes_ = np.arange(8)
