@@ -29,6 +29,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
+  vitlit tune --config C --root ROOT --budget 2h    search how much of the weights to train, and at which rate
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
 validate, test and predict take --config CONFIG in RUN's place.
@@ -57,6 +58,7 @@ COMMANDS = {
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
     "inspect": "vitlit.cli.inspect",
+    "tune": "vitlit.cli.tune",
 }
 
 

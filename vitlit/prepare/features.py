@@ -14,7 +14,6 @@ from torch import Tensor, distributed
 
 from vitlit.data.dataset import Images
 from vitlit.data.index import Index
-from vitlit.data.shard_index import ShardFiles
 from vitlit.data.workers import count, loader
 from vitlit.evaluation.features import BLOCK, features
 from vitlit.files import load_arrays, save_arrays
@@ -42,11 +41,7 @@ def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
     device, preprocess = next(vit.parameters()).device, vit.preprocess
     key = hashlib.blake2b(save(dict(vit.state_dict())), digest_size=16)
     key.update(repr([torch.__version__, device.type, vit.config, preprocess, names, index.digest()]).encode())
-    if isinstance(index.files, ShardFiles):  # whose parts hold checksums of headers
-        key.update(repr([index.files.root, index.files.shards]).encode() + index.files.parts.tobytes())
-    else:
-        status = ((path := index.path(row), os.stat(path)) for row in range(len(index)))
-        key.update(repr([(path, each.st_size, each.st_mtime_ns) for path, each in status]).encode())
+    key.update(index.files.stamp(index.rows))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitlit" / "features"
     file = cache / f"{key.hexdigest()}.npz"
     rank, processes = ranks()
