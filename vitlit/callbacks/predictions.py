@@ -7,7 +7,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from vitlit.data.index import Index
@@ -25,7 +25,7 @@ class Predictions(Callback):
         self.bad = out.with_name(f"{out.stem}-bad.csv")  # where the data module is to list what it cannot read
         self._rows: list[Tensor] = []
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         with writing(self.out, "give another --out"):  # now, not when all is predicted
@@ -40,7 +40,7 @@ class Predictions(Callback):
             rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
         self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         rows = gather(trainer, self._rows)
         if not trainer.is_global_zero:
             return

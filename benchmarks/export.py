@@ -1,0 +1,108 @@
+"""The genuine DINOv2 S/14 exported: the same logits and top-5 on 200 photographs, int8's accuracy, and latency.
+
+    python benchmarks/export.py --photos FOLDER --emoji FOLDER --weights FILE --finetuned RUN --work WORK --out FILE
+
+The head over 1,000 classes is drawn at random, from a seed; images have 224 pixels. transformers' pipeline reads the
+photographs itself, with its own preprocessing. int8 is of a ViT finetuned on Google's emoji, tested on Twitter's.
+Latency is of one image on one core and one thread. In a round each takes its turn; seconds are CPU time, so that other
+work on the machine changes little. Read the ratios, each from one round.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from runs import write
+from torch import Tensor
+from transformers import pipeline
+
+from vitlit.data.folder import scan_photos
+from vitlit.export import Options, export, load, run_folder, run_onnx, run_pt2
+from vitlit.images.preprocess import Preprocess
+from vitlit.model import ViT
+
+PHOTOS, SIZE, ROUNDS, WARM_UP = 200, 224, 31, 3
+Network = Callable[[Tensor], Tensor]
+
+
+def headed(weights: Path) -> ViT:
+    """The ViT with a head that is drawn at random."""
+    vit, _ = load(weights, SIZE)
+    vit.set_head("finetune", 1000)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(vit.head.weight, std=0.05, generator=generator)
+    vit.classes = [f"class {number}" for number in range(1000)]
+    return vit
+
+
+def agreement(name: str, ours: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """How far logits (N, classes) differ, and on how many images the five first classes are the same, in order."""
+    five, other = (logits.topk(5).indices for logits in (ours, theirs))
+    found = {"name": name, "images": len(ours), "largest_difference": (ours - theirs).abs().max().item()}
+    return found | {"largest_logit": ours.abs().max().item(), "same_top5": int((five == other).all(1).sum())}
+
+
+def latency(networks: dict[str, Network], images: Tensor) -> list[dict[str, Any]]:
+    """CPU seconds for one image of each network in turn, and over those of the first."""
+    rounds: list[dict[str, float]] = []
+    for number in range(WARM_UP + ROUNDS):
+        image, took = images[number : number + 1], {}
+        for name, network in networks.items():
+            start = time.process_time()
+            network(image)
+            took[name] = time.process_time() - start
+        rounds.append(took)
+    first, rows = next(iter(networks)), []
+    for name in networks:
+        seconds = [took[name] for took in rounds[WARM_UP:]]
+        ratio = statistics.median(took[name] / took[first] for took in rounds[WARM_UP:])
+        rows.append({"name": f"latency, {name}", "ms": 1000 * statistics.median(seconds), "over_torch": ratio})
+    return rows
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("photos", "emoji", "weights", "finetuned", "work", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    vit, work = headed(given.weights), given.work
+    prepare = vit.preprocess
+    assert isinstance(prepare, Preprocess)
+    index = scan_photos([given.photos])
+    paths = [index.path(row) for row in range(0, len(index), len(index) // PHOTOS)][:PHOTOS]
+    images = torch.cat([prepare(path) for path in paths])
+    ours = torch.cat([vit(image[None]) for image in images])
+    export(vit, work / "s14.onnx", options=Options("float"))
+    export(vit, work / "s14.pt2", options=Options("float"))
+    export(vit, work / "s14")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(work / "s14.onnx", options)
+    networks: dict[str, Network] = {
+        "torch": vit,
+        "ONNX": lambda image: torch.from_numpy(session.run(None, {"images": image.numpy()})[0]),
+        "pt2": run_pt2(work / "s14.pt2"),
+        "folder": run_folder(work / "s14"),
+    }
+    rows: list[dict[str, Any]] = []
+    for name in ("ONNX", "pt2", "folder"):
+        rows.append(agreement(name, ours, torch.cat([networks[name](image[None]) for image in images])))
+        print(rows[-1], flush=True)
+    classify = pipeline("image-classification", model=str(work / "s14"), device="cpu")
+    found = [[int(each["label"].split()[1]) for each in classify(path, top_k=5)] for path in paths]
+    same = int((torch.tensor(found) == ours.topk(5).indices).all(1).sum())
+    rows.append({"name": "pipeline, from the files", "images": len(paths), "same_top5": same})
+    print(rows[-1], flush=True)
+    rows += latency(networks, images)
+    write(given.out, (__doc__ or "").splitlines()[0], rows)
+
+
+if __name__ == "__main__":
+    main()
