@@ -13,7 +13,7 @@ from vitlit.data.dataset import Images
 from vitlit.data.folder import scan_photos
 from vitlit.data.standalone import NoTrainer
 from vitlit.data.workers import count, loader
-from vitlit.errors import CommandParser, UserError
+from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.export import ABOUT, open_onnx, probabilities
 from vitlit.files import expand
 from vitlit.images.preprocess import Preprocess
@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--data.batch_size", dest="batch", type=int, metavar="N", default=64)
     parser.add_argument("--data.on_bad_image", dest="bad", choices=("error", "skip"), default="error")
     given = parser.parse_args(arguments)
+    check_range("vitlit predict", 1, batch_size=given.batch)
     session = open_onnx(Path(given.file))
     known = session.get_modelmeta().custom_metadata_map.get(ABOUT)
     about = json.loads(known) if known else {}
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> int:
     bad = BadImages(writer.bad, len(index)) if given.bad == "skip" else None
     images = Images(index, preprocess.crop, bad=bad, ground=preprocess.ground)
     for pixels, _, indices in loader(images, range(len(index)), given.batch, count(1)):
-        inputs = pixels if about["input"] == "uint8" else preprocess.normalise(pixels.permute(0, 3, 1, 2))
+        inputs = pixels if about["input"] == "uint8" else preprocess.normalise(pixels.permute(0, 3, 1, 2)).contiguous()
         outputs: Any = torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
         outputs = outputs if about["softmax"] else probabilities(outputs, about)
         outputs = outputs if about["activation"] else outputs[:, 0]  # numbers
