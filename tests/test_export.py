@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import vitlit as package
-from vitlit.export import Exported, bake, check, export
+from vitlit.export import Exported, bake, check, export, load, probabilities
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
@@ -242,3 +242,17 @@ def test_the_command_exports_a_run_and_refuses_in_a_line(vitlit: Command, work: 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     user_error("this needs onnxscript: pip install onnx onnxscript onnxruntime", export, ready(), tmp_path / "a.onnx")
+
+
+def test_a_run_tells_what_makes_its_logits_probabilities(finished: Path) -> None:
+    file = finished / "checkpoints" / "best.ckpt"
+    assert load(finished)[1] == "softmax"
+    for loss in ("sigmoid", "bce"):
+        checkpoint = torch.load(file, weights_only=True)
+        checkpoint["hyper_parameters"]["objective"]["init_args"] = {"loss": loss}
+        torch.save(checkpoint, file)
+        assert load(finished)[1] == "sigmoid"
+    logits = torch.tensor([[1.0, -2.0]])
+    about = {"activation": "sigmoid", "temperature": 2.0}
+    torch.testing.assert_close(probabilities(logits, about), 1 / (1 + torch.exp(-logits / 2)))
+    assert probabilities(logits, {**about, "activation": None}) is logits
