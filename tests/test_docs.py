@@ -18,6 +18,7 @@ from conftest import HEADS, REPOSITORY, SMALL, Result, done, stranger
 from conftest import command as execute
 from safetensors.torch import save_file
 
+from vitlit import export
 from vitlit.benchmark import data, model
 from vitlit.cli.main import main
 from vitlit.model import SIZES
@@ -176,6 +177,7 @@ def fast() -> None:
     evaluation.temperature = lambda *_: 1.5  # a network that has learned from a few images has none
     tune: Any = import_module("vitlit.cli.tune")
     tune.fit = trial
+    export.INT8_LOSS = 1.0  # of a run that has learned nothing
     data.SECONDS, model.SECONDS, model.ROUNDS = 0.1, 0.01, 1
     SIZES["Ti"] = SIZES["Ti"]._replace(depth=2)
 

@@ -7,7 +7,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from vitlit.data.index import Index
@@ -42,7 +42,7 @@ class Predictions(Callback):
             rows = torch.stack([classes.double(), probabilities.double()], -1).flatten(1)
         self._rows.append(torch.cat([batch.indices.cpu().double()[:, None], rows], 1))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         rows = gather(trainer, self._rows)
         if not trainer.is_global_zero:
             return

@@ -28,6 +28,8 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights show FILE                          what is in a weight file: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
+  vitlit export WEIGHTS OUT.onnx|OUT.pt2|OUT_DIR    ONNX, torch.export, transformers, checked against the ViT
+  vitlit predict FILE.onnx PHOTOS... --out FILE.csv by such a file, with onnxruntime
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
   vitlit tune --config C --root ROOT --budget 2h    search how much of the weights to train, and at which rate
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
@@ -57,6 +59,7 @@ COMMANDS = {
     "config": "vitlit.cli.configs",
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
+    "export": "vitlit.cli.export",
     "inspect": "vitlit.cli.inspect",
     "tune": "vitlit.cli.tune",
 }
@@ -112,6 +115,8 @@ def run_command(argv: list[str]) -> int:
 
 def dispatch(argv: list[str]) -> int:
     command, arguments = argv[0], argv[1:]
+    if command == "predict" and any(argument.endswith(".onnx") for argument in arguments):
+        return int(import_module("vitlit.cli.predict").run(arguments))
     if command in STAGES:
         # OpenMP threads that spin while they wait take the cores from data workers: a step takes ten times as long.
         # Torch reads this when it is imported.

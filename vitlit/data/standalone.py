@@ -15,6 +15,7 @@ from vitlit.objectives import Batch
 class NoTrainer:
     """What loaders need of a Trainer, for one process on the CPU."""
 
+    is_global_zero = True
     global_rank, local_rank, world_size, num_devices = 0, 0, 1, 1
     limit_train_batches, accumulate_grad_batches = 1.0, 1
     default_root_dir = "."

@@ -106,7 +106,10 @@ def read(contents: Contents) -> Weights | None:
         state = fuse(state, GATED, "mlp.fc1")
     state = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in state.items()}
     head = state.get("head.weight")
-    if kind.startswith("dinov2") and head is not None and head.shape[-1] == 2 * state["norm.weight"].shape[0]:
+    width = state["norm.weight"].shape[0]
+    if kind.startswith("dinov2") and head is not None and not head[:, width:].any():
+        state["head.weight"] = head[:, :width]  # which reads the class token alone
+    elif kind.startswith("dinov2") and head is not None and head.shape[-1] == 2 * width:
         unused += [name for name in contents.tensors if name.startswith(f"{outer}classifier.")]
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         origins["head"] = "left out: it reads the class token and the patches' mean"
@@ -199,15 +202,16 @@ def preprocessing(about: dict[str, Any], kind: str) -> tuple[dict[str, Any], str
 
 def type_of(config: ViTConfig) -> tuple[str, str]:
     """The model type and the class in transformers of a network."""
+    task = "ForImageClassification" if config.num_classes else "Model"
     if config.position == "rope":
         return "dinov3_vit", "DINOv3ViTModel"
     if config.registers:
-        return "dinov2_with_registers", "Dinov2WithRegistersModel"
+        return "dinov2_with_registers", f"Dinov2WithRegisters{task}"
     if config.layer_scale is not None or config.mlp == "swiglu":
-        return "dinov2", "Dinov2Model"
+        return "dinov2", f"Dinov2{task}"
     if config.distilled:
         return "deit", "DeiTForImageClassificationWithTeacher"
-    return "vit", "ViTForImageClassification" if config.num_classes else "ViTModel"
+    return "vit", f"ViT{task}"
 
 
 def write(vit: ViT) -> dict[str, Tensor]:
@@ -221,10 +225,12 @@ def write(vit: ViT) -> dict[str, Tensor]:
     else:
         free = ("position", "class_position", "registers", "layer_scale")
         options = {name: value for name, value in PLAIN.items() if name not in free}
-        options["mlp"] = ("gelu", "gelu_tanh", "swiglu")
+        options |= {"mlp": ("gelu", "gelu_tanh", "swiglu"), "hidden_dim": None}
+        if kind == "dinov3_vit":
+            options["num_classes"] = 0
         if vit.grid[0] != vit.grid[1] and kind != "dinov3_vit":
             raise UserError(f"transformers' {name} takes the positions as a square, which {vit.grid} patches are not")
-        require(vit, f"transformers' {name}", **options, num_classes=0, position=("learned", "rope"))
+        require(vit, f"transformers' {name}", **options, position=("learned", "rope"))
         state = (to_dinov3 if kind == "dinov3_vit" else to_dinov2)(vit, state)
         if config.mlp == "swiglu" and kind != "dinov3_vit":
             table = [*GATED_DINOV2, *table]  # the first name wins
@@ -235,12 +241,14 @@ def write(vit: ViT) -> dict[str, Tensor]:
 
 
 def to_dinov2(vit: ViT, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add what DINOv2 always has: a position of the class token, layer scales and a mask token."""
+    """Add DINOv2's position of the class token, layer scales, mask token, and head over the class token and patches."""
     width, mlp_dim, swiglu = vit.width, vit.config.mlp_dim, vit.config.mlp == "swiglu"
     if mlp_dim != ((width * 4 * 2 // 3 + 7) // 8 * 8 if swiglu else mlp_dim // width * width):
         raise UserError(f"transformers' DINOv2 has no mlp_dim {mlp_dim} at width {width}")
     if not vit.positioned:
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    if "head.weight" in state:
+        state["head.weight"] = F.pad(state["head.weight"], (0, width))
     ones = {f"blocks.{i}.ls{j}.gamma": torch.ones(width) for i in range(vit.config.depth) for j in (1, 2)}
     return {**ones, **state, "embeddings.mask_token": torch.zeros(1, width)}
 

@@ -1,0 +1,262 @@
+"""Export a ViT to ONNX, torch.export or transformers. What is written is kept only if its outputs are the ViT's."""
+
+import json
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import asdict, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitlit.errors import UserError, check_range
+from vitlit.files import whole_file, whole_folder, write_text, writing
+from vitlit.images.preprocess import Preprocess
+from vitlit.model import ViT
+from vitlit.weights import door
+from vitlit.weights.checkpoint import open_checkpoint
+from vitlit.weights.files import locate
+from vitlit.weights.save import save_weights
+
+PACKAGES = {".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": [], "": ["transformers"]}  # by what is written
+OPTIONS = {".onnx": ["input", "softmax", "half", "int8", "opset"], ".pt2": ["input", "softmax", "half"], "": []}
+TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest output, or of 1 if that is less
+HALF_AGREEMENT = 0.95  # the least share of images whose first class float16 leaves as it is
+INT8_LOSS = 0.01  # the most of the top-1 accuracy that int8 may cost
+ABOUT = "vitlit"  # the key of what is known of a network in ONNX's metadata, and with .json in a .pt2
+
+Activation = Literal["softmax", "sigmoid"] | None
+Batches = Iterable[tuple[Tensor, Tensor]]  # pixels, uint8 (B, H, W, 3), and labels (B,), -1 where there are none
+
+
+def load(source: str | Path, image_size: int | None = None) -> tuple[ViT, Activation]:
+    """The ViT of a run or file at the size of its preprocessing or another, and what makes its logits probabilities."""
+    vit, path = door.load(source), locate(source)
+    if not isinstance(vit.preprocess, Preprocess):
+        raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
+    if image_size is not None:
+        vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
+    bake(vit, vit.preprocess.image_size)
+    if vit.config.num_classes < 2:
+        return vit, None
+    made_with = open_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
+    loss = ((made_with.get("objective") or {}).get("init_args") or {}).get("loss")
+    return vit, "sigmoid" if loss in ("sigmoid", "bce") else "softmax"
+
+
+def bake(vit: ViT, size: tuple[int, int]) -> None:
+    """Make a size (height, width) the ViT's own, with the positions that it has there."""
+    grid = vit.grid_of(*size)
+    if (table := vit.positions(grid)) is not None:
+        vit.pos_embed = nn.Parameter(table.detach()) if vit.position == "learned" else table
+    vit.grid, vit.config = grid, replace(vit.config, image_size=size)
+
+
+class Exported(nn.Module):
+    """A ViT with what `about` has before and after it: images -> (B, classes) or (B, D), float32."""
+
+    def __init__(self, vit: Any, about: dict[str, Any]) -> None:
+        super().__init__()
+        self.about, self.normalise = about, vit.preprocess.normalise
+        self.dtype = torch.float16 if about["half"] else torch.float32
+        self.vit = deepcopy(vit).to(self.dtype).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.about["input"] == "uint8":
+            images = self.normalise(images.permute(0, 3, 1, 2))
+        outputs = self.vit(images.to(self.dtype)).float()
+        return probabilities(outputs, self.about) if self.about["softmax"] else outputs
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The computation for any batch, but one size of images: the positions are those of its patches."""
+        pixels = torch.uint8 if self.about["input"] == "uint8" else torch.float32
+        images = torch.zeros(2, *self.about["shape"][1:], dtype=pixels)
+        return torch.export.export(self.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def probabilities(logits: Tensor, about: dict[str, Any]) -> Tensor:
+    """Class probabilities, at the temperature; what regresses numbers gives them as they are."""
+    if about["activation"] is None:
+        return logits
+    logits = logits / (about["temperature"] or 1.0)
+    return logits.softmax(-1) if about["activation"] == "softmax" else logits.sigmoid()
+
+
+def export(
+    vit: Any,
+    out: Path,
+    batches: Batches | None = None,
+    of: str = "scikit-learn's two photographs",
+    activation: Activation = "softmax",
+    input: Literal["uint8", "float"] = "uint8",
+    softmax: bool = False,
+    half: bool = False,
+    int8: bool = False,
+    opset: int | None = None,
+) -> dict[str, Any]:
+    """Write OUT.onnx, OUT.pt2 or a folder for transformers, and a JSON beside or in it, whose content it returns.
+
+    UserError, and nothing is written, if a network cannot be exported so, or its outputs differ from the ViT's: by 1e-4
+    of the largest; in float16 by 2 %, or in the first class of one image in 20; in int8 if top-1 falls by over a point.
+
+    Args:
+        vit: of the size of its `preprocess`; see `load`.
+        out: what is written, by its ending; a name without one is a folder.
+        batches: images to compare outputs on, by default `photographs`; for int8 with labels.
+        of: whose images these are, for the JSON.
+        activation: what makes probabilities of the logits; None for numbers.
+        input: uint8 takes pixels (B, H, W, 3) and normalises them, float takes what `Preprocess` gives, (B, C, H, W).
+        softmax: whether probabilities come out: the activation, after the temperature if there is one.
+        half: whether the weights are float16.
+        int8: whether onnxruntime quantises the weights to 8 bits, and activations as they come.
+        opset: of ONNX, 18 to 23; by default torch's.
+    """
+    options = {"input": input, "softmax": softmax, "half": half, "int8": int8, "opset": opset}
+    sides, pixels = vit.config.sides, input == "uint8"
+    about: dict[str, Any] = options | {
+        "vitlit": version("vitlit"),
+        "shape": ["batch", *sides, 3] if pixels else ["batch", vit.config.in_channels, *sides],
+        "layout": "NHWC, RGB" if pixels else "NCHW",
+        "activation": activation if vit.config.num_classes else None,
+        "temperature": getattr(vit, "temperature", None),
+        "classes": vit.classes,
+        "preprocess": asdict(vit.preprocess),
+        "vit": vit.config.plain(),
+    }
+    check_options(vit, out, about, batches is not None)
+    with writing(out, "name another"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+    with whole_file(out, partial) if out.suffix else whole_folder(out) as target:
+        network = {".onnx": onnx, ".pt2": pt2, "": folder}[out.suffix](Exported(vit, about), target)
+        about["checked"] = {"of": of, **check(vit, network, batches or photographs(vit.preprocess), about, out)}
+        beside = out.with_name(f"{out.name}.json") if out.suffix else target / f"{ABOUT}.json"
+        write_text(beside, json.dumps(about, indent=1) + "\n")
+    return about
+
+
+def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) -> None:
+    """UserError for what cannot be exported so, or a package that is missing."""
+    if out.suffix not in OPTIONS:
+        raise UserError(f"{out} ends in neither .onnx nor .pt2; give it one of these, or no ending for a folder")
+    need(*PACKAGES[out.suffix])
+    check_range("vitlit export", 18, 23, opset=about["opset"])
+    given = {name for name in ("softmax", "half", "int8", "opset") if about[name]}
+    given |= {"input"} if about["input"] == "float" else set()
+    classes = vit.config.num_classes if about["activation"] else 0
+    size = sum(p.numel() for p in vit.parameters()) * (2 if about["half"] else 4)
+    refusals = {
+        f"{out} takes no {' '.join(sorted(given))}; leave out what is not for it": given - {*OPTIONS[out.suffix]},
+        "half and int8 are two precisions; give one of them": given >= {"half", "int8"},
+        "int8 is kept for its accuracy; give --root FOLDER to measure it on val": "int8" in given and not measured,
+        "softmax and int8 are for classifiers, which these weights are not": given & {"softmax", "int8"}
+        and not classes,
+        f"{out}: a folder is for transformers' classifiers of RGB images, which these weights are not; `vitlit weights "
+        "convert` writes others": not out.suffix and not (classes and vit.config.in_channels == 3),
+        "an ONNX file is below 2 GiB, unlike these weights; export half, or to .pt2": out.suffix == ".onnx"
+        and size >= 2**31,
+    }
+    for why, wrong in refusals.items():
+        if wrong:
+            raise UserError(why)
+
+
+def need(*packages: str) -> None:
+    """UserError unless these optional packages can be imported."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise UserError(f"this needs {package}: pip install {' '.join(packages)}") from error
+
+
+def onnx(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
+    """Write ONNX, and run it."""
+    about = module.about
+    ends: dict[str, Any] = {"input_names": ["images"], "output_names": ["outputs"]}
+    program = torch.onnx.export(module.program(), (), **ends, opset_version=about["opset"], verbose=False)
+    assert program is not None
+    about["opset"] = program.model.opset_imports[""]
+    program.model.metadata_props[ABOUT] = json.dumps(about)
+    # torch has inferred the shapes, as the step before quantisation does that onnxruntime would recommend in a warning.
+    program.model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"
+    program.save(file)
+    if about["int8"]:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(file, file, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+    session = open_onnx(file)
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def open_onnx(file: Path) -> Any:
+    """An onnxruntime session on the CPU; UserError if it cannot read the file."""
+    need("onnxruntime")
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common
+        raise UserError(f"{file} is not a file that onnxruntime runs: {' '.join(str(error).split())[:200]}") from error
+
+
+def pt2(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
+    """Write a program of torch.export, and run it."""
+    torch.export.save(module.program(), file, extra_files={f"{ABOUT}.json": json.dumps(module.about)})
+    return torch.export.load(file).module()
+
+
+def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:
+    """Write a folder for transformers, which has no temperature, with that in the head; and run it."""
+    from transformers import AutoModelForImageClassification
+    from transformers.utils.logging import disable_progress_bar
+
+    for name, parameter in module.vit.named_parameters():
+        if name.startswith("head"):
+            parameter.data /= module.about["temperature"] or 1.0
+    save_weights(module.vit, folder, "hf")
+    disable_progress_bar()
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return lambda pixels: model(module.normalise(pixels.permute(0, 3, 1, 2))).logits
+
+
+def photographs(preprocess: Preprocess) -> Batches:
+    """scikit-learn's two photographs, each whole, mirrored and in two halves."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+    images = [part for photo in photos for part in (photo, photo.flip(-1), *photo.chunk(2, -1))]
+    yield torch.stack([preprocess.crop(image).permute(1, 2, 0) for image in images]), torch.full((len(images),), -1)
+
+
+@torch.inference_mode()
+def check(
+    vit: Any, network: Callable[[Tensor], Tensor], batches: Batches, about: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """How a network's outputs differ from those of the ViT in float32; UserError if by too much."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for pixels, labels in batches:
+        images = vit.preprocess.normalise(pixels.permute(0, 3, 1, 2)).contiguous()
+        ours = vit(images) if out.suffix else vit(images) / (about["temperature"] or 1.0)
+        theirs = network(pixels if about["input"] == "uint8" else images)
+        found.append((probabilities(ours, about) if about["softmax"] else ours, theirs, labels))
+    ours, theirs, labels = map(torch.cat, zip(*found, strict=True))
+    firsts = ours.argmax(1), theirs.argmax(1)
+    difference, largest = (ours - theirs).abs().max().item(), max(1.0, ours.abs().max().item())
+    same = (firsts[0] == firsts[1]).double().mean().item() if about["activation"] else None
+    before, after = ((first == labels).double().mean().item() for first in firsts)
+    result = {"images": len(ours), "largest_difference": difference, "largest_output": largest, "same_first": same}
+    tolerance, least = (HALF_TOLERANCE, HALF_AGREEMENT) if about["half"] else (TOLERANCE, 0.0)
+    if about["int8"]:
+        result |= {"top1_before": before, "top1_after": after}
+        if not before - after <= INT8_LOSS + 1e-9:  # exactly a point is kept
+            raise UserError(f"int8 takes top-1 from {100 * before:.2f} to {100 * after:.2f} %; {out} was not written")
+    elif not (difference <= tolerance * largest and (same is None or same >= least)):
+        alike = "features" if same is None else f"the first class is the same for {100 * same:.1f} % of images"
+        raise UserError(
+            f"outputs differ from the ViT's by {difference:.1e} of {largest:.1f}, {alike}; {out} was not written"
+        )
+    return result
