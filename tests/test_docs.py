@@ -34,6 +34,7 @@ RECIPE = {
     "--trainer.devices": "1",
     "--trainer.max_steps": "2",
     "--trainer.logger": "false",
+    "--run.report": "false",
     "--model.schedule.warmup": "1",
 }
 

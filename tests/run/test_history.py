@@ -81,7 +81,18 @@ def test_nothing_of_a_run_is_left_outside_its_folder_nor_more_than_it_needs_in_i
 def test_frozen_weights_are_stored_once_beside_their_average(vitlit: Command, few: Path, work: Path, way: Any) -> None:
     average = "[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.5}}]"
     stages = ("--config", "finetune", "--model.init_from", "runs/pretrain", "--data.image_size", 16, "--data.root", few)
-    small = ("--trainer.logger", "false", "--trainer.max_steps", 6, "--data.batch_size", 16, "--data.num_workers", 0)
+    small = (
+        "--run.report",
+        "false",
+        "--trainer.logger",
+        "false",
+        "--trainer.max_steps",
+        6,
+        "--data.batch_size",
+        16,
+        "--data.num_workers",
+        0,
+    )
     quick = ("--model.schedule.warmup", 1, "--trainer.log_every_n_steps", 1, "--trainer.callbacks", average)
     command = ("fit", *stages, *small, *quick, *way)
     done(vitlit(*command, "--run.name", "whole"))

@@ -29,6 +29,9 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
+  vitlit runs [ROOT]                                list runs: state, best metric, time, the settings that differ
+  vitlit runs compare RUN RUN ... [--out FILE.html] their settings, numbers and curves side by side, seeds together
+  vitlit report RUN                                 one HTML page of a run, which `fit` writes at its end too
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
 validate, test and predict take --config CONFIG in RUN's place.
@@ -57,6 +60,8 @@ COMMANDS = {
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
     "inspect": "vitlit.cli.inspect",
+    "runs": "vitlit.cli.runs",
+    "report": "vitlit.cli.report",
 }
 
 
