@@ -273,7 +273,10 @@ class CLI(LightningCLI):
             Report(History(self.folder.path), self.splits).write(self.folder.path / "report.html")
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"vitlit: warning: the report was not written ({why}); vitlit report RUN tries again", flush=True)
+            print(
+                f"vitlit: warning: the report was not written ({why}); vitlit report {self.folder.path} tries again",
+                flush=True,
+            )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}  # execute nothing

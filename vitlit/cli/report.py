@@ -69,13 +69,25 @@ class Report:
         return load(self.run.path)
 
     @cached_property
+    def classes(self) -> list[str]:
+        """In the order of the data; none if the weights are gone."""
+        try:
+            return self.vit.classes
+        except UserError:
+            return []
+
+    @cached_property
     def index(self) -> Index:
         """The validation images, or UserError."""
-        if self._splits is None:
-            data = self.run.config["data"]
-            self._splits = Splits(data["root"], parse_share(data["holdout"]), data["manifest"], data.get("labels"))
-            self._splits.expect(self.vit.classes)
-        return self._splits["val"]
+        data = self.run.config["data"]
+        try:
+            if self._splits is None:
+                self._splits = Splits(data["root"], parse_share(data["holdout"]), data["manifest"], data.get("labels"))
+                self._splits.expect(self.classes)
+            return self._splits["val"]
+        except OSError as error:
+            where = f"; the run was made in {folder}" if (folder := self.last.get("folder")) else ""
+            raise UserError(f"the images are not in {data['root']} ({error.strerror}){where}") from error
 
     @cached_property
     def images(self) -> list[dict[str, str]]:
@@ -150,16 +162,13 @@ class Report:
     def confusion(self, title: str) -> Section:
         pairs = Counter((row["label"], row["prediction"]) for row in self.images)
         of_label = Counter(row["label"] for row in self.images)
-        try:
-            classes = self.vit.classes
-        except UserError:
-            classes = sorted({name for pair in pairs for name in pair})
+        classes = self.classes or sorted({name for pair in pairs for name in pair})
         number = {name: i for i, name in enumerate(classes)}
         counts = [(number[label], number[guess], count) for (label, guess), count in sorted(pairs.items())]
         cells = {(label, guess): (count, count / of_label[classes[label]]) for label, guess, count in counts}
         confused = [item for item in pairs.most_common() if item[0][0] != item[0][1]][:CONFUSED]
         rows = [(*pair, count, f"{100 * count / of_label[pair[0]]:.0f} %") for pair, count in confused]
-        text = f"Of {len(self.images):,} validation images, a row for each label. Below, what is confused most."
+        text = f"Of {len(self.images):,} validation images. Rows are labels, columns predictions; below, what is confused most."
         matrix = {"classes": classes, "counts": counts, "cells": cells}
         if len(classes) > MOST_CLASSES:
             text, matrix = f"Of {len(classes):,} classes, the pairs that are confused most.", {}
@@ -176,7 +185,10 @@ class Report:
         captions = [f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}" for row in shown]
         drawn = pictures(shown, index, self.run.config["data"].get("ground") or "black")
         named = zip(drawn, shown, captions, strict=True)
-        found = [Picture(encode(image), f"{Path(row['path']).name}", caption) for image, row, caption in named]
+        found = [
+            Picture(encode(image), f"{Path(row['path']).name}, an image of {row['label']}", caption)
+            for image, row, caption in named
+        ]
         return Section(title, text, pictures=found, small=True)
 
     def calibration(self, title: str) -> Section:

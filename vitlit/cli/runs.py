@@ -8,7 +8,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vitlit.errors import CommandParser, UserError
 from vitlit.files import expand, from_here, write_text, writing
@@ -141,7 +140,9 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None
     if not sys.stdout.isatty():
         print(*([title] if title else []), *("\t".join(map(str, row)) for row in (head, *rows)), sep="\n")
         return
-    table = Table(*head, title=title, title_justify="left", title_style="bold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(highlight=False, markup=False).print(table)
+    lines = [[*map(str, row)] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for number, line in enumerate(([title], *lines) if title else lines):
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False))
+        console.print(text.rstrip(), style="bold" if number <= bool(title) else "")

@@ -60,27 +60,25 @@ def encode(drawn: Figure | Image.Image, dpi: int = 110) -> str:
 def curves(runs: Mapping[str, list[dict[str, float]]]) -> list[Picture]:
     """Each metric by step, of one run or of several over each other, from the rows of their metrics.csv.
 
-    Train and val are drawn together, val as a line with points, and train of several runs dashed.
+    Train and val are drawn together, train of several runs dashed.
     """
     columns = dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name not in BESIDE)
     metrics = dict.fromkeys(name.partition("/")[2] for name in sorted(columns, key=lambda name: name[:3] != "val"))
     drawn = []
     for metric in metrics:
         figure, said = Figure((5, 3.2), layout="constrained"), []
-        axes = figure.subplots()
+        axes, splits = figure.subplots(), [split for split in ("train", "val") if f"{split}/{metric}" in columns]
         for number, (run, rows) in enumerate(runs.items()):
-            for split in ("train", "val"):
+            for place, split in enumerate(splits):
                 found = [(row["step"] + 1, row[name]) for row in rows if (name := f"{split}/{metric}") in row]
                 if not found:
                     continue
                 parts = np.array_split(np.array(found), min(POINTS, len(found)))
                 steps, values = np.array([part.mean(0) for part in parts]).T
-                single, val = len(runs) == 1, split == "val"
-                colour = f"C{(1 if single and not val else 0) if single else number}"
-                style = (
-                    {"marker": "o", "markersize": 3} if val else {"alpha": 0.8, "linestyle": "-" if single else "--"}
-                )
-                axes.plot(steps, values, color=colour, label=f"{split}" if single else f"{run}, {split}", **style)
+                few, alone = len(found) < 50, len(runs) == 1
+                style = {"marker": "." if few else "", "alpha": 0.8, "color": f"C{place if alone else number}"}
+                style["linestyle"] = "--" if len(splits) > 1 and split == "train" and not alone else "-"
+                axes.plot(steps, values, label=split if alone else f"{run}, {split}", **style)
                 said.append(f"{run}, {split}: {found[-1][1]:.4g} after step {found[-1][0]:,.0f}")
         axes.set(title=metric, xlabel="Step")
         axes.grid(alpha=0.3)

@@ -87,15 +87,21 @@ class History:
 
 
 def differing(runs: list[History]) -> dict[str, list[str]]:
-    """The settings in which runs differ, and each run's value; first those that all have, "-" where one has none."""
+    """The settings in which runs differ, and each run's value; first those that all have, "-" where one has none.
+
+    Where a run lacks a whole group of keys, such as those of an objective, it is the class of the group that differs.
+    """
     found: dict[str, list[str]] = {}
     lacking = {key: sum(key not in run.settings for run in runs) for run in runs for key in run.settings}
+    groups = [{key.rpartition(".")[0] for key in run.settings} for run in runs]
     for key in sorted(lacking, key=lambda key: (lacking[key] > 0, key)):
+        group, _, last = key.rpartition(".")
         values = [str(run.settings.get(key, "-")) for run in runs]
-        if len(set(values)) > 1:
-            named = [value.rpartition(".")[2] for value in values] if key.endswith(".class_path") else values
-            found[key.replace(".init_args", "").removesuffix(".class_path")] = named
-    return found
+        if last == "class_path":
+            found[group] = [value.rpartition(".")[2] for value in values]
+        elif all(group in each for each in groups):
+            found[key] = values
+    return {key.replace(".init_args", ""): values for key, values in found.items() if len(set(values)) > 1}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
