@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 # No target sends anything to W&B, even if a key is set.
 export WANDB_MODE := offline
 
-.PHONY: help setup demo test test-all check format notebooks clean
+.PHONY: help setup demo test test-all check format docs notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,8 +39,11 @@ format: $(READY) ## format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(READY) ## build the site into site/; a warning, such as a dead link, is an error
+	$(BIN)/python -m sphinx -W --keep-going -b html docs site
+
 notebooks: $(READY) ## run the notebooks in place
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean: ## remove .venv, caches and builds (data/ and runs/ stay)
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache *.egg-info

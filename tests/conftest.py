@@ -199,7 +199,9 @@ def launched(
             os.environ.update({name: str(value) for name, value in (numbers | words).items()})
         os.setpgid(0, 0)
         before()
-        devices = ["--trainer.devices", ranks, "--trainer.accelerator", "cpu"] if ranks > 1 else []
+        devices = (
+            ["--trainer.devices", ranks, "--trainer.accelerator", "cpu"] if ranks > 1 and arguments[0] == "fit" else []
+        )
         return main([str(argument) for argument in (*arguments, *devices)])
 
     names = [str(rank) for rank in range(ranks)]

@@ -1,10 +1,12 @@
 """Every command that a document or a config names is run, on a few images and with a small ViT."""
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -196,6 +198,28 @@ def test_every_command_works(
         assert result.code == 0, f"{line}\n{result.out}\n{result.err}"
 
 
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    line = next(line for line in (REPOSITORY / "Makefile").read_text().splitlines() if "-m sphinx" in line)
+    words = [sys.executable, *shlex.split(line)[1:-1], str(tmp_path)]
+    built = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for path in re.findall(r"\]\(([^)#]+)", PAGES[0].read_text()):
+        assert path.startswith("https:") or (REPOSITORY / path).exists(), path
+
+
+def test_the_messages_of_the_page_are_those_of_the_code() -> None:
+    texts = []
+    for file in (REPOSITORY / "vitlit").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    told = re.findall(r"^\| `([^`]+)` \|", (REPOSITORY / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert len(told) >= 20
+    for message in told:
+        for part in filter(re.compile(r"\w\w").search, re.split(r"\.\.\.", message)):
+            assert any(part.strip() in text for text in texts), part
+
+
 def test_the_pages_name_many_commands() -> None:
     assert len(COMMANDS) >= 80
     assert sorted(line for lines in together(COMMANDS) for line in lines) == sorted(COMMANDS)
@@ -209,7 +233,7 @@ def test_a_config_opens_with_its_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES[1:] if "```python" in page.read_text()], ids=lambda path: path.stem
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda path: path.stem
 )
 def test_the_python_of_a_page_runs(
     page: Path, few: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -226,7 +250,7 @@ def test_the_python_of_a_page_runs(
 
 def test_the_sweep_of_the_page_gives_each_trial_its_run(few: Path, tmp_path: Path) -> None:
     """W&B's agent replaces ${args} by --KEY=VALUE, and sets the trial's id."""
-    page = (REPOSITORY / "docs" / "python.md").read_text()
+    page = (REPOSITORY / "docs" / "tracking.md").read_text()
     sweep = yaml.safe_load(re.findall(r"```yaml\n(program.*?)```", page, re.S)[0])
     assert sweep["metric"]["name"] == "val/top1"
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")

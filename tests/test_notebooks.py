@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
-LONG = ("03_positions",)
+LONG = ("03_positions", "04_masked_images", "05_finetune_your_folder")
 
 
 @pytest.mark.parametrize(

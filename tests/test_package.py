@@ -1,10 +1,14 @@
 """An installed wheel works without the repository."""
 
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import yaml
 from conftest import REPOSITORY
 
 import vitlit
@@ -21,6 +25,23 @@ def test_the_wheel_holds_the_configs_and_the_command(tmp_path: Path) -> None:
     configs = {
         f"vitlit/configs/{path.relative_to(REPOSITORY / 'configs')}" for path in (REPOSITORY / "configs").rglob("*.*")
     }
-    assert configs <= held
+    assert configs | {"vitlit/py.typed"} <= held
     assert not any(name.startswith(("tests/", "runs/", "data/")) for name in held)
     assert "vitlit = vitlit.cli.main:main" in points
+
+
+def test_what_describes_the_project_agrees() -> None:
+    project: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"] == vitlit.__version__
+    assert citation["license"] == project["license"]
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]
+    pythons = jobs["test"]["strategy"]["matrix"]["python"]
+    assert pythons[0] == project["requires-python"].removeprefix(">=")
+    assert {f"Programming Language :: Python :: {python}" for python in pythons} <= set(project["classifiers"])
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in commands
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert {word for line in commands for word in re.findall(r"\bmake ([a-z-]+)", line)} <= targets
+    (imports,) = (line for line in commands if "import vitlit" in line)
+    subprocess.run([sys.executable, "-c", imports.split('"')[1]], check=True)

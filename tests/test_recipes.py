@@ -259,7 +259,9 @@ def test_a_recipe_says_what_it_is(name: str) -> None:
     run = " ".join(line.strip("# ") for line in header.partition("# Run")[2].partition("# Cost")[0].splitlines())
     measured = re.match(r"\d.* at ([0-9a-f]{7})\b.* [\d.]+ hours", run)
     assert measured or run.startswith("not run")
-    row = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    row = [
+        line for line in (REPOSITORY / "docs" / "recipes.md").read_text().splitlines() if line.startswith(f"| `{name}`")
+    ]
     assert not measured or [measured[1] in line for line in row] == [True]
     assert f"vitlit fit --config recipes/{name}" in header
     assert "MEASURED" not in header

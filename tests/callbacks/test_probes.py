@@ -440,3 +440,12 @@ def test_shards_measure_what_one_device_does(command: tuple[Any, ...], few: Path
         names = ("val/knn", "val/probe", "train/rank", "train/deviation")
         found.append([float(row[name]) for row in rows(cwd / "runs" / "pretrain") for name in names if row[name]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_best_is_the_last_where_no_metric_tells_which_is(vitlit: Callable[..., Result], few: Path, run: Path) -> None:
+    """A loss that compares views with a teacher's falls and rises as the teacher moves, whatever the features."""
+    folder = one_class(few, run.parent / "data")
+    said = done(vitlit(*DINO_RUN, "--data.root", folder, "--data.batch_size", 8, "--trainer.max_epochs", 3))
+    assert "best.ckpt (the last: no metric tells which is best)" in said
+    steps = [read(run / "checkpoints" / name)["global_step"] for name in ("best.ckpt", "last.ckpt")]
+    assert steps[0] == steps[1] > 0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Result, done, refused
+from conftest import Result, done, launched, refused
 from sklearn.neighbors import KNeighborsClassifier
 
 from vitlit import ViT, load, save_weights
@@ -38,7 +38,7 @@ def evaluate(vitlit: Command, tmp_path: Path, few: Path) -> Command:
         def before() -> None:
             os.environ["XDG_CACHE_HOME"] = cache
             importlib.import_module("vitlit.evaluation.linear").STEPS = 10  # type: ignore[attr-defined]
-            importlib.import_module("vitlit.cli.evaluate").count = lambda devices: workers  # type: ignore[attr-defined]
+            importlib.import_module("vitlit.prepare.features").count = lambda devices: workers  # type: ignore[attr-defined]
 
         return vitlit("evaluate", "a.safetensors", "b.safetensors", "--root", few, *flags, before=before)
 
@@ -90,6 +90,31 @@ def test_the_numbers_do_not_depend_on_the_processes_and_features_are_kept(evalua
     assert [file.stat().st_mtime_ns for file in kept] == times
     assert done(evaluate("--image_size", 24, cache="cache0")) != alone
     assert len(list((tmp_path / "cache0").rglob("*.npz"))) == 8
+
+
+def test_two_processes_share_the_images_and_find_the_same(evaluate: Command, tmp_path: Path, digits: Path) -> None:
+    flags = ("--root", digits, "--with", "knn,linear", "--seeds", 1)
+    alone = done(evaluate(*flags))
+
+    def before() -> None:
+        os.environ["XDG_CACHE_HOME"] = "two"
+        importlib.import_module("vitlit.evaluation.linear").STEPS = 10  # type: ignore[attr-defined]
+        module: Any = importlib.import_module("vitlit.prepare.features")
+        loader = module.loader
+
+        def noted(images: Any, rows: Any, *_: Any) -> Any:
+            with Path(f"rows{os.environ['RANK']}").open("a") as file:
+                file.write(f"{len(rows)} ")
+            return loader(images, rows, 7, 0)
+
+        module.loader = noted
+
+    first, second = launched(2, "evaluate", "a.safetensors", "b.safetensors", *flags, cwd=tmp_path, before=before)
+    assert (done(first), done(second)) == (alone, "")
+    read = [[int(rows) for rows in (tmp_path / f"rows{rank}").read_text().split()] for rank in range(2)]
+    images = [len(list((digits / split).rglob("*.png"))) for split in ("train", "val")]
+    assert [sum(rows) for rows in zip(*read, strict=True)][:2] == images
+    assert read[1][0] > 0
 
 
 def test_folds_measure_train(evaluate: Command, tmp_path: Path, few: Path) -> None:

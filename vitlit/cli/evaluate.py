@@ -1,32 +1,22 @@
 """`vitlit evaluate WEIGHTS... --root ROOT`: what weights are worth on a folder, and how sure that is."""
 
-import hashlib
 import json
-import os
 from argparse import Namespace
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from vitlit.callbacks.predictions import write_csv
-from vitlit.data.dataset import Images
 from vitlit.data.folder import parse_share
-from vitlit.data.index import Index
-from vitlit.data.shard_index import ShardFiles
 from vitlit.data.splits import Splits, other_classes
-from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError, check_range
-from vitlit.evaluation import compare, features, fewshot, folds, interval, linear, probe_inputs
+from vitlit.evaluation import compare, fewshot, folds, interval, linear, probe_inputs
 from vitlit.evaluation.classify import balanced, measures, per_class
 from vitlit.evaluation.knn import nearest, normalised
-from vitlit.files import load_arrays, save_arrays, write_text, writing
-from vitlit.weights import load
+from vitlit.files import write_text, writing
+from vitlit.prepare.features import extract, ranks, ready
 
 HELP = """\
 Measure weights (files, runs, hf:OWNER/NAME) on a folder's val split, by probes that learn from train; classify is their
@@ -64,10 +54,14 @@ def run(arguments: list[str]) -> int:
     names = sorted({name for method in methods for name in NEEDS[method]})
     first, rows, classes = Found(), [], {}
     line = ("{:<24} {:<8} {:<8}" + " {:>10}" * 7).format
-    print(line(*ROW))
+    rank, _ = ranks()
+    if rank == 0:
+        print(line(*ROW))
     for source in given.weights:
         vit, found = ready(source, given.image_size), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
+        if rank:
+            continue
         for method in methods:
             found |= measured(method, vit, parts, splits, given)
         for (method, metric), (statistic, values, of_seeds) in found.items():
@@ -79,23 +73,13 @@ def run(arguments: list[str]) -> int:
                 shares = enumerate(per_class(*values).tolist())  # NaN for a class without images
                 classes[f"{source}, {method}"] = {splits.classes[i]: share for i, share in shares if share == share}
         first = first or found
-    if given.out:
+    if given.out and rank == 0:
         with writing(given.out, "give another --out"):
             given.out.mkdir(parents=True, exist_ok=True)
             write_csv(given.out / "table.csv", ROW, rows)
             content = {"settings": vars(given), "table": [dict(zip(ROW, row, strict=True)) for row in rows]}
             write_text(given.out / "table.json", json.dumps(content | {"classes": classes}, indent=1, default=str))
     return 0
-
-
-def ready(source: str, image_size: int) -> Any:
-    """A ViT on the GPU if there is one, for images of its own size or another; UserError without preprocessing."""
-    vit: Any = load(source)
-    if vit.preprocess is None:
-        raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
-    if image_size:
-        vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
-    return vit.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measured(method: str, vit: Any, parts: list[Any], splits: Splits, given: Namespace) -> Found:
@@ -138,26 +122,3 @@ def classes_by(method: str, bank: Any, labels: np.ndarray, seen: Any, seed: int,
     if method == "knn":
         return {f"knn {k}": nearest(train, torch.from_numpy(labels), test, k).numpy() for k in (10, 20, 100, 200)}
     return {f"{shots}-shot": fewshot(bank["pooled"], labels, test, shots, seed)}
-
-
-def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
-    """`features` of images, kept in the user's cache by weights, preprocessing, and the files' paths, sizes, times."""
-    device, preprocess = next(vit.parameters()).device, vit.preprocess
-    key = hashlib.blake2b(save(dict(vit.state_dict())), digest_size=16)
-    key.update(repr([torch.__version__, device.type, vit.config, preprocess, names, index.digest()]).encode())
-    if isinstance(index.files, ShardFiles):  # whose parts hold checksums of headers
-        key.update(repr([index.files.root, index.files.shards]).encode() + index.files.parts.tobytes())
-    else:
-        status = ((path := index.path(row), os.stat(path)) for row in range(len(index)))
-        key.update(repr([(path, each.st_size, each.st_mtime_ns) for path, each in status]).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitlit" / "features"
-    file = cache / f"{key.hexdigest()}.npz"
-    with suppress(OSError, ValueError):  # missing or damaged
-        return {name: torch.from_numpy(array) for name, array in load_arrays(file).items()}
-    images = Images(index, preprocess.crop, ground=preprocess.ground)
-    batches = loader(images, range(len(index)), 64, count(torch.cuda.device_count()))
-    found = features(vit, (preprocess.normalise(batch[0].to(device).permute(0, 3, 1, 2)) for batch in batches), names)
-    with suppress(OSError):  # without a writable cache they are extracted each time
-        cache.mkdir(parents=True, exist_ok=True)
-        save_arrays(file, {name: part.numpy() for name, part in found.items()})
-    return found

@@ -86,11 +86,13 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) ->
     rows = {"steps": f"{trainer.global_step:,}"}
     if (ended := ending(trainer)) != COMPLETE:
         rows["ended"] = ended
-    if result := best(trainer, folder):
+    result = best(trainer, folder)
+    last = result.get("metric") == "step"
+    if result and not last:
         value = in_words(result["metric"], result["value"])
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
     if folder.best.is_file():
-        rows["checkpoint"] = str(folder.best)
+        rows["checkpoint"] = f"{folder.best}{' (the last: no metric tells which is best)' if last else ''}"
     else:
         validated = any(name.startswith("val/") for name in trainer.callback_metrics)
         why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"

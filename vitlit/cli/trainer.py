@@ -179,6 +179,8 @@ def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any
     """The metric of the best checkpoint, run.monitor or the first that is known, and its best value: min or max."""
     known = measured(stage, callbacks, data)
     name = given or next(iter(known))
+    if name == "val/loss" != given and not stage.objective.loss_ranks:
+        return "step", "max"  # which Lightning knows besides what is logged
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
         why = ": vitlit.callbacks.Probes in trainer.callbacks measures it where each image has one of several classes"

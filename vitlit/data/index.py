@@ -58,6 +58,11 @@ class FolderFiles:
         """UserError if the image is bad, StorageUserError if its storage is."""
         return read_file(self.path(row))
 
+    def stamp(self, rows: np.ndarray) -> bytes:
+        """What changes if the content of one of these files does: sizes and times."""
+        status = ((path := self.path(row), os.stat(path)) for row in rows.tolist())
+        return repr([(path, each.st_size, each.st_mtime_ns) for path, each in status]).encode()
+
 
 @dataclass(frozen=True)
 class Index:

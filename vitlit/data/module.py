@@ -44,7 +44,7 @@ class ImageFolderData(LightningDataModule):
     finished batches, float32 on the CPU; each iteration over the training loader is the next epoch.
 
     Args:
-        root: the folder, or the URL of shards.
+        root: the folder, the URL of shards, or hf:OWNER/NAME, a data set of Hugging Face.
         manifest: a CSV file instead of class folders: path (from root), label (several by |) and, if no holdout, split.
         labels: whether a manifest's labels are classes, or numbers to regress; by default numbers if any is a fraction.
             The command line fills it from the objective.

@@ -39,6 +39,9 @@ class ShardFiles(FolderFiles):
             raise StorageUserError(f"{wrong}; both must be of the same `vitlit data shard`")
         return data[BLOCK:]
 
+    def stamp(self, rows: np.ndarray) -> bytes:
+        return repr([self.root, self.shards]).encode() + self.parts.tobytes()  # which have checksums
+
 
 class ShardIndex(NamedTuple):
     """Content of index.npz; sizes in bytes. `key` is that of `list_tars`, or empty for `vitlit data shard`'s."""

@@ -10,6 +10,7 @@ from vitlit.data.folder import brief, hold_out, no_folder, scan_photos, scan_spl
 from vitlit.data.index import Index
 from vitlit.data.manifest import AS_NUMBERS, NUMBER, Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
+from vitlit.data.tables import is_table, read_table
 from vitlit.errors import UserError
 from vitlit.files import expand
 
@@ -39,11 +40,13 @@ class Splits:
 
     @cached_property
     def _listed(self) -> Manifest | None:
-        """The content of the manifest or of the shards' index; None for a folder."""
+        """The content of the manifest, of the shards' index or of a table; None for a folder."""
         if self.manifest is None:
+            if is_table(self.root):
+                return read_table(self.root)
             return read_shards(self.root) if is_shards(self.root) else None
-        if "://" in self.root:
-            raise UserError(f"data.manifest is for folders, but {self.root} holds labelled shards; leave it out")
+        if "://" in self.root or self.root.startswith("hf:"):
+            raise UserError(f"data.manifest is for folders, but {self.root} holds labels itself; leave it out")
         found = read_manifest(Path(self.manifest), Path(self.root), self.labels)
         if self.labels is None and found.classes and all(map(NUMBER.fullmatch, found.classes)):
             taken = f"the labels, which are integers, are taken as {len(found.classes)} classes"
@@ -87,7 +90,7 @@ class Splits:
     def _scan_folder(self, name: str) -> Index:
         remedy = "--data.holdout 10% takes it from train" if name == "val" else "`vitlit validate` evaluates on val"
         if self._listed is not None:
-            lacks = f"{self.manifest} has no row" if self.manifest else f"{self.root} has no shard"
+            lacks = f"{self.manifest or self.root} has no image"
             raise UserError(f"{lacks} of split {name}; {remedy}")
         folder = Path(self.root, name)
         if not folder.is_dir():

@@ -53,7 +53,7 @@ class DINO(Objective):
         koleo: weight of KoLeo (1806.03198) on the student's features, summed over the global views.
     """
 
-    views, whole_batch = 2, True
+    views, whole_batch, loss_ranks = 2, True, False
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ class LeJEPA(Objective):
         slices: the number of directions.
     """
 
-    views, whole_batch = 2, True
+    views, whole_batch, loss_ranks = 2, True, False
 
     def __init__(
         self, vit: ViT, weight: float = 0.05, width: int = 128, hidden_dim: int = 2048, slices: int = 256

@@ -73,12 +73,14 @@ class Objective(nn.Module, ABC):
         needs_labels: whether every image must have a label.
         numbers: whether labels are numbers, not classes.
         mixes: whether it learns from labels that data.mixing has mixed.
+        loss_ranks: whether a lower val/loss means better weights; else best.ckpt is the last, unless more is measured.
         whole_batch: whether its loss is not a mean over images, so that gradients must not be accumulated.
         teacher: what `vitlit.load` makes the teacher of, if it learns from one.
     """
 
     views = 1
     needs_labels = numbers = mixes = whole_batch = False
+    loss_ranks = True
     teacher: str | None = None
 
     def __init__(self, vit: ViT) -> None:

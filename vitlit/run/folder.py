@@ -44,7 +44,8 @@ class RunOptions:
         root: the folder of all runs.
         overwrite: delete the run's folder and begin again.
         monitor: the metric of best.ckpt, which has its highest value, or a loss's lowest; by default val/top1,
-            val/map if images have several classes, or val/knn of an objective that predicts no classes.
+            val/map if images have several classes, or val/knn of an objective that predicts no classes; the last of
+            DINO and LeJEPA where that is not measured.
         save_minutes: minutes between checkpoints within an epoch; the end of an epoch and a signal also save one.
         keep_every: optimiser steps between checkpoints that are kept for good, as step-N.ckpt.
         time_limit: of this command: HH:MM:SS, D:HH:MM:SS or seconds. Then training saves and exits with code 75, and
