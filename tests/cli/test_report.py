@@ -85,7 +85,7 @@ def page(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_it_opens_without_a_network_and_has_headings_and_alternative_texts(page: Page) -> None:
     page.opens_without_a_network()
     page.is_readable_by_ear()
-    parts = "Trained Results Curves Confusion matrix Worst mistakes Calibration Attention Environment Config"
+    parts = "Trained Results Curves Confusion matrix Worst mistakes Calibration Attention Environment"
     assert " ".join(heading for _, heading in page.headings[1:]) == parts
     assert "Left out" not in page.text
 
@@ -151,7 +151,7 @@ def test_many_classes_are_a_picture_whose_cells_are_read_out(copy: Path, few: Pa
         (["validation.csv", "metrics.csv", "run.json"], ["no validation.csv", "nothing has been logged"]),
         (
             ["checkpoints", "data"],
-            ["checkpoints/best.ckpt", "the images are not in nowhere", "validation images are wrong"],
+            ["checkpoints/best.ckpt", "data.root nowhere is not a folder", "validation images are wrong"],
         ),
     ],
 )

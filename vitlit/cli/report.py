@@ -18,6 +18,7 @@ from vitlit.errors import CommandParser, UserError
 from vitlit.evaluation import interval
 from vitlit.evaluation.classify import BINS, balanced, calibration_error
 from vitlit.files import expand, from_here, write_text, writing
+from vitlit.images.decode import GROUND
 from vitlit.inspection.figures import draw_images
 from vitlit.inspection.report import Picture, Section, curves, encode, page, reliability
 from vitlit.model import ViT
@@ -122,36 +123,28 @@ class Report:
         return Section(title, rows=[(name, value) for name, value in rows.items() if value is not None])
 
     def results(self, title: str) -> Section:
-        best = self.run.best
+        best, statistics = self.run.best, dict[str, Any]()
         if best is None:
             raise UserError("nothing has been validated yet")
-        sure: dict[str, Any] = {}
-        with_images = (self.run.path / VALIDATION).is_file()
-        if with_images:
-            above = np.array([int(row["above"]) for row in self.images])
-            names = np.unique([row["label"] for row in self.images], return_inverse=True)[1]
-            sure = {"top1": (np.mean, self.right), "top1_macro": (balanced, self.right, names)}
-            sure["top5"] = (np.mean, (above < 5).astype(float))
+        step, epoch = best.row["step"] + 1, best.row["epoch"] + 1
+        text = f"{best.metric} is best after step {step:,.0f}, in epoch {epoch:.0f}, whose weights are best.ckpt."
+        if best.metric == "step":
+            text = "No metric tells which weights are best: best.ckpt has the last."
+        if (self.run.path / VALIDATION).is_file():
+            labels = np.unique([row["label"] for row in self.images], return_inverse=True)[1]
+            within = np.array([row["above"] in tuple("01234") for row in self.images], float)
+            statistics = {"top1": (np.mean, self.right), "top5": (np.mean, within)}
+            statistics["top1_macro"] = (balanced, self.right, labels)
+            text += f" Intervals are those of the bootstrap over {len(labels):,} validation images: how a number varies"
+            text += " with other images of this kind, not with other trainings."
         rows = []
         for name in (name for name in best.row if name.startswith("val/")):
-            statistic, *values = sure.get(name.removeprefix("val/"), (None,))
-            # A run that branched off may never be better than what it came from: then the images are of another row.
-            fits = statistic is not None and abs(statistic(*values) - best.row[name]) < 1e-4
-            limits = [in_words(name, limit) for limit in interval(statistic, *values)] if fits else []
-            row = [
-                name,
-                in_words(name, best.row[name]),
-                " to ".join(limits) or "-",
-                in_words(name, self.run.last(name)),
-            ]
-            rows.append(row)
-        step, epoch = best.row["step"] + 1, best.row["epoch"] + 1
-        text = f"The best {best.metric} is that after step {step:,.0f}, in epoch {epoch:.0f}."
-        if with_images:
-            text += (
-                f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number varies"
-            )
-            text += " with other images of this kind, not with other trainings."
+            values, limits = [in_words(name, value) for value in (best.row[name], self.run.last(name))], "-"
+            measure = statistics.get(name.removeprefix("val/"))
+            # Unless the images are of another row: a run may never be better than the one that it branched off.
+            if measure and abs(measure[0](*measure[1:]) - best.row[name]) < 1e-4:
+                limits = " to ".join(in_words(name, limit) for limit in interval(*measure))
+            rows.append((name, values[0], limits, values[1]))
         return Section(title, text, ("metric", "best", "95 % interval", "last"), rows)
 
     def curves(self, title: str) -> Section:
@@ -168,7 +161,7 @@ class Report:
         cells = {(label, guess): (count, count / of_label[classes[label]]) for label, guess, count in counts}
         confused = [item for item in pairs.most_common() if item[0][0] != item[0][1]][:CONFUSED]
         rows = [(*pair, count, f"{100 * count / of_label[pair[0]]:.0f} %") for pair, count in confused]
-        text = f"Of {len(self.images):,} validation images. Rows are labels, columns predictions; below, what is confused most."
+        text = f"Of {len(self.images):,} images. Rows are labels, columns predictions; below, what is confused most."
         matrix = {"classes": classes, "counts": counts, "cells": cells}
         if len(classes) > MOST_CLASSES:
             text, matrix = f"Of {len(classes):,} classes, the pairs that are confused most.", {}
@@ -181,31 +174,25 @@ class Report:
             index = self.index
         except UserError as why:
             return Section(title, f"{text} Without pictures: {why}.")
-        shown = worst[:WORST]
-        captions = [f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}" for row in shown]
-        drawn = pictures(shown, index, self.run.config["data"].get("ground") or "black")
-        named = zip(drawn, shown, captions, strict=True)
-        found = [
-            Picture(encode(image), f"{Path(row['path']).name}, an image of {row['label']}", caption)
-            for image, row, caption in named
-        ]
+        found, shown = [], worst[:WORST]
+        ground = self.run.config["data"].get("ground") or GROUND
+        for row, image in zip(shown, pictures(shown, index, ground), strict=True):
+            caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
+            found.append(Picture(encode(image), f"{Path(row['path']).name}, an image of {row['label']}", caption))
         return Section(title, text, pictures=found, small=True)
 
     def calibration(self, title: str) -> Section:
-        confidence, own = (
-            np.array([float(row[key]) for row in self.images]) for key in ("probability", "label_probability")
-        )
+        columns = ("probability", "label_probability")
+        sure, own = (np.array([float(row[column]) for row in self.images]) for column in columns)
         measured: dict[str, Any] = {
-            "Expected calibration error": (calibration_error, (confidence, self.right)),
-            "Mean probability of the prediction": (np.mean, (confidence,)),
-            "Share that is right": (np.mean, (self.right,)),
-            "Negative log-likelihood": (np.mean, (-np.log(np.maximum(own, 1e-12)),)),
+            "Expected calibration error": (calibration_error, sure, self.right),
+            "Negative log-likelihood": (np.mean, -np.log(np.maximum(own, 1e-12))),
         }
         rows = []
-        for name, (statistic, values) in measured.items():
+        for name, (statistic, *values) in measured.items():
             low, high = interval(statistic, *values)
             rows.append((name, f"{statistic(*values):.4f}", f"{low:.4f} to {high:.4f}"))
-        shown = [reliability(confidence, self.right, BINS)]
+        shown = [reliability(sure, self.right, BINS)]
         return Section(title, "", ("measure", "value", "95 % interval"), rows, shown)
 
     def attention(self, title: str) -> Section:
@@ -221,16 +208,15 @@ class Report:
     def environment(self, title: str) -> Section:
         rows = []
         for each in self.run.commands:
-            time, steps = duration(each.get("seconds", 0)), f"to step {each['step']:,}" if "step" in each else ""
+            step, time = f"{each['step']:,}" if "step" in each else "", duration(each.get("seconds", 0))
             rows.append(
-                (each["date"], each["host"], each.get("ended", self.run.state), steps, time, each.get("devices", ""))
+                [each["date"], each["host"], each.get("devices", ""), each.get("ended", self.run.state), step, time]
             )
         versions = [f"{name} {version}" for name, version in self.last.get("versions", {}).items() if version]
-        commits = [f"commit of {name}: {commit}" for name, commit in self.last.get("commit", {}).items()]
-        return Section(title, "; ".join([*versions, *commits]), ("began", "host", "ended", "", "time", "devices"), rows)
-
-    def config(self, title: str) -> Section:
-        return Section(title, folded=yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True))
+        commits = [f"commit of {name} {commit}" for name, commit in self.last.get("commit", {}).items()]
+        head, text = ("began", "host", "devices", "ended", "at step", "time"), "; ".join([*versions, *commits])
+        config = yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True)
+        return Section(title, text, head, rows, folded=config)
 
 
 SECTIONS = {
@@ -242,7 +228,6 @@ SECTIONS = {
     "Calibration": Report.calibration,
     "Attention": Report.attention,
     "Environment": Report.environment,
-    "Config": Report.config,
 }
 
 

@@ -76,7 +76,11 @@ def curves(runs: Mapping[str, list[dict[str, float]]]) -> list[Picture]:
                 parts = np.array_split(np.array(found), min(POINTS, len(found)))
                 steps, values = np.array([part.mean(0) for part in parts]).T
                 few, alone = len(found) < 50, len(runs) == 1
-                style = {"marker": "." if few else "", "alpha": 0.8, "color": f"C{place if alone else number}"}
+                style: dict[str, Any] = {
+                    "marker": "." if few else "",
+                    "alpha": 0.8,
+                    "color": f"C{place if alone else number}",
+                }
                 style["linestyle"] = "--" if len(splits) > 1 and split == "train" and not alone else "-"
                 axes.plot(steps, values, label=split if alone else f"{run}, {split}", **style)
                 said.append(f"{run}, {split}: {found[-1][1]:.4g} after step {found[-1][0]:,.0f}")

@@ -61,7 +61,8 @@ class History:
         """None if nothing was validated."""
         about = self.commands[-1] if self.commands else {}
         metric, pick = about.get("monitor", "val/loss"), max if about.get("mode") == "max" else min
-        found = [row for row in self.rows if not math.isnan(row.get(metric, math.nan))]
+        measured = [row for row in self.rows if any(name.startswith("val/") for name in row)]
+        found = [row for row in measured if not math.isnan(row.get(metric, math.nan))]
         return Best(metric, (row := pick(found, key=lambda row: row[metric]))[metric], row) if found else None
 
     @property
@@ -114,6 +115,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def in_words(metric: str, value: float) -> str:
     """A value of a metric: shares in per cent."""
+    if metric == "step":  # where no metric tells which is best
+        return "the last"
     is_share = metric.partition("/")[2].startswith(("top", "map", "knn", "probe"))
     return f"{100 * value:.2f} %" if is_share else f"{value:.4f}"
 
