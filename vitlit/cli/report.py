@@ -135,8 +135,6 @@ class Report:
             within = np.array([row["above"] in tuple("01234") for row in self.images], float)
             statistics = {"top1": (np.mean, self.right), "top5": (np.mean, within)}
             statistics["top1_macro"] = (balanced, self.right, labels)
-            text += f" Intervals are those of the bootstrap over {len(labels):,} validation images: how a number varies"
-            text += " with other images of this kind, not with other trainings."
         rows = []
         for name in (name for name in best.row if name.startswith("val/")):
             values, limits = [in_words(name, value) for value in (best.row[name], self.run.last(name))], "-"
@@ -145,6 +143,11 @@ class Report:
             if measure and abs(measure[0](*measure[1:]) - best.row[name]) < 1e-4:
                 limits = " to ".join(in_words(name, limit) for limit in interval(*measure))
             rows.append((name, values[0], limits, values[1]))
+        if any(row[2] != "-" for row in rows):
+            text += (
+                f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number varies"
+            )
+            text += " with other images of this kind, not with other trainings."
         return Section(title, text, ("metric", "best", "95 % interval", "last"), rows)
 
     def curves(self, title: str) -> Section:

@@ -44,14 +44,15 @@ def run(arguments: list[str]) -> int:
     runs = [History(path) for path in found]
     settings = differing(runs)
     short = [key.rpartition(".")[2] for key in settings]
-    names = [name if short.count(name) == 1 else key for name, key in zip(short, settings, strict=True)][:SHOWN]
-    more = f"  and {len(settings) - SHOWN} more" if len(settings) > SHOWN else ""
+    names = [name if short.count(name) == 1 else key for name, key in zip(short, settings, strict=True)]
     rows = []
     for number, each in enumerate(runs):
         best = each.best
         value = [best.metric, in_words(*best[:2]), f"{best.row['epoch'] + 1:.0f}"] if best else ["-"] * 3
-        cells = [f"{name}={values[number]}" for name, values in zip(names, settings.values(), strict=False)]
-        rows.append([each.name, each.state, *value, str(each.epoch), duration(each.seconds), "  ".join(cells) + more])
+        pairs = zip(names, settings.values(), strict=True)
+        cells = [f"{name}={values[number]}" for name, values in pairs if values[number] != "-"]
+        cells[SHOWN:] = [f"and {len(cells) - SHOWN} more"] if len(cells) > SHOWN else []
+        rows.append([each.name, each.state, *value, str(each.epoch), duration(each.seconds), "  ".join(cells)])
     show("", ("run", "state", "metric", "best", "in epoch", "epochs", "time", "settings"), rows)
     return 0
 
