@@ -17,7 +17,7 @@ from vitlit.errors import UserError
 from vitlit.files import whole_file
 from vitlit.images.decode import decode_bytes
 from vitlit.loggers import Mistake, Wandb
-from vitlit.run.checkpoints import Best
+from vitlit.run.checkpoints import BEST, Best
 from vitlit.run.history import VALIDATION, read_csv
 
 COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
@@ -43,13 +43,11 @@ class Mistakes(Callback):
         self._rows.clear()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        if (
-            outputs["probabilities"] is not None and batch.labels.ndim == 1 and batch.labels.min() >= 0
-        ):  # one class an image
-            probability, prediction = outputs["probabilities"].max(-1)
-            own = outputs["probabilities"].gather(1, batch.labels[:, None])
-            above = (outputs["probabilities"] > own).sum(1)
-            columns = (batch.indices, batch.labels, prediction, probability, own[:, 0], above)
+        probabilities, labels = outputs["probabilities"], batch.labels
+        if probabilities is not None and labels.ndim == 1 and labels.min() >= 0:  # one class an image
+            probability, prediction = probabilities.max(-1)
+            own = probabilities.gather(1, labels[:, None])
+            columns = (batch.indices, labels, prediction, probability, own[:, 0], (probabilities > own).sum(1))
             self._rows.append(torch.stack([column.cpu().double() for column in columns], 1))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,9 +55,10 @@ class Mistakes(Callback):
             return
         rows, folder = gather(trainer, self._rows), Path(trainer.default_root_dir)
         best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Best)), None)
-        # Best itself comes after this. A run that branched off may never be better than what it came from.
         better = best is None or best.check_monitor_top_k(trainer, trainer.callback_metrics.get(str(best.monitor)))
-        if not trainer.is_global_zero or not len(rows) or not (better or not (folder / VALIDATION).is_file()):
+        # Best itself comes after this. A run that branched off may never be better than what it came from.
+        kept = better or not (folder / "checkpoints" / BEST).is_file()
+        if not (trainer.is_global_zero and kept and len(rows)):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         index, classes = data.split("val"), data.classes

@@ -205,8 +205,11 @@ class Report:
         chosen = np.linspace(0, len(index) - 1, min(ATTENDED, len(index))).astype(int).tolist()
         figure = draw_images(vit, vit.preprocess([index.read(number) for number in chosen]))
         names = ", ".join(Path(index.path(number)).name for number in chosen)
-        alt = f"{names}: the image, attention of the last block, rollout through all, components of the patch features"
-        return Section(title, pictures=[Picture(encode(figure, 80), alt)])
+        rows = (
+            "From top to bottom: the images, what the last block attends to, rollout through all blocks, and the first"
+        )
+        rows += " three principal components of the patch features."
+        return Section(title, rows, pictures=[Picture(encode(figure, 80), f"{names}. {rows}")])
 
     def environment(self, title: str) -> Section:
         rows = []

@@ -48,7 +48,9 @@ class History:
         kept = read_csv(path / "metrics.csv")
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept]
         file = path / "run.json"
-        self.commands: list[dict[str, Any]] = json.loads(file.read_text())["commands"] if file.is_file() else []
+        record = json.loads(file.read_text()) if file.is_file() else {"commands": []}
+        self.commands: list[dict[str, Any]] = record["commands"]
+        self._result = record.get("result", {}).get("best", {})
 
     @property
     def state(self) -> str:
@@ -60,7 +62,8 @@ class History:
     def best(self) -> Best | None:
         """None if nothing was validated."""
         about = self.commands[-1] if self.commands else {}
-        metric, pick = about.get("monitor", "val/loss"), max if about.get("mode") == "max" else min
+        metric = about.get("monitor") or self._result.get("metric", "val/loss")  # earlier versions kept but this
+        pick = min if about.get("mode", "min" if metric.endswith("loss") else "max") == "min" else max
         measured = [row for row in self.rows if any(name.startswith("val/") for name in row)]
         found = [row for row in measured if not math.isnan(row.get(metric, math.nan))]
         return Best(metric, (row := pick(found, key=lambda row: row[metric]))[metric], row) if found else None
