@@ -19,6 +19,7 @@ from conftest import command as execute
 from safetensors.torch import save_file
 
 from vitlit.benchmark import data, model
+from vitlit.cli.main import main
 from vitlit.model import SIZES
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -93,6 +94,9 @@ def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
     if arguments[0] == "benchmark":
         network = ["--model", "Ti/16"] if "data" in arguments else ["--preset", "Ti/16"]
         return [*arguments, "--image_size", "32", *network]
+    if arguments[0] == "tune":
+        flags = {**RECIPE, "--ways": "probe", "--model.init_from": "timm.safetensors"}
+        return [*arguments, *(part for flag, value in flags.items() for part in (flag, value))]
     if arguments[0] != "fit" or any("help" in part or "print_config" in part for part in arguments):
         return arguments
     if "--data.image_size" in arguments:  # as large would be slow, not other
@@ -158,11 +162,21 @@ def together(lines: list[str]) -> list[list[str]]:
     return [found for _, found in groups]
 
 
+def trial(arguments: list[str], log: Path) -> int:
+    """A trial of `vitlit tune` without the imports of a new process."""
+    log.touch()
+    if not (child := os.fork()):
+        os._exit(main(["fit", *arguments]))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def fast() -> None:
     """Let benchmarks and probes take less long, the preset of the recipes have two blocks, and caches be the test's."""
     os.environ["XDG_CACHE_HOME"] = "cache"
     probe: Any = import_module("vitlit.evaluation.linear")
     probe.STEPS = 5
+    tune: Any = import_module("vitlit.cli.tune")
+    tune.fit = trial
     data.SECONDS, model.SECONDS, model.ROUNDS = 0.1, 0.01, 1
     SIZES["Ti"] = SIZES["Ti"]._replace(depth=2)
 

@@ -29,6 +29,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
+  vitlit tune --config C --root ROOT --budget 2h    search how much of the weights to train, and at which rate
   vitlit runs [ROOT]                                list runs: state, best metric, time, the settings that differ
   vitlit runs compare RUN RUN ... [--out FILE.html] their settings, numbers and curves side by side, seeds together
   vitlit report RUN                                 one HTML page of a run, which `fit` writes at its end too
@@ -60,6 +61,7 @@ COMMANDS = {
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
     "inspect": "vitlit.cli.inspect",
+    "tune": "vitlit.cli.tune",
     "runs": "vitlit.cli.runs",
     "report": "vitlit.cli.report",
 }

@@ -1,0 +1,244 @@
+"""`vitlit tune`: how much of the weights to train, and at which learning rate, by successive halving (1502.07943)."""
+
+import ctypes
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vitlit.callbacks.predictions import write_csv
+from vitlit.cli.configs import find_config
+from vitlit.data.splits import Splits
+from vitlit.data.workers import STOP_SIGNALS
+from vitlit.errors import CommandParser, UserError, check_range
+from vitlit.files import write_text, writing
+from vitlit.run.config import read_config
+from vitlit.run.interrupt import AGAIN
+from vitlit.stages.metrics import direction
+
+HELP = """\
+Search, for a config of Finetune, how much of the weights to train and at which learning rate: everything, the last two
+blocks, LoRA or a linear probe, each at three rates. All begin with a ninth of the config's epochs, the best third goes
+on to a third of them, its best third to all. They learn from a part of train and are compared on the rest, --holdout.
+Then the best trains on all of train, as OUT/best. Each is an ordinary run in OUT. Killed, the same command continues.
+
+Further arguments are those of vitlit fit, such as --data.image_size 224 or --trainer.max_epochs 10.
+"""
+# The flags of each way, and its middle learning rate as a multiple of the config's, which is for training everything.
+WAYS: dict[str, tuple[list[str], float]] = {
+    "all": ([], 1.0),
+    "lora": (["--model.lora.rank=8", "--model.groups.layer_decay=1"], 5.0),
+    "last": (["--model.last_blocks=2"], 1.5),
+    "probe": (["--model.freeze=true"], 50.0),
+}
+RATES = (1.0, 3.0, 1 / 3)
+BEST = "best"  # the run that trains on all of train
+KEPT = 3  # a third goes on, for three times as many epochs
+COLUMNS = ("run", "trains", "lr", "epochs", "value", "minutes")
+
+
+class Trial(NamedTuple):
+    way: str
+    lr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}-{self.lr:.2g}"
+
+    @property
+    def flags(self) -> list[str]:
+        return [*WAYS[self.way][0], f"--model.optimizer.init_args.lr={self.lr:.6g}"]
+
+
+def run(arguments: list[str]) -> int:
+    parser = CommandParser("vitlit tune", HELP)
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="such as recipes/finetune_folder")
+    parser.add_argument("--root", required=True, metavar="ROOT", help="as --data.root")
+    parser.add_argument("--budget", required=True, metavar="TIME", help="of all trainings: 30m, 2h or 1h30m")
+    parser.add_argument("--holdout", default="20%", metavar="SHARE", help="of train, to compare on; default 20%%")
+    parser.add_argument("--ways", default=",".join(WAYS), metavar="LIST", help=f"some of {','.join(WAYS)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"), metavar="OUT", help="default runs/tune")
+    given, fit = parser.parse_known_args(arguments or ["--help"])
+    search = Search(given, fit)
+    for trial, epochs in search:
+        if code := search.train(trial.name, [*trial.flags, f"--data.holdout={given.holdout}"], trial, epochs):
+            return code
+    final = search.ranked(search.longest)[0]
+    if code := search.train(BEST, final.flags, final, search.epochs):
+        return code
+    search.print(final)
+    return 0
+
+
+class Search:
+    """The trials of a search, what they came to, kept in OUT/tune.json, and what is left of the budget."""
+
+    def __init__(self, given: Namespace, fit: list[str]) -> None:
+        config = read_config(str(find_config(given.config)))
+        self.given, self.fit, self.file = given, fit, given.out / "tune.json"
+        self.budget = minutes(given.budget)
+        rate = float(value_of("model.optimizer.init_args.lr", config, fit))
+        self.epochs = int(value_of("trainer.max_epochs", config, fit))
+        Splits(given.root, 0.0, flag("data.manifest", fit) or None)["val"]  # or the last training would fail
+        check_range("vitlit tune", 1, max_epochs=self.epochs)
+        ways = given.ways.split(",")
+        if wrong := set(ways) - WAYS.keys():
+            raise UserError(f"--ways has {min(wrong)!r}; give some of {','.join(WAYS)}")
+        if not str(config["model"].get("class_path", "")).endswith("Finetune"):
+            raise UserError(f"{given.config} is no config of Finetune, whose ways of training are searched")
+        self.trials = [Trial(way, rate * factor * WAYS[way][1]) for factor, way in itertools.product(RATES, ways)]
+        settings = [given.config, given.root, given.holdout, given.ways, *fit]
+        self.found: dict[str, Any] = {"settings": settings, "trials": {}}
+        if self.file.is_file():
+            self.found = json.loads(self.file.read_text())
+            if self.found["settings"] != settings:
+                raise UserError(f"{given.out} holds a search with other settings; give another --out, or its arguments")
+
+    def __iter__(self) -> Any:
+        """Each trial, and for how many epochs it is to train, as long as the budget holds."""
+        field = self.trials
+        lengths = dict.fromkeys(math.ceil(self.epochs / share) for share in (KEPT**2, KEPT, 1))
+        for epochs in lengths:
+            for trial in field:
+                if str(epochs) in self.found["trials"].get(trial.name, {}):
+                    continue
+                if self.spent + self.cost(trial, epochs) + self.cost(trial, self.epochs, final=True) > self.budget:
+                    print(f"the budget ends the search before {trial.name} trains for {epochs} epochs", flush=True)
+                    return
+                yield trial, epochs
+            field = self.ranked(epochs)[: math.ceil(len(field) / KEPT)]
+
+    @property
+    def spent(self) -> float:
+        """Minutes of all trainings so far."""
+        return sum(each["minutes"] for trial in self.found["trials"].values() for each in trial.values())
+
+    def cost(self, trial: Trial, epochs: int, final: bool = False) -> float:
+        """The minutes that a trial will take, by what an epoch of its way took, or of any; 0 while none has trained."""
+        taken = [
+            (each["minutes"] / each["trained"], name.startswith(trial.way))
+            for name, lengths in self.found["trials"].items()
+            for each in lengths.values()
+        ]
+        own = [time for time, same in taken if same] or [time for time, _ in taken]
+        before = 0 if final else max([0, *map(int, self.found["trials"].get(trial.name, {}))])
+        return max(own, default=0.0) * (epochs - before)
+
+    def train(self, name: str, flags: list[str], trial: Trial, epochs: int) -> int:
+        """Train a run to so many epochs and keep its result; the exit code of one that was stopped."""
+        if str(epochs) in self.found["trials"].get(name, {}):
+            return 0
+        where = [
+            f"--data.root={self.given.root}",
+            f"--run.root={self.given.out}",
+            f"--run.name={name}",
+            f"--trainer.max_epochs={epochs}",
+        ]
+        log, out = self.given.out / f"{name}.log", self.given.out / name
+        with writing(self.given.out, "give another --out"):
+            self.given.out.mkdir(parents=True, exist_ok=True)
+            write_text(self.file, json.dumps(self.found, indent=1))
+        print(f"{name}: {epochs} epochs; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
+        page = f"--run.report={'true' if name == BEST else 'false'}"
+        code = fit(["--config", self.given.config, page, *self.fit, *flags, *where], log)
+        last = (log.read_text().strip().splitlines() or [""])[-1]
+        diverged = code == 2 and " is not finite" in last
+        if code and not diverged:
+            if code in (AGAIN, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+                return code
+            raise UserError(f"{name}: {last.removeprefix('vitlit: error: ')} ({log})")
+        record = json.loads((out / "run.json").read_text())
+        trained = self.found["trials"].setdefault(name, {})
+        took = sum(each.get("seconds", 0) for each in record["commands"]) / 60
+        found: dict[str, Any] = {"minutes": took - sum(each["minutes"] for each in trained.values())}
+        found |= {"trained": epochs - max([0, *map(int, trained)]), "way": trial.way, "lr": trial.lr}
+        found |= {"metric": None, "value": None} if diverged else record["result"]["best"]
+        if "value" not in found:
+            raise UserError(f"{name} was not validated, so that it cannot be compared; see {log}")
+        trained[str(epochs)] = found
+        write_text(self.file, json.dumps(self.found, indent=1))
+        return 0
+
+    @property
+    def longest(self) -> int:
+        """The epochs of the trials that trained longest."""
+        return max(int(epochs) for trial in self.trials for epochs in self.found["trials"].get(trial.name, {}))
+
+    def ranked(self, epochs: int) -> list[Trial]:
+        """The trials that trained so long without diverging, best first; UserError if there is none."""
+        found = {trial: self.found["trials"].get(trial.name, {}).get(str(epochs)) for trial in self.trials}
+        values = {trial: each["value"] for trial, each in found.items() if each and each["value"] is not None}
+        if not values:
+            raise UserError(f"no trial ended {epochs} epochs with finite numbers; give a config with a lower rate")
+        highest = direction(next(each["metric"] for each in found.values() if each and each["metric"])) == "max"
+        return sorted(values, key=lambda trial: values[trial], reverse=highest)
+
+    def print(self, final: Trial) -> None:
+        rows = []
+        for name, lengths in self.found["trials"].items():
+            last, took = list(lengths.values())[-1], sum(each["minutes"] for each in lengths.values())
+            rows.append((name, last["way"], last["lr"], max(map(int, lengths)), last["value"], took))
+        rows.sort(key=lambda row: (row[0] == BEST, row[3], row[4] is not None), reverse=True)
+        write_csv(self.given.out / "tune.csv", COLUMNS, rows)
+        line = ("{:<16} {:<8}" + " {:>10}" * 4).format
+        print(line(*COLUMNS))
+        for name, way, lr, epochs, value, took in rows:
+            print(line(name, way, f"{lr:.2g}", epochs, "diverged" if value is None else f"{value:.4f}", f"{took:.1f}"))
+        print(f"{self.given.out / BEST} is {final.name}, trained on all of train and measured on val")
+
+
+def fit(arguments: list[str], log: Path) -> int:
+    """`vitlit fit` in a process of its own, to which signals are passed on; its exit code."""
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "vitlit", "fit", *arguments]
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+
+        def passed_on(number: int, frame: Any) -> None:
+            if number != signal.SIGINT:  # which a terminal sends to both
+                child.send_signal(number)
+
+        before = {number: signal.signal(number, passed_on) for number in STOP_SIGNALS}
+        try:
+            return child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Let this process save and end if its parent is killed, or it would train on and hold the run."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def minutes(budget: str) -> float:
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?", budget)
+    if not budget or not found:
+        raise UserError(f"--budget {budget!r} is not a time; give it as 30m, 2h or 1h30m")
+    return 60 * int(found[1] or 0) + int(found[2] or 0)
+
+
+def flag(key: str, fit: list[str]) -> str:
+    """The value that flags of vitlit fit give to a key, with or without .init_args; "" for none."""
+    for word, following in itertools.zip_longest(fit, fit[1:], fillvalue=""):
+        name, _, value = word.partition("=")
+        if name in (f"--{key}", f"--{key.replace('.init_args', '')}"):
+            return value or following
+    return ""
+
+
+def value_of(key: str, config: dict[str, Any], fit: list[str]) -> Any:
+    """A setting, of a flag if it is given, else of the config."""
+    if given := flag(key, fit):
+        return given
+    found: Any = config
+    for part in key.replace("model.", "model.init_args.").split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if found is None:
+        raise UserError(f"the config has no {key}; give --{key}")
+    return found
