@@ -47,6 +47,7 @@ SMALL = (
     *["--model.vit.width", "16", "--model.vit.depth", "2", "--model.vit.heads", "2", "--model.vit.mlp_dim", "32"],
     *["--model.schedule.warmup", "2", "--data.batch_size", "16", "--data.num_workers", "0", "--data.image_size", "16"],
     *["--trainer.logger", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"],
+    *["--run.report", "false"],  # which takes longer than the training
 )
 
 # What learns beside the ViT, made small: at full size its checkpoints take seconds to write.

@@ -38,6 +38,7 @@ RECIPE = {
     "--trainer.devices": "1",
     "--trainer.max_steps": "2",
     "--trainer.logger": "false",
+    "--run.report": "false",
     "--model.schedule.warmup": "1",
 }
 
@@ -139,6 +140,8 @@ def write_labels(root: Path, cwd: Path) -> None:
 def named(command: str) -> set[str]:
     """The runs and shards that a command leaves or needs."""
     names = set(re.findall(r"(?:--run\.name |--data\.root |\bshard FOLDER |\bruns/)([\w.-]+)", command)) - {"FOLDER"}
+    if command == "vitlit runs":
+        names.add("seed-0")  # it needs one
     if config := re.search(r"--config (?:configs/)?([\w/]+)", command):
         stage = yaml.safe_load((REPOSITORY / "configs" / f"{config[1]}.yaml").read_text())["model"]
         if "--run.name" not in command:

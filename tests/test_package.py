@@ -25,7 +25,7 @@ def test_the_wheel_holds_the_configs_and_the_command(tmp_path: Path) -> None:
     configs = {
         f"vitlit/configs/{path.relative_to(REPOSITORY / 'configs')}" for path in (REPOSITORY / "configs").rglob("*.*")
     }
-    assert configs | {"vitlit/py.typed"} <= held
+    assert configs | {"vitlit/py.typed", "vitlit/inspection/report.html"} <= held
     assert not any(name.startswith(("tests/", "runs/", "data/")) for name in held)
     assert "vitlit = vitlit.cli.main:main" in points
 

@@ -548,6 +548,6 @@ def test_a_shrunken_copy_steps(name: str, few: Path, tmp_path: Path, vitlit: Cal
             vit = ViT(image_size=16, num_classes=4, **options)
             vit.classes, vit.preprocess = list("0123"), Preprocess((16, 16), mean=MEAN, std=STD)
             save_weights(vit, tmp_path / f"{file}.safetensors")
-    result = vitlit("fit", "--config", "recipe.yaml", "--data.root", few)
+    result = vitlit("fit", "--config", "recipe.yaml", "--data.root", few, "--run.report", "false")
     assert result.code == 0, result.err
     assert "runs/recipe is complete" in result.out

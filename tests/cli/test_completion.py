@@ -212,7 +212,18 @@ def test_an_averaged_run_is_not_continued_without_its_average(vitlit: Command, f
 def test_a_preset_may_be_given_beside_weights_of_the_same_sizes(vitlit: Callable[..., Result], few: Path) -> None:
     sizes = [word for word in SMALL if not word.startswith("--model.vit.") and word not in ("16", "2", "32")]
     pretrain = [*sizes[:2], "--model.vit.preset", "Ti/8", "--data.image_size", 16, "--data.batch_size", 16]
-    short = ["--trainer.logger", "false", "--trainer.max_steps", 2, "--model.schedule.warmup", 1, "--data.root", few]
+    short = [
+        "--trainer.logger",
+        "false",
+        "--run.report",
+        "false",
+        "--trainer.max_steps",
+        2,
+        "--model.schedule.warmup",
+        1,
+        "--data.root",
+        few,
+    ]
     done(vitlit("fit", *pretrain, *short, "--data.num_workers", 0, "--run.name", "first"))
     finetune = ["fit", "--config", "finetune", "--model.init_from", "runs/first", "--data.image_size", 16, *short]
     finetune += ["--data.batch_size", 16, "--data.num_workers", 0, "--run.name", "second", "--model.vit.preset"]

@@ -121,7 +121,18 @@ def test_trials_are_runs(vitlit: Command, few: Path, work: Path, tmp_path: Path)
         setattr(tune, "fit", fit)  # noqa: B010
 
     small = ("--trainer.max_epochs", 2, "--data.image_size", 16, "--data.batch_size", 8, "--data.num_workers", 0)
-    given = ("--ways", "probe", "--budget", "1h", "--model.init_from", "runs/pretrain", "--trainer.logger", "false")
+    given = (
+        "--ways",
+        "probe",
+        "--budget",
+        "1h",
+        "--model.init_from",
+        "runs/pretrain",
+        "--trainer.logger",
+        "false",
+        "--run.report",
+        "false",
+    )
     out = done(vitlit("tune", "--config", "recipes/finetune_folder", "--root", few, *given, *small, before=before))
     runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/tune/*/run.json")}
     assert runs.keys() == {"best", "probe-0.01", "probe-0.03", "probe-0.0033"}

@@ -150,6 +150,8 @@ def test_mae_learns_from_it_and_is_finetuned_on_labels(loose: Path, few: Path, v
         1,
         "--trainer.logger",
         "false",
+        "--run.report",
+        "false",
         "--model.init_from",
         "runs/pretrain",
     ]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import signal
 from collections import Counter
@@ -53,13 +54,30 @@ def test_an_early_stop_says_why(vitlit: Command, few: Path, run: Path) -> None:
     assert ended in out
 
 
-def test_the_mistakes_are_those_of_the_last_validation(trained: Path, few: Path) -> None:
+def test_each_validation_image_has_its_row_of_the_best_weights(vitlit: Command, few: Path, run: Path) -> None:
+    done(vitlit(*FIT, "--data.root", few, "--run.monitor", "val/loss", "--model.optimizer.lr", 0.1))
+    measured = [row for row in rows(run) if row["val/loss"]]
+    best = min(measured, key=lambda row: float(row["val/loss"]))
+    assert best is not measured[-1]  # at such a rate it gets worse
+    images = table(run / "validation.csv")
+    assert sorted(row["path"] for row in images) == sorted(map(str, (few / "val").glob("*/*")))
+    assert all(Path(row["path"]).parent.name == row["label"] for row in images)
+    right = [row["prediction"] == row["label"] for row in images]
+    assert sum(right) / len(images) == pytest.approx(float(best["val/top1"]))
+    losses = [-math.log(float(row["label_probability"])) for row in images]
+    assert sum(losses) / len(images) == pytest.approx(float(best["val/loss"]), rel=1e-5)
+    assert [row["above"] == "0" for row in images] == right
+    assert sum(int(row["count"]) for row in table(run / "confusion.csv")) == len(images)
+    assert len(table(run / "mistakes.csv")) == right.count(False)
+
+
+def test_the_mistakes_are_those_of_the_best_weights(trained: Path, few: Path) -> None:
     run = trained / "runs" / "pretrain"
     counts = Counter({(row["label"], row["prediction"]): int(row["count"]) for row in table(run / "confusion.csv")})
     labels = {label: len(list((few / "val" / label).iterdir())) for label in "0123"}
     assert {label: sum(n for (truth, _), n in counts.items() if truth == label) for label in labels} == labels
     right = sum(n for (label, guess), n in counts.items() if label == guess)
-    assert float(rows(run)[-1]["val/top1"]) == pytest.approx(right / counts.total())
+    assert history(run)["result"]["best"]["value"] == pytest.approx(right / counts.total())
     wrong = table(run / "mistakes.csv")
     assert len(wrong) == counts.total() - right > 0
     assert all(Path(row["path"]).parent.name == row["label"] != row["prediction"] for row in wrong)
@@ -81,7 +99,18 @@ def test_nothing_of_a_run_is_left_outside_its_folder_nor_more_than_it_needs_in_i
 def test_frozen_weights_are_stored_once_beside_their_average(vitlit: Command, few: Path, work: Path, way: Any) -> None:
     average = "[{class_path: vitlit.callbacks.EMA, init_args: {decay: 0.5}}]"
     stages = ("--config", "finetune", "--model.init_from", "runs/pretrain", "--data.image_size", 16, "--data.root", few)
-    small = ("--trainer.logger", "false", "--trainer.max_steps", 6, "--data.batch_size", 16, "--data.num_workers", 0)
+    small = (
+        "--run.report",
+        "false",
+        "--trainer.logger",
+        "false",
+        "--trainer.max_steps",
+        6,
+        "--data.batch_size",
+        16,
+        "--data.num_workers",
+        0,
+    )
     quick = ("--model.schedule.warmup", 1, "--trainer.log_every_n_steps", 1, "--trainer.callbacks", average)
     command = ("fit", *stages, *small, *quick, *way)
     done(vitlit(*command, "--run.name", "whole"))

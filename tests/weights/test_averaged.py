@@ -247,6 +247,8 @@ def test_the_flag_of_a_run_goes_before_a_guess(few: Path, vitlit: Command, tmp_p
         0,
         "--trainer.max_steps",
         1,
+        "--run.report",
+        "false",
         "--trainer.logger",
         "false",
         "--model.init_from",

@@ -20,7 +20,7 @@ from vitlit.model import ViT
 
 Command = Callable[..., Result]
 FLAGS = "--data.image_size 32 --data.batch_size 16 --data.num_workers 0 --trainer.max_steps 2 --trainer.logger false"
-FLAGS += " --model.schedule.warmup 1 --model.init_from"
+FLAGS += " --run.report false --model.schedule.warmup 1 --model.init_from"
 
 
 @pytest.fixture

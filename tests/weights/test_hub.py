@@ -77,7 +77,7 @@ def test_finetuning_starts_from_a_model_of_the_hub(vitlit: Callable[..., Result]
 
     package.save_weights(vit(), cached(cache), "hf")
     flags = "--data.image_size 32 --data.batch_size 16 --data.num_workers 0 --trainer.max_steps 1"
-    flags += " --model.schedule.warmup 0 --trainer.logger false --model.init_from hf:owner/name"
+    flags += " --model.schedule.warmup 0 --trainer.logger false --run.report false --model.init_from hf:owner/name"
     result = vitlit("fit", "--config", "finetune", "--data.root", few, *flags.split())
     assert result.code == 0, result.err
     assert (

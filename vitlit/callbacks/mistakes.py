@@ -1,6 +1,8 @@
-"""The confusion matrix and the mistakes of the last validation, as tables and as a picture."""
+"""What a run's best weights make of the validation images: each of them, the confusion matrix, and the mistakes."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,23 @@ from vitlit.errors import UserError
 from vitlit.files import whole_file
 from vitlit.images.decode import decode_bytes
 from vitlit.loggers import Mistake, Wandb
+from vitlit.run.checkpoints import BEST, Best
+from vitlit.run.history import VALIDATION, read_csv
 
+COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
 WORST = 32  # mistakes in W&B
 SHOWN, ACROSS, SIDE, MARGIN = 20, 10, 112, 8  # images in the picture, in a row of it, and pixels
 TEXT = 16  # pixels of a line
 
 
 class Mistakes(Callback):
-    """At the end of a run, write the last validation's mistakes into its folder, and log the worst to W&B.
+    """Keep what the best weights make of each validation image, and log the worst mistakes to W&B.
 
-    `confusion.csv` counts the images of each label and prediction that occur together. `mistakes.csv` lists all
-    mistakes, the most confident first, and `mistakes.png` shows those, then the least confident of the others. Images
-    must have one class each.
+    `validation.csv` has a row an image, of the validation that best.ckpt was saved after; without one, of the last:
+    path, label, prediction, the probabilities of both, and how many classes are more probable than the label. At the
+    end of the run its counts of each label and prediction go into `confusion.csv`, and its mistakes, the most confident
+    first, into `mistakes.csv`. `mistakes.png` shows those, then the least confident of the others. Images must have one
+    class each.
     """
 
     def __init__(self) -> None:
@@ -36,60 +43,102 @@ class Mistakes(Callback):
         self._rows.clear()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        if outputs["probabilities"] is not None and batch.labels.ndim == 1:  # one class an image
-            probability, prediction = outputs["probabilities"].max(-1)
-            columns = (batch.indices, batch.labels, prediction, probability)
+        probabilities, labels = outputs["probabilities"], batch.labels
+        if probabilities is not None and labels.ndim == 1 and labels.min() >= 0:  # one class an image
+            probability, prediction = probabilities.max(-1)
+            own = probabilities.gather(1, labels[:, None])
+            columns = (batch.indices, labels, prediction, probability, own[:, 0], (probabilities > own).sum(1))
             self._rows.append(torch.stack([column.cpu().double() for column in columns], 1))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = gather(trainer, self._rows)
-        if not trainer.is_global_zero or not len(rows):
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        rows, folder = gather(trainer, self._rows), Path(trainer.default_root_dir)
+        best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Best)), None)
+        better = best is None or best.check_monitor_top_k(trainer, trainer.callback_metrics.get(str(best.monitor)))
+        # Best itself comes after this. A run that branched off may never be better than what it came from.
+        kept = better or not (folder / "checkpoints" / BEST).is_file()
+        if not (trainer.is_global_zero and kept and len(rows)):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         index, classes = data.split("val"), data.classes
-        wrong = rows[:, 1] != rows[:, 2]
-        worst = rows[wrong][rows[wrong][:, 3].argsort(descending=True, stable=True)]
-        unsure = rows[~wrong][rows[~wrong][:, 3].argsort(stable=True)]
-        mistakes = [Mistake(index.path(int(i)), int(label), int(guess), p) for i, label, guess, p in worst.tolist()]
-        labels, predictions = (rows[:, column].int().tolist() for column in (1, 2))
-        counts = sorted(Counter(zip(labels, predictions, strict=True)).items())
+        cells = (
+            (index.path(int(i)), classes[int(label)], classes[int(guess)], f"{p:.7g}", f"{own:.7g}", int(above))
+            for i, label, guess, p, own, above in rows.tolist()
+        )
+        with trying(folder):
+            write_csv(folder / VALIDATION, COLUMNS, cells)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        named = [(classes[label], classes[guess], count) for (label, guess), count in counts]
-        listed = [(m.path, classes[m.label], classes[m.prediction], f"{m.probability:.6f}") for m in mistakes]
+        if not trainer.is_global_zero or not self._rows or not (folder / VALIDATION).is_file():
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rows, number = read_csv(folder / VALIDATION), {name: i for i, name in enumerate(data.classes)}
+        worst, unsure = by_confidence(rows)
+        pairs = [(row["label"], row["prediction"]) for row in rows]
+        counts = sorted(Counter(pairs).items(), key=lambda item: [number[name] for name in item[0]])
         title = f"{len(unsure):,} of {len(rows):,} validation images are right; in red: prediction (truth)"
-        sheet = draw(title, torch.cat([worst, unsure])[:SHOWN], index, classes, data.preprocess.ground)
-        try:
-            write_csv(folder / "confusion.csv", ("label", "prediction", "count"), named)
-            write_csv(folder / "mistakes.csv", ("path", "label", "prediction", "probability"), listed)
+        with trying(folder):
+            write_csv(folder / "confusion.csv", ("label", "prediction", "count"), [(*pair, n) for pair, n in counts])
+            write_csv(folder / "mistakes.csv", COLUMNS[:4], [[row[name] for name in COLUMNS[:4]] for row in worst])
+            sheet = draw(title, (worst + unsure)[:SHOWN], data.split("val"), data.preprocess.ground)
             with whole_file(folder / "mistakes.png") as partial:
                 sheet.save(partial, "PNG")
-        except OSError as error:  # the training is complete all the same
-            print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
+        labels, guesses = ([number[name] for name in column] for column in zip(*pairs, strict=True))
+        mistakes = [
+            Mistake(row["path"], number[row["label"]], number[row["prediction"]], float(row["probability"]))
+            for row in worst[:WORST]
+        ]
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
-                logger.log_mistakes(classes, labels, predictions, mistakes[:WORST])
+                logger.log_mistakes(data.classes, labels, guesses, mistakes)
 
 
-def draw(title: str, rows: Tensor, index: Index, classes: list[str], ground: str) -> Image.Image:
+def by_confidence(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The mistakes, the most confident first, and the others, the least confident first."""
+    order = sorted(rows, key=lambda row: float(row["probability"]))
+    right = [row for row in order if row["label"] == row["prediction"]]
+    return [row for row in reversed(order) if row["label"] != row["prediction"]], right
+
+
+def draw(title: str, rows: list[dict[str, str]], index: Index, ground: str) -> Image.Image:
     """A sheet of images with their predictions; one that cannot be read is left grey."""
     cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
     lines = -(-len(rows) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * cell + MARGIN, lines * tall + 2 * TEXT), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, "black", font)
-    for place, (number, label, guess, probability) in enumerate(rows.tolist()):
+    for place, (row, image) in enumerate(zip(rows, pictures(rows, index, ground), strict=True)):
         left, top = place % ACROSS * cell + MARGIN, place // ACROSS * tall + 2 * TEXT
-        right, truth = label == guess, f"({classes[int(label)]})"
-        for line, words in enumerate([f"{classes[int(guess)]}  {100 * probability:.0f} %", "" if right else truth]):
+        right, truth = row["label"] == row["prediction"], f"({row['label']})"
+        sure = f"{row['prediction']}  {100 * float(row['probability']):.0f} %"
+        for line, words in enumerate([sure, "" if right else truth]):
             words = " ".join(words.encode(errors="replace").decode().splitlines())  # a name may be no text
             while pen.textlength(words, font) > SIDE:
                 words = words.rstrip("…")[:-1] + "…"
             pen.text((left, top + line * TEXT), words, "black" if right else "firebrick", font)
-        try:
-            image = Image.fromarray(decode_bytes(index.read(int(number)), "", ground).permute(1, 2, 0).numpy())
-        except UserError:  # it was read before, so its storage fails
-            image = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
-        image = ImageOps.contain(image, (SIDE, SIDE), resampling)
         sheet.paste(image, (left + (SIDE - image.width) // 2, top + 2 * TEXT + (SIDE - image.height) // 2))
     return sheet
+
+
+def pictures(rows: list[dict[str, str]], index: Index, ground: str) -> Iterator[Image.Image]:
+    """The images at paths of an index, of which the longer side is SIDE pixels."""
+    number = {index.path(i): i for i in range(len(index))}
+    for row in rows:
+        try:
+            pixels = decode_bytes(index.read(number[row["path"]]), "", ground)
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        except (UserError, KeyError):  # it was read before, so its storage fails, or it is gone by now
+            image = Image.new("RGB", (SIDE, SIDE), "lightgrey")
+        resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
+        yield ImageOps.contain(image, (SIDE, SIDE), resampling)
+
+
+@contextmanager
+def trying(folder: Path) -> Iterator[None]:
+    """A warning where the block cannot write into a folder: the training goes on all the same."""
+    try:
+        yield
+    except OSError as error:
+        print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)

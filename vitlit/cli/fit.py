@@ -18,6 +18,7 @@ from vitlit.cli import completion
 from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths, opening
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
+from vitlit.cli.report import Report
 from vitlit.cli.summary import Begin, Evaluated, best, ending, print_summary
 from vitlit.cli.trainer import (
     Trainer,
@@ -39,6 +40,7 @@ from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
 from vitlit.run.config import trusted, with_public_paths
 from vitlit.run.folder import Decision, RunFolder, RunOptions, seconds
+from vitlit.run.history import History
 from vitlit.run.interrupt import AGAIN, Interrupt, Interrupted, requeue, signals_handled
 from vitlit.run.ranks import check_environment, inherited, rank, share_decision
 from vitlit.stages import Stage
@@ -260,7 +262,21 @@ class CLI(LightningCLI):
             step, result = self.trainer.global_step, best(self.trainer, self.folder)
             self.folder.command_ends(step, self.line.seconds(), ending(self.trainer), best=result)
             self.folder.finish(step)
+            self.report()
             print_summary(self.trainer, self.folder, self.datamodule)
+
+    def report(self) -> None:
+        """Write the run's page, unless it is not wanted. The run is complete, whether or not that works."""
+        if not self.folder.options.report:
+            return
+        try:
+            Report(History(self.folder.path), self.splits).write(self.folder.path / "report.html")
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            print(
+                f"vitlit: warning: the report was not written ({why}); vitlit report {self.folder.path} tries again",
+                flush=True,
+            )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}  # execute nothing

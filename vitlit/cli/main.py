@@ -32,6 +32,9 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit predict FILE.onnx PHOTOS... --out FILE.csv by such a file, with onnxruntime
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
   vitlit tune --config C --root ROOT --budget 2h    search how much of the weights to train, and at which rate
+  vitlit runs [ROOT]                                list runs: state, best metric, time, the settings that differ
+  vitlit runs compare RUN RUN ... [--out FILE.html] their settings, numbers and curves side by side, seeds together
+  vitlit report RUN                                 one HTML page of a run, which `fit` writes at its end too
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
 validate, test and predict take --config CONFIG in RUN's place.
@@ -62,6 +65,8 @@ COMMANDS = {
     "export": "vitlit.cli.export",
     "inspect": "vitlit.cli.inspect",
     "tune": "vitlit.cli.tune",
+    "runs": "vitlit.cli.runs",
+    "report": "vitlit.cli.report",
 }
 
 

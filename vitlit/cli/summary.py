@@ -24,6 +24,7 @@ from vitlit.optim import table
 from vitlit.prepare.sources import DIGITS
 from vitlit.run.checkpoints import Best
 from vitlit.run.folder import RunFolder
+from vitlit.run.history import in_words
 from vitlit.stages import Pretrain, Stage
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -43,15 +44,22 @@ class Begin(Callback):
         if not trainer.is_global_zero:
             return
         labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
+        parameters = sum(p.numel() for p in vit.parameters())
         print(
-            f"ViT with {sum(p.numel() for p in vit.parameters()):,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
+            f"ViT with {parameters:,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
             f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
             f"{labels}; {data.epoch}",
             flush=True,
         )
         if self.folder is not None:
             self.folder.begin(self.config)
-            self.folder.command_begins(origin(self.line.words))
+            kept = next(each for each in trainer.checkpoint_callbacks if isinstance(each, Best))
+            images = {split: len(data.split(split)) for split in ("train", "val")}
+            about = {"images": images, "labels": labels, "parameters": parameters}
+            device = pl_module.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+            about["devices"] = f"{trainer.world_size} x {name}, {trainer.precision}"
+            self.folder.command_begins(origin(self.line.words) | about | {"monitor": kept.monitor, "mode": kept.mode})
             self.begun = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,8 +89,7 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) ->
     result = best(trainer, folder)
     last = result.get("metric") == "step"
     if result and not last:
-        is_share = result["metric"].removeprefix("val/").startswith(("top", "map", "knn", "probe"))
-        value = f"{100 * result['value']:.2f} %" if is_share else f"{result['value']:.4f}"
+        value = in_words(result["metric"], result["value"])
         rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
     if folder.best.is_file():
         rows["checkpoint"] = f"{folder.best}{' (the last: no metric tells which is best)' if last else ''}"
@@ -92,6 +99,8 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) ->
         rows["checkpoint"] = f"{folder.last} ({why})"
     if (sheet := folder.path / "mistakes.png").is_file():
         rows["mistakes"] = f"{sheet}, mistakes.csv and confusion.csv"
+    if (report := folder.path / "report.html").is_file():
+        rows["report"] = str(report)
     for logger in trainer.loggers:
         if isinstance(logger, Wandb):
             rows["W&B"] = logger.closing_line() or "disabled"

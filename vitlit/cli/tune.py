@@ -145,7 +145,8 @@ class Search:
             self.given.out.mkdir(parents=True, exist_ok=True)
             write_text(self.file, json.dumps(self.found, indent=1))
         print(f"{name}: {epochs} epochs; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
-        code = fit(["--config", self.given.config, *self.fit, *flags, *where], log)
+        page = f"--run.report={'true' if name == BEST else 'false'}"
+        code = fit(["--config", self.given.config, page, *self.fit, *flags, *where], log)
         last = (log.read_text().strip().splitlines() or [""])[-1]
         diverged = code == 2 and " is not finite" in last
         if code and not diverged:

@@ -19,8 +19,15 @@ from vitlit.run.lock import take
 # Settings that change how a run is computed, not what: they may differ when it continues.
 FREE = (
     *("data.cache", "data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
-    *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.root", "run.save_minutes"),
-    *("run.time_limit", "trainer.accelerator", "trainer.devices", "trainer.enable_*", "trainer.logger*"),
+    *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.report", "run.root"),
+    *(
+        "run.save_minutes",
+        "run.time_limit",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.enable_*",
+        "trainer.logger*",
+    ),
     *("trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
 )
 MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and W&B's are longer than the run's
@@ -45,6 +52,7 @@ class RunOptions:
             the same command continues it.
         peak_tflops: of one device, for train/mfu: its dense peak in the run's precision; by default, for many GPUs,
             that of NVIDIA's data sheet.
+        report: whether training ends by writing the run's report.html, the page of `vitlit report`.
     """
 
     name: str | None = None
@@ -55,6 +63,7 @@ class RunOptions:
     keep_every: int | None = None
     time_limit: int | str | None = None
     peak_tflops: float | None = None
+    report: bool = True
 
     def __post_init__(self) -> None:
         check_range("run", 0, save_minutes=self.save_minutes)

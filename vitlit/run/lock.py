@@ -2,6 +2,8 @@
 
 import atexit
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -9,6 +11,13 @@ from filelock import SoftFileLease, Timeout
 from vitlit.errors import UserError
 
 SILENT = 60  # seconds without a heartbeat, after which a process elsewhere counts as dead
+
+
+def held(path: Path) -> bool:
+    """Whether a process gave a sign, in the last minute, of holding the lock."""
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime < SILENT
+    return False
 
 
 def take(path: Path, what: str) -> SoftFileLease:

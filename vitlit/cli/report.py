@@ -1,0 +1,241 @@
+"""`vitlit report RUN [--out FILE]`: one HTML page of a run."""
+
+import sys
+from collections import Counter
+from contextlib import redirect_stdout
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from vitlit.callbacks.mistakes import by_confidence, pictures
+from vitlit.data.folder import parse_share
+from vitlit.data.index import Index
+from vitlit.data.splits import Splits
+from vitlit.errors import CommandParser, UserError
+from vitlit.evaluation import interval
+from vitlit.evaluation.classify import BINS, balanced, calibration_error
+from vitlit.files import expand, from_here, write_text, writing
+from vitlit.images.decode import GROUND
+from vitlit.inspection.figures import draw_images
+from vitlit.inspection.report import Picture, Section, curves, encode, page, reliability
+from vitlit.model import ViT
+from vitlit.run.history import VALIDATION, History, duration, in_words, read_csv
+from vitlit.weights import load
+
+ABOUT = """\
+Write what was trained on what, its curves and best numbers, the confusion matrix, the worst mistakes, calibration and
+attention as one HTML page, which opens without a network. Training ends by writing it, unless run.report is false.
+"""
+WORST, CONFUSED, ATTENDED = 24, 10, 6  # mistakes, pairs of classes, and images with attention
+MOST_CLASSES = 2000  # of a confusion matrix
+
+
+def run(arguments: list[str]) -> int:
+    parser = CommandParser("vitlit report", ABOUT)
+    parser.add_argument("run", metavar="RUN", type=expand, help="the folder of a run, whether or not it has ended")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="by default report.html in the run's folder")
+    given = parser.parse_args(arguments or ["--help"])
+    out = given.out or Path(given.run, "report.html")
+    with redirect_stdout(sys.stderr):  # what is said of the data's folder
+        Report(History(Path(given.run))).write(out)
+    print(f"{from_here(out)}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+class Report:
+    """The sections of a run's page. What a section lacks is a UserError, whose message takes its place."""
+
+    def __init__(self, run: History, splits: Splits | None = None) -> None:
+        self.run, self._splits = run, splits
+        self.last = run.commands[-1] if run.commands else {}
+
+    def write(self, out: Path) -> None:
+        run, sections = self.run, []
+        for title, make in SECTIONS.items():
+            try:
+                sections.append(make(self, title))
+            except UserError as why:
+                sections.append(Section(title, f"Left out: {why}."))
+        said = [run.state, f"epoch {run.epoch}", duration(run.seconds), str(self.last.get("date", ""))[:10]]
+        if best := run.best:
+            said.insert(1, f"best {best.metric} {in_words(best.metric, best.value)}")
+        with writing(out, "give another --out"):
+            write_text(out, page(run.name, " · ".join(said), sections))
+
+    @cached_property
+    def vit(self) -> ViT:
+        return load(self.run.path)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """In the order of the data; none if the weights are gone."""
+        try:
+            return self.vit.classes
+        except UserError:
+            return []
+
+    @cached_property
+    def index(self) -> Index:
+        """The validation images, or UserError."""
+        data = self.run.config["data"]
+        try:
+            if self._splits is None:
+                self._splits = Splits(data["root"], parse_share(data["holdout"]), data["manifest"], data.get("labels"))
+                self._splits.expect(self.classes)
+            return self._splits["val"]
+        except OSError as error:
+            where = f"; the run was made in {folder}" if (folder := self.last.get("folder")) else ""
+            raise UserError(f"the images are not in {data['root']} ({error.strerror}){where}") from error
+
+    @cached_property
+    def images(self) -> list[dict[str, str]]:
+        """What the best weights make of each validation image, or UserError."""
+        if found := read_csv(self.run.path / VALIDATION):
+            return found
+        raise UserError(f"the run has no {VALIDATION}, which a validation writes where each image has one class")
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        return np.array([row["label"] == row["prediction"] for row in self.images], float)
+
+    def trained(self, title: str) -> Section:
+        stage, data, trainer = (self.run.config[part] for part in ("model", "data", "trainer"))
+        options = stage["init_args"]
+        optimizer, objective = options["optimizer"], options.get("objective") or {"class_path": "Supervised"}
+        with_lr = f"{name_of(optimizer)}, learning rate {optimizer['init_args'].get('lr')}"
+        images = ", ".join(f"{count:,} {split}" for split, count in self.last.get("images", {}).items())
+        rows = {
+            "Stage": f"{name_of(stage)}, {name_of(objective)}",
+            "Network": f"ViT with {self.last['parameters']:,} parameters" if "parameters" in self.last else None,
+            "Weights to start from": options.get("init_from") or "none",
+            "Data": data["root"] + (f", manifest {data['manifest']}" if data["manifest"] else ""),
+            "Images": f"{images}; {self.last['labels']}" if images else None,
+            "Image size": f"{data['image_size']} pixels" if data["image_size"] else None,
+            "Batch": f"{data['batch_size']} images",
+            "Optimizer": f"{with_lr}, weight decay {optimizer['init_args'].get('weight_decay')}",
+            "Length": f"{trainer['max_epochs']} epochs" if trainer["max_epochs"] else f"{trainer['max_steps']} steps",
+            "Seed": self.run.config.get("seed_everything"),
+            "Command": self.last.get("command"),
+        }
+        return Section(title, rows=[(name, value) for name, value in rows.items() if value is not None])
+
+    def results(self, title: str) -> Section:
+        best, statistics = self.run.best, dict[str, Any]()
+        if best is None:
+            raise UserError("nothing has been validated yet")
+        step, epoch = best.row["step"] + 1, best.row["epoch"] + 1
+        text = f"{best.metric} is best after step {step:,.0f}, in epoch {epoch:.0f}, whose weights are best.ckpt."
+        if best.metric == "step":
+            text = "No metric tells which weights are best: best.ckpt has the last."
+        if (self.run.path / VALIDATION).is_file():
+            labels = np.unique([row["label"] for row in self.images], return_inverse=True)[1]
+            within = np.array([row["above"] in tuple("01234") for row in self.images], float)
+            statistics = {"top1": (np.mean, self.right), "top5": (np.mean, within)}
+            statistics["top1_macro"] = (balanced, self.right, labels)
+        rows = []
+        for name in (name for name in best.row if name.startswith("val/")):
+            values, limits = [in_words(name, value) for value in (best.row[name], self.run.last(name))], "-"
+            measure = statistics.get(name.removeprefix("val/"))
+            # Unless the images are of another row: a run may never be better than the one that it branched off.
+            if measure and abs(measure[0](*measure[1:]) - best.row[name]) < 1e-4:
+                limits = " to ".join(in_words(name, limit) for limit in interval(*measure))
+            rows.append((name, values[0], limits, values[1]))
+        if any(row[2] != "-" for row in rows):
+            text += (
+                f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number varies"
+            )
+            text += " with other images of this kind, not with other trainings."
+        return Section(title, text, ("metric", "best", "95 % interval", "last"), rows)
+
+    def curves(self, title: str) -> Section:
+        if not self.run.rows:
+            raise UserError("nothing has been logged yet")
+        return Section(title, pictures=curves({self.run.name: self.run.rows}))
+
+    def confusion(self, title: str) -> Section:
+        pairs = Counter((row["label"], row["prediction"]) for row in self.images)
+        of_label = Counter(row["label"] for row in self.images)
+        classes = self.classes or sorted({name for pair in pairs for name in pair})
+        number = {name: i for i, name in enumerate(classes)}
+        counts = [(number[label], number[guess], count) for (label, guess), count in sorted(pairs.items())]
+        cells = {(label, guess): (count, count / of_label[classes[label]]) for label, guess, count in counts}
+        confused = [item for item in pairs.most_common() if item[0][0] != item[0][1]][:CONFUSED]
+        rows = [(*pair, count, f"{100 * count / of_label[pair[0]]:.0f} %") for pair, count in confused]
+        text = f"Of {len(self.images):,} images. Rows are labels, columns predictions; below, what is confused most."
+        matrix = {"classes": classes, "counts": counts, "cells": cells}
+        if len(classes) > MOST_CLASSES:
+            text, matrix = f"Of {len(classes):,} classes, the pairs that are confused most.", {}
+        return Section(title, text, ("label", "prediction", "images", "of the label's"), rows, matrix=matrix)
+
+    def mistakes(self, title: str) -> Section:
+        worst, _ = by_confidence(self.images)
+        text = f"{len(worst):,} of {len(self.images):,} validation images are wrong, the most confident first."
+        try:
+            index = self.index
+        except UserError as why:
+            return Section(title, f"{text} Without pictures: {why}.")
+        found, shown = [], worst[:WORST]
+        ground = self.run.config["data"].get("ground") or GROUND
+        for row, image in zip(shown, pictures(shown, index, ground), strict=True):
+            caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
+            found.append(Picture(encode(image), f"{Path(row['path']).name}, an image of {row['label']}", caption))
+        return Section(title, text, pictures=found, small=True)
+
+    def calibration(self, title: str) -> Section:
+        columns = ("probability", "label_probability")
+        sure, own = (np.array([float(row[column]) for row in self.images]) for column in columns)
+        measured: dict[str, Any] = {
+            "Expected calibration error": (calibration_error, sure, self.right),
+            "Negative log-likelihood": (np.mean, -np.log(np.maximum(own, 1e-12))),
+        }
+        rows = []
+        for name, (statistic, *values) in measured.items():
+            low, high = interval(statistic, *values)
+            rows.append((name, f"{statistic(*values):.4f}", f"{low:.4f} to {high:.4f}"))
+        shown = [reliability(sure, self.right, BINS)]
+        return Section(title, "", ("measure", "value", "95 % interval"), rows, shown)
+
+    def attention(self, title: str) -> Section:
+        vit, index = self.vit, self.index
+        if vit.preprocess is None:
+            raise UserError("the weights tell no normalisation of images")
+        chosen = np.linspace(0, len(index) - 1, min(ATTENDED, len(index))).astype(int).tolist()
+        figure = draw_images(vit, vit.preprocess([index.read(number) for number in chosen]))
+        names = ", ".join(Path(index.path(number)).name for number in chosen)
+        rows = (
+            "From top to bottom: the images, what the last block attends to, rollout through all blocks, and the first"
+        )
+        rows += " three principal components of the patch features."
+        return Section(title, rows, pictures=[Picture(encode(figure, 80), f"{names}. {rows}")])
+
+    def environment(self, title: str) -> Section:
+        rows = []
+        for each in self.run.commands:
+            step, time = f"{each['step']:,}" if "step" in each else "", duration(each.get("seconds", 0))
+            rows.append(
+                [each["date"], each["host"], each.get("devices", ""), each.get("ended", self.run.state), step, time]
+            )
+        versions = [f"{name} {version}" for name, version in self.last.get("versions", {}).items() if version]
+        commits = [f"commit of {name} {commit}" for name, commit in self.last.get("commit", {}).items()]
+        head, text = ("began", "host", "devices", "ended", "at step", "time"), "; ".join([*versions, *commits])
+        config = yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True)
+        return Section(title, text, head, rows, folded=config)
+
+
+SECTIONS = {
+    "Trained": Report.trained,
+    "Results": Report.results,
+    "Curves": Report.curves,
+    "Confusion matrix": Report.confusion,
+    "Worst mistakes": Report.mistakes,
+    "Calibration": Report.calibration,
+    "Attention": Report.attention,
+    "Environment": Report.environment,
+}
+
+
+def name_of(given: dict[str, Any]) -> str:
+    return str(given["class_path"]).rpartition(".")[2]

@@ -1,0 +1,129 @@
+"""What the folder of a run tells of it: its settings, how far it came, and its numbers."""
+
+import csv
+import io
+import json
+import math
+from datetime import datetime
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from vitlit.errors import UserError
+from vitlit.run.config import Loader
+from vitlit.run.folder import FREE, LOCK, flatten
+from vitlit.run.lock import held
+
+VALIDATION = "validation.csv"
+SEEDS = ("seed_everything", "data.seed")
+
+
+class Best(NamedTuple):
+    """The best value of the metric that a run monitors, and the row of metrics.csv that it is in."""
+
+    metric: str
+    value: float
+    row: dict[str, float]
+
+
+class History:
+    """The run in a folder, whether or not it has ended; UserError if there is none.
+
+    `settings` are the config's keys and values, without those that change how a run is computed and not what, `rows`
+    the numbers of metrics.csv, and `commands` what worked on the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        try:
+            self.config: dict[str, Any] = yaml.load((path / "config.yaml").read_text(), Loader)
+        except (OSError, yaml.YAMLError) as error:
+            hint = "`vitlit runs ROOT` lists the runs in ROOT"
+            raise UserError(f"{path} is not the folder of a run: it holds no readable config.yaml; {hint}") from error
+        flat = flatten(self.config)
+        self.settings = {key: flat[key] for key in flat if not any(fnmatchcase(key, free) for free in FREE)}
+        kept = read_csv(path / "metrics.csv")
+        self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept]
+        file = path / "run.json"
+        record = json.loads(file.read_text()) if file.is_file() else {"commands": []}
+        self.commands: list[dict[str, Any]] = record["commands"]
+        self._result = record.get("result", {}).get("best", {})
+
+    @property
+    def state(self) -> str:
+        if (self.path / "finished.json").is_file():
+            return "finished"
+        return "running" if held(self.path / LOCK) else "interrupted"
+
+    @cached_property
+    def best(self) -> Best | None:
+        """None if nothing was validated."""
+        about = self.commands[-1] if self.commands else {}
+        metric = about.get("monitor") or self._result.get("metric", "val/loss")  # earlier versions kept but this
+        pick = min if about.get("mode", "min" if metric.endswith("loss") else "max") == "min" else max
+        measured = [row for row in self.rows if any(name.startswith("val/") for name in row)]
+        found = [row for row in measured if not math.isnan(row.get(metric, math.nan))]
+        return Best(metric, (row := pick(found, key=lambda row: row[metric]))[metric], row) if found else None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that it is in, or ended with, counted from 1; 0 if it logged nothing."""
+        return int(self.rows[-1]["epoch"]) + 1 if self.rows else 0
+
+    @property
+    def seconds(self) -> float:
+        """How long commands have worked on it; one that is killed counts until its last row of metrics.csv."""
+        ended = sum(each.get("seconds", 0) for each in self.commands)
+        if not self.rows or not self.commands or "seconds" in self.commands[-1]:
+            return float(ended)
+        began = datetime.fromisoformat(self.commands[-1]["date"]).timestamp()
+        return float(ended + max(0, self.rows[-1]["unix_seconds"] - began))
+
+    def last(self, metric: str) -> float:
+        """The last value of a metric that was measured."""
+        return next(row[metric] for row in reversed(self.rows) if metric in row)
+
+    def without_seed(self) -> dict[str, Any]:
+        return {key: value for key, value in self.settings.items() if key not in SEEDS}
+
+
+def differing(runs: list[History]) -> dict[str, list[str]]:
+    """The settings in which runs differ, and each run's value; first those that all have, "-" where one has none.
+
+    Where a run lacks a whole group of keys, such as those of an objective, it is the class of the group that differs.
+    """
+    found: dict[str, list[str]] = {}
+    lacking = {key: sum(key not in run.settings for run in runs) for run in runs for key in run.settings}
+    groups = [{key.rpartition(".")[0] for key in run.settings} for run in runs]
+    for key in sorted(lacking, key=lambda key: (lacking[key] > 0, key)):
+        group, _, last = key.rpartition(".")
+        values = [str(run.settings.get(key, "-")) for run in runs]
+        if last == "class_path":
+            found[group] = [value.rpartition(".")[2] for value in values]
+        elif all(group in each for each in groups):
+            found[key] = values
+    return {key.replace(".init_args", ""): values for key, values in found.items() if len(set(values)) > 1}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The whole lines of a table; none if there is no file."""
+    if not path.is_file():
+        return []
+    text = path.read_bytes().decode(errors="surrogateescape")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+
+
+def in_words(metric: str, value: float) -> str:
+    """A value of a metric: shares in per cent."""
+    if metric == "step":  # where no metric tells which is best
+        return "the last"
+    is_share = metric.partition("/")[2].startswith(("top", "map", "knn", "probe"))
+    return f"{100 * value:.2f} %" if is_share else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
