@@ -34,9 +34,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # pixels, uint8 (B, H, W, 3), and lab
 
 def load(source: str | Path, image_size: int | None = None) -> tuple[ViT, Activation]:
     """The ViT of a run or file at the size of its preprocessing or another, and what makes its logits probabilities."""
-    vit, path = door.load(source), locate(source)
-    if not isinstance(vit.preprocess, Preprocess):
-        raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
+    vit, path = door.load_prepared(source), locate(source)
     if image_size is not None:
         vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
     bake(vit, vit.preprocess.image_size)
@@ -81,7 +79,7 @@ def probabilities(logits: Tensor, about: dict[str, Any]) -> Tensor:
     """Class probabilities, at the temperature; what regresses numbers gives them as they are."""
     if about["activation"] is None:
         return logits
-    logits = logits / (about["temperature"] or 1.0)
+    logits = logits / about["temperature"]
     return logits.softmax(-1) if about["activation"] == "softmax" else logits.sigmoid()
 
 
@@ -121,7 +119,7 @@ def export(
         "shape": ["batch", *sides, 3] if pixels else ["batch", vit.config.in_channels, *sides],
         "layout": "NHWC, RGB" if pixels else "NCHW",
         "activation": activation if vit.config.num_classes else None,
-        "temperature": getattr(vit, "temperature", None),
+        "temperature": vit.temperature,
         "classes": vit.classes,
         "preprocess": asdict(vit.preprocess),
         "vit": vit.config.plain(),
@@ -216,7 +214,7 @@ def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:
 
     for name, parameter in module.vit.named_parameters():
         if name.startswith("head"):
-            parameter.data /= module.about["temperature"] or 1.0
+            parameter.data /= module.about["temperature"]
     save_weights(module.vit, folder, "hf")
     disable_progress_bar()
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -240,7 +238,7 @@ def check(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for pixels, labels in batches:
         images = vit.preprocess.normalise(pixels.permute(0, 3, 1, 2)).contiguous()
-        ours = vit(images) if out.suffix else vit(images) / (about["temperature"] or 1.0)
+        ours = vit(images) if out.suffix else vit(images) / about["temperature"]
         theirs = network(pixels if about["input"] == "uint8" else images)
         found.append((probabilities(ours, about) if about["softmax"] else ours, theirs, labels))
     ours, theirs, labels = map(torch.cat, zip(*found, strict=True))

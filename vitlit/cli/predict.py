@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     names = about["classes"] or [str(label) for label in range(about["vit"]["num_classes"])]
     writer = Predictions(Path(given.out), index, names)
     alone: Any = NoTrainer()
-    writer.on_predict_start(alone, None)
+    writer.on_predict_start(alone, SimpleNamespace(vit=SimpleNamespace(temperature=about["temperature"])))
     writer.bad.unlink(missing_ok=True)
     bad = BadImages(writer.bad, len(index)) if given.bad == "skip" else None
     images = Images(index, preprocess.crop, bad=bad, ground=preprocess.ground)

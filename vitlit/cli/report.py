@@ -16,11 +16,12 @@ from vitlit.data.index import Index
 from vitlit.data.splits import Splits
 from vitlit.errors import CommandParser, UserError
 from vitlit.evaluation import interval
-from vitlit.evaluation.classify import BINS, balanced, calibration_error
+from vitlit.evaluation.calibration import binned, calibration_error
+from vitlit.evaluation.classify import balanced
 from vitlit.files import expand, from_here, write_text, writing
 from vitlit.images.decode import GROUND
-from vitlit.inspection.figures import draw_images
-from vitlit.inspection.report import Picture, Section, curves, encode, page, reliability
+from vitlit.inspection.figures import draw_images, draw_reliability
+from vitlit.inspection.report import Picture, Section, curves, encode, page
 from vitlit.model import ViT
 from vitlit.run.history import VALIDATION, History, duration, in_words, read_csv
 from vitlit.weights import load
@@ -195,8 +196,12 @@ class Report:
         for name, (statistic, *values) in measured.items():
             low, high = interval(statistic, *values)
             rows.append((name, f"{statistic(*values):.4f}", f"{low:.4f} to {high:.4f}"))
-        shown = [reliability(sure, self.right, BINS)]
-        return Section(title, "", ("measure", "value", "95 % interval"), rows, shown)
+        found = binned(sure, self.right)
+        bins = zip(found.images, found.confidence, found.accuracy, strict=True)
+        said = "; ".join(f"of {n:,} near {at:.2f}, {100 * share:.0f} %" for n, at, share in bins if n)
+        drawn = encode(draw_reliability({self.run.name: found}))
+        alt = f"Reliability diagram. Predictions that are right: {said}."
+        return Section(title, "", ("measure", "value", "95 % interval"), rows, [Picture(drawn, alt)])
 
     def attention(self, title: str) -> Section:
         vit, index = self.vit, self.index
@@ -205,10 +210,8 @@ class Report:
         chosen = np.linspace(0, len(index) - 1, min(ATTENDED, len(index))).astype(int).tolist()
         figure = draw_images(vit, vit.preprocess([index.read(number) for number in chosen]))
         names = ", ".join(Path(index.path(number)).name for number in chosen)
-        rows = (
-            "From top to bottom: the images, what the last block attends to, rollout through all blocks, and the first"
-        )
-        rows += " three principal components of the patch features."
+        rows = "From top to bottom: the images, what the last block attends to, rollout through all blocks, and the "
+        rows += "first three principal components of the patch features."
         return Section(title, rows, pictures=[Picture(encode(figure, 80), f"{names}. {rows}")])
 
     def environment(self, title: str) -> Section:

@@ -89,21 +89,3 @@ def curves(runs: Mapping[str, list[dict[str, float]]]) -> list[Picture]:
         axes.legend(fontsize="small")
         drawn.append(Picture(encode(figure), f"Curve of {metric} by step. {'; '.join(said)}."))
     return drawn
-
-
-def reliability(confidence: np.ndarray, right: np.ndarray, bins: int) -> Picture:
-    """How often predictions are right, by how probable they were said to be (1706.04599, figure 1)."""
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
-    share = np.bincount(place, right, bins) / np.maximum(count, 1)
-    figure = Figure((5, 4.2), layout="constrained")
-    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    edges = (np.arange(bins) + 0.5) / bins
-    above.bar(edges, share, 0.9 / bins, color="C0", label="right")
-    above.plot([0, 1], [0, 1], "k--", label="calibrated")
-    above.set(ylabel="Share that is right", xlim=(0, 1), ylim=(0, 1))
-    above.legend(loc="upper left")
-    below.bar(edges, count, 0.9 / bins, color="grey")
-    below.set(xlabel="Probability of the prediction", ylabel="Images")
-    said = [f"of {n:,} near {at:.2f}, {100 * part:.0f} %" for n, at, part in zip(count, edges, share, strict=True) if n]
-    return Picture(encode(figure), f"Reliability diagram. Predictions that are right: {'; '.join(said)}.")
