@@ -1,12 +1,13 @@
 """The confusion matrix and the mistakes of the last validation, as tables and as a picture."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vitlit.callbacks.predictions import gather, write_csv
@@ -14,11 +15,11 @@ from vitlit.data.index import Index
 from vitlit.errors import UserError
 from vitlit.files import whole_file
 from vitlit.images.decode import decode_bytes
+from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.loggers import Mistake, Wandb
 
 WORST = 32  # mistakes in W&B
-SHOWN, ACROSS, SIDE, MARGIN = 20, 10, 112, 8  # images in the picture, in a row of it, and pixels
-TEXT = 16  # pixels of a line
+SHOWN = 20  # images in the picture
 
 
 class Mistakes(Callback):
@@ -71,25 +72,13 @@ class Mistakes(Callback):
 
 
 def draw(title: str, rows: Tensor, index: Index, classes: list[str], ground: str) -> Image.Image:
-    """A sheet of images with their predictions; one that cannot be read is left grey."""
-    cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
-    lines = -(-len(rows) // ACROSS)
-    sheet = Image.new("RGB", (ACROSS * cell + MARGIN, lines * tall + 2 * TEXT), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), title, "black", font)
-    for place, (number, label, guess, probability) in enumerate(rows.tolist()):
-        left, top = place % ACROSS * cell + MARGIN, place // ACROSS * tall + 2 * TEXT
+    """A sheet of images with their predictions, and the truth where that differs."""
+    cells: list[Cell] = []
+    for number, label, guess, probability in rows.tolist():
         right, truth = label == guess, f"({classes[int(label)]})"
-        for line, words in enumerate([f"{classes[int(guess)]}  {100 * probability:.0f} %", "" if right else truth]):
-            words = " ".join(words.encode(errors="replace").decode().splitlines())  # a name may be no text
-            while pen.textlength(words, font) > SIDE:
-                words = words.rstrip("…")[:-1] + "…"
-            pen.text((left, top + line * TEXT), words, "black" if right else "firebrick", font)
-        try:
-            image = Image.fromarray(decode_bytes(index.read(int(number)), "", ground).permute(1, 2, 0).numpy())
-        except UserError:  # it was read before, so its storage fails
-            image = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
-        image = ImageOps.contain(image, (SIDE, SIDE), resampling)
-        sheet.paste(image, (left + (SIDE - image.width) // 2, top + 2 * TEXT + (SIDE - image.height) // 2))
-    return sheet
+        caption = f"{classes[int(guess)]}  {100 * probability:.0f} %", "" if right else truth
+        image = None
+        with suppress(UserError):  # it was read before, so its storage fails
+            image = decode_bytes(index.read(int(number)), "", ground)
+        cells.append((image, caption, "black" if right else "firebrick"))
+    return draw_sheet(title, cells)

@@ -28,6 +28,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights show FILE                          what is in a weight file: timm, transformers, torchvision, npz, ...
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
+  vitlit embed WEIGHTS ROOT OUT.parquet|.npz        features as a table; --neighbours K finds copies and wrong labels
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
@@ -56,6 +57,7 @@ COMMANDS = {
     "config": "vitlit.cli.configs",
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
+    "embed": "vitlit.cli.embed",
     "inspect": "vitlit.cli.inspect",
 }
 
