@@ -16,28 +16,28 @@ class LabelErrors(NamedTuple):
 
 
 def label_errors(features: Any, labels: Any, groups: Any = None, seed: int = 0) -> LabelErrors:
-    """Images (N, D) whose labels (N,), class numbers, are likely wrong: confident learning (1911.00068).
+    """Images (N, D) whose labels (N,), class numbers, are likely wrong: confident learning (1911.00068, section 3).
 
     Probabilities are those that logistic regression gives to images out of its fold of five, groups (N,) kept together.
-    An image is listed if another class is the most probable of those that reach their threshold, which is the mean
-    probability of a class over the images labelled so (equation 2). They are ranked by their label's probability.
+    An image is listed if another class is more probable than its label (C_confusion there), and ranked by the label's
+    probability (self-confidence). UserError if no class has two images, or there are
+    fewer groups than folds.
     """
+    from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     inputs, labels = np.asarray(features, np.float64), np.asarray(labels)
-    counts, everyone = np.bincount(labels), np.arange(len(labels))
-    fold = folds(labels, min(5, counts.max()), groups, seed)
+    counts = np.bincount(labels)
+    fold = folds(labels, max(2, min(5, counts.max())), groups, seed)
     found = np.zeros((len(labels), len(counts)))
     for test in (fold == part for part in range(fold.max() + 1)):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, max_iter=1000))
-        model.fit(inputs[~test], labels[~test])
+        several = len(np.unique(labels[~test])) > 1  # else all that is left is sure to be of one class
+        kind = LogisticRegression(C=REGULARISATION, max_iter=1000) if several else DummyClassifier()
+        model = make_pipeline(StandardScaler(), kind).fit(inputs[~test], labels[~test])
         found[np.ix_(test, model.classes_)] = model.predict_proba(inputs[test])
-    own = found[everyone, labels]
-    thresholds = np.bincount(labels, own) / np.maximum(counts, 1)
-    sure = np.where((found >= thresholds) & (counts > 0), found, 0)
-    guesses = sure.argmax(1)
-    wrong = np.flatnonzero((sure.max(1) > 0) & (guesses != labels))
-    rows = wrong[np.argsort(own[wrong], kind="stable")]
+    own, guesses = found[np.arange(len(labels)), labels], found.argmax(1)
+    order = np.argsort(own, kind="stable")
+    rows = order[own[order] < found.max(1)[order]]
     return LabelErrors(rows, guesses[rows], np.stack([own[rows], found[rows, guesses[rows]]], 1))

@@ -19,7 +19,7 @@ from vitlit.images.crops import CenterCrop
 class Suspects(NamedTuple):
     pairs: np.ndarray  # (P, 2) of the same picture; rows are counted through the indices
     differences: np.ndarray  # (P,)
-    errors: LabelErrors | None  # unless there are several classes, and one for each image
+    errors: LabelErrors | None  # unless each image has one of several classes, and a class has two
 
 
 def suspects(features: Any, indices: Sequence[Index], ground: str, k: int = 10) -> Suspects:
@@ -29,7 +29,7 @@ def suspects(features: Any, indices: Sequence[Index], ground: str, k: int = 10) 
     batches = chain.from_iterable(loader(each, range(len(each)), 64, count(1)) for each in images)
     pairs = duplicates(torch.cat([batch[0] for batch in batches]).permute(0, 3, 1, 2), k)
     labels, groups = np.concatenate([index.labels for index in indices]), [index.groups for index in indices]
-    if labels.ndim > 1 or labels.dtype.kind == "f" or labels.min() < 0 or labels.min() == labels.max():
+    if labels.ndim > 1 or labels.dtype.kind == "f" or labels.min() < 0 or np.bincount(labels).max() in (1, len(labels)):
         return Suspects(*pairs, None)
     together = [each for each in groups if each is not None]  # a manifest gives all of them groups, or none
     return Suspects(*pairs, label_errors(features, labels, np.concatenate(together) if together else None))
