@@ -221,17 +221,17 @@ def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int
     splits = [split for split, part in layouts.items() for _ in range(len(part.index))]
     features = torch.cat([extract(vit, index, ["pooled"])["pooled"] for index in indices])
     found = suspects(features, indices, vit.preprocess.ground)
-    shown: dict[str, list[Any]] = {
-        "near_duplicate": [(paths[row], Path(paths[row]).parts[-3::2]) for row in found.pairs.flatten()]
-    }
+    pairs = [(paths[row], (splits[row], Path(paths[row]).name)) for row in found.pairs.flatten()]
+    shown: dict[str, list[Any]] = {"near_duplicate": pairs}
     for one, other in found.pairs.tolist():
-        report.add("near_duplicate", [[paths[one], paths[other]]], f"of {splits[one]} and {splits[other]}")
+        where = f"of {splits[one]} and {splits[other]}" if splits[one] != splits[other] else f"within {splits[one]}"
+        report.add("near_duplicate", [[paths[one], paths[other]]], where)
     if found.errors:
         rows, guesses, probabilities = found.errors
         rather = [f"{classes[guess]}  {100 * p:.0f} %" for guess, p in zip(guesses, probabilities[:, 1], strict=True)]
         given = [f"({classes[label]})" for label in np.concatenate(labels)[rows]]
         listed = [paths[row] for row in rows]
-        report.add("label_error", listed, reasons=dict(zip(listed, rather, strict=True)))
+        report.add("label_error", listed, reasons={p: f"rather {name}" for p, name in zip(listed, rather, strict=True)})
         shown["label_error"] = list(zip(listed, zip(rather, given, strict=True), strict=True))
     if sheets:
         for kind, images in shown.items():
@@ -244,7 +244,7 @@ def _draw(root: Path, kind: str, images: list[Any], sheets: Path) -> None:
     with writing(sheets, "give --sheets another folder"):
         sheets.mkdir(parents=True, exist_ok=True)
         with whole_file(sheets / f"{kind}.png") as file:
-            title = WARNINGS[kind].partition(":")[0].format("of images")
+            title = WARNINGS[kind].partition(":")[0].replace(" {}", "")
             draw_sheet(f"{title}; the likeliest first", cells).save(file, "PNG")
 
 

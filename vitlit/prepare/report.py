@@ -56,7 +56,7 @@ WARNINGS = {
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
     "overlap": "images of test with the same pixels as one of val: remove one of each pair",
     "near_duplicate": "pairs {} that show one picture, perhaps resized, compressed or mirrored: keep one of each",
-    "label_error": "labels that are likely wrong, judged by features of the images: look at them",
+    "label_error": "labels that are likely wrong, judged by features, with what may be right: look at them",
     "duplicate": "sets of images with the same pixels and the same label: keep one of each",
 }
 
