@@ -57,7 +57,11 @@ def test_pictures_that_differ_in_one_place_are_two(crops: list[Image.Image]) -> 
     other = one.copy()
     other[0, :, 10:18, 10:18] = np.minimum(one[0, :, 10:18, 10:18].astype(int) + 20, 255)
     assert len(duplicates(np.concatenate([one, other]))[0]) == 0
-    noise = np.random.default_rng(0).integers(-4, 5, one.shape)
+    other = one.copy()
+    shift = np.array([40, -20, 0])[:, None, None]  # of colour alone
+    other[0, :, 10:18, 10:18] = np.clip(one[0, :, 10:18, 10:18] + shift, 0, 255)
+    assert len(duplicates(np.concatenate([one, other]))[0]) == 0
+    noise = np.random.default_rng(0).integers(-16, 17, one.shape)
     noisy = np.clip(one + noise, 0, 255).astype(np.uint8)
     assert duplicates(np.concatenate([one, noisy]))[0].tolist() == [[0, 1]]
 

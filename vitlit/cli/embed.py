@@ -1,12 +1,9 @@
 """`vitlit embed WEIGHTS ROOT OUT`: features as a table, and what they make suspect."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from vitlit.callbacks.predictions import write_csv
 from vitlit.data.folder import SPELLINGS, scan_classes
@@ -15,18 +12,14 @@ from vitlit.data.shards import is_shards
 from vitlit.data.splits import Splits
 from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.files import expand, save_arrays, whole_file, writing
-from vitlit.prepare.features import extract, ready
-from vitlit.prepare.suspects import suspects
+from vitlit.prepare.features import ready
+from vitlit.prepare.suspects import COLUMNS, Table, embed, suspects
 
 HELP = """\
 Write each image's path (relative to ROOT), split, class and features, float32, as a table (OUT.parquet) or as arrays of
 these names (OUT.npz). A folder of images without classes will do. --neighbours K also writes OUT-near_duplicates.csv,
 of images that show the same picture, and OUT-label_errors.csv, of labels that are likely wrong, likeliest first.
 """
-LISTS = {
-    "near_duplicates": ("path", "split", "other", "other_split", "difference"),
-    "label_errors": ("path", "split", "label", "guess", "label_probability", "guess_probability"),
-}
 
 
 def run(arguments: list[str]) -> int:
@@ -44,37 +37,27 @@ def run(arguments: list[str]) -> int:
         parser.error(f"OUT is {given.out}; name a file that ends in .parquet or .npz")
     if given.out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"{given.out} needs pyarrow: pip install pyarrow, or name an .npz file")
-    lists = {name: given.out.with_name(f"{given.out.stem}-{name}.csv") for name in LISTS if given.neighbours}
+    lists = {name: given.out.with_name(f"{given.out.stem}-{name}.csv") for name in COLUMNS if given.neighbours}
     if there := next((file for file in (given.out, *lists.values()) if file.exists()), None):
         raise UserError(f"{there} exists: name another file, or remove it first")
     with writing(given.out, "name another file"):  # now, not when all is computed
         given.out.parent.mkdir(parents=True, exist_ok=True)
-    indices, classes = images(given.root, given.split, given.manifest)
+    splits, classes = images(given.root, given.split, given.manifest)
     vit = ready(given.weights, given.image_size)
-    parts = list(indices.values())
-    features = torch.cat([extract(vit, index, ["pooled"])["pooled"] for index in parts]).numpy()
-    names = [relative(index.path(row), given.root) for index in parts for row in range(len(index))]
-    splits = [split for split, index in indices.items() for _ in range(len(index))]
-    labels = [index.label_text(row, classes) for index in parts for row in range(len(index))]
-    found: dict[str, Any] = dict.fromkeys(lists)
-    if given.neighbours:
-        pairs, differences, errors = suspects(features, parts, vit.preprocess.ground, given.neighbours)
-        places, apart = list(zip(names, splits, strict=True)), [f"{each:.3f}" for each in differences]
-        found["near_duplicates"] = [(*places[i], *places[j], each) for (i, j), each in zip(pairs, apart, strict=True)]
-        if errors:
-            each = zip(*(part.tolist() for part in errors), strict=True)
-            found["label_errors"] = [
-                (*places[row], labels[row], classes[guess], *map("{:.4f}".format, p)) for row, guess, p in each
-            ]
+    table = embed(vit, splits, classes, expand(given.root))
+    found = {}
+    if lists:
+        found = suspects(table, list(splits.values()), classes, vit.preprocess.ground, given.neighbours)
     with writing(given.out, "name another file"):
-        write_table(given.out, {"path": names, "split": splits, "class": labels}, features)
-        print(f"{given.out}: {len(names):,} images, {features.shape[1]:,} features")
-        for name, file in lists.items():
-            if found[name] is None:
-                print(f"{file}: not written, as the images do not have one of several classes each")
-            else:
-                write_csv(file, LISTS[name], found[name])
-                print(f"{file}: {len(found[name]):,} rows")
+        write_table(given.out, table)
+        print(f"{given.out}: {len(table.path):,} images, {table.features.shape[1]:,} features")
+        for name, rows in found.items():
+            write_csv(
+                lists[name], COLUMNS[name], [[f"{x:.4f}" if type(x) is float else x for x in row] for row in rows]
+            )
+            print(f"{lists[name]}: {len(rows):,} rows")
+    for name in lists.keys() - found.keys():
+        print(f"{lists[name]}: not written, as the images do not have one of several classes each")
     return 0
 
 
@@ -91,22 +74,20 @@ def images(root: str, split: str | None, manifest: str | None) -> tuple[dict[str
     return {name: splits[name] for name in names}, splits.classes
 
 
-def relative(path: str, root: str) -> str:
-    return path.removeprefix(f"{root.rstrip('/')}/") if "://" in root else os.path.relpath(path, expand(root))
-
-
-def write_table(out: Path, columns: dict[str, list[str]], features: np.ndarray) -> None:
-    """Write the table of so many columns of text and one of features (N, D), in the format of OUT's ending."""
+def write_table(out: Path, table: Table) -> None:
+    """Write a table in the format of OUT's ending."""
+    columns = {"path": table.path, "split": table.split, "class": table.label}
     if out.suffix == ".npz":
-        save_arrays(out, {name: np.array(column) for name, column in columns.items()} | {"features": features})
+        save_arrays(out, {name: np.array(column) for name, column in columns.items()} | {"features": table.features})
         return
     import pyarrow
     from pyarrow import parquet
 
-    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), features.shape[1])
+    flat, width = table.features.ravel(), table.features.shape[1]
+    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), width)
     try:
-        table = pyarrow.table(columns | {"features": vectors})
+        whole = pyarrow.table(columns | {"features": vectors})
     except UnicodeEncodeError as error:
         raise UserError(f"{error.object!r} is no UTF-8 text, which is all that parquet holds; name an .npz") from error
     with whole_file(out) as partial:
-        parquet.write_table(table, partial)
+        parquet.write_table(whole, partial)

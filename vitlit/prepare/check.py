@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from vitlit.data.folder import SPELLINGS, Tree, alike, folders_in, hold_out, parse_share, unread, walk
@@ -209,33 +208,29 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, gro
 
 def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int, sheets: Path | None) -> None:
     """Report images that show the same picture, and labels that are likely wrong; draw the first of each."""
-    from vitlit.prepare.features import extract, ready  # take seconds to import, for which other checks need not wait
-    from vitlit.prepare.suspects import suspects
+    from vitlit.prepare.features import ready  # takes seconds to import, for which other checks need not wait
+    from vitlit.prepare.suspects import embed, suspects
 
-    vit, parts = ready(weights, size), layouts.values()
-    classes = sorted({name for part in parts for name in part.classes if name})
+    vit, root = ready(weights, size), report.root
+    classes = sorted({name for layout in layouts.values() for name in layout.classes if name})
     numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
-    labels = [np.array([numbers[name] for name in part.classes])[part.index.labels] for part in parts]
-    indices = [replace(part.index, labels=own) for part, own in zip(parts, labels, strict=True)]
-    paths = [part.image(row) for part in parts for row in range(len(part.index))]
-    splits = [split for split, part in layouts.items() for _ in range(len(part.index))]
-    features = torch.cat([extract(vit, index, ["pooled"])["pooled"] for index in indices])
-    found = suspects(features, indices, vit.preprocess.ground)
-    pairs = [(paths[row], (splits[row], Path(paths[row]).name)) for row in found.pairs.flatten()]
-    shown: dict[str, list[Any]] = {"near_duplicate": pairs}
-    for one, other in found.pairs.tolist():
-        where = f"of {splits[one]} and {splits[other]}" if splits[one] != splits[other] else f"within {splits[one]}"
-        report.add("near_duplicate", [[paths[one], paths[other]]], where)
-    if found.errors:
-        rows, guesses, probabilities = found.errors
-        rather = [f"{classes[guess]}  {100 * p:.0f} %" for guess, p in zip(guesses, probabilities[:, 1], strict=True)]
-        given = [f"({classes[label]})" for label in np.concatenate(labels)[rows]]
-        listed = [paths[row] for row in rows]
-        report.add("label_error", listed, reasons={p: f"rather {name}" for p, name in zip(listed, rather, strict=True)})
-        shown["label_error"] = list(zip(listed, zip(rather, given, strict=True), strict=True))
-    if sheets:
-        for kind, images in shown.items():
-            _draw(report.root, kind, images[:DRAWN], sheets)
+    splits = {
+        split: replace(each.index, labels=np.array([numbers[name] for name in each.classes])[each.index.labels])
+        for split, each in layouts.items()
+    }
+    table, ground = embed(vit, splits, classes, str(root)), vit.preprocess.ground
+    found, shown = suspects(table, list(splits.values()), classes, ground), defaultdict[str, list[Any]](list)
+    for one, split, other, other_split, _ in found["near_duplicates"]:
+        where = f"of {split} and {other_split}" if split != other_split else f"within {split}"
+        report.add("near_duplicate", [[one, other]], where)
+        shown["near_duplicate"] += [(one, (split, Path(one).name)), (other, (other_split, Path(other).name))]
+    for path, _, label, guess, _, probability in found.get("label_errors", ()):
+        rather = f"{guess}  {100 * probability:.0f} %"
+        report.add("label_error", [path], reasons={path: f"rather {rather}"})
+        shown["label_error"].append((path, (rather, f"({label})")))
+    for kind, images in shown.items():
+        if sheets:
+            _draw(root, kind, images[:DRAWN], sheets)
 
 
 def _draw(root: Path, kind: str, images: list[Any], sheets: Path) -> None:
