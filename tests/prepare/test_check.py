@@ -420,7 +420,7 @@ def test_a_class_is_told_what_it_holds_instead_of_images(photos: Path) -> None:
 
 
 def test_every_kind_is_planted(photos: Path, tmp_path: Path) -> None:
-    found: set[str] = {"imbalance"}  # below
+    found: set[str] = {"imbalance", "near_duplicate", "label_error"}  # below, and in tests/cli/test_embed.py
     for number, plant in enumerate(PLANTS):
         found |= set(plant(Path(shutil.copytree(photos, tmp_path / str(number)))))
     assert found == {*FAULTS, *WARNINGS}

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vitlit.callbacks.predictions import gather, write_csv
@@ -16,14 +16,14 @@ from vitlit.data.index import Index
 from vitlit.errors import UserError
 from vitlit.files import whole_file
 from vitlit.images.decode import decode_bytes
+from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.loggers import Mistake, Wandb
 from vitlit.run.checkpoints import BEST, Best
 from vitlit.run.history import VALIDATION, read_csv
 
 COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
 WORST = 32  # mistakes in W&B
-SHOWN, ACROSS, SIDE, MARGIN = 20, 10, 112, 8  # images in the picture, in a row of it, and pixels
-TEXT = 16  # pixels of a line
+SHOWN = 20  # images in the picture
 
 
 class Mistakes(Callback):
@@ -103,36 +103,23 @@ def by_confidence(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], lis
 
 
 def draw(title: str, rows: list[dict[str, str]], index: Index, ground: str) -> Image.Image:
-    """A sheet of images with their predictions; one that cannot be read is left grey."""
-    cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
-    lines = -(-len(rows) // ACROSS)
-    sheet = Image.new("RGB", (ACROSS * cell + MARGIN, lines * tall + 2 * TEXT), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), title, "black", font)
-    for place, (row, image) in enumerate(zip(rows, pictures(rows, index, ground), strict=True)):
-        left, top = place % ACROSS * cell + MARGIN, place // ACROSS * tall + 2 * TEXT
+    """A sheet of images with their predictions, and the truth where that differs."""
+    cells: list[Cell] = []
+    for row, image in zip(rows, pictures(rows, index, ground), strict=True):
         right, truth = row["label"] == row["prediction"], f"({row['label']})"
-        sure = f"{row['prediction']}  {100 * float(row['probability']):.0f} %"
-        for line, words in enumerate([sure, "" if right else truth]):
-            words = " ".join(words.encode(errors="replace").decode().splitlines())  # a name may be no text
-            while pen.textlength(words, font) > SIDE:
-                words = words.rstrip("…")[:-1] + "…"
-            pen.text((left, top + line * TEXT), words, "black" if right else "firebrick", font)
-        sheet.paste(image, (left + (SIDE - image.width) // 2, top + 2 * TEXT + (SIDE - image.height) // 2))
-    return sheet
+        caption = f"{row['prediction']}  {100 * float(row['probability']):.0f} %", "" if right else truth
+        cells.append((image, caption, "black" if right else "firebrick"))
+    return draw_sheet(title, cells)
 
 
-def pictures(rows: list[dict[str, str]], index: Index, ground: str) -> Iterator[Image.Image]:
-    """The images at paths of an index, of which the longer side is SIDE pixels."""
+def pictures(rows: list[dict[str, str]], index: Index, ground: str) -> Iterator[Tensor | None]:
+    """The images at paths of an index; None for one that cannot be read any more."""
     number = {index.path(i): i for i in range(len(index))}
     for row in rows:
-        try:
-            pixels = decode_bytes(index.read(number[row["path"]]), "", ground)
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        except (UserError, KeyError):  # it was read before, so its storage fails, or it is gone by now
-            image = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
-        yield ImageOps.contain(image, (SIDE, SIDE), resampling)
+        image = None
+        with suppress(UserError, KeyError):  # its storage fails, or it is gone by now
+            image = decode_bytes(index.read(number[row["path"]]), "", ground)
+        yield image
 
 
 @contextmanager

@@ -30,6 +30,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit export WEIGHTS OUT.onnx|OUT.pt2|OUT_DIR    ONNX, torch.export, transformers, checked against the ViT
   vitlit predict FILE.onnx PHOTOS... --out FILE.csv by such a file, with onnxruntime
+  vitlit embed WEIGHTS ROOT OUT.parquet|.npz        features as a table; --neighbours K finds copies and wrong labels
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
   vitlit tune --config C --root ROOT --budget 2h    search how much of the weights to train, and at which rate
   vitlit runs [ROOT]                                list runs: state, best metric, time, the settings that differ
@@ -63,6 +64,7 @@ COMMANDS = {
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
     "export": "vitlit.cli.export",
+    "embed": "vitlit.cli.embed",
     "inspect": "vitlit.cli.inspect",
     "tune": "vitlit.cli.tune",
     "runs": "vitlit.cli.runs",

@@ -22,6 +22,7 @@ from vitlit.files import expand, from_here, write_text, writing
 from vitlit.images.decode import GROUND
 from vitlit.inspection.figures import draw_images, draw_reliability
 from vitlit.inspection.report import Picture, Section, curves, encode, page
+from vitlit.inspection.sheet import thumbnail
 from vitlit.model import ViT
 from vitlit.run.history import VALIDATION, History, duration, in_words, read_csv
 from vitlit.weights import load
@@ -182,7 +183,9 @@ class Report:
         ground = self.run.config["data"].get("ground") or GROUND
         for row, image in zip(shown, pictures(shown, index, ground), strict=True):
             caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
-            found.append(Picture(encode(image), f"{Path(row['path']).name}, an image of {row['label']}", caption))
+            found.append(
+                Picture(encode(thumbnail(image)), f"{Path(row['path']).name}, an image of {row['label']}", caption)
+            )
         return Section(title, text, pictures=found, small=True)
 
     def calibration(self, title: str) -> Section:

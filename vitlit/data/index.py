@@ -102,6 +102,14 @@ class Index:
     def read(self, index: int) -> bytes:
         return self.files.read(int(self.rows[index]))
 
+    def label_text(self, index: int, classes: list[str]) -> str:
+        """An image's classes, or its number, in words: cat, cat|outdoors, 0.5, or nothing."""
+        labels = self.labels[index]
+        if self.labels.dtype.kind == "f":
+            return f"{labels:g}"
+        numbers = labels.nonzero()[0] if labels.ndim else [labels] if labels >= 0 else []
+        return "|".join(classes[int(number)] for number in numbers)
+
     def take(self, indices: np.ndarray) -> "Index":
         groups = None if self.groups is None else self.groups[indices]
         return Index(self.files, self.rows[indices], self.labels[indices], groups)

@@ -38,6 +38,10 @@ class Splits:
             self._found[name] = self._scan_folder(name)
         return self._found[name]
 
+    def has(self, name: str) -> bool:
+        """Whether a manifest or shards list images of this split, or a folder has one for it."""
+        return name in self._found or (self._listed is None and Path(self.root, name).is_dir())
+
     @cached_property
     def _listed(self) -> Manifest | None:
         """The content of the manifest, of the shards' index or of a table; None for a folder."""

@@ -4,8 +4,9 @@ import os
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from os.path import join
 from pathlib import Path
@@ -20,8 +21,10 @@ from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.decode import GROUND, colour
-from vitlit.prepare.report import SMALL, Look, Paths, Report, describe, look
+from vitlit.files import whole_file, writing
+from vitlit.images.decode import GROUND, colour, decode
+from vitlit.inspection.sheet import Cell, draw_sheet
+from vitlit.prepare.report import SMALL, WARNINGS, Look, Paths, Report, describe, look
 
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:
@@ -31,6 +34,7 @@ train that val or test lacks is a warning.
 """
 
 ARCHIVE = re.compile(r"(.+?)(\.tar)?\.(zip|tar|tgz|gz|bz2|xz|zst|7z|rar)", re.IGNORECASE)
+DRAWN = 40  # images on a sheet
 RARE = 100  # times fewer images than the largest class
 
 
@@ -58,21 +62,38 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--workers", metavar="N", type=int, default=count(1), help="processes; default one a core, 0 for none"
     )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="a ViT's, by whose features labels are judged; and near-copies"
+    )
+    parser.add_argument("--image_size", type=int, default=0, metavar="N", help="with --weights; by default theirs")
+    parser.add_argument("--sheets", metavar="DIR", type=Path, help="with --weights: show the first of both lists here")
     given = parser.parse_args(arguments or ["--help"])
+    if (given.sheets or given.image_size) and not given.weights:
+        parser.error("--sheets and --image_size are about what --weights finds; give it too")
     if given.json and not given.json.parent.is_dir():
         raise UserError(f"{given.json.parent} is not a folder: give --json another file")
     if is_shards(str(given.root)):
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
     colour(given.ground)
-    report = check(given.root, parse_share(given.holdout), given.workers, given.ground)
+    weights = given.weights and partial(_suspect, weights=given.weights, size=given.image_size, sheets=given.sheets)
+    report = check(given.root, parse_share(given.holdout), given.workers, given.ground, weights or None)
     if given.json:
         report.write(given.json)
     report.print()
     return 0 if report.ok else 1
 
 
-def check(root: Path, holdout: float = 0.0, workers: int = 1, ground: str = GROUND) -> Report:
-    """Decode every image of a folder and compare its splits; with a holdout, a val folder is ignored."""
+def check(
+    root: Path,
+    holdout: float = 0.0,
+    workers: int = 1,
+    ground: str = GROUND,
+    further: Callable[[Report, dict[str, Layout]], object] | None = None,
+) -> Report:
+    """Decode every image of a folder and compare its splits; with a holdout, a val folder is ignored.
+
+    A `further` check gets the report and the images of each split that can be read.
+    """
     report = Report(root)
     try:
         folders = _find_splits(report, bool(holdout))
@@ -87,7 +108,9 @@ def check(root: Path, holdout: float = 0.0, workers: int = 1, ground: str = GROU
         train, val = hold_out(whole.index, holdout, whole.classes)
         layouts = {"train": replace(whole, index=train), "val": replace(whole, index=val), **layouts}
     _compare_classes(report, layouts)
-    _decode_images(report, layouts, workers, ground)
+    layouts = _decode_images(report, layouts, workers, ground)
+    if further and layouts:
+        further(report, layouts)
     return report
 
 
@@ -159,23 +182,65 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
         report.add("imbalance", [join(layouts["train"].folder, rarest)], detail)
 
 
-def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, ground: str) -> None:
-    """Decode all images; report the facts about each split, damaged files, and copies."""
+def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, ground: str) -> dict[str, Layout]:
+    """Decode all images; report the facts about each split, damaged files, and copies. Returns what can be read."""
+    readable: dict[str, Layout] = {}
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)  # splits and rows of the images with these pixels
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
     for split, layout in layouts.items():
-        sides = array("l")
+        sides, read = array("l"), array("l")
         for row, seen in enumerate(_look_all(layout.index, workers, split, ground)):
             if seen.kind or seen.side < SMALL:
                 found[seen.kind or "small"][layout.image(row)] = seen.reason
             if seen.digest:
                 sides.append(seen.side)
+                read.append(row)
             if seen.digest and seen.kind != "uniform":  # which may be equal for that reason
                 places[seen.digest].append((split, row))
         report.splits[split] = describe(layout.counts, sides)
+        if read:
+            readable[split] = replace(layout, index=layout.index.take(np.array(read)))
     for kind, reasons in found.items():
         report.add(kind, list(reasons), reasons=reasons)
     _compare_copies(report, layouts, [copies for copies in places.values() if len(copies) > 1])
+    return readable
+
+
+def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int, sheets: Path | None) -> None:
+    """Report images that show the same picture, and labels that are likely wrong; draw the first of each."""
+    from vitlit.prepare.features import ready  # takes seconds to import, for which other checks need not wait
+    from vitlit.prepare.suspects import embed, suspects
+
+    vit, root = ready(weights, size), report.root
+    classes = sorted({name for layout in layouts.values() for name in layout.classes if name})
+    numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
+    splits = {
+        split: replace(each.index, labels=np.array([numbers[name] for name in each.classes])[each.index.labels])
+        for split, each in layouts.items()
+    }
+    table, ground = embed(vit, splits, classes, str(root)), vit.preprocess.ground
+    found, shown = suspects(table, list(splits.values()), classes, ground), defaultdict[str, list[Any]](list)
+    for one, split, other, other_split, _ in found["near_duplicates"]:
+        where = f"of {split} and {other_split}" if split != other_split else f"within {split}"
+        report.add("near_duplicate", [[one, other]], where)
+        shown["near_duplicate"] += [(one, (split, Path(one).name)), (other, (other_split, Path(other).name))]
+    for path, _, label, guess, _, probability in found.get("label_errors", ()):
+        rather = f"{guess}  {100 * probability:.0f} %"
+        report.add("label_error", [path], reasons={path: f"rather {rather}"})
+        shown["label_error"].append((path, (rather, f"({label})")))
+    for kind, images in shown.items():
+        if sheets:
+            _draw(root, kind, images[:DRAWN], sheets)
+
+
+def _draw(root: Path, kind: str, images: list[Any], sheets: Path) -> None:
+    """Draw images, paths with two lines each, into SHEETS/KIND.png."""
+    cells: list[Cell] = [(decode(root / path), lines, "black") for path, lines in images]
+    with writing(sheets, "give --sheets another folder"):
+        sheets.mkdir(parents=True, exist_ok=True)
+        with whole_file(sheets / f"{kind}.png") as file:
+            title = WARNINGS[kind].partition(":")[0].replace(" {}", "")
+            draw_sheet(f"{title}; the likeliest first", cells).save(file, "PNG")
 
 
 @dataclass(eq=False)

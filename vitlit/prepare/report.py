@@ -55,6 +55,8 @@ WARNINGS = {
     "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
     "overlap": "images of test with the same pixels as one of val: remove one of each pair",
+    "near_duplicate": "pairs {} that show one picture, perhaps resized, compressed or mirrored: keep one of each",
+    "label_error": "labels that are likely wrong, judged by features, with what may be right: look at them",
     "duplicate": "sets of images with the same pixels and the same label: keep one of each",
 }
 

@@ -39,8 +39,6 @@ def run(arguments: list[str]) -> int:
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["row", "index", "path", "label", "repeat"])
     for row, sample in enumerate(data.samples(given.step)):
-        labels = index.labels[sample.index]
-        numbers = labels.nonzero()[0] if labels.ndim else [labels] if labels >= 0 else []
-        names = [f"{labels:g}"] if data.numbers else [data.classes[int(number)] for number in numbers]
-        table.writerow([row, sample.index, index.path(sample.index), "|".join(names), sample.repeat])
+        label = index.label_text(sample.index, data.classes)
+        table.writerow([row, sample.index, index.path(sample.index), label, sample.repeat])
     return 0
