@@ -91,7 +91,7 @@ def test_the_ground_of_transparent_images_goes_with_the_weights(vitlit: Command,
     photos = sorted((work / "drawings" / "1").iterdir())
     fit = ("fit", *SMALL, "--data.root", "drawings", "--data.holdout", "20%")
     done(vitlit(*fit, "--data.ground", "black", "--run.name", "black"))
-    tuned = ("fit", "--config", REPOSITORY / "configs" / "finetune.yaml", *SMALL[-14:], "--data.holdout", "20%")
+    tuned = ("fit", "--config", REPOSITORY / "configs" / "finetune.yaml", *SMALL[-16:], "--data.holdout", "20%")
     done(vitlit(*tuned, "--model.init_from", "runs/black", "--data.root", "drawings", "--run.name", "tuned"))
     for run in ("black", "tuned"):
         vit = load(work / "runs" / run)
