@@ -123,12 +123,8 @@ class Report:
         best = self.run.best
         if best is None:
             raise UserError("nothing has been validated yet")
-        text = (
-            f"{best.metric} is best after step {best.step:,}, in epoch {best.row['epoch'] + 1:.0f}, whose weights are "
-        )
-        text += "best.ckpt."
-        if best.metric == "step":
-            text = "No metric tells which weights are best: best.ckpt has the last."
+        why = f"when {best.metric} was best" if best.metric != "step" else "the last, as no metric tells which are best"
+        text = f"best.ckpt has the weights after step {best.step:,}, in epoch {best.row['epoch'] + 1:.0f}, {why}."
         limits = self.limits(best.row)
         if limits:
             text += f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number "
@@ -169,7 +165,7 @@ class Report:
         classes = self.classes or sorted({name for pair in pairs for name in pair})
         number = {name: i for i, name in enumerate(classes)}
         counts = [(number[label], number[guess], count) for (label, guess), count in sorted(pairs.items())]
-        cells = {(label, guess): (count, count / of_label[classes[label]]) for label, guess, count in counts}
+        cells = {(row, column): (count, count / of_label[classes[row]]) for row, column, count in counts}
         confused = [item for item in pairs.most_common() if item[0][0] != item[0][1]][:CONFUSED]
         rows = [(*pair, count, f"{100 * count / of_label[pair[0]]:.0f} %") for pair, count in confused]
         text = f"Of {len(self.images):,} images. Rows are labels, columns predictions; below, what is confused most."
@@ -225,17 +221,11 @@ class Report:
         return Section(title, rows, pictures=[Picture(encode(figure, 80), f"{names}. {rows}")])
 
     def environment(self, title: str) -> Section:
-        rows = []
-        for each in self.run.commands:
-            step, time = f"{each['step']:,}" if "step" in each else "", duration(each.get("seconds", 0))
-            rows.append(
-                [each["date"], each["host"], each.get("devices", ""), each.get("ended", self.run.state), step, time]
-            )
-        versions = [f"{name} {version}" for name, version in self.last.get("versions", {}).items() if version]
-        commits = [f"commit of {name} {commit}" for name, commit in self.last.get("commit", {}).items()]
-        head, text = ("began", "host", "devices", "ended", "at step", "time"), "; ".join([*versions, *commits])
-        config = yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True)
-        return Section(title, text, head, rows, folded=config)
+        rows = [("devices", self.last.get("devices", "not known"))]
+        rows += [(name, version) for name, version in self.last.get("versions", {}).items() if version]
+        rows += [(f"commit of {name}", commit) for name, commit in self.last.get("commit", {}).items()]
+        rows += [(f"{each['date']} {each['host']}", each.get("ended", self.run.state)) for each in self.run.commands]
+        return Section(title, rows=rows, folded=yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True))
 
 
 SECTIONS = {

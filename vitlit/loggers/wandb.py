@@ -151,8 +151,10 @@ class Wandb(WandbLogger):
         """Log the tables `mistakes`, rows of validation.csv, and `confusion`, images by label and prediction."""
         import wandb
 
-        columns = ["path", "label", "prediction", "probability"]
-        rows: list[list[Any]] = [[*(row[name] for name in columns[:3]), float(row["probability"])] for row in worst]
+        columns: list[str | int] = ["path", "label", "prediction", "probability"]
+        rows: list[list[Any]] = [
+            [row["path"], row["label"], row["prediction"], float(row["probability"])] for row in worst
+        ]
         if self.pictures:
             columns, rows = ["image", *columns], [[_picture(row[0]), *row] for row in rows]
         pairs = [[*pair, count] for pair, count in counts.most_common(MOST_PAIRS)]
