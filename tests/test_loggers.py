@@ -3,6 +3,7 @@ import shlex
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from wandb_file import read_wandb
 
 from vitlit.errors import UserError
-from vitlit.loggers import CSV, Mistake, Wandb, confusion_rows
+from vitlit.loggers import CSV, Wandb
 from vitlit.loggers.wandb_mode import decide
 
 KEY = "a" * 40
@@ -144,7 +145,7 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run.experiment.log({"loss": 1.0})
     run.log_metrics({"loss": 1.0}, 0)
     run.log_config({})
-    run.log_mistakes([], [], [], [])
+    run.log_mistakes([], Counter())
     run.close()
     assert run.closing_line() is None
     assert list(tmp_path.iterdir()) == []
@@ -201,9 +202,10 @@ def test_a_continued_offline_run_keeps_its_id_and_both_parts_are_named() -> None
 @pytest.mark.parametrize("pictures", [True, False])
 def test_mistakes_and_confusion(pictures: bool) -> None:
     Image.new("L", (900, 300)).save("big.png")
-    worst = [Mistake("gone.png", 1, 0, 0.9), Mistake("big.png", 0, 1, 0.8)]
+    rows = [("gone.png", "dog", "cat", "0.9"), ("big.png", "cat", "dog", "0.8")]
+    worst = [dict(zip(("path", "label", "prediction", "probability"), row, strict=True)) for row in rows]
     run = Wandb(save_dir="runs/x", mode="offline", pictures=pictures)
-    run.log_mistakes(["cat", "dog"], [0, 1, 1], [1, 0, 1], worst)
+    run.log_mistakes(worst, Counter({("dog", "cat"): 1, ("cat", "dog"): 1, ("dog", "dog"): 3}))
     run.close()
 
     assert run.folder is not None
@@ -212,7 +214,7 @@ def test_mistakes_and_confusion(pictures: bool) -> None:
     for name in ("mistakes", "confusion"):
         tables[name] = json.loads((run.folder / "files" / history[0][f"{name}.path"]).read_text())
     assert tables["confusion"]["columns"] == ["label", "prediction", "count"]
-    assert ["dog", "cat", 1] in tables["confusion"]["data"]
+    assert tables["confusion"]["data"] == [["dog", "dog", 3], ["dog", "cat", 1], ["cat", "dog", 1]]
     first = [None] * pictures
     assert tables["mistakes"]["columns"] == ["image"] * pictures + ["path", "label", "prediction", "probability"]
     assert tables["mistakes"]["data"][0] == [*first, "gone.png", "dog", "cat", 0.9]
@@ -310,22 +312,3 @@ def test_project_and_id_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert Wandb(project="own").name == "own"
     assert Wandb().version == "of-the-sweep"
     assert Wandb(id="own").version == "own"
-
-
-def test_confusion_rows() -> None:
-    assert confusion_rows(["a", "b"], [0, 0, 1, 0], [0, 1, 1, 1]) == [
-        ("a", "a", 1),
-        ("a", "b", 2),
-        ("b", "a", 0),
-        ("b", "b", 1),
-    ]
-    assert len(confusion_rows([str(i) for i in range(50)], [], [])) == 2500
-    classes = [f"c{i}" for i in range(51)]
-    labels = [7] * 9 + [3] * 2 + [3] + list(range(51))
-    predictions = [7] * 9 + [4] * 2 + [2] + [(i + 1) % 51 for i in range(51)]
-    rows = confusion_rows(classes, labels, predictions)
-    assert rows[:3] == [("c3", "c4", 3), ("c0", "c1", 1), ("c1", "c2", 1)]
-    assert len(rows) == 50
-    assert ("c7", "c7", 9) not in rows
-    with pytest.raises(ValueError, match="zip"):
-        confusion_rows(classes, [1, 2], [1])

@@ -149,6 +149,7 @@ def test_on_a_terminal_the_columns_are_aligned(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["runs", str(root)]) == 0
     head, *rows = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
     assert {row.index("val/top1") for row in rows} == {head.index("metric")}

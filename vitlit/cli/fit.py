@@ -19,7 +19,7 @@ from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths,
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
 from vitlit.cli.report import Report
-from vitlit.cli.summary import Begin, Evaluated, best, ending, print_summary
+from vitlit.cli.summary import Begin, Evaluated, ending, print_summary
 from vitlit.cli.trainer import (
     Trainer,
     check_length,
@@ -259,24 +259,23 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.keeps and rank() == 0:
-            step, result = self.trainer.global_step, best(self.trainer, self.folder)
-            self.folder.command_ends(step, self.line.seconds(), ending(self.trainer), best=result)
-            self.folder.finish(step)
-            self.report()
-            print_summary(self.trainer, self.folder, self.datamodule)
+            step, folder = self.trainer.global_step, self.folder
+            best = History(folder.path).best if folder.best.is_file() else None
+            result = {"metric": best.metric, "value": best.value, "step": best.step} if best else {}
+            folder.command_ends(step, self.line.seconds(), ending(self.trainer), best=result)
+            folder.finish(step)
+            if folder.options.report:
+                self.report()
+            print_summary(self.trainer, folder, self.datamodule, best)
 
     def report(self) -> None:
-        """Write the run's page, unless it is not wanted. The run is complete, whether or not that works."""
-        if not self.folder.options.report:
-            return
+        """Write the run's page. The run is complete, whether or not that works."""
+        path = self.folder.path
         try:
-            Report(History(self.folder.path), self.splits).write(self.folder.path / "report.html")
+            Report(History(path), self.splits).write(path / "report.html")
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            print(
-                f"vitlit: warning: the report was not written ({why}); vitlit report {self.folder.path} tries again",
-                flush=True,
-            )
+            print(f"vitlit: warning: the report was not written ({why}); vitlit report {path} tries again", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}  # execute nothing

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from vitlit.callbacks.mistakes import by_confidence, pictures
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.splits import Splits
@@ -18,13 +17,13 @@ from vitlit.errors import CommandParser, UserError
 from vitlit.evaluation import interval
 from vitlit.evaluation.calibration import binned, calibration_error
 from vitlit.evaluation.classify import balanced
-from vitlit.files import expand, from_here, write_text, writing
-from vitlit.images.decode import GROUND
+from vitlit.files import expand, from_here
+from vitlit.images.decode import decode_bytes
 from vitlit.inspection.figures import draw_images, draw_reliability
-from vitlit.inspection.report import Picture, Section, curves, encode, page
+from vitlit.inspection.report import Picture, Section, curves, encode, write_page
 from vitlit.inspection.sheet import thumbnail
 from vitlit.model import ViT
-from vitlit.run.history import VALIDATION, History, duration, in_words, read_csv
+from vitlit.run.history import VALIDATION, History, duration, in_words, mistakes, read_csv
 from vitlit.weights import load
 
 ABOUT = """\
@@ -43,7 +42,7 @@ def run(arguments: list[str]) -> int:
     out = given.out or Path(given.run, "report.html")
     with redirect_stdout(sys.stderr):  # what is said of the data's folder
         Report(History(Path(given.run))).write(out)
-    print(f"{from_here(out)}: {out.stat().st_size / 1e6:.1f} MB")
+    print(from_here(out))
     return 0
 
 
@@ -59,13 +58,12 @@ class Report:
         for title, make in SECTIONS.items():
             try:
                 sections.append(make(self, title))
-            except UserError as why:
+            except (UserError, OSError) as why:
                 sections.append(Section(title, f"Left out: {why}."))
         said = [run.state, f"epoch {run.epoch}", duration(run.seconds), str(self.last.get("date", ""))[:10]]
         if best := run.best:
             said.insert(1, f"best {best.metric} {in_words(best.metric, best.value)}")
-        with writing(out, "give another --out"):
-            write_text(out, page(run.name, " · ".join(said), sections))
+        write_page(out, run.name, " · ".join(said), sections)
 
     @cached_property
     def vit(self) -> ViT:
@@ -81,16 +79,12 @@ class Report:
 
     @cached_property
     def index(self) -> Index:
-        """The validation images, or UserError."""
+        """The validation images; UserError or OSError where they are not at hand."""
         data = self.run.config["data"]
-        try:
-            if self._splits is None:
-                self._splits = Splits(data["root"], parse_share(data["holdout"]), data["manifest"], data.get("labels"))
-                self._splits.expect(self.classes)
-            return self._splits["val"]
-        except OSError as error:
-            where = f"; the run was made in {folder}" if (folder := self.last.get("folder")) else ""
-            raise UserError(f"the images are not in {data['root']} ({error.strerror}){where}") from error
+        if self._splits is None:
+            self._splits = Splits(data["root"], parse_share(data["holdout"]), data["manifest"], data.get("labels"))
+            self._splits.expect(self.classes)
+        return self._splits["val"]
 
     @cached_property
     def images(self) -> list[dict[str, str]]:
@@ -121,36 +115,44 @@ class Report:
             "Length": f"{trainer['max_epochs']} epochs" if trainer["max_epochs"] else f"{trainer['max_steps']} steps",
             "Seed": self.run.config.get("seed_everything"),
             "Command": self.last.get("command"),
+            "In": self.last.get("folder"),
         }
         return Section(title, rows=[(name, value) for name, value in rows.items() if value is not None])
 
     def results(self, title: str) -> Section:
-        best, statistics = self.run.best, dict[str, Any]()
+        best = self.run.best
         if best is None:
             raise UserError("nothing has been validated yet")
-        step, epoch = best.row["step"] + 1, best.row["epoch"] + 1
-        text = f"{best.metric} is best after step {step:,.0f}, in epoch {epoch:.0f}, whose weights are best.ckpt."
-        if best.metric == "step":
-            text = "No metric tells which weights are best: best.ckpt has the last."
-        if (self.run.path / VALIDATION).is_file():
-            labels = np.unique([row["label"] for row in self.images], return_inverse=True)[1]
-            within = np.array([row["above"] in tuple("01234") for row in self.images], float)
-            statistics = {"top1": (np.mean, self.right), "top5": (np.mean, within)}
-            statistics["top1_macro"] = (balanced, self.right, labels)
-        rows = []
-        for name in (name for name in best.row if name.startswith("val/")):
-            values, limits = [in_words(name, value) for value in (best.row[name], self.run.last(name))], "-"
-            measure = statistics.get(name.removeprefix("val/"))
-            # Unless the images are of another row: a run may never be better than the one that it branched off.
-            if measure and abs(measure[0](*measure[1:]) - best.row[name]) < 1e-4:
-                limits = " to ".join(in_words(name, limit) for limit in interval(*measure))
-            rows.append((name, values[0], limits, values[1]))
-        if any(row[2] != "-" for row in rows):
-            text += (
-                f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number varies"
-            )
-            text += " with other images of this kind, not with other trainings."
+        why = f"when {best.metric} was best" if best.metric != "step" else "the last, as no metric tells which are best"
+        text = f"best.ckpt has the weights after step {best.step:,}, in epoch {best.row['epoch'] + 1:.0f}, {why}."
+        limits = self.limits(best.row)
+        if limits:
+            text += f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number "
+            text += "varies with other images of this kind, not with other trainings."
+        rows = [
+            (name, in_words(name, best.row[name]), limits.get(name, "-"), in_words(name, self.run.last(name)))
+            for name in best.row
+            if name.startswith("val/")
+        ]
         return Section(title, text, ("metric", "best", "95 % interval", "last"), rows)
+
+    def limits(self, best: dict[str, float]) -> dict[str, str]:
+        """The intervals of the best metrics that the validation images tell."""
+        if not (self.run.path / VALIDATION).is_file():
+            return {}
+        labels = np.unique([row["label"] for row in self.images], return_inverse=True)[1]
+        within = np.array([int(row["above"]) < 5 for row in self.images], float)
+        statistics: dict[str, Any] = {
+            "val/top1": (np.mean, self.right),
+            "val/top5": (np.mean, within),
+            "val/top1_macro": (balanced, self.right, labels),
+        }
+        return {
+            name: " to ".join(in_words(name, limit) for limit in interval(*measure))
+            for name, measure in statistics.items()
+            # Unless the images are of another row: a run may never be better than the one that it branched off.
+            if abs(measure[0](*measure[1:]) - best.get(name, np.inf)) < 1e-4
+        }
 
     def curves(self, title: str) -> Section:
         if not self.run.rows:
@@ -163,7 +165,7 @@ class Report:
         classes = self.classes or sorted({name for pair in pairs for name in pair})
         number = {name: i for i, name in enumerate(classes)}
         counts = [(number[label], number[guess], count) for (label, guess), count in sorted(pairs.items())]
-        cells = {(label, guess): (count, count / of_label[classes[label]]) for label, guess, count in counts}
+        cells = {(row, column): (count, count / of_label[classes[row]]) for row, column, count in counts}
         confused = [item for item in pairs.most_common() if item[0][0] != item[0][1]][:CONFUSED]
         rows = [(*pair, count, f"{100 * count / of_label[pair[0]]:.0f} %") for pair, count in confused]
         text = f"Of {len(self.images):,} images. Rows are labels, columns predictions; below, what is confused most."
@@ -173,20 +175,21 @@ class Report:
         return Section(title, text, ("label", "prediction", "images", "of the label's"), rows, matrix=matrix)
 
     def mistakes(self, title: str) -> Section:
-        worst, _ = by_confidence(self.images)
+        worst, found = mistakes(self.images), []
         text = f"{len(worst):,} of {len(self.images):,} validation images are wrong, the most confident first."
         try:
-            index = self.index
-        except UserError as why:
+            number = {self.index.path(i): i for i in range(len(self.index))}
+        except (UserError, OSError) as why:
             return Section(title, f"{text} Without pictures: {why}.")
-        found, shown = [], worst[:WORST]
-        ground = self.run.config["data"].get("ground") or GROUND
-        for row, image in zip(shown, pictures(shown, index, ground), strict=True):
-            caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
-            found.append(
-                Picture(encode(thumbnail(image)), f"{Path(row['path']).name}, an image of {row['label']}", caption)
-            )
-        return Section(title, text, pictures=found, small=True)
+        for row in worst[:WORST]:
+            with suppress(UserError, KeyError):  # one cannot be read any more, or is gone
+                image = decode_bytes(
+                    self.index.read(number[row["path"]]), row["path"], self.run.config["data"]["ground"]
+                )
+                caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
+                alt = f"{Path(row['path']).name}, an image of {row['label']}"
+                found.append(Picture(encode(thumbnail(image)), alt, caption))
+        return Section(title, text, pictures=found)
 
     def calibration(self, title: str) -> Section:
         columns = ("probability", "label_probability")
@@ -218,17 +221,11 @@ class Report:
         return Section(title, rows, pictures=[Picture(encode(figure, 80), f"{names}. {rows}")])
 
     def environment(self, title: str) -> Section:
-        rows = []
-        for each in self.run.commands:
-            step, time = f"{each['step']:,}" if "step" in each else "", duration(each.get("seconds", 0))
-            rows.append(
-                [each["date"], each["host"], each.get("devices", ""), each.get("ended", self.run.state), step, time]
-            )
-        versions = [f"{name} {version}" for name, version in self.last.get("versions", {}).items() if version]
-        commits = [f"commit of {name} {commit}" for name, commit in self.last.get("commit", {}).items()]
-        head, text = ("began", "host", "devices", "ended", "at step", "time"), "; ".join([*versions, *commits])
-        config = yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True)
-        return Section(title, text, head, rows, folded=config)
+        rows = [("devices", self.last.get("devices", "not known"))]
+        rows += [(name, version) for name, version in self.last.get("versions", {}).items() if version]
+        rows += [(f"commit of {name}", commit) for name, commit in self.last.get("commit", {}).items()]
+        rows += [(f"{each['date']} {each['host']}", each.get("ended", self.run.state)) for each in self.run.commands]
+        return Section(title, rows=rows, folded=yaml.safe_dump(self.run.config, sort_keys=False, allow_unicode=True))
 
 
 SECTIONS = {

@@ -8,9 +8,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import expand, from_here, write_text, writing
+from vitlit.files import expand, from_here
 from vitlit.run.folder import RunOptions
 from vitlit.run.history import VALIDATION, History, differing, duration, in_words, read_csv
 
@@ -23,13 +24,12 @@ Put runs side by side: the settings in which they differ, best and last numbers,
 in their seed alone, and how much better each is than the first on the same validation images.
 """
 
+SEEDS = ("seed_everything", "data.seed")
 SHOWN = 8  # settings of a run in the list
-SAID = {
-    "Settings": "Those that differ.",
-    "Results": "Best are the numbers of the validation after which best.ckpt was saved.",
-    "Seeds": "Runs that differ in their seed alone: the mean, and the standard deviation over runs.",
-    "Paired": "How much better a run is on the same validation images, with its paired bootstrap over images.",
-}
+RESULTS = ("metric", "run", "best", "last")
+SPREAD = ("metric", "runs", "best", "deviation", "last", "deviation")
+PAIRED = ("run", "against", "images", "top-1 difference", "95 % interval")
+Row = Sequence[str]
 
 
 def run(arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
         value = [best.metric, in_words(*best[:2]), f"{best.row['epoch'] + 1:.0f}"] if best else ["-"] * 3
         pairs = zip(names, settings.values(), strict=True)
         cells = [f"{name}={values[number]}" for name, values in pairs if values[number] != "-"]
-        cells[SHOWN:] = [f"and {len(cells) - SHOWN} more"] if len(cells) > SHOWN else []
+        cells[SHOWN:] = ["..."] if len(cells) > SHOWN else []
         rows.append([each.name, each.state, *value, str(each.epoch), duration(each.seconds), "  ".join(cells)])
     show("", ("run", "state", "metric", "best", "in epoch", "epochs", "time", "settings"), rows)
     return 0
@@ -68,31 +68,36 @@ def compare(arguments: list[str]) -> int:
     if len({each.name for each in runs}) < len(runs):
         for each in runs:
             each.name = str(each.path)
-    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
-        "Settings": (("setting", *(each.name for each in runs)), [(k, *v) for k, v in differing(runs).items()]),
-        "Results": (
-            ("metric", "run", "best", "last"),
-            [
-                (metric, run, *(in_words(metric, value) for value in values))
-                for metric, by_run in validated(runs).items()
-                for run, values in by_run.items()
-            ],
-        ),
-        "Seeds": (("metric", "runs", "best", "deviation", "last", "deviation"), list(seeds(runs))),
-        "Paired": (("run", "against", "images", "top-1 difference", "95 % interval"), list(paired(runs))),
-    }
-    for title, (head, rows) in tables.items():
-        if rows:
-            show(title, head, rows)
+    tables = [
+        ("Settings", "Those that differ.", ("setting", *(each.name for each in runs)), list(settings(runs))),
+        ("Results", "Best: at the validation after which best.ckpt was saved.", RESULTS, list(results(runs))),
+        ("Seeds", "Mean and standard deviation of runs that differ in their seed alone.", SPREAD, list(seeds(runs))),
+        ("Paired", "How much better on the same validation images; paired bootstrap.", PAIRED, list(paired(runs))),
+    ]
+    tables = [table for table in tables if table[-1]]
+    for title, _, head, rows in tables:
+        show(title, head, rows)
     if given.out:
-        from vitlit.inspection.report import Section, curves, page  # loads torch, which the tables need not wait for
+        from vitlit.inspection.report import (
+            Section,
+            curves,
+            write_page,
+        )  # loads torch, for which the tables do not wait
 
-        sections = [Section(title, SAID[title], head, rows) for title, (head, rows) in tables.items() if rows]
+        sections = [Section(*table) for table in tables]
         sections.append(Section("Curves", pictures=curves({run.name: run.rows for run in runs})))
-        with writing(given.out, "give another --out"):
-            write_text(given.out, page("Compared runs", ", ".join(str(run.path) for run in runs), sections))
-        print(f"{from_here(given.out)}: {given.out.stat().st_size / 1e6:.1f} MB")
+        write_page(given.out, "Compared runs", ", ".join(str(run.path) for run in runs), sections)
+        print(from_here(given.out))
     return 0
+
+
+def settings(runs: list[History]) -> Iterator[Row]:
+    yield from ((name, *values) for name, values in differing(runs).items())
+
+
+def results(runs: Sequence[History]) -> Iterator[Row]:
+    for metric, by_run in validated(runs).items():
+        yield from ((metric, run, *(in_words(metric, value) for value in pair)) for run, pair in by_run.items())
 
 
 def validated(runs: Sequence[History]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -105,22 +110,20 @@ def validated(runs: Sequence[History]) -> dict[str, dict[str, tuple[float, float
     return found
 
 
-def seeds(runs: Sequence[History]) -> Iterator[Sequence[str]]:
+def seeds(runs: Sequence[History]) -> Iterator[Row]:
     groups: dict[str, list[History]] = {}
     for each in runs:
-        groups.setdefault(json.dumps(each.without_seed(), sort_keys=True), []).append(each)
+        fixed = {key: value for key, value in each.settings.items() if key not in SEEDS}
+        groups.setdefault(json.dumps(fixed, sort_keys=True), []).append(each)
     for group in groups.values():
-        for metric, values in validated(group).items():
-            if len(values) > 1:
-                spread = (
-                    in_words(metric, number(part))
-                    for part in zip(*values.values(), strict=True)
-                    for number in (mean, stdev)
-                )
-                yield metric, " ".join(values), *spread
+        for metric, by_run in validated(group).items():
+            if len(by_run) > 1:
+                best, last = zip(*by_run.values(), strict=True)
+                spread = [mean(best), stdev(best), mean(last), stdev(last)]
+                yield metric, " ".join(by_run), *(in_words(metric, number) for number in spread)
 
 
-def paired(runs: Sequence[History]) -> Iterator[Sequence[str]]:
+def paired(runs: Sequence[History]) -> Iterator[Row]:
     """Each run against the first, on the images that both have validated with the same label."""
     rows = [{(row["path"], row["label"]): row for row in read_csv(each.path / VALIDATION)} for each in runs]
     for each, own in zip(runs[1:], rows[1:], strict=True):
@@ -141,9 +144,7 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None
     if not sys.stdout.isatty():
         print(*([title] if title else []), *("\t".join(map(str, row)) for row in (head, *rows)), sep="\n")
         return
-    lines = [[*map(str, row)] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    for number, line in enumerate(([title], *lines) if title else lines):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False))
-        console.print(text.rstrip(), style="bold" if number <= bool(title) else "")
+    table = Table(*head, title=title or None, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(highlight=False, markup=False).print(table)

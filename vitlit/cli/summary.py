@@ -24,7 +24,7 @@ from vitlit.optim import table
 from vitlit.prepare.sources import DIGITS
 from vitlit.run.checkpoints import Best
 from vitlit.run.folder import RunFolder
-from vitlit.run.history import in_words
+from vitlit.run.history import Measured, in_words
 from vitlit.stages import Pretrain, Stage
 from vitlit.weights.checkpoint import open_checkpoint
 
@@ -81,24 +81,20 @@ class Begin(Callback):
                 self.folder.command_ends(trainer.global_step, self.line.seconds(), ended)
 
 
-def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData) -> None:
+def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData, best: Measured | None) -> None:
     """Print steps, best metric, checkpoint, W&B run and the next command, and close the W&B run."""
     rows = {"steps": f"{trainer.global_step:,}"}
     if (ended := ending(trainer)) != COMPLETE:
         rows["ended"] = ended
-    result = best(trainer, folder)
-    last = result.get("metric") == "step"
-    if result and not last:
-        value = in_words(result["metric"], result["value"])
-        rows[f"best {result['metric']}"] = f"{value}, after step {result['step']:,}"
+    last = best is not None and best.metric == "step"
+    if best and not last:
+        rows[f"best {best.metric}"] = f"{in_words(best.metric, best.value)}, after step {best.step:,}"
     if folder.best.is_file():
         rows["checkpoint"] = f"{folder.best}{' (the last: no metric tells which is best)' if last else ''}"
     else:
         validated = any(name.startswith("val/") for name in trainer.callback_metrics)
         why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"
         rows["checkpoint"] = f"{folder.last} ({why})"
-    if (sheet := folder.path / "mistakes.png").is_file():
-        rows["mistakes"] = f"{sheet}, mistakes.csv and confusion.csv"
     if (report := folder.path / "report.html").is_file():
         rows["report"] = str(report)
     for logger in trainer.loggers:
@@ -125,15 +121,6 @@ def ending(trainer: Trainer) -> str:
         if why and trainer.current_epoch - stop.stopped_epoch <= 1:
             return f"early, in epoch {stop.stopped_epoch + 1}: {why.removesuffix(' Signaling Trainer to stop.')}"
     return COMPLETE
-
-
-def best(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
-    """The metric of best.ckpt, its value and the step after which it was measured; empty if this run has none."""
-    kept = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Best))
-    if kept.best_model_score is None or not folder.best.is_file():
-        return {}
-    step = open_checkpoint(folder.best)["global_step"]
-    return {"metric": kept.monitor, "value": float(kept.best_model_score), "step": step}
 
 
 def program() -> str:

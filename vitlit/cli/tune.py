@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from vitlit.callbacks.predictions import write_csv
 from vitlit.cli.configs import find_config
+from vitlit.cli.runs import show
 from vitlit.data.splits import Splits
 from vitlit.data.workers import STOP_SIGNALS
 from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.files import write_text, writing
 from vitlit.run.config import read_config
+from vitlit.run.folder import flatten
 from vitlit.run.interrupt import AGAIN
 from vitlit.stages.metrics import direction
 
@@ -83,21 +85,21 @@ class Search:
         config = read_config(str(find_config(given.config)))
         self.given, self.fit, self.file = given, fit, given.out / "tune.json"
         self.budget = minutes(given.budget)
-        rate = float(value_of("model.optimizer.init_args.lr", config, fit))
-        self.epochs = int(value_of("trainer.max_epochs", config, fit))
-        Splits(given.root, 0.0, flag("data.manifest", fit) or None)["val"]  # or the last training would fail
+        set_by = settings(config, fit)
+        self.epochs = set_by.epochs
+        Splits(given.root, 0.0, set_by.manifest)["val"]  # or the last training would fail
         check_range("vitlit tune", 1, max_epochs=self.epochs)
         ways = given.ways.split(",")
         if wrong := set(ways) - WAYS.keys():
             raise UserError(f"--ways has {min(wrong)!r}; give some of {','.join(WAYS)}")
         if not str(config["model"].get("class_path", "")).endswith("Finetune"):
             raise UserError(f"{given.config} is no config of Finetune, whose ways of training are searched")
-        self.trials = [Trial(way, rate * factor * WAYS[way][1]) for factor, way in itertools.product(RATES, ways)]
-        settings = [given.config, given.root, given.holdout, given.ways, *fit]
-        self.found: dict[str, Any] = {"settings": settings, "trials": {}}
+        self.trials = [Trial(way, set_by.lr * factor * WAYS[way][1]) for factor, way in itertools.product(RATES, ways)]
+        search = [given.config, given.root, given.holdout, given.ways, *fit]
+        self.found: dict[str, Any] = {"settings": search, "trials": {}}
         if self.file.is_file():
             self.found = json.loads(self.file.read_text())
-            if self.found["settings"] != settings:
+            if self.found["settings"] != search:
                 raise UserError(f"{given.out} holds a search with other settings; give another --out, or its arguments")
 
     def __iter__(self) -> Any:
@@ -134,12 +136,8 @@ class Search:
         """Train a run to so many epochs and keep its result; the exit code of one that was stopped."""
         if str(epochs) in self.found["trials"].get(name, {}):
             return 0
-        where = [
-            f"--data.root={self.given.root}",
-            f"--run.root={self.given.out}",
-            f"--run.name={name}",
-            f"--trainer.max_epochs={epochs}",
-        ]
+        where = [f"--data.root={self.given.root}", f"--run.root={self.given.out}", f"--run.name={name}"]
+        where.append(f"--trainer.max_epochs={epochs}")
         log, out = self.given.out / f"{name}.log", self.given.out / name
         with writing(self.given.out, "give another --out"):
             self.given.out.mkdir(parents=True, exist_ok=True)
@@ -186,10 +184,11 @@ class Search:
             rows.append((name, last["way"], last["lr"], max(map(int, lengths)), last["value"], took))
         rows.sort(key=lambda row: (row[0] == BEST, row[3], row[4] is not None), reverse=True)
         write_csv(self.given.out / "tune.csv", COLUMNS, rows)
-        line = ("{:<16} {:<8}" + " {:>10}" * 4).format
-        print(line(*COLUMNS))
-        for name, way, lr, epochs, value, took in rows:
-            print(line(name, way, f"{lr:.2g}", epochs, "diverged" if value is None else f"{value:.4f}", f"{took:.1f}"))
+        shown = [
+            (name, way, f"{lr:.2g}", epochs, "diverged" if value is None else f"{value:.4f}", f"{took:.1f}")
+            for name, way, lr, epochs, value, took in rows
+        ]
+        show("", COLUMNS, shown)
         print(f"{self.given.out / BEST} is {final.name}, trained on all of train and measured on val")
 
 
@@ -223,22 +222,15 @@ def minutes(budget: str) -> float:
     return 60 * int(found[1] or 0) + int(found[2] or 0)
 
 
-def flag(key: str, fit: list[str]) -> str:
-    """The value that flags of vitlit fit give to a key, with or without .init_args; "" for none."""
-    for word, following in itertools.zip_longest(fit, fit[1:], fillvalue=""):
-        name, _, value = word.partition("=")
-        if name in (f"--{key}", f"--{key.replace('.init_args', '')}"):
-            return value or following
-    return ""
+# The settings of vitlit fit that the search has to know; a flag may leave init_args out.
+SETTINGS = {"lr": "model.init_args.optimizer.init_args.lr", "epochs": "trainer.max_epochs", "manifest": "data.manifest"}
 
 
-def value_of(key: str, config: dict[str, Any], fit: list[str]) -> Any:
-    """A setting, of a flag if it is given, else of the config."""
-    if given := flag(key, fit):
-        return given
-    found: Any = config
-    for part in key.replace("model.", "model.init_args.").split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    if found is None:
-        raise UserError(f"the config has no {key}; give --{key}")
-    return found
+def settings(config: dict[str, Any], fit: list[str]) -> Namespace:
+    """The learning rate, the epochs and the manifest: of flags of vitlit fit if they are given, else of the config."""
+    parser, flat, kinds = CommandParser("vitlit tune", HELP), flatten(config), {"lr": float, "epochs": int}
+    for name, key in SETTINGS.items():
+        flags = dict.fromkeys((f"--{key.replace('.init_args', '', 1)}", f"--{key.replace('.init_args', '')}"))
+        required = name in kinds and key not in flat
+        parser.add_argument(*flags, dest=name, type=kinds.get(name, str), default=flat.get(key), required=required)
+    return parser.parse_known_args(fit)[0]

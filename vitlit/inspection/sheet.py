@@ -7,19 +7,18 @@ from torch import Tensor
 
 ACROSS, SIDE, MARGIN = 10, 112, 8  # images in a row, and pixels
 TEXT = 16  # pixels of a line
-Cell = tuple[Tensor | None, Sequence[str], str]  # an image uint8 (3, H, W), two lines above it, and their colour
+Cell = tuple[Tensor, Sequence[str], str]  # an image uint8 (3, H, W), two lines above it, and their colour
 
 
-def thumbnail(pixels: Tensor | None) -> Image.Image:
-    """An image uint8 (3, H, W) whose longer side is SIDE pixels; None is grey."""
-    grey = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-    image = grey if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).numpy())
+def thumbnail(pixels: Tensor) -> Image.Image:
+    """An image uint8 (3, H, W) whose longer side is SIDE pixels."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
     return ImageOps.contain(image, (SIDE, SIDE), resampling)
 
 
 def draw_sheet(title: str, cells: Sequence[Cell]) -> Image.Image:
-    """Images under their captions; None, one that cannot be read, is grey."""
+    """Images under their captions."""
     cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
     lines = -(-len(cells) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * cell + MARGIN, lines * tall + 2 * TEXT), "white")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitlit.loggers.metrics_csv import CSV
     from vitlit.loggers.tensorboard import TensorBoard
-    from vitlit.loggers.wandb import Mistake, Wandb, confusion_rows
+    from vitlit.loggers.wandb import Wandb
 
-__all__ = ["CSV", "Mistake", "TensorBoard", "Wandb", "confusion_rows"]
+__all__ = ["CSV", "TensorBoard", "Wandb"]
 MODULES = {"CSV": "metrics_csv", "TensorBoard": "tensorboard"}
 
 

@@ -5,9 +5,9 @@ import secrets
 import shlex
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
@@ -23,16 +23,7 @@ if TYPE_CHECKING:
 ONLINE_WITHIN = 15  # seconds until a run without an answer from the server continues offline
 UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
 PICTURE_SIDE = 256
-MAX_CONFUSION = 50  # classes of a whole matrix; with more classes, pairs
-
-
-class Mistake(NamedTuple):
-    """A misclassified image; `probability` is that of the wrong class."""
-
-    path: str
-    label: int
-    prediction: int
-    probability: float
+MOST_PAIRS = 2500  # of label and prediction: the whole matrix of 50 classes, else the most frequent
 
 
 class Wandb(WandbLogger):
@@ -156,19 +147,18 @@ class Wandb(WandbLogger):
         self.experiment.config.update({"classes": classes}, allow_val_change=True)
 
     @rank_zero_only
-    def log_mistakes(
-        self, classes: list[str], labels: Sequence[int], predictions: Sequence[int], worst: Sequence[Mistake]
-    ) -> None:
-        """Log the tables `mistakes`, of the worst, and `confusion`, from the label and the prediction of each image."""
+    def log_mistakes(self, worst: Sequence[Mapping[str, str]], counts: Counter[tuple[str, str]]) -> None:
+        """Log the tables `mistakes`, rows of validation.csv, and `confusion`, images by label and prediction."""
         import wandb
 
-        rows: list[list[Any]] = [[m.path, classes[m.label], classes[m.prediction], m.probability] for m in worst]
         columns: list[str | int] = ["path", "label", "prediction", "probability"]
+        rows: list[list[Any]] = [
+            [row["path"], row["label"], row["prediction"], float(row["probability"])] for row in worst
+        ]
         if self.pictures:
-            columns = ["image", *columns]
-            rows = [[_picture(mistake.path), *row] for mistake, row in zip(worst, rows, strict=True)]
-        counts = confusion_rows(classes, labels, predictions)
-        confusion = wandb.Table(columns=["label", "prediction", "count"], data=counts)
+            columns, rows = ["image", *columns], [[_picture(row[0]), *row] for row in rows]
+        pairs = [[*pair, count] for pair, count in counts.most_common(MOST_PAIRS)]
+        confusion = wandb.Table(columns=["label", "prediction", "count"], data=pairs)
         self.experiment.log({"mistakes": wandb.Table(columns=columns, data=rows), "confusion": confusion})
 
 
@@ -185,14 +175,3 @@ def _picture(path: str) -> "wandb.Image | None":
             return wandb.Image(ImageOps.exif_transpose(picture).convert("RGB"), file_type="jpg")
     except OSError:  # in a shard, or damaged: a row without an image
         return None
-
-
-def confusion_rows(classes: list[str], labels: Sequence[int], predictions: Sequence[int]) -> list[tuple[str, str, int]]:
-    """Count (label, prediction) pairs: every cell of the matrix up to 50 classes, else the 50 most confused pairs."""
-    counts = Counter(zip(labels, predictions, strict=True))
-    if len(classes) <= MAX_CONFUSION:
-        cells = [(a, b) for a in range(len(classes)) for b in range(len(classes))]
-    else:
-        confused = (pair for pair in counts if pair[0] != pair[1])
-        cells = sorted(confused, key=lambda pair: (-counts[pair], pair))[:MAX_CONFUSION]
-    return [(classes[a], classes[b], counts[a, b]) for a, b in cells]

@@ -20,15 +20,8 @@ from vitlit.run.lock import take
 FREE = (
     *("data.cache", "data.micro_batch", "data.num_workers", "data.on_bad_image", "data.pin_memory", "data.prefetch"),
     *("model.init_args.compile", "run.keep_every", "run.name", "run.peak_tflops", "run.report", "run.root"),
-    *(
-        "run.save_minutes",
-        "run.time_limit",
-        "trainer.accelerator",
-        "trainer.devices",
-        "trainer.enable_*",
-        "trainer.logger*",
-    ),
-    *("trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
+    *("run.save_minutes", "run.time_limit", "trainer.accelerator", "trainer.devices", "trainer.enable_*"),
+    *("trainer.logger*", "trainer.num_nodes", "trainer.num_sanity_val_steps", "trainer.profiler", "trainer.strategy*"),
 )
 MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and W&B's are longer than the run's
 LOCK = ".lock"
@@ -114,12 +107,11 @@ class RunFolder:
             if (self.path / "metrics.csv").is_file():
                 print(f"{self.path} has no checkpoint to continue from, so it begins again", flush=True)
             return Decision("begin")
-        stored, after = read_config(self.config), flatten(config)
-        before = flatten(stored)
+        stored, after = read_config(self.config), settings(config)
+        before = settings(stored)
         if after.keys() - before.keys():
-            before = flatten(completed(stored))
+            before = settings(completed(stored))
         differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-        differing = [key for key in differing if not any(fnmatchcase(key, free) for free in FREE)]
         if not set(differing) <= set(LONGER) or (differing and not finished):
             listed = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in differing[:8])
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
@@ -193,6 +185,11 @@ class RunFolder:
     def _content(self) -> list[Path]:
         """What is in the folder, but for the lock."""
         return [path for path in self.path.iterdir() if not path.name.startswith(LOCK)]
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The flat keys and values of a config, without those that change how a run is computed."""
+    return {key: value for key, value in flatten(config).items() if not any(fnmatchcase(key, free) for free in FREE)}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

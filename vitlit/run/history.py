@@ -5,7 +5,6 @@ import io
 import json
 import math
 from datetime import datetime
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +13,23 @@ import yaml
 
 from vitlit.errors import UserError
 from vitlit.run.config import Loader
-from vitlit.run.folder import FREE, LOCK, flatten
+from vitlit.run.folder import LOCK, settings
 from vitlit.run.lock import held
 
 VALIDATION = "validation.csv"
-SEEDS = ("seed_everything", "data.seed")
 
 
-class Best(NamedTuple):
+class Measured(NamedTuple):
     """The best value of the metric that a run monitors, and the row of metrics.csv that it is in."""
 
     metric: str
     value: float
     row: dict[str, float]
+
+    @property
+    def step(self) -> int:
+        """How many steps had been trained."""
+        return int(self.row["step"]) + 1
 
 
 class History:
@@ -43,14 +46,11 @@ class History:
         except (OSError, yaml.YAMLError) as error:
             hint = "`vitlit runs ROOT` lists the runs in ROOT"
             raise UserError(f"{path} is not the folder of a run: it holds no readable config.yaml; {hint}") from error
-        flat = flatten(self.config)
-        self.settings = {key: flat[key] for key in flat if not any(fnmatchcase(key, free) for free in FREE)}
+        self.settings = settings(self.config)
         kept = read_csv(path / "metrics.csv")
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept]
         file = path / "run.json"
-        record = json.loads(file.read_text()) if file.is_file() else {"commands": []}
-        self.commands: list[dict[str, Any]] = record["commands"]
-        self._result = record.get("result", {}).get("best", {})
+        self.commands: list[dict[str, Any]] = json.loads(file.read_text())["commands"] if file.is_file() else []
 
     @property
     def state(self) -> str:
@@ -59,14 +59,13 @@ class History:
         return "running" if held(self.path / LOCK) else "interrupted"
 
     @cached_property
-    def best(self) -> Best | None:
+    def best(self) -> Measured | None:
         """None if nothing was validated."""
-        about = self.commands[-1] if self.commands else {}
-        metric = about.get("monitor") or self._result.get("metric", "val/loss")  # earlier versions kept but this
-        pick = min if about.get("mode", "min" if metric.endswith("loss") else "max") == "min" else max
-        measured = [row for row in self.rows if any(name.startswith("val/") for name in row)]
-        found = [row for row in measured if not math.isnan(row.get(metric, math.nan))]
-        return Best(metric, (row := pick(found, key=lambda row: row[metric]))[metric], row) if found else None
+        about = self.commands[-1] if self.commands else {"monitor": "val/loss", "mode": "min"}
+        metric, pick = about["monitor"], min if about["mode"] == "min" else max
+        validated = [row for row in self.rows if any(name.startswith("val/") for name in row)]
+        found = [row for row in validated if not math.isnan(row.get(metric, math.nan))]
+        return Measured(metric, (row := pick(found, key=lambda row: row[metric]))[metric], row) if found else None
 
     @property
     def epoch(self) -> int:
@@ -86,19 +85,15 @@ class History:
         """The last value of a metric that was measured."""
         return next(row[metric] for row in reversed(self.rows) if metric in row)
 
-    def without_seed(self) -> dict[str, Any]:
-        return {key: value for key, value in self.settings.items() if key not in SEEDS}
-
 
 def differing(runs: list[History]) -> dict[str, list[str]]:
-    """The settings in which runs differ, and each run's value; first those that all have, "-" where one has none.
+    """The settings in which runs differ, and each run's value, "-" where it has none.
 
     Where a run lacks a whole group of keys, such as those of an objective, it is the class of the group that differs.
     """
-    found: dict[str, list[str]] = {}
-    lacking = {key: sum(key not in run.settings for run in runs) for run in runs for key in run.settings}
+    found = {}
     groups = [{key.rpartition(".")[0] for key in run.settings} for run in runs]
-    for key in sorted(lacking, key=lambda key: (lacking[key] > 0, key)):
+    for key in sorted(set().union(*(run.settings for run in runs))):
         group, _, last = key.rpartition(".")
         values = [str(run.settings.get(key, "-")) for run in runs]
         if last == "class_path":
@@ -114,6 +109,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     text = path.read_bytes().decode(errors="surrogateescape")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+
+
+def mistakes(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Of the rows of validation.csv those whose prediction is wrong, the most confident first."""
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    return sorted(wrong, key=lambda row: -float(row["probability"]))
 
 
 def in_words(metric: str, value: float) -> str:
