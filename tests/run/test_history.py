@@ -1,10 +1,11 @@
-"""What a run leaves in its folder: run.json, its validation images, and no more checkpoints or locks than needed."""
+"""What a run leaves in its folder: run.json, tables of its mistakes, and no more checkpoints or locks than needed."""
 
 import csv
 import json
 import math
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, done
+from PIL import Image
 from test_run import FIT, checkpoint, differences, rows, signalled
 
 Command = Callable[..., Result]
@@ -65,6 +67,25 @@ def test_each_validation_image_has_its_row_of_the_best_weights(vitlit: Command, 
     losses = [-math.log(float(row["label_probability"])) for row in images]
     assert sum(losses) / len(images) == pytest.approx(float(best["val/loss"]), rel=1e-5)
     assert [row["above"] == "0" for row in images] == right
+    assert sum(int(row["count"]) for row in table(run / "confusion.csv")) == len(images)
+    assert len(table(run / "mistakes.csv")) == right.count(False)
+
+
+def test_the_mistakes_are_those_of_the_best_weights(trained: Path, few: Path) -> None:
+    run = trained / "runs" / "pretrain"
+    counts = Counter({(row["label"], row["prediction"]): int(row["count"]) for row in table(run / "confusion.csv")})
+    labels = {label: len(list((few / "val" / label).iterdir())) for label in "0123"}
+    assert {label: sum(n for (truth, _), n in counts.items() if truth == label) for label in labels} == labels
+    right = sum(n for (label, guess), n in counts.items() if label == guess)
+    assert history(run)["result"]["best"]["value"] == pytest.approx(right / counts.total())
+    wrong = table(run / "mistakes.csv")
+    assert len(wrong) == counts.total() - right > 0
+    assert all(Path(row["path"]).parent.name == row["label"] != row["prediction"] for row in wrong)
+    sure = [float(row["probability"]) for row in wrong]
+    assert sure == sorted(sure, reverse=True)
+    with Image.open(run / "mistakes.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(1 << 20) or []}
+    assert (178, 34, 34) in colours  # the mistakes' captions
 
 
 def test_nothing_of_a_run_is_left_outside_its_folder_nor_more_than_it_needs_in_it(work: Path) -> None:

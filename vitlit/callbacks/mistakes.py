@@ -1,6 +1,7 @@
-"""What a run's best weights make of each validation image."""
+"""What a run's best weights make of the validation images: each of them, the confusion matrix, and the mistakes."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vitlit.callbacks.predictions import gather, write_csv
+from vitlit.errors import UserError
+from vitlit.files import whole_file
+from vitlit.images.decode import decode_bytes
+from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.loggers import Wandb
 from vitlit.run.checkpoints import BEST, Best
 from vitlit.run.history import VALIDATION, mistakes, read_csv
 
 COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
 WORST = 32  # mistakes in W&B
+SHOWN = 20  # images in the picture
 
 
 class Mistakes(Callback):
     """Keep what the best weights make of each validation image, and log the worst mistakes to W&B.
 
     `validation.csv` has a row an image, of the validation that best.ckpt was saved after; without one, of the last:
-    path, label, prediction, the probabilities of both, and how many classes are more probable than the label. Images
-    must have one class each.
+    path, label, prediction, the probabilities of both, and how many classes are more probable than the label. At the
+    end of the run its counts of each label and prediction go into `confusion.csv`, and its mistakes, the most confident
+    first, into `mistakes.csv`. `mistakes.png` shows those, then the least confident of the others. Images must have one
+    class each.
     """
 
     def __init__(self) -> None:
@@ -61,10 +69,35 @@ class Mistakes(Callback):
             print(f"vitlit: warning: cannot write {folder / VALIDATION}: {error.strerror}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        folder = Path(trainer.default_root_dir)
+        rows = read_csv(folder / VALIDATION) if trainer.is_global_zero and self._rows else []
+        if not rows:
             return
-        rows = read_csv(Path(trainer.default_root_dir, VALIDATION))
-        for logger in trainer.loggers if rows else ():
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        worst, counts = mistakes(rows), Counter((row["label"], row["prediction"]) for row in rows)
+        right = sorted((row for row in rows if row["label"] == row["prediction"]), key=lambda row: row["probability"])
+        title = f"{len(right):,} of {len(rows):,} validation images are right; in red: prediction (truth)"
+        try:
+            listed = [(*pair, count) for pair, count in sorted(counts.items())]
+            write_csv(folder / "confusion.csv", ("label", "prediction", "count"), listed)
+            write_csv(folder / "mistakes.csv", COLUMNS[:4], [[row[name] for name in COLUMNS[:4]] for row in worst])
+            with whole_file(folder / "mistakes.png") as partial:
+                draw_sheet(title, cells((worst + right)[:SHOWN], data)).save(partial, "PNG")
+        except OSError as error:
+            print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
+        for logger in trainer.loggers:
             if isinstance(logger, Wandb):
-                counts = Counter((row["label"], row["prediction"]) for row in rows)
-                logger.log_mistakes(mistakes(rows)[:WORST], counts)
+                logger.log_mistakes(worst[:WORST], counts)
+
+
+def cells(rows: list[dict[str, str]], data: Any) -> list[Cell]:
+    """Validation images with their predictions, and the truth where that differs; not those that cannot be read."""
+    index = data.split("val")
+    number, found = {index.path(i): i for i in range(len(index))}, list[Cell]()
+    for row in rows:
+        wrong = row["label"] != row["prediction"]
+        caption = f"{row['prediction']}  {100 * float(row['probability']):.0f} %", f"({row['label']})" if wrong else ""
+        with suppress(UserError):  # it was read before, so its storage fails
+            image = decode_bytes(index.read(number[row["path"]]), "", data.preprocess.ground)
+            found.append((image, caption, "firebrick" if wrong else "black"))
+    return found

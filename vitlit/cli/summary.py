@@ -95,6 +95,8 @@ def print_summary(trainer: Trainer, folder: RunFolder, data: ImageFolderData, be
         validated = any(name.startswith("val/") for name in trainer.callback_metrics)
         why = "the best is of the run that it branched off" if validated else "nothing was validated, so none is best"
         rows["checkpoint"] = f"{folder.last} ({why})"
+    if (sheet := folder.path / "mistakes.png").is_file():
+        rows["mistakes"] = f"{sheet}, mistakes.csv and confusion.csv"
     if (report := folder.path / "report.html").is_file():
         rows["report"] = str(report)
     for logger in trainer.loggers:

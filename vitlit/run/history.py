@@ -61,7 +61,7 @@ class History:
     @cached_property
     def best(self) -> Measured | None:
         """None if nothing was validated."""
-        about = self.commands[-1] if self.commands else {"monitor": "val/loss", "mode": "min"}
+        about = {"monitor": "val/loss", "mode": "min", **(self.commands[-1] if self.commands else {})}
         metric, pick = about["monitor"], min if about["mode"] == "min" else max
         validated = [row for row in self.rows if any(name.startswith("val/") for name in row)]
         found = [row for row in validated if not math.isnan(row.get(metric, math.nan))]
