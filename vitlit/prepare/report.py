@@ -6,28 +6,23 @@ import os
 import warnings
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from operator import sub
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from vitlit.files import writing
-from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode
+from vitlit.images.decode import GROUND, MOST_PIXELS, captured_stderr, decode
 from vitlit.images.decode import reason as why_unread
 
 Paths: TypeAlias = "list[str | list[str]]"  # files, or sets of files with the same pixels
 
 SHOWN = 10  # paths of a finding on the screen
 SMALL = 16  # pixels
-UNIFORM = 3  # levels of 255 that all pixels of an image lie within
-DARK = 16  # likewise, of an image of 16 bits, or with transparency; 12 bits in 16 have as many
+UNIFORM = 16  # levels of 255 that all pixels of an image lie within, as 12 bits in 16 do
 
 # What is wrong, with the remedy. The number of paths comes before it.
 FAULTS = {
@@ -35,7 +30,6 @@ FAULTS = {
     "no_split": "is missing: lay images out as {}/CLASS/*, or give --holdout 10% to cut val off train",
     "empty_split": "has no image: put images into {}",
     "dead_link": "links to nothing, which are passed over: restore what they point to, or remove them",
-    "archive": "archives where class folders belong, which are not read: unpack them, or move them away",
     "outside_class": "images outside class folders are ignored: move them into one",
     "empty_class": "class folders without an image: fill or remove them",
     "unread_class": "class folders without an image that is read: convert or unpack what they hold, or remove them",
@@ -50,9 +44,10 @@ WARNINGS = {
     "missing_class": "classes of train have no image in {}, which will not measure them: add some if you can",
     "similar_class": "sets of class names that differ only in case or spaces: merge or rename them",
     "imbalance": "is rare, with {}: --data.balanced true draws every class equally often",
-    "ignored_file": "other files are ignored ({}): convert them if they are images",
+    "ignored_file": "other files are ignored ({}): convert or unpack them if they are images",
     "small": f"images with a side under {SMALL} pixels: remove them unless all of yours are so small",
-    "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
+    "uniform": "images are nearly of one colour once decoded: scale 16 bits of which few are used to their full range, "
+    "and give drawings in the colour of the ground another data.ground",
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
     "overlap": "images of test with the same pixels as one of val: remove one of each pair",
     "near_duplicate": "pairs {} that show one picture, perhaps resized, compressed or mirrored: keep one of each",
@@ -85,35 +80,19 @@ def look(path: str, ground: str = GROUND) -> Look:
     kind = "truncated" if "premature end of" in complaint else "corrupt" if "corrupt jpeg data" in complaint else ""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.numpy().data)
-    why = "" if kind else _why_uniform(path, image, ground)
-    return Look(kind or ("uniform" if why else ""), why, digest.digest(), min(image.shape[:2]))
-
-
-def _why_uniform(path: str, image: Tensor, ground: str) -> str:
-    """Why all pixels of an image (H, W, 3) are nearly the same; empty if they are not."""
-    pixels = image.view(-1, 3)
-    for some in (pixels[::16], pixels):  # a part is enough for most
-        low, high = (levels.tolist() for levels in torch.aminmax(some, dim=0))
-        if (levels := max(map(sub, high, low))) > DARK:
-            return ""
-    with suppress(OSError), Image.open(path, formats=FORMATS) as picture:
-        if picture.mode.startswith("I"):
-            least, most = picture.getextrema()
-            return f"its 16 bits hold {least:,} to {most:,} of 65,535; scale them to the full range"
-        if picture.has_transparency_data:
-            return f"it is drawn in the colour of the ground, {ground}; give another data.ground"
-    return f"every pixel is nearly {low}" if levels <= UNIFORM else ""
+    parts = (image.view(-1, 3)[::16], image.view(-1, 3))  # the first is enough for most
+    uniform = all((some.amax(0).int() - some.amin(0).int()).max() <= UNIFORM for some in parts)
+    return Look(kind or ("uniform" if uniform else ""), "", digest.digest(), min(image.shape[:2]))
 
 
 def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
     """The facts about a split as JSON values, from its images by class and their shorter sides in pixels."""
-    images = sum(counts.values())
-    counts = {name: number for name, number in counts.items() if name}  # "" is no label
-    facts: dict[str, Any] = {"images": images, "classes": len(counts)}
-    if counts:
-        ends = {"smallest": min(counts, key=counts.__getitem__), "largest": max(counts, key=counts.__getitem__)}
-        facts["class_sizes"] = {end: {"class": name, "images": counts[name]} for end, name in ends.items()}
-        facts["class_sizes"]["median"] = float(np.median(list(counts.values())))
+    classes = {name: images for name, images in counts.items() if name}  # "" is no label
+    facts: dict[str, Any] = {"images": sum(counts.values()), "classes": len(classes)}
+    if classes:
+        for end, which in (("smallest_class", min), ("largest_class", max)):
+            name = which(classes, key=classes.__getitem__)
+            facts[end] = {name: classes[name]}
     if sides:
         facts["shorter_side"] = {"min": min(sides), "median": float(np.median(sides)), "max": max(sides)}
     return facts
@@ -165,8 +144,11 @@ class Report:
 
         for split, facts in self.splits.items():
             show(split, "bold")
-            for name, value in _rows(facts).items():
-                show(f"  {name:<14} {value}")
+            for name, value in facts.items():
+                parts = (
+                    [f"{key} {number:,.0f}" for key, number in value.items()] if type(value) is dict else [f"{value:,}"]
+                )
+                show(f"  {name.replace('_', ' '):<14} {', '.join(parts)}")
         for word, style, findings in (("warning", "yellow", self.warnings), ("FAULT", "bold red", self.faults)):
             for finding in findings:
                 console.print()
@@ -185,15 +167,3 @@ def _line(path: str | list[str], reasons: dict[str, str]) -> str:
     if isinstance(path, list):
         return " = ".join(path[:3]) + (f" = {len(path) - 3:,} more" if len(path) > 3 else "")
     return f"{path}: {reasons[path]}" if path in reasons else path
-
-
-def _rows(facts: dict[str, Any]) -> dict[str, str]:
-    unlabelled = facts["images"] and not facts["classes"]
-    kinds = "without labels" if unlabelled else f"in {facts['classes']:,} classes"
-    rows = {"images": f"{facts['images']:,} {kinds}"}
-    if sizes := facts.get("class_sizes"):
-        ends = [f"{sizes[end]['images']:,} ({sizes[end]['class']})" for end in ("smallest", "largest")]
-        rows["a class has"] = f"{ends[0]} to {ends[1]}, median {sizes['median']:,.0f}"
-    if sides := facts.get("shorter_side"):
-        rows["shorter side"] = f"{sides['min']:,} to {sides['max']:,} pixels, median {sides['median']:,.0f}"
-    return rows
