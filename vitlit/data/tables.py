@@ -10,7 +10,7 @@ import numpy as np
 from vitlit.data.folder import SPELLINGS
 from vitlit.data.index import FolderFiles, Index, Names, label_array
 from vitlit.data.manifest import Manifest
-from vitlit.errors import UserError
+from vitlit.errors import UserError, need
 from vitlit.files import read_file
 
 
@@ -52,10 +52,9 @@ def read_table(root: str) -> Manifest:
     Images are the column of that type, or of structs with bytes. Labels are the column of class labels, or `label`:
     its numbers, or its texts in alphabetic order. Without one the images have no labels.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"data.root {root} needs the package datasets: pip install 'vitlit[datasets]'") from error
+    need("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     name, _, revision = root.removeprefix("hf:").partition("@")
     try:

@@ -20,7 +20,7 @@ from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import whole_file, writing
+from vitlit.files import writing
 from vitlit.images.decode import GROUND, colour, decode
 from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.prepare.report import SMALL, WARNINGS, Look, Paths, Report, describe, look
@@ -209,7 +209,7 @@ def _suspect(report: Report, layouts: dict[str, Layout], weights: str, sheets: P
         for split, each in layouts.items()
     }
     table, ground = embed(vit, splits, classes, str(root)), vit.preprocess.ground
-    found, shown = suspects(table, list(splits.values()), classes, ground), defaultdict[str, list[Any]](list)
+    found, shown = suspects(table, splits, classes, ground), defaultdict[str, list[Any]](list)
     for one, split, other, other_split, _ in found["near_duplicates"]:
         where = f"of {split} and {other_split}" if split != other_split else f"within {split}"
         report.add("near_duplicate", [[one, other]], where)
@@ -220,17 +220,11 @@ def _suspect(report: Report, layouts: dict[str, Layout], weights: str, sheets: P
         shown["label_error"].append((path, (rather, f"({label})")))
     for kind, images in shown.items():
         if sheets:
-            _draw(root, kind, images[:DRAWN], sheets)
-
-
-def _draw(root: Path, kind: str, images: list[Any], sheets: Path) -> None:
-    """Draw images, paths with two lines each, into SHEETS/KIND.png."""
-    cells: list[Cell] = [(decode(root / path), lines, "black") for path, lines in images]
-    with writing(sheets, "give --sheets another folder"):
-        sheets.mkdir(parents=True, exist_ok=True)
-        with whole_file(sheets / f"{kind}.png") as file:
+            cells: list[Cell] = [(decode(root / path), lines, "black") for path, lines in images[:DRAWN]]
             title = WARNINGS[kind].partition(":")[0].replace(" {}", "")
-            draw_sheet(f"{title}; the likeliest first", cells).save(file, "PNG")
+            with writing(sheets, "give --sheets another folder"):
+                sheets.mkdir(parents=True, exist_ok=True)
+                draw_sheet(f"{title}; the likeliest first", cells).save(sheets / f"{kind}.png")
 
 
 @dataclass(eq=False)
