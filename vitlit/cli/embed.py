@@ -50,9 +50,7 @@ def run(arguments: list[str]) -> int:
         write_table(given.out, table)
         print(f"{given.out}: {len(table.path):,} images, {table.features.shape[1]:,} features")
         for name, rows in found.items():
-            write_csv(
-                lists[name], COLUMNS[name], [[f"{x:.4f}" if type(x) is float else x for x in row] for row in rows]
-            )
+            write_csv(lists[name], COLUMNS[name], rows)
             print(f"{lists[name]}: {len(rows):,} rows")
     for name in lists.keys() - found.keys():
         print(f"{lists[name]}: not written, as the images do not have one of several classes each")
