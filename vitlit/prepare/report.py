@@ -89,9 +89,8 @@ def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
     classes = {name: images for name, images in counts.items() if name}  # "" is no label
     facts: dict[str, Any] = {"images": sum(counts.values()), "classes": len(classes)}
     if classes:
-        for end, which in (("smallest_class", min), ("largest_class", max)):
-            name = which(classes, key=classes.__getitem__)
-            facts[end] = {name: classes[name]}
+        least, most = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
+        facts |= {"smallest_class": {least: classes[least]}, "largest_class": {most: classes[most]}}
     if sides:
         facts["shorter_side"] = {"min": min(sides), "median": float(np.median(sides)), "max": max(sides)}
     return facts

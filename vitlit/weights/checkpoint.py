@@ -110,4 +110,5 @@ def checksum(text: str, state: dict[str, Tensor]) -> int:
 def loss_of(path: Path) -> str:
     """The loss whose logits a checkpoint's head gives; softmax where it is not told."""
     made_with = open_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
-    return ((made_with.get("objective") or {}).get("init_args") or {}).get("loss") or "softmax"
+    loss: str = ((made_with.get("objective") or {}).get("init_args") or {}).get("loss") or "softmax"
+    return loss
