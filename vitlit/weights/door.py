@@ -182,7 +182,7 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
 
 def load_prepared(source: str | Path, image_size: int | None = None) -> Any:
     """`load`, whose `preprocess` is for images of its own size or another; UserError if the weights do not tell it."""
-    vit = load(source)
+    vit: Any = load(source)
     if vit.preprocess is None:
         raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
     if image_size is not None:
