@@ -388,10 +388,13 @@ def test_what_is_planted_is_found_and_nothing_else(
     assert written["ok"] == report.ok == expected.keys().isdisjoint(FAULTS)
 
 
-def test_another_ground_shows_drawings_in_the_colour_of_the_first(photos: Path) -> None:
+def test_uniform_images_are_told_why_and_another_ground_helps(photos: Path) -> None:
     twelve_bits_in_sixteen(photos)
     white_on_transparent(photos)
-    assert "another data.ground" in check(photos).warnings[0].message
+    [found] = check(photos).warnings
+    most = 16 * np.asarray(Image.open(photos / "train/flower/0.jpg").convert("L")).astype(int)
+    assert f"16 bits hold {most.min():,} to {most.max():,} of 65,535" in found.reasons["train/flower/dark.png"]
+    assert "the ground, white; give another data.ground" in found.reasons["val/flower/white.png"]
     on_black = check(photos, ground="black")
     assert not on_black.ok  # both splits have this drawing, which can be seen now
     assert kinds(on_black)["leakage"] == [["train/flower/white.png", "val/flower/white.png"]]

@@ -6,23 +6,28 @@ import os
 import warnings
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from operator import sub
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from vitlit.files import writing
-from vitlit.images.decode import GROUND, MOST_PIXELS, captured_stderr, decode
+from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode
 from vitlit.images.decode import reason as why_unread
 
 Paths: TypeAlias = "list[str | list[str]]"  # files, or sets of files with the same pixels
 
 SHOWN = 10  # paths of a finding on the screen
 SMALL = 16  # pixels
-UNIFORM = 16  # levels of 255 that all pixels of an image lie within, as 12 bits in 16 do
+UNIFORM = 3  # levels of 255 that all pixels of an image lie within
+DARK = 16  # likewise, of an image of 16 bits, or with transparency; 12 bits in 16 have as many
 
 # What is wrong, with the remedy. The number of paths comes before it.
 FAULTS = {
@@ -45,8 +50,7 @@ WARNINGS = {
     "similar_class": "sets of class names that differ only in case or spaces: merge or rename them",
     "ignored_file": "other files are ignored ({}): convert or unpack them if they are images",
     "small": f"images with a side under {SMALL} pixels: remove them unless all of yours are so small",
-    "uniform": "images are nearly of one colour once decoded: scale 16 bits of which few are used to their full range, "
-    "and give drawings in the colour of the ground another data.ground",
+    "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
     "overlap": "images of test with the same pixels as one of val: remove one of each pair",
     "near_duplicate": "pairs {} that show one picture, perhaps resized, compressed or mirrored: keep one of each",
@@ -79,9 +83,24 @@ def look(path: str, ground: str = GROUND) -> Look:
     kind = "truncated" if "premature end of" in complaint else "corrupt" if "corrupt jpeg data" in complaint else ""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.numpy().data)
-    parts = (image.view(-1, 3)[::16], image.view(-1, 3))  # the first is enough for most
-    uniform = all((some.amax(0).int() - some.amin(0).int()).max() <= UNIFORM for some in parts)
-    return Look(kind or ("uniform" if uniform else ""), "", digest.digest(), min(image.shape[:2]))
+    why = "" if kind else _why_uniform(path, image, ground)
+    return Look(kind or ("uniform" if why else ""), why, digest.digest(), min(image.shape[:2]))
+
+
+def _why_uniform(path: str, image: Tensor, ground: str) -> str:
+    """Why all pixels of an image (H, W, 3) are nearly the same; empty if they are not."""
+    pixels = image.view(-1, 3)
+    for some in (pixels[::16], pixels):  # a part is enough for most
+        low, high = (levels.tolist() for levels in torch.aminmax(some, dim=0))
+        if (levels := max(map(sub, high, low))) > DARK:
+            return ""
+    with suppress(OSError), Image.open(path, formats=FORMATS) as picture:
+        if picture.mode.startswith("I"):
+            least, most = picture.getextrema()
+            return f"its 16 bits hold {least:,} to {most:,} of 65,535; scale them to the full range"
+        if picture.has_transparency_data:
+            return f"it is drawn in the colour of the ground, {ground}; give another data.ground"
+    return f"every pixel is nearly {low}" if levels <= UNIFORM else ""
 
 
 def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
