@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from inspect import formatannotation
 from math import inf
 from os import PathLike
@@ -57,6 +58,15 @@ def check_range(owner: str, least: float, most: float = inf, **options: float | 
         if value is not None and not least <= value <= most:
             takes = f"at least {least}" if most == inf else f"from {least} to {most}"
             raise UserError(f"{owner}: {name} is {value}; give {takes}")
+
+
+def need(*packages: str) -> None:
+    """UserError unless these optional packages can be imported."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise UserError(f"this needs {package}: pip install {' '.join(packages)}") from error
 
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:

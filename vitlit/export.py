@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, replace
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitlit.errors import UserError, check_range
+from vitlit.errors import UserError, check_range, need
 from vitlit.files import whole_file, whole_folder, write_text, writing
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import door
-from vitlit.weights.checkpoint import open_checkpoint
+from vitlit.weights.checkpoint import loss_of
 from vitlit.weights.files import locate
 from vitlit.weights.save import save_weights
 
@@ -34,15 +33,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # pixels, uint8 (B, H, W, 3), and lab
 
 def load(source: str | Path, image_size: int | None = None) -> tuple[ViT, Activation]:
     """The ViT of a run or file at the size of its preprocessing or another, and what makes its logits probabilities."""
-    vit, path = door.load_prepared(source), locate(source)
-    if image_size is not None:
-        vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
+    vit, path = door.load_prepared(source, image_size), locate(source)
     bake(vit, vit.preprocess.image_size)
     if vit.config.num_classes < 2:
         return vit, None
-    made_with = open_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
-    loss = ((made_with.get("objective") or {}).get("init_args") or {}).get("loss")
-    return vit, "sigmoid" if loss in ("sigmoid", "bce") else "softmax"
+    return vit, "sigmoid" if loss_of(path) in ("sigmoid", "bce") else "softmax"
 
 
 def bake(vit: ViT, size: tuple[int, int]) -> None:
@@ -160,15 +155,6 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
     for why, wrong in refusals.items():
         if wrong:
             raise UserError(why)
-
-
-def need(*packages: str) -> None:
-    """UserError unless these optional packages can be imported."""
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise UserError(f"this needs {package}: pip install {' '.join(packages)}") from error
 
 
 def onnx(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:

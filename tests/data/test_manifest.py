@@ -200,6 +200,12 @@ def test_a_group_is_held_out_whole_or_not_at_all(tmp_path: Path, share: float) -
     assert sorted(hold_out(again.splits["train"], share, again.classes)[1].names()) == sorted(held.names())
 
 
+def test_groups_of_one_split_are_made_for_all(root: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, "path,label,split,group\n1.png,a,train,p\n2.png,a,train,p\n3.png,a,val,\n")
+    groups = [index.groups for index in read_manifest(file, root).splits.values()]
+    assert [len(np.unique(each)) for each in groups if each is not None] == [1, 1]
+
+
 def test_groups_that_leave_nothing_to_hold_out_are_refused(tmp_path: Path) -> None:
     rows = [(f"{i}.png", "ab"[i % 2], "all") for i in range(20)]
     found = read_manifest(grouped(tmp_path, rows), tmp_path / "images")

@@ -78,26 +78,21 @@ def test_a_clean_folder_has_no_finding_and_its_facts(
         "train": {
             "images": 19,
             "classes": 2,
-            "class_sizes": {
-                "smallest": {"class": "temple", "images": 6},
-                "largest": {"class": "flower", "images": 13},
-                "median": 9.5,
-            },
+            "smallest_class": {"temple": 6},
+            "largest_class": {"flower": 13},
             "shorter_side": {"min": 50, "median": 50, "max": 50},
         },
         "val": {
             "images": 4,
             "classes": 2,
-            "class_sizes": {
-                "smallest": {"class": "flower", "images": 2},
-                "largest": {"class": "flower", "images": 2},
-                "median": 2,
-            },
+            "smallest_class": {"flower": 2},
+            "largest_class": {"flower": 2},
             "shorter_side": {"min": 50, "median": 50, "max": 50},
         },
     }
     out, err = capfd.readouterr()
-    assert "19 in 2 classes" in out
+    assert "  images         19\n  classes        2\n  smallest class temple 6\n" in out
+    assert "  shorter side   min 50, median 50, max 50\n" in out
     assert "\x1b" not in out
     assert "all is well" in out
     assert err == ""
@@ -230,13 +225,6 @@ def image_outside_of_classes(root: Path) -> Found:
     shutil.copy(root / "train/temple/0.jpg", root / "train/0.jpg")
     (root / "train/README.txt").touch()
     return {"outside_class": ["train/0.jpg"], "ignored_file": ["train/README.txt"]}
-
-
-@planted
-def class_that_was_not_unpacked(root: Path) -> Found:
-    for name in ("train/tree.tar.gz", "val/temple.zip", "train/temple/more.zip"):  # val/temple was
-        (root / name).touch()
-    return {"archive": ["train/tree.tar.gz"], "ignored_file": ["train/temple/more.zip", "val/temple.zip"]}
 
 
 @planted
@@ -420,22 +408,10 @@ def test_a_class_is_told_what_it_holds_instead_of_images(photos: Path) -> None:
 
 
 def test_every_kind_is_planted(photos: Path, tmp_path: Path) -> None:
-    found: set[str] = {"imbalance", "near_duplicate", "label_error"}  # below, and in tests/cli/test_embed.py
+    found: set[str] = {"near_duplicate", "label_error"}  # in tests/cli/test_embed.py
     for number, plant in enumerate(PLANTS):
         found |= set(plant(Path(shutil.copytree(photos, tmp_path / str(number)))))
     assert found == {*FAULTS, *WARNINGS}
-
-
-def test_a_rare_class_is_a_warning(tmp_path: Path) -> None:
-    for split, name, images in (("train", "many", 101), ("train", "one", 1), ("val", "many", 1), ("val", "one", 1)):
-        (tmp_path / split / name).mkdir(parents=True)
-        for i in range(images):
-            Image.effect_noise((16, 16), 50).save(tmp_path / split / name / f"{i}.png")
-    report = check(tmp_path)
-    assert kinds(report) == {"imbalance": ["train/one"]}
-    assert "--data.balanced true" in report.warnings[0].message
-    (tmp_path / "train/many/0.png").unlink()
-    assert kinds(check(tmp_path)) == {}
 
 
 def test_many_faults_at_once_are_all_found_and_ten_are_shown(

@@ -1,17 +1,14 @@
 """`vitlit embed WEIGHTS ROOT OUT`: features as a table, and what they make suspect."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from vitlit.callbacks.predictions import write_csv
-from vitlit.data.folder import SPELLINGS, scan_classes
-from vitlit.data.index import Index
-from vitlit.data.shards import is_shards
+from vitlit.data.folder import SPELLINGS
 from vitlit.data.splits import Splits
-from vitlit.errors import CommandParser, UserError, check_range
-from vitlit.files import expand, save_arrays, whole_file, writing
+from vitlit.errors import CommandParser, UserError, check_range, need
+from vitlit.files import save_arrays, whole_file, writing
 from vitlit.prepare.features import ready
 from vitlit.prepare.suspects import COLUMNS, Table, embed, suspects
 
@@ -28,50 +25,35 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("root", metavar="ROOT", help="as --data.root: a folder, or shards")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--split", choices=list(SPELLINGS), help="this alone; by default all that there are")
-    parser.add_argument("--image_size", type=int, default=0, metavar="N", help="pixels; by default the weights'")
+    parser.add_argument("--image_size", type=int, metavar="N", help="pixels; by default the weights'")
     parser.add_argument("--manifest", metavar="FILE", help="as --data.manifest; its groups stay in one fold")
     parser.add_argument("--neighbours", type=int, metavar="K", help="nearest images to compare each with, such as 10")
     given = parser.parse_args(arguments or ["--help"])
     check_range("vitlit embed", 1, neighbours=given.neighbours)
     if given.out.suffix not in (".parquet", ".npz"):
         parser.error(f"OUT is {given.out}; name a file that ends in .parquet or .npz")
-    if given.out.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError(f"{given.out} needs pyarrow: pip install pyarrow, or name an .npz file")
+    if given.out.suffix == ".parquet":
+        need("pyarrow")
     lists = {name: given.out.with_name(f"{given.out.stem}-{name}.csv") for name in COLUMNS if given.neighbours}
     if there := next((file for file in (given.out, *lists.values()) if file.exists()), None):
         raise UserError(f"{there} exists: name another file, or remove it first")
     with writing(given.out, "name another file"):  # now, not when all is computed
         given.out.parent.mkdir(parents=True, exist_ok=True)
-    splits, classes = images(given.root, given.split, given.manifest)
+    splits = Splits(given.root, 0.0, given.manifest)
+    present = splits.present()
+    indices = {name: splits[name] for name in ([given.split] if given.split else present)}
     vit = ready(given.weights, given.image_size)
-    table = embed(vit, splits, classes, expand(given.root))
-    found = {}
-    if lists:
-        found = suspects(table, list(splits.values()), classes, vit.preprocess.ground, given.neighbours)
+    table, ground = embed(vit, indices, splits.classes, splits.root), vit.preprocess.ground
+    found = suspects(table, indices, splits.classes, ground, given.neighbours) if lists else {}
     with writing(given.out, "name another file"):
         write_table(given.out, table)
         print(f"{given.out}: {len(table.path):,} images, {table.features.shape[1]:,} features")
         for name, rows in found.items():
-            write_csv(
-                lists[name], COLUMNS[name], [[f"{x:.4f}" if type(x) is float else x for x in row] for row in rows]
-            )
+            write_csv(lists[name], COLUMNS[name], rows)
             print(f"{lists[name]}: {len(rows):,} rows")
     for name in lists.keys() - found.keys():
         print(f"{lists[name]}: not written, as the images do not have one of several classes each")
     return 0
-
-
-def images(root: str, split: str | None, manifest: str | None) -> tuple[dict[str, Index], list[str]]:
-    """The images of a split, or of each that there is, and the classes; without folders of splits the split is ""."""
-    splits, here = Splits(root, 0.0, manifest), Path(expand(root))
-    listed = manifest is not None or is_shards(splits.root)
-    present = [name for name in SPELLINGS if (here / name).is_dir()]
-    if not (listed or present or split) and here.is_dir():
-        classes, index = scan_classes(here)
-        return {"": index}, classes
-    splits.scan()
-    names = [split] if split else [name for name in SPELLINGS if splits.has(name)]
-    return {name: splits[name] for name in names}, splits.classes
 
 
 def write_table(out: Path, table: Table) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from vitlit.callbacks.predictions import write_csv
-from vitlit.data.folder import parse_share, scan_classes
+from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
-from vitlit.data.shards import is_shards
 from vitlit.data.splits import Splits
 from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.evaluation import compare, fewshot, folds, interval, linear, logistic, probe_inputs, temperature
@@ -45,7 +44,7 @@ def parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--shots", default="5", metavar="LIST", help="images of each class for fewshot; default 5")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of probes and folds; default 3")
     parser.add_argument("--folds", type=int, default=0, metavar="N", help="of train, measured in place of val")
-    parser.add_argument("--image_size", type=int, default=0, metavar="N", help="pixels; by default the weights'")
+    parser.add_argument("--image_size", type=int, metavar="N", help="pixels; by default the weights'")
     parser.add_argument("--holdout", default="0", metavar="SHARE", help="as --data.holdout, such as 10%%")
     parser.add_argument("--manifest", metavar="FILE", help="as --data.manifest; folds keep its groups together")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="CSV for classify: folder, the head's class")
@@ -115,11 +114,10 @@ def run(arguments: list[str]) -> int:
 def scan(given: Namespace) -> tuple[Splits, list[Index]]:
     """The classes, and the images to learn from and to measure; for classify alone those of val, or of ROOT itself."""
     splits, alone = Splits(given.root, parse_share(given.holdout), given.manifest), given.methods == ["classify"]
-    root, listed, found = Path(splits.root), given.manifest or is_shards(splits.root), list[Index]()
-    if alone and root.is_dir() and not (listed or splits.holdout or (root / "train").is_dir()):
-        splits.classes, val = scan_classes(root / "val" if (root / "val").is_dir() else root)
-        found = [val]
+    if alone:
+        wanted = ["" if "" in splits.present() else "val"]
     else:
+        wanted = ["train"] if given.folds else ["train", "val"]
         splits.scan()
     if splits.numbers:
         raise UserError(f"{given.root} has numbers, not classes; `vitlit test RUN` measures what a run makes of them")
@@ -127,8 +125,7 @@ def scan(given: Namespace) -> tuple[Splits, list[Index]]:
         raise UserError(f"{given.root} has images without classes; sort them into class folders, or give --manifest")
     if splits.multi_label and (not alone or given.calibrate or given.real):
         raise UserError(f"{given.root} has several classes an image, of which classify alone measures the map")
-    wanted = ["val"] if alone else ["train"] if given.folds else ["train", "val"]
-    return splits, found or [splits[name] for name in wanted]
+    return splits, [splits[name] for name in wanted]
 
 
 def check(source: str, splits: Splits, given: Namespace) -> list[int]:

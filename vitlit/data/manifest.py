@@ -77,7 +77,7 @@ def read_manifest(file: Path, root: Path, kind: str | None = None) -> Manifest:
             else:
                 labels = label_array([[number[name] for name in row.names] for row in own], len(classes), multi_label)
             groups = None
-            if any(row.group for row in own):
+            if any(row.group for row in rows):
                 groups = np.array([zlib.crc32((row.group or row.path).encode(errors="surrogateescape")) for row in own])
             splits[split] = Index.of(root, [row.path for row in own], labels, groups)
     return Manifest(classes, splits, multi_label)

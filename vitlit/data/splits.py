@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from vitlit.data.folder import brief, hold_out, no_folder, scan_photos, scan_split, scan_train
+from vitlit.data.folder import SPELLINGS, brief, hold_out, no_folder, scan_classes, scan_photos, scan_split, scan_train
 from vitlit.data.index import Index
 from vitlit.data.manifest import AS_NUMBERS, NUMBER, Manifest, read_manifest
 from vitlit.data.shards import is_shards, read_shards
@@ -90,6 +90,18 @@ class Splits:
                 rank_zero_only(print)(f"{source}: val is not used; a part of train is held out instead")
         self.classes, self._scanned = classes, True
         self._found |= found
+
+    def present(self) -> list[str]:
+        """The names of the splits there are; in a folder without train and test val, or "", the folder itself."""
+        root = Path(self.root)
+        trained = self.holdout or (root / "train").is_dir() or (root / "test").is_dir()
+        if trained or self._listed is not None or not root.is_dir():
+            self.scan()
+            return [name for name in SPELLINGS if self.has(name)]
+        name = "val" if (root / "val").is_dir() else ""
+        self.classes, self._found[name] = scan_classes(root / name)
+        self._scanned = True
+        return [name]
 
     def _scan_folder(self, name: str) -> Index:
         remedy = "--data.holdout 10% takes it from train" if name == "val" else "`vitlit validate` evaluates on val"

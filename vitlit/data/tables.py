@@ -10,7 +10,7 @@ import numpy as np
 from vitlit.data.folder import SPELLINGS
 from vitlit.data.index import FolderFiles, Index, Names, label_array
 from vitlit.data.manifest import Manifest
-from vitlit.errors import UserError
+from vitlit.errors import UserError, need
 from vitlit.files import read_file
 
 
@@ -52,10 +52,9 @@ def read_table(root: str) -> Manifest:
     Images are the column of that type, or of structs with bytes. Labels are the column of class labels, or `label`:
     its numbers, or its texts in alphabetic order. Without one the images have no labels.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"data.root {root} needs the package datasets: pip install 'vitlit[datasets]'") from error
+    need("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     name, _, revision = root.removeprefix("hf:").partition("@")
     try:
@@ -70,9 +69,11 @@ def read_table(root: str) -> Manifest:
     if "train" not in tables:
         raise UserError(f"data.root {root} has the splits {' '.join(loaded)}; training images need one named train")
     columns = tables["train"].features
-    image = only(root, "image", [n for n, kind in columns.items() if isinstance(kind, datasets.Image) or coded(kind)])
+    coded = [n for n, kind in columns.items() if isinstance(kind, dict) and {"bytes", "path"} <= kind.keys()]
+    image = only(root, "image", coded + [n for n, kind in columns.items() if isinstance(kind, datasets.Image)])
     kinds = {name: getattr(kind, "feature", kind) for name, kind in columns.items()}  # of a list, its elements'
-    label = labels_of(root, kinds)
+    typed = [name for name, kind in kinds.items() if hasattr(kind, "names")]
+    label = only(root, "label", typed) if typed else "label" if "label" in kinds else None
     several = label is not None and kinds[label] is not columns[label]
     rows: dict[str, list[list[Any]]] = {
         split: [cell if several else [cell] for cell in table[label]] if label else [[-1]] * len(table)
@@ -80,11 +81,11 @@ def read_table(root: str) -> Manifest:
     }
     classes = [] if label is None else getattr(kinds[label], "names", None)
     if classes is None:
-        values = sorted({value for row in rows["train"] for value in row})
-        if unknown := [value for each in rows.values() for row in each for value in row if value not in values]:
+        numbers = {value: number for number, value in enumerate(sorted({v for row in rows["train"] for v in row}))}
+        if unknown := [value for each in rows.values() for row in each for value in row if value not in numbers]:
             raise UserError(f"data.root {root}: no training image has the label {unknown[0]!r} of another split")
-        rows = {split: [[values.index(value) for value in row] for row in each] for split, each in rows.items()}
-        classes = [str(value) for value in values]
+        rows = {split: [[numbers[value] for value in row] for row in each] for split, each in rows.items()}
+        classes = [str(value) for value in numbers]
     splits = {}
     for split, table in tables.items():
         encoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -93,17 +94,6 @@ def read_table(root: str) -> Manifest:
         files = TableFiles(root, names, encoded, image)
         splits[split] = Index(files, np.arange(len(table)), label_array(rows[split], len(classes), several))
     return Manifest(classes, splits, several)
-
-
-def labels_of(root: str, kinds: dict[str, Any]) -> str | None:
-    """The column of labels, if there is one."""
-    typed = [name for name, kind in kinds.items() if hasattr(kind, "names")]
-    return only(root, "label", typed) if typed else "label" if "label" in kinds else None
-
-
-def coded(kind: Any) -> bool:
-    """Whether a column without a type of its own holds images as Hugging Face stores them."""
-    return isinstance(kind, dict) and {"bytes", "path"} <= kind.keys()
 
 
 def only(root: str, what: str, names: list[str]) -> str:

@@ -13,14 +13,5 @@ from vitlit.evaluation.rank import deviation, effective_rank
 from vitlit.evaluation.resampling import compare, folds, interval
 
 __all__ = ["LabelErrors", "classify", "compare", "deviation", "duplicates", "effective_rank", "features", "fewshot"]
-__all__ += [
-    "folds",
-    "interval",
-    "knn",
-    "label_errors",
-    "linear",
-    "logistic",
-    "probe_inputs",
-    "reliability",
-    "temperature",
-]
+__all__ += ["folds", "interval", "knn", "label_errors", "linear", "logistic", "probe_inputs"]
+__all__ += ["reliability", "temperature"]

@@ -20,8 +20,7 @@ def label_errors(features: Any, labels: Any, groups: Any = None, seed: int = 0) 
 
     Probabilities are those that logistic regression gives to images out of its fold of five, groups (N,) kept together.
     An image is listed if another class is more probable than its label (C_confusion there), and ranked by the label's
-    probability (self-confidence). UserError if no class has two images, or there are
-    fewer groups than folds.
+    probability (self-confidence). UserError if no class has two images, or there are fewer groups than folds.
     """
     from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression

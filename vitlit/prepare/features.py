@@ -3,7 +3,6 @@
 import hashlib
 import os
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from vitlit.files import load_arrays, save_arrays
 from vitlit.weights.door import load_prepared
 
 
-def ready(source: str, image_size: int) -> Any:
-    """A ViT on this process's GPU, if any, for images of its own size or another; UserError without preprocessing."""
-    vit: Any = load_prepared(source)
-    if image_size:
-        vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
-    return vit.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+def ready(source: str, image_size: int | None = None) -> Any:
+    """`load_prepared`, on this process's GPU if it has one."""
+    return load_prepared(source, image_size).to(
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def ranks() -> tuple[int, int]:
@@ -46,8 +44,9 @@ def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
     file = cache / f"{key.hexdigest()}.npz"
     rank, processes = ranks()
     cached: list[Any] = [None]
-    with suppress(OSError, ValueError):  # missing or damaged
-        cached = [load_arrays(file)] if rank == 0 else cached
+    if rank == 0:
+        with suppress(OSError, ValueError):  # missing or damaged
+            cached = [load_arrays(file)]
     if processes > 1:
         if not distributed.is_initialized():  # the others wait while the first one measures
             distributed.init_process_group("gloo", timeout=timedelta(days=1))
@@ -57,7 +56,7 @@ def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
     share = -(-len(index) // (BLOCK * processes)) * BLOCK
     rows = range(rank * share, len(index))[:share]
     images = Images(index, preprocess.crop, ground=preprocess.ground)
-    batches = loader(images, rows, 64, count(max(torch.cuda.device_count(), processes)))
+    batches = loader(images, rows, BLOCK, count(max(torch.cuda.device_count(), processes)))
     inputs = (preprocess.normalise(batch[0].to(device).permute(0, 3, 1, 2)) for batch in batches)
     found = features(vit, inputs, names) if rows else {}
     if processes > 1:

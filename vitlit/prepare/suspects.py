@@ -1,7 +1,6 @@
 """Images of a folder as a table with their features: which show the same picture, whose label is likely wrong."""
 
 import os
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -40,19 +39,19 @@ def embed(vit: Any, splits: dict[str, Index], classes: list[str], root: str) -> 
 
 
 def suspects(
-    table: Table, indices: Sequence[Index], classes: list[str], ground: str, k: int = 10
+    table: Table, splits: dict[str, Index], classes: list[str], ground: str, k: int = 10
 ) -> dict[str, list[Any]]:
     """Rows of `COLUMNS`, the likeliest first; no label_errors unless each image has one of several classes."""
     whole = CenterCrop((SIDE, SIDE), InterpolationMode.BILINEAR, crop_ratio=1.0, squash=True)
-    images = (Images(index, whole, ground=ground) for index in indices)
+    images = [Images(index, whole, ground=ground) for index in splits.values()]
     batches = chain.from_iterable(loader(each, range(len(each)), 64, count(1)) for each in images)
     pairs, apart = duplicates(torch.cat([batch[0] for batch in batches]).permute(0, 3, 1, 2), k)
     place, each = list(zip(table.path, table.split, strict=True)), zip(pairs.tolist(), apart.tolist(), strict=True)
     found = {"near_duplicates": [(*place[one], *place[other], difference) for (one, other), difference in each]}
-    labels, groups = np.concatenate([index.labels for index in indices]), [index.groups for index in indices]
+    labels = np.concatenate([index.labels for index in splits.values()])
     if labels.ndim > 1 or labels.dtype.kind == "f" or labels.min() < 0 or np.bincount(labels).max() in (1, len(labels)):
         return found
-    together = [each for each in groups if each is not None]  # a manifest gives all of them groups, or none
-    errors = label_errors(table.features, labels, np.concatenate(together) if together else None)
+    groups = [index.groups for index in splits.values() if index.groups is not None]
+    errors = label_errors(table.features, labels, np.concatenate(groups) if groups else None)
     wrong = zip(*(part.tolist() for part in errors), strict=True)
     return found | {"label_errors": [(*place[row], table.label[row], classes[guess], *p) for row, guess, p in wrong]}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from vitlit.errors import UserError
-from vitlit.weights.checkpoint import checksum, open_checkpoint
+from vitlit.weights.checkpoint import checksum, loss_of, open_checkpoint
 from vitlit.weights.files import locate, open_file
 from vitlit.weights.save import write
 
@@ -18,8 +18,7 @@ def check_storable(source: str) -> None:
         raise UserError(f"{source} is no file of vitlit's, and cannot hold a temperature; {remedy}")
     if "optimizer_states" in contents.rest:
         raise UserError(f"{path} is to continue a training, and does not hold a temperature; {remedy}")
-    made_by = contents.rest.get("hyper_parameters", {}).get("objective", {})
-    if made_by.get("init_args", {}).get("loss", "softmax") != "softmax":
+    if loss_of(path) != "softmax":
         raise UserError(f"{path} predicts by a sigmoid for each class; a temperature is of a softmax")
 
 

@@ -105,3 +105,10 @@ def checksum(text: str, state: dict[str, Tensor]) -> int:
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return crc
+
+
+def loss_of(path: Path) -> str:
+    """The loss whose logits a checkpoint's head gives; softmax where it is not told."""
+    made_with = open_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
+    loss: str = ((made_with.get("objective") or {}).get("init_args") or {}).get("loss") or "softmax"
+    return loss

@@ -180,11 +180,13 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     return vit.eval()
 
 
-def load_prepared(source: str | Path) -> Any:
-    """`load`, whose result has `preprocess`; UserError if the weights do not tell it."""
-    vit = load(source)
+def load_prepared(source: str | Path, image_size: int | None = None) -> Any:
+    """`load`, whose `preprocess` is for images of its own size or another; UserError if the weights do not tell it."""
+    vit: Any = load(source)
     if vit.preprocess is None:
         raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
+    if image_size is not None:
+        vit.preprocess = replace(vit.preprocess, image_size=(image_size, image_size))
     return vit
 
 
