@@ -408,10 +408,22 @@ def test_a_class_is_told_what_it_holds_instead_of_images(photos: Path) -> None:
 
 
 def test_every_kind_is_planted(photos: Path, tmp_path: Path) -> None:
-    found: set[str] = {"near_duplicate", "label_error"}  # in tests/cli/test_embed.py
+    found: set[str] = {"imbalance", "near_duplicate", "label_error"}  # below, and in tests/cli/test_embed.py
     for number, plant in enumerate(PLANTS):
         found |= set(plant(Path(shutil.copytree(photos, tmp_path / str(number)))))
     assert found == {*FAULTS, *WARNINGS}
+
+
+def test_a_rare_class_is_a_warning(tmp_path: Path) -> None:
+    for split, name, images in (("train", "many", 101), ("train", "one", 1), ("val", "many", 1), ("val", "one", 1)):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(images):
+            Image.effect_noise((16, 16), 50).save(tmp_path / split / name / f"{i}.png")
+    report = check(tmp_path)
+    assert kinds(report) == {"imbalance": ["train/one"]}
+    assert "--data.balanced true" in report.warnings[0].message
+    (tmp_path / "train/many/0.png").unlink()
+    assert kinds(check(tmp_path)) == {}
 
 
 def test_many_faults_at_once_are_all_found_and_ten_are_shown(

@@ -33,6 +33,7 @@ train that val or test lacks is a warning.
 """
 
 DRAWN = 40  # images on a sheet
+RARE = 100  # times fewer images than the largest class
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,20 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
         if not len(layout.index):
             report.add("empty_split", [split], join(layout.folder, "CLASS/"))
     train = {name: images for name, images in counts.get("train", {}).items() if name}
+    filled = {name: images for name, images in train.items() if images}
     for split, layout in layouts.items():
         if split != "train" and train:
             report.add("unknown_class", [join(layout.folder, name) for name in layout.classes if name not in train])
-            lacked = [name for name, images in train.items() if images and not counts[split].get(name)]
-            report.add("missing_class", [join(layouts["train"].folder, name) for name in lacked], split)
+            missing = [join(layouts["train"].folder, name) for name in filled if not counts[split].get(name)]
+            report.add("missing_class", missing, split)
     similar = defaultdict(list)
     for name in sorted(set().union(*counts.values())):
         similar[alike(name)].append(name)
     report.add("similar_class", [names for names in similar.values() if len(names) > 1])
+    if filled and max(filled.values()) > RARE * min(filled.values()):
+        rarest, largest = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
+        detail = f"{filled[rarest]:,} images for {filled[largest]:,} of {largest}"
+        report.add("imbalance", [join(layouts["train"].folder, rarest)], detail)
 
 
 def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, ground: str) -> dict[str, Layout]:

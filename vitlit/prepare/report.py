@@ -48,6 +48,7 @@ FAULTS = {
 WARNINGS = {
     "missing_class": "classes of train have no image in {}, which will not measure them: add some if you can",
     "similar_class": "sets of class names that differ only in case or spaces: merge or rename them",
+    "imbalance": "is rare, with {}: --data.balanced true draws every class equally often",
     "ignored_file": "other files are ignored ({}): convert or unpack them if they are images",
     "small": f"images with a side under {SMALL} pixels: remove them unless all of yours are so small",
     "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
