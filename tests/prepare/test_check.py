@@ -78,21 +78,26 @@ def test_a_clean_folder_has_no_finding_and_its_facts(
         "train": {
             "images": 19,
             "classes": 2,
-            "smallest_class": {"temple": 6},
-            "largest_class": {"flower": 13},
+            "class_sizes": {
+                "smallest": {"class": "temple", "images": 6},
+                "largest": {"class": "flower", "images": 13},
+                "median": 9.5,
+            },
             "shorter_side": {"min": 50, "median": 50, "max": 50},
         },
         "val": {
             "images": 4,
             "classes": 2,
-            "smallest_class": {"flower": 2},
-            "largest_class": {"flower": 2},
+            "class_sizes": {
+                "smallest": {"class": "flower", "images": 2},
+                "largest": {"class": "flower", "images": 2},
+                "median": 2,
+            },
             "shorter_side": {"min": 50, "median": 50, "max": 50},
         },
     }
     out, err = capfd.readouterr()
-    assert "  images         19\n  classes        2\n  smallest class temple 6\n" in out
-    assert "  shorter side   min 50, median 50, max 50\n" in out
+    assert "19 in 2 classes" in out
     assert "\x1b" not in out
     assert "all is well" in out
     assert err == ""
@@ -225,6 +230,13 @@ def image_outside_of_classes(root: Path) -> Found:
     shutil.copy(root / "train/temple/0.jpg", root / "train/0.jpg")
     (root / "train/README.txt").touch()
     return {"outside_class": ["train/0.jpg"], "ignored_file": ["train/README.txt"]}
+
+
+@planted
+def class_that_was_not_unpacked(root: Path) -> Found:
+    for name in ("train/tree.tar.gz", "val/temple.zip", "train/temple/more.zip"):  # val/temple was
+        (root / name).touch()
+    return {"archive": ["train/tree.tar.gz"], "ignored_file": ["train/temple/more.zip", "val/temple.zip"]}
 
 
 @planted

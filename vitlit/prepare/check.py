@@ -1,6 +1,7 @@
 """`vitlit data check ROOT`: decode every image, and find what would make training or its numbers wrong."""
 
 import os
+import re
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ where there is such a fault; warnings alone leave it 0. A class that train lacks
 train that val or test lacks is a warning.
 """
 
+ARCHIVE = re.compile(r"(.+?)(\.tar)?\.(zip|tar|tgz|gz|bz2|xz|zst|7z|rar)", re.IGNORECASE)
 DRAWN = 40  # images on a sheet
 RARE = 100  # times fewer images than the largest class
 
@@ -57,20 +59,24 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
     parser.add_argument("--holdout", metavar="SHARE", default="0", help="cut val off train, as --data.holdout does")
     parser.add_argument("--ground", metavar="COLOUR", default=GROUND, help="under transparency, as --data.ground")
-    about = "processes; default one a core, 0 for none"
-    parser.add_argument("--workers", metavar="N", type=int, default=count(1), help=about)
-    parser.add_argument("--weights", metavar="FILE", help="find near-copies, and by its features labels that are wrong")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=count(1), help="processes; default one a core, 0 for none"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="a ViT's, by whose features labels are judged; and near-copies"
+    )
+    parser.add_argument("--image_size", type=int, default=0, metavar="N", help="with --weights; by default theirs")
     parser.add_argument("--sheets", metavar="DIR", type=Path, help="with --weights: show the first of both lists here")
     given = parser.parse_args(arguments or ["--help"])
-    if given.sheets and not given.weights:
-        parser.error("--sheets is about what --weights finds; give it too")
+    if (given.sheets or given.image_size) and not given.weights:
+        parser.error("--sheets and --image_size are about what --weights finds; give it too")
     if given.json and not given.json.parent.is_dir():
         raise UserError(f"{given.json.parent} is not a folder: give --json another file")
     if is_shards(str(given.root)):
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
     colour(given.ground)
-    further = partial(_suspect, weights=given.weights, sheets=given.sheets) if given.weights else None
-    report = check(given.root, parse_share(given.holdout), given.workers, given.ground, further)
+    weights = given.weights and partial(_suspect, weights=given.weights, size=given.image_size, sheets=given.sheets)
+    report = check(given.root, parse_share(given.holdout), given.workers, given.ground, weights or None)
     if given.json:
         report.write(given.json)
     report.print()
@@ -137,13 +143,17 @@ def _scan(report: Report, folder: str, labelled: bool) -> Layout:
     def add(kind: str, names: Iterable[bytes], detail: str = "") -> None:
         report.add(kind, [join(folder, os.fsdecode(name)) for name in sorted(names)], detail)
 
+    packed = {
+        name for name in top.others if (match := ARCHIVE.fullmatch(os.fsdecode(name))) and match[1] not in classes
+    }
+    add("archive", packed)
     add("outside_class", top.images if labelled else ())
     holds = {join(folder, name): unread([tree]) for name, tree in trees.items() if name and not tree.images}
     report.add("empty_class", [path for path, other in holds.items() if not other])
     report.add("unread_class", [path for path, other in holds.items() if other], reasons=holds)
     read = [top, *(tree for name, tree in trees.items() if tree.images or not name)]
     add("dead_link", {name for tree in read for name in tree.dead})
-    others = {name for tree in read for name in tree.others}
+    others = {name for tree in read for name in tree.others} - packed
     add("ignored_file", others, unread([Tree([], list(others), [], [])]))
     labels = np.repeat(np.arange(len(trees)), [len(tree.images) for tree in trees.values()])
     return Layout(folder, classes, Index.of(os.fsdecode(root), [i for t in trees.values() for i in t.images], labels))
@@ -196,12 +206,12 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, gro
     return readable
 
 
-def _suspect(report: Report, layouts: dict[str, Layout], weights: str, sheets: Path | None) -> None:
+def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int, sheets: Path | None) -> None:
     """Report images that show the same picture, and labels that are likely wrong; draw the first of each."""
     from vitlit.prepare.features import ready  # takes seconds to import, for which other checks need not wait
     from vitlit.prepare.suspects import embed, suspects
 
-    vit, root = ready(weights), report.root
+    vit, root = ready(weights, size), report.root
     classes = sorted({name for layout in layouts.values() for name in layout.classes if name})
     numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
     splits = {

@@ -35,6 +35,7 @@ FAULTS = {
     "no_split": "is missing: lay images out as {}/CLASS/*, or give --holdout 10% to cut val off train",
     "empty_split": "has no image: put images into {}",
     "dead_link": "links to nothing, which are passed over: restore what they point to, or remove them",
+    "archive": "archives where class folders belong, which are not read: unpack them, or move them away",
     "outside_class": "images outside class folders are ignored: move them into one",
     "empty_class": "class folders without an image: fill or remove them",
     "unread_class": "class folders without an image that is read: convert or unpack what they hold, or remove them",
@@ -49,7 +50,7 @@ WARNINGS = {
     "missing_class": "classes of train have no image in {}, which will not measure them: add some if you can",
     "similar_class": "sets of class names that differ only in case or spaces: merge or rename them",
     "imbalance": "is rare, with {}: --data.balanced true draws every class equally often",
-    "ignored_file": "other files are ignored ({}): convert or unpack them if they are images",
+    "ignored_file": "other files are ignored ({}): convert them if they are images",
     "small": f"images with a side under {SMALL} pixels: remove them unless all of yours are so small",
     "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
@@ -106,11 +107,13 @@ def _why_uniform(path: str, image: Tensor, ground: str) -> str:
 
 def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
     """The facts about a split as JSON values, from its images by class and their shorter sides in pixels."""
-    classes = {name: images for name, images in counts.items() if name}  # "" is no label
-    facts: dict[str, Any] = {"images": sum(counts.values()), "classes": len(classes)}
-    if classes:
-        least, most = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
-        facts |= {"smallest_class": {least: classes[least]}, "largest_class": {most: classes[most]}}
+    images = sum(counts.values())
+    counts = {name: number for name, number in counts.items() if name}  # "" is no label
+    facts: dict[str, Any] = {"images": images, "classes": len(counts)}
+    if counts:
+        ends = {"smallest": min(counts, key=counts.__getitem__), "largest": max(counts, key=counts.__getitem__)}
+        facts["class_sizes"] = {end: {"class": name, "images": counts[name]} for end, name in ends.items()}
+        facts["class_sizes"]["median"] = float(np.median(list(counts.values())))
     if sides:
         facts["shorter_side"] = {"min": min(sides), "median": float(np.median(sides)), "max": max(sides)}
     return facts
@@ -162,11 +165,8 @@ class Report:
 
         for split, facts in self.splits.items():
             show(split, "bold")
-            for name, value in facts.items():
-                parts = (
-                    [f"{key} {number:,.0f}" for key, number in value.items()] if type(value) is dict else [f"{value:,}"]
-                )
-                show(f"  {name.replace('_', ' '):<14} {', '.join(parts)}")
+            for name, value in _rows(facts).items():
+                show(f"  {name:<14} {value}")
         for word, style, findings in (("warning", "yellow", self.warnings), ("FAULT", "bold red", self.faults)):
             for finding in findings:
                 console.print()
@@ -185,3 +185,15 @@ def _line(path: str | list[str], reasons: dict[str, str]) -> str:
     if isinstance(path, list):
         return " = ".join(path[:3]) + (f" = {len(path) - 3:,} more" if len(path) > 3 else "")
     return f"{path}: {reasons[path]}" if path in reasons else path
+
+
+def _rows(facts: dict[str, Any]) -> dict[str, str]:
+    unlabelled = facts["images"] and not facts["classes"]
+    kinds = "without labels" if unlabelled else f"in {facts['classes']:,} classes"
+    rows = {"images": f"{facts['images']:,} {kinds}"}
+    if sizes := facts.get("class_sizes"):
+        ends = [f"{sizes[end]['images']:,} ({sizes[end]['class']})" for end in ("smallest", "largest")]
+        rows["a class has"] = f"{ends[0]} to {ends[1]}, median {sizes['median']:,.0f}"
+    if sides := facts.get("shorter_side"):
+        rows["shorter side"] = f"{sides['min']:,} to {sides['max']:,} pixels, median {sides['median']:,.0f}"
+    return rows
