@@ -18,6 +18,7 @@ from vitlit.model import ViT
 from vitlit.weights import door
 from vitlit.weights.checkpoint import loss_of
 from vitlit.weights.files import locate
+from vitlit.weights.hub import CONFIG
 from vitlit.weights.save import save_weights
 
 PACKAGES = {".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": [], "": ["transformers"]}  # by what is written
@@ -123,7 +124,7 @@ def export(
     with writing(out, "name another"):
         out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-    with whole_file(out, partial) if out.suffix else whole_folder(out) as target:
+    with writing(out, "name another"), whole_file(out, partial) if out.suffix else whole_folder(out) as target:
         network = {".onnx": onnx, ".pt2": pt2, "": folder}[out.suffix](Exported(vit, about), target)
         about["checked"] = {"of": of, **check(vit, network, batches or photographs(vit.preprocess), about, out)}
         beside = out.with_name(f"{out.name}.json") if out.suffix else target / f"{ABOUT}.json"
@@ -142,7 +143,10 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
     classes = vit.config.num_classes if about["activation"] else 0
     size = sum(p.numel() for p in vit.parameters()) * (2 if about["half"] else 4)
     refusals = {
+        f"{out} has no name before its ending; give it one": out.name in OPTIONS,
         f"{out} takes no {' '.join(sorted(given))}; leave out what is not for it": given - {*OPTIONS[out.suffix]},
+        f"{out}: transformers has no pretraining head; finetune the weights first": not out.suffix
+        and vit.config.hidden_dim is not None,
         "half and int8 are two precisions; give one of them": given >= {"half", "int8"},
         "int8 is kept for its accuracy; give --root FOLDER to measure it on val": "int8" in given and not measured,
         "softmax and int8 are for classifiers, which these weights are not": given & {"softmax", "int8"}
@@ -181,6 +185,9 @@ def open_onnx(file: Path) -> Any:
     need("onnxruntime")
     import onnxruntime
 
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give a file that `vitlit export` made, or the folder of a run")
+
     try:
         return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class in common
@@ -202,6 +209,9 @@ def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:
         if name.startswith("head"):
             parameter.data /= module.about["temperature"]
     save_weights(module.vit, folder, "hf")
+    kind = "multi" if module.about["activation"] == "sigmoid" else "single"  # what its pipeline makes of the logits
+    config = json.loads((folder / CONFIG).read_text()) | {"problem_type": f"{kind}_label_classification"}
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     disable_progress_bar()
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     return lambda pixels: model(module.normalise(pixels.permute(0, 3, 1, 2))).logits

@@ -49,7 +49,8 @@ def search(vitlit: Command, few: Path, tmp_path: Path) -> Command:
             setattr(tune, "fit", fit)  # noqa: B010
 
         command = ("tune", "--config", "recipes/finetune_folder", "--root", few, "--trainer.max_epochs", 9)
-        return vitlit(*command, *flags, before=before)
+        (tmp_path / "w.safetensors").touch()
+        return vitlit(*command, "--model.init_from", "w.safetensors", *flags, before=before)
 
     return run
 
@@ -107,6 +108,10 @@ def test_mistakes_are_one_line(search: Command, tmp_path: Path) -> None:
     refused(search("--budget", "1h", "--ways", "some", value=value), "all,lora,last,probe")
     refused(search("--budget", "1h", "--config", "pretrain", value=value), "no config of Finetune")
     refused(search("--budget", "1h", "--root", tmp_path, value=value), "val")
+    refused(search("--budget", "0m", value=value), "--budget '0m'")
+    refused(search("--budget", "1h", "--holdout", "0", value=value), "--holdout is 0")
+    refused(search("--budget", "1h", "--model.init_from", "nowhere", value=value), "nowhere does not exist")
+    assert not (tmp_path / "runs").exists()
     refused(search("--budget", "1h", "--ways", "all", value=lambda *_: None), "finite numbers")
 
 

@@ -69,6 +69,9 @@ def parse(arguments: list[str]) -> Namespace:
     check_range("vitlit evaluate", 1, seeds=given.seeds)
     if given.out and (given.out / "table.csv").exists():
         raise UserError(f"{given.out} has a table.csv; give another --out, or remove it")
+    if given.out:
+        with writing(given.out, "give --out a folder"):  # now, not when all is measured
+            given.out.mkdir(parents=True, exist_ok=True)
     return given
 
 
@@ -82,7 +85,8 @@ def run(arguments: list[str]) -> int:
     real = read_real(given.real, list(paths), splits.classes) if given.real else None
     heads = [check(source, splits, given) for source in given.weights]  # all, before the first is measured
     names, first = sorted({name for method in given.methods for name in NEEDS[method]}), Found()
-    line, rows, every = ("{:<24} {:<12} {:<8}" + " {:>10}" * 7).format, [], {}
+    widest = max(map(len, given.weights))
+    line, rows, every = (f"{{:<{widest}}} {{:<12}} {{:<8}}" + " {:>10}" * 7).format, [], {}
     rank, _ = ranks()
     if rank == 0:
         print(line(*ROW))
@@ -100,8 +104,11 @@ def run(arguments: list[str]) -> int:
             found |= calibrated(source, logits, indices[-1]) if given.calibrate else {}
         for (method, metric), (statistic, values, of_seeds) in found.items():
             spread = np.std(of_seeds, ddof=1) if len(of_seeds) > 1 else None
-            against = compare(statistic, first[method, metric][1], values) if first else [None] * 3
-            rows.append([source, method, metric, np.mean(of_seeds), *interval(statistic, *values), spread, *against])
+            # Images drawn anew add to a calibration error, which chance can only raise: no interval of it holds.
+            sure = metric != "ece"
+            against = compare(statistic, first[method, metric][1], values) if first and sure else [None] * 3
+            low, high = interval(statistic, *values) if sure else (None, None)
+            rows.append([source, method, metric, np.mean(of_seeds), low, high, spread, *against])
             print(line(*(cell if type(cell) is str else "-" if cell is None else f"{cell:.4f}" for cell in rows[-1])))
             every[f"{source}, {method}", metric] = values
         first = first or found
@@ -123,8 +130,15 @@ def scan(given: Namespace) -> tuple[Splits, list[Index]]:
         raise UserError(f"{given.root} has numbers, not classes; `vitlit test RUN` measures what a run makes of them")
     if not splits.classes:
         raise UserError(f"{given.root} has images without classes; sort them into class folders, or give --manifest")
+    if len(splits.classes) == 1 and not alone:
+        raise UserError(f"{given.root} has one class, so that there is nothing to tell apart")
     if splits.multi_label and (not alone or given.calibrate or given.real):
         raise UserError(f"{given.root} has several classes an image, of which classify alone measures the map")
+    if "fewshot" in given.methods:  # now, not after other methods
+        most = int(np.bincount(splits["train"].labels).max())
+        if max(given.shots) >= most:
+            further = f"no class has more than {most} training images, and l2 is chosen on further ones"
+            raise UserError(f"--shots is {max(given.shots)}, but {further}; give fewer")
     return splits, [splits[name] for name in wanted]
 
 

@@ -40,6 +40,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--root", metavar="ROOT", help=about)
     parser.add_argument("--holdout", default="0", metavar="SHARE", help="as --data.holdout, such as 10%%")
     given = parser.parse_args(arguments or ["--help"])
+    if given.holdout != "0" and not given.root:
+        parser.error("--holdout is about --root; give that too")
     vit, activation = load(given.weights, given.image_size)
     options = {name: getattr(given, name) == "true" for name in SWITCHES} | {"input": given.input, "opset": given.opset}
     if given.root:
@@ -48,6 +50,8 @@ def run(arguments: list[str]) -> int:
     checked = export(vit, Path(given.out), activation=activation, **options)["checked"]
     line = "{}: outputs differ by at most {largest_difference:.1e} of {largest_output:.1f} on {images} images, {of}"
     print(line.format(given.out, **checked))
+    if not vit.config.num_classes:
+        print("the outputs are pooled features, as the weights have no head")
     if options["int8"]:
         print("top-1 {top1_before:.2%} before, {top1_after:.2%} after".format(**checked))
     return 0

@@ -200,8 +200,9 @@ class Report:
         }
         rows = []
         for name, (statistic, *values) in measured.items():
-            low, high = interval(statistic, *values)
-            rows.append((name, f"{statistic(*values):.4f}", f"{low:.4f} to {high:.4f}"))
+            # Images drawn anew add to a calibration error, which chance can only raise: no interval of it holds.
+            ends = "-" if statistic is calibration_error else "{:.4f} to {:.4f}".format(*interval(statistic, *values))
+            rows.append((name, f"{statistic(*values):.4f}", ends))
         found = binned(sure, self.right)
         bins = zip(found.images, found.confidence, found.accuracy, strict=True)
         said = "; ".join(f"of {n:,} near {at:.2f}, {100 * share:.0f} %" for n, at, share in bins if n)

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 from vitlit.callbacks.predictions import write_csv
 from vitlit.cli.configs import find_config
 from vitlit.cli.runs import show
+from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.data.workers import STOP_SIGNALS
 from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.files import write_text, writing
 from vitlit.run.config import read_config
-from vitlit.run.folder import flatten
+from vitlit.run.folder import LOCK, flatten
 from vitlit.run.interrupt import AGAIN
+from vitlit.run.lock import take
 from vitlit.stages.metrics import direction
+from vitlit.weights import locate
 
 HELP = """\
 Search, for a config of Finetune, how much of the weights to train and at which learning rate: everything, the last two
@@ -67,7 +70,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--ways", default=",".join(WAYS), metavar="LIST", help=f"some of {','.join(WAYS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/tune"), metavar="OUT", help="default runs/tune")
     given, fit = parser.parse_known_args(arguments or ["--help"])
+    if not parse_share(given.holdout):
+        parser.error("--holdout is 0: trials compared on val would choose on what they are measured on; give a share")
     search = Search(given, fit)
+    with writing(given.out, "give another --out"):
+        given.out.mkdir(parents=True, exist_ok=True)
+    lock = take(given.out / LOCK, f"the search {given.out}")  # noqa: F841  # held as long as it is referred to
     for trial, epochs in search:
         if code := search.train(trial.name, [*trial.flags, f"--data.holdout={given.holdout}"], trial, epochs):
             return code
@@ -85,22 +93,24 @@ class Search:
         config = read_config(str(find_config(given.config)))
         self.given, self.fit, self.file = given, fit, given.out / "tune.json"
         self.budget = minutes(given.budget)
+        if not str(config["model"].get("class_path", "")).endswith("Finetune"):
+            raise UserError(f"{given.config} is no config of Finetune, whose ways of training are searched")
         set_by = settings(config, fit)
         self.epochs = set_by.epochs
         Splits(given.root, 0.0, set_by.manifest)["val"]  # or the last training would fail
+        locate(set_by.init_from)
         check_range("vitlit tune", 1, max_epochs=self.epochs)
         ways = given.ways.split(",")
         if wrong := set(ways) - WAYS.keys():
             raise UserError(f"--ways has {min(wrong)!r}; give some of {','.join(WAYS)}")
-        if not str(config["model"].get("class_path", "")).endswith("Finetune"):
-            raise UserError(f"{given.config} is no config of Finetune, whose ways of training are searched")
         self.trials = [Trial(way, set_by.lr * factor * WAYS[way][1]) for factor, way in itertools.product(RATES, ways)]
         search = [given.config, given.root, given.holdout, given.ways, *fit]
         self.found: dict[str, Any] = {"settings": search, "trials": {}}
         if self.file.is_file():
             self.found = json.loads(self.file.read_text())
-            if self.found["settings"] != search:
-                raise UserError(f"{given.out} holds a search with other settings; give another --out, or its arguments")
+            if apart := set(self.found["settings"]) ^ set(search):
+                differing = ", ".join(sorted(apart))
+                raise UserError(f"{given.out} holds a search with other settings ({differing}); give another --out")
 
     def __iter__(self) -> Any:
         """Each trial, and for how many epochs it is to train, as long as the budget holds."""
@@ -139,18 +149,17 @@ class Search:
         where = [f"--data.root={self.given.root}", f"--run.root={self.given.out}", f"--run.name={name}"]
         where.append(f"--trainer.max_epochs={epochs}")
         log, out = self.given.out / f"{name}.log", self.given.out / name
-        with writing(self.given.out, "give another --out"):
-            self.given.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps(self.found, indent=1))
-        print(f"{name}: {epochs} epochs; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
+        length = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+        print(f"{name}: {length}; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
         page = f"--run.report={'true' if name == BEST else 'false'}"
         code = fit(["--config", self.given.config, page, *self.fit, *flags, *where], log)
-        last = (log.read_text().strip().splitlines() or [""])[-1]
-        diverged = code == 2 and " is not finite" in last
+        errors = re.findall(r"^vitlit: error: (.*)", log.read_text(), re.MULTILINE)
+        diverged = code == 2 and " is not finite" in "".join(errors)
         if code and not diverged:
-            if code in (AGAIN, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-                return code
-            raise UserError(f"{name}: {last.removeprefix('vitlit: error: ')} ({log})")
+            if code < 0 or code in (AGAIN, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+                print(f"stopped while {name} trained; the same command continues", flush=True)
+                return 128 - code if code < 0 else code
+            raise UserError(f"{name}: {errors[-1] if errors else f'it ended with code {code}'} ({log})")
         record = json.loads((out / "run.json").read_text())
         trained = self.found["trials"].setdefault(name, {})
         took = sum(each.get("seconds", 0) for each in record["commands"]) / 60
@@ -217,18 +226,20 @@ def end_with_parent() -> None:
 
 def minutes(budget: str) -> float:
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?", budget)
-    if not budget or not found:
+    if not found or not any(int(part or 0) for part in found.groups()):
         raise UserError(f"--budget {budget!r} is not a time; give it as 30m, 2h or 1h30m")
     return 60 * int(found[1] or 0) + int(found[2] or 0)
 
 
 # The settings of vitlit fit that the search has to know; a flag may leave init_args out.
-SETTINGS = {"lr": "model.init_args.optimizer.init_args.lr", "epochs": "trainer.max_epochs", "manifest": "data.manifest"}
+SETTINGS = {"lr": "model.init_args.optimizer.init_args.lr", "epochs": "trainer.max_epochs"}
+SETTINGS |= {"init_from": "model.init_args.init_from", "manifest": "data.manifest"}
 
 
 def settings(config: dict[str, Any], fit: list[str]) -> Namespace:
-    """The learning rate, the epochs and the manifest: of flags of vitlit fit if they are given, else of the config."""
-    parser, flat, kinds = CommandParser("vitlit tune", HELP), flatten(config), {"lr": float, "epochs": int}
+    """What the search has to know, of flags of vitlit fit if they are given, else of the config."""
+    parser, flat = CommandParser("vitlit tune", HELP), flatten(config)
+    kinds: dict[str, Any] = {"lr": float, "epochs": int, "init_from": str}
     for name, key in SETTINGS.items():
         flags = dict.fromkeys((f"--{key.replace('.init_args', '', 1)}", f"--{key.replace('.init_args', '')}"))
         required = name in kinds and key not in flat

@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--weights", metavar="FILE", help="a ViT's, by whose features labels are judged; and near-copies"
     )
-    parser.add_argument("--image_size", type=int, default=0, metavar="N", help="with --weights; by default theirs")
+    parser.add_argument("--image_size", type=int, metavar="N", help="with --weights; by default theirs")
     parser.add_argument("--sheets", metavar="DIR", type=Path, help="with --weights: show the first of both lists here")
     given = parser.parse_args(arguments or ["--help"])
     if (given.sheets or given.image_size) and not given.weights:

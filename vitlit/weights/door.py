@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, check_range
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT, ViTConfig
 from vitlit.model.init import fill_positions
@@ -182,6 +182,7 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
 
 def load_prepared(source: str | Path, image_size: int | None = None) -> Any:
     """`load`, whose `preprocess` is for images of its own size or another; UserError if the weights do not tell it."""
+    check_range("vitlit", 1, image_size=image_size)
     vit: Any = load(source)
     if vit.preprocess is None:
         raise UserError(f"{source} does not say how to preprocess images; set vit.preprocess, and save_weights")
