@@ -74,7 +74,7 @@ def test_the_table_is_what_the_features_give(evaluate: Command, tmp_path: Path, 
     first, other = (rows[name, "knn 10", "top1"]["value"] for name in "ab")
     assert rows["b", "knn 10", "top1"]["difference"] == pytest.approx(other - first)
     assert "difference" not in rows["a", "knn 10", "top1"]
-    assert all(row["from"] <= row["difference"] <= row["to"] for name, row in rows.items() if name[0] == "b")
+    assert all(row["from"] <= row["difference"] <= row["to"] for name, row in sure.items() if name[0] == "b")
     content = json.loads((tmp_path / "out" / "table.json").read_text())
     assert content["table"][0]["weights"] == "a.safetensors"
     assert list(content["classes"]["b.safetensors, classify"]) == ["0", "1", "2", "3"]

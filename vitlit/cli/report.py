@@ -208,7 +208,13 @@ class Report:
         said = "; ".join(f"of {n:,} near {at:.2f}, {100 * share:.0f} %" for n, at, share in bins if n)
         drawn = encode(draw_reliability({self.run.name: found}))
         alt = f"Reliability diagram. Predictions that are right: {said}."
-        return Section(title, "", ("measure", "value", "95 % interval"), rows, [Picture(drawn, alt)])
+        text = ""
+        with suppress(UserError):  # the weights may be gone
+            if self.vit.temperature != 1:
+                text = (
+                    f"Before the temperature of {self.vit.temperature:.4g}, by which `vitlit predict` divides logits."
+                )
+        return Section(title, text, ("measure", "value", "95 % interval"), rows, [Picture(drawn, alt)])
 
     def attention(self, title: str) -> Section:
         vit, index = self.vit, self.index
