@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from wandb_file import read_wandb
 
 from vitlit.errors import UserError
-from vitlit.loggers import CSV, Wandb
+from vitlit.loggers import CSV, TensorBoard, Trackio, Wandb
 from vitlit.loggers.wandb_mode import decide
 
 KEY = "a" * 40
@@ -312,3 +313,43 @@ def test_project_and_id_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert Wandb(project="own").name == "own"
     assert Wandb().version == "of-the-sweep"
     assert Wandb(id="own").version == "own"
+
+
+def test_tensorboard_shows_the_config_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGB", (9, 5), "red").save(tmp_path / "a.png")
+    logger = TensorBoard(tmp_path)
+    logger.log_config({"data": {"root": "digits"}})
+    logger.log_image("pictures", [str(tmp_path / "a.png")], 7)
+    logger.finalize("success")
+    kept: Any = EventAccumulator(str(tmp_path / "tensorboard"))
+    kept.Reload()
+    assert "root: digits" in kept.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    (picture,) = kept.Images("pictures")
+    assert (picture.step, picture.width, picture.height) == (7, 9, 5)
+
+
+def test_trackio_gets_metrics_config_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Any] = []
+    run = SimpleNamespace(
+        config={},
+        log=lambda values, step: logged.append((values, step)),
+        finish=lambda: logged.append("finished"),
+    )
+    begun: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        begun.update(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, Image=lambda path: f"image {path}"))
+    logger = Trackio("digits", "first")
+    logger.log_config({"data": {"root": "digits"}})
+    logger.log_metrics({"train/loss": 0.5}, 3)
+    logger.log_image("pictures", ["a.png", "b.png"], 7)
+    logger.finalize("success")
+    assert begun == {"project": "digits", "name": "first", "resume": "allow", "embed": False}
+    assert run.config == {"data": {"root": "digits"}}
+    pictures = [({"pictures": f"image {name}.png"}, 7) for name in "ab"]
+    assert logged == [({"train/loss": 0.5}, 3), *pictures, "finished"]

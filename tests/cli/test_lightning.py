@@ -98,8 +98,6 @@ def test_callback(name: str, vitlit: Callable[..., Result], few: Path, run: Path
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_logger(name: str, vitlit: Callable[..., Result], few: Path, run: Path) -> None:
-    if name == "TensorBoardLogger":
-        pytest.importorskip("tensorboard")
     check(vitlit(*FIT, "--data.root", few, "--trainer.logger", name), LOGGERS[name], run)
 
 

@@ -88,6 +88,8 @@ class Mistakes(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
                 logger.log_mistakes(worst[:WORST], counts)
+            elif hasattr(logger, "log_image") and (sheet := folder / "mistakes.png").is_file():
+                logger.log_image("mistakes", [str(sheet)], trainer.global_step - 1)
 
 
 def cells(rows: list[dict[str, str]], data: Any) -> list[Cell]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +56,7 @@ class Pictures(Callback):
             print(f"vitlit: warning: cannot write {path}: {error.strerror}", flush=True)
             return
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and getattr(logger, "pictures", True):
+            if hasattr(logger, "log_image") and getattr(logger, "pictures", True):
                 logger.log_image("pictures", [str(path)], trainer.global_step - 1)  # Lightning counts from 0
 
 

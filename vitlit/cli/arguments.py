@@ -140,6 +140,7 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     except Exception as error:  # a logger's may be of its service's package
         told = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
         library = kind.__module__.partition(".")[0] in ("torch", "torchvision", "torchmetrics", "lightning")
+        library |= kind.__module__.startswith("vitlit.loggers")  # whose bases are of their services' packages
         if told or not (library or isinstance(error, ImportError)):  # that a package is missing is no bug either
             raise
         raise UserError(f"{kind.__name__}: {error}") from error

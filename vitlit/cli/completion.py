@@ -228,6 +228,8 @@ def fill_loggers(config: Namespace, folder: RunFolder) -> None:
             options.id = options.get("id") or (folder.wandb_id() if config.ckpt_path else None)
         elif name == "TensorBoard":
             options.save_dir = options.get("save_dir") or str(folder.path)
-        elif name == "MLFlowLogger":
+        elif name == "MLflow":
             options.run_name = options.get("run_name") or folder.name
+        elif name == "Trackio":
+            options.name = options.get("name") or folder.name
         logger.init_args = options

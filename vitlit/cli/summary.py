@@ -69,9 +69,10 @@ class Begin(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSV):
                 logger.cut(trainer.global_step - 1)  # the rows after it will be logged again; Lightning counts from 0
-            elif isinstance(logger, Wandb):
-                self.folder.keep_wandb_id(str(logger.version))
+            if hasattr(logger, "log_config"):
                 logger.log_config(self.resolved)
+            if isinstance(logger, Wandb):
+                self.folder.keep_wandb_id(str(logger.version))
                 logger.log_classes(trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

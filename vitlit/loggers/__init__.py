@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitlit.loggers.metrics_csv import CSV
+    from vitlit.loggers.mlflow import MLflow
     from vitlit.loggers.tensorboard import TensorBoard
+    from vitlit.loggers.trackio import Trackio
     from vitlit.loggers.wandb import Wandb
 
-__all__ = ["CSV", "TensorBoard", "Wandb"]
-MODULES = {"CSV": "metrics_csv", "TensorBoard": "tensorboard"}
+__all__ = ["CSV", "MLflow", "TensorBoard", "Trackio", "Wandb"]
+MODULES = {"CSV": "metrics_csv", "MLflow": "mlflow", "TensorBoard": "tensorboard", "Trackio": "trackio"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,11 @@ from vitlit.errors import UserError
 # Packages whose classes a config or a checkpoint may name; VITLIT_TRUST adds your own.
 TRUSTED = ("vitlit", "torch.optim", "torchvision.transforms", "torchmetrics", "lightning.pytorch", "lightning.fabric")
 
-# Lightning's needs a save_dir, which here is the run's folder.
-RENAMED = dict.fromkeys(
-    ("TensorBoardLogger", "lightning.pytorch.loggers.TensorBoardLogger"), "vitlit.loggers.TensorBoard"
-)
+# Lightning's log neither config nor pictures, and TensorBoard's needs a save_dir, which here is the run's folder.
+OWN = {"TensorBoardLogger": "TensorBoard", "MLFlowLogger": "MLflow"}
+RENAMED = {
+    f"{place}{name}": f"vitlit.loggers.{OWN[name]}" for name in OWN for place in ("", "lightning.pytorch.loggers.")
+}
 
 
 def with_public_paths(value: Any) -> Any:
