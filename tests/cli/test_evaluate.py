@@ -81,6 +81,27 @@ def test_the_table_is_what_the_features_give(evaluate: Command, tmp_path: Path, 
     assert out.count("\n") == 1 + len(rows)
 
 
+def test_neighbours_of_features_that_are_nearly_alike_are_not_drawn_by_lot(
+    vitlit: Command, tmp_path: Path, few: Path
+) -> None:
+    """Those of a ViT with random weights: float32 knows a handful of cosines among all of them."""
+    torch.manual_seed(0)
+    vit: Any = ViT(16, 8, width=16, depth=2, heads=2, mlp_dim=32)
+    torch.nn.init.constant_(vit.norm.bias, 1000.0)
+    vit.preprocess = Preprocess((16, 16))
+    save_weights(vit, tmp_path / "a.safetensors")
+    flags = ("--root", few, "--with", "knn", "--out", "out")
+    done(vitlit("evaluate", "a.safetensors", *flags, before=lambda: os.environ.update(XDG_CACHE_HOME="cache")))
+    paths = {split: sorted((few / split).rglob("*.png")) for split in ("train", "val")}
+    with torch.inference_mode():
+        train, val = (vit.eval()(vit.preprocess(paths[split])).double().numpy() for split in ("train", "val"))
+    labels = {split: [int(path.parent.name) for path in found] for split, found in paths.items()}
+    weights = lambda apart: np.exp((1 - apart) / 0.07)  # noqa: E731
+    neighbours = KNeighborsClassifier(10, metric="cosine", algorithm="brute", weights=weights)
+    score = neighbours.fit(train, labels["train"]).score(val, labels["val"])
+    assert table(tmp_path / "out")["a", "knn 10", "top1"]["value"] == pytest.approx(score)
+
+
 def test_the_numbers_do_not_depend_on_the_processes_and_features_are_kept(evaluate: Command, tmp_path: Path) -> None:
     alone, two = (done(evaluate(workers=workers, cache=f"cache{workers}")) for workers in (0, 2))
     assert alone == two
