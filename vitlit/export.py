@@ -187,7 +187,6 @@ def open_onnx(file: Path) -> Any:
 
     if not file.is_file():
         raise UserError(f"{file} does not exist; give a file that `vitlit export` made, or the folder of a run")
-
     try:
         return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class in common

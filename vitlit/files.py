@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and read after a check of size and checksums."""
 
+import csv
 import io
 import os
 import re
@@ -7,7 +8,7 @@ import shutil
 import socket
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as partial:
         partial.write_text(text)
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, names that are no text as the bytes they are."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The whole lines of a table; none if there is no file."""
+    if not path.is_file():
+        return []
+    text = path.read_bytes().decode(errors="surrogateescape")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a run's best weights make of the validation images: each of them, the confusion matrix, and the mistakes."""
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitlit.callbacks.predictions import gather, write_csv
+from vitlit.callbacks.predictions import gather
+from vitlit.data.index import Index
 from vitlit.errors import UserError
-from vitlit.files import whole_file
+from vitlit.files import read_csv, whole_file, write_csv
 from vitlit.images.decode import decode_bytes
 from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.loggers import Wandb
 from vitlit.run.checkpoints import BEST, Best
-from vitlit.run.history import VALIDATION, mistakes, read_csv
+from vitlit.run.history import VALIDATION, mistakes
 
 COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
 WORST = 32  # mistakes in W&B
@@ -75,14 +76,15 @@ class Mistakes(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         worst, counts = mistakes(rows), Counter((row["label"], row["prediction"]) for row in rows)
-        right = sorted((row for row in rows if row["label"] == row["prediction"]), key=lambda row: row["probability"])
+        right = [row for row in rows if row["label"] == row["prediction"]]
+        right.sort(key=lambda row: float(row["probability"]))
         title = f"{len(right):,} of {len(rows):,} validation images are right; in red: prediction (truth)"
         try:
             listed = [(*pair, count) for pair, count in sorted(counts.items())]
             write_csv(folder / "confusion.csv", ("label", "prediction", "count"), listed)
             write_csv(folder / "mistakes.csv", COLUMNS[:4], [[row[name] for name in COLUMNS[:4]] for row in worst])
             with whole_file(folder / "mistakes.png") as partial:
-                draw_sheet(title, cells((worst + right)[:SHOWN], data)).save(partial, "PNG")
+                draw_sheet(title, list(cells((worst + right)[:SHOWN], data))).save(partial, "PNG")
         except OSError as error:
             print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
         for logger in trainer.loggers:
@@ -92,14 +94,20 @@ class Mistakes(Callback):
                 logger.log_image("mistakes", [str(sheet)], trainer.global_step - 1)
 
 
-def cells(rows: list[dict[str, str]], data: Any) -> list[Cell]:
-    """Validation images with their predictions, and the truth where that differs; not those that cannot be read."""
-    index = data.split("val")
-    number, found = {index.path(i): i for i in range(len(index))}, list[Cell]()
-    for row in rows:
+def cells(rows: list[dict[str, str]], data: Any) -> Iterator[Cell]:
+    """Validation images with their predictions, and the truth where that differs."""
+    for row, image in readable(rows, data.split("val"), data.preprocess.ground):
         wrong = row["label"] != row["prediction"]
         caption = f"{row['prediction']}  {100 * float(row['probability']):.0f} %", f"({row['label']})" if wrong else ""
-        with suppress(UserError):  # it was read before, so its storage fails
-            image = decode_bytes(index.read(number[row["path"]]), "", data.preprocess.ground)
-            found.append((image, caption, "firebrick" if wrong else "black"))
-    return found
+        yield image, caption, "firebrick" if wrong else "black"
+
+
+def readable(rows: list[dict[str, str]], index: Index, ground: str) -> Iterator[tuple[dict[str, str], Tensor]]:
+    """Rows of validation.csv and their images, uint8 (3, H, W), without those that cannot be read any more."""
+    number = {index.path(i): i for i in range(len(index))}
+    for row in rows:
+        try:
+            image = decode_bytes(index.read(number[row["path"]]), row["path"], ground)
+        except (UserError, KeyError):  # its storage fails, or it is gone
+            continue
+        yield row, image

@@ -1,7 +1,5 @@
 """Predictions as a CSV file."""
 
-import csv
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from vitlit.data.index import Index
 from vitlit.errors import UserError
-from vitlit.files import whole_file, writing
+from vitlit.files import write_csv, writing
 
 
 class Predictions(Callback):
@@ -62,12 +60,6 @@ class Predictions(Callback):
         if len(pairs) > 1:
             cells = [self.classes[int(v)] if i % 2 == 0 else f"{v:.6f}" for i, v in enumerate(pairs)]
         return [self.index.path(int(index)), *cells]
-
-
-def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table, names that are no text as the bytes they are."""
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
 
 
 def gather(trainer: Trainer, rows: list[Tensor]) -> Tensor:

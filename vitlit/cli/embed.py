@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vitlit.callbacks.predictions import write_csv
 from vitlit.data.folder import SPELLINGS
 from vitlit.data.splits import Splits
 from vitlit.errors import CommandParser, UserError, check_range, need
-from vitlit.files import save_arrays, whole_file, writing
+from vitlit.files import save_arrays, whole_file, write_csv, writing
 from vitlit.prepare.features import ready
 from vitlit.prepare.suspects import COLUMNS, Table, embed, suspects
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlit.callbacks.predictions import write_csv
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.splits import Splits
@@ -19,7 +18,7 @@ from vitlit.evaluation.calibration import binned
 from vitlit.evaluation.classify import balanced, measures, per_class, precisions
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.evaluation.variants import outputs, read_real
-from vitlit.files import write_text, writing
+from vitlit.files import write_csv, write_text, writing
 from vitlit.inspection.figures import draw_reliability
 from vitlit.prepare.features import extract, ranks, ready
 from vitlit.weights.calibrated import check_storable, store_temperature
@@ -227,7 +226,6 @@ def classes_by(
 
 def write(given: Namespace, rows: list[Any], every: dict[Any, Any], classes: list[str]) -> None:
     """Write the tables, and the diagram of what classify finds, from the values for each image by method and metric."""
-    given.out.mkdir(parents=True, exist_ok=True)
     write_csv(given.out / "table.csv", ROW, rows)
     of_class: dict[str, dict[str, float]] = {}
     for (name, metric), values in every.items():

@@ -18,7 +18,6 @@ from vitlit.cli import completion
 from vitlit.cli.arguments import CommandLine, build, check_groups, expand_paths, opening
 from vitlit.cli.messages import show_asked
 from vitlit.cli.parser import Parser
-from vitlit.cli.report import Report
 from vitlit.cli.summary import Begin, Evaluated, ending, print_summary
 from vitlit.cli.trainer import (
     Trainer,
@@ -270,6 +269,8 @@ class CLI(LightningCLI):
 
     def report(self) -> None:
         """Write the run's page. The run is complete, whether or not that works."""
+        from vitlit.cli.report import Report  # for which the beginning need not wait
+
         path = self.folder.path
         try:
             Report(History(path), self.splits).write(path / "report.html")

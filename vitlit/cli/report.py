@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vitlit.callbacks.mistakes import readable
 from vitlit.data.folder import parse_share
 from vitlit.data.index import Index
 from vitlit.data.splits import Splits
@@ -17,13 +18,12 @@ from vitlit.errors import CommandParser, UserError
 from vitlit.evaluation import interval
 from vitlit.evaluation.calibration import binned, calibration_error
 from vitlit.evaluation.classify import balanced
-from vitlit.files import expand, from_here
-from vitlit.images.decode import decode_bytes
+from vitlit.files import expand, from_here, read_csv
 from vitlit.inspection.figures import draw_images, draw_reliability
 from vitlit.inspection.report import Picture, Section, curves, encode, write_page
 from vitlit.inspection.sheet import thumbnail
 from vitlit.model import ViT
-from vitlit.run.history import VALIDATION, History, duration, in_words, mistakes, read_csv
+from vitlit.run.history import VALIDATION, History, duration, in_words, mistakes
 from vitlit.weights import load
 
 ABOUT = """\
@@ -178,17 +178,13 @@ class Report:
         worst, found = mistakes(self.images), []
         text = f"{len(worst):,} of {len(self.images):,} validation images are wrong, the most confident first."
         try:
-            number = {self.index.path(i): i for i in range(len(self.index))}
+            index = self.index
         except (UserError, OSError) as why:
             return Section(title, f"{text} Without pictures: {why}.")
-        for row in worst[:WORST]:
-            with suppress(UserError, KeyError):  # one cannot be read any more, or is gone
-                image = decode_bytes(
-                    self.index.read(number[row["path"]]), row["path"], self.run.config["data"]["ground"]
-                )
-                caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
-                alt = f"{Path(row['path']).name}, an image of {row['label']}"
-                found.append(Picture(encode(thumbnail(image)), alt, caption))
+        for row, image in readable(worst[:WORST], index, self.run.config["data"]["ground"]):
+            caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
+            alt = f"{Path(row['path']).name}, an image of {row['label']}"
+            found.append(Picture(encode(thumbnail(image)), alt, caption))
         return Section(title, text, pictures=found)
 
     def calibration(self, title: str) -> Section:
@@ -211,9 +207,7 @@ class Report:
         text = ""
         with suppress(UserError):  # the weights may be gone
             if self.vit.temperature != 1:
-                text = (
-                    f"Before the temperature of {self.vit.temperature:.4g}, by which `vitlit predict` divides logits."
-                )
+                text = f"Before the temperature {self.vit.temperature:.4g}, by which `vitlit predict` divides logits."
         return Section(title, text, ("measure", "value", "95 % interval"), rows, [Picture(drawn, alt)])
 
     def attention(self, title: str) -> Section:

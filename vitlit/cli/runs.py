@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import expand, from_here
+from vitlit.files import expand, from_here, read_csv
 from vitlit.run.folder import RunOptions
-from vitlit.run.history import VALIDATION, History, differing, duration, in_words, read_csv
+from vitlit.run.history import VALIDATION, History, differing, duration, in_words
 
 ABOUT = """\
 List the runs in a folder: their state, best metric, epochs and time, and the settings in which they differ. vitlit runs
@@ -78,11 +78,8 @@ def compare(arguments: list[str]) -> int:
     for title, _, head, rows in tables:
         show(title, head, rows)
     if given.out:
-        from vitlit.inspection.report import (
-            Section,
-            curves,
-            write_page,
-        )  # loads torch, for which the tables do not wait
+        # It loads torch, for which the tables do not wait.
+        from vitlit.inspection.report import Section, curves, write_page
 
         sections = [Section(*table) for table in tables]
         sections.append(Section("Curves", pictures=curves({run.name: run.rows for run in runs})))

@@ -12,14 +12,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vitlit.callbacks.predictions import write_csv
 from vitlit.cli.configs import find_config
 from vitlit.cli.runs import show
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.data.workers import STOP_SIGNALS
 from vitlit.errors import CommandParser, UserError, check_range
-from vitlit.files import write_text, writing
+from vitlit.files import write_csv, write_text, writing
 from vitlit.run.config import read_config
 from vitlit.run.folder import LOCK, flatten
 from vitlit.run.interrupt import AGAIN

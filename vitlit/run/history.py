@@ -1,7 +1,5 @@
 """What the folder of a run tells of it: its settings, how far it came, and its numbers."""
 
-import csv
-import io
 import json
 import math
 from datetime import datetime
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from vitlit.errors import UserError
+from vitlit.files import read_csv
 from vitlit.run.config import Loader
 from vitlit.run.folder import LOCK, settings
 from vitlit.run.lock import held
@@ -101,14 +100,6 @@ def differing(runs: list[History]) -> dict[str, list[str]]:
         elif all(group in each for each in groups):
             found[key] = values
     return {key.replace(".init_args", ""): values for key, values in found.items() if len(set(values)) > 1}
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The whole lines of a table; none if there is no file."""
-    if not path.is_file():
-        return []
-    text = path.read_bytes().decode(errors="surrogateescape")
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 def mistakes(rows: list[dict[str, str]]) -> list[dict[str, str]]:
