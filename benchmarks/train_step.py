@@ -17,6 +17,8 @@ import os
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that has asked CUDA itself cannot be forked
 
 import argparse
+import ctypes
+import gc
 import statistics
 import tempfile
 import time
@@ -219,6 +221,8 @@ def memory(name: str, setting: Setting) -> float:
     if setting.gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken first, and not count
         Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
         before = kib("VmRSS")
     train(setting)
