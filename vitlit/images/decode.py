@@ -25,7 +25,9 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"]
 FORMATS += [name for name, part in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(part)]
 MOST_PIXELS = 178_956_970  # of an image; Pillow's own limit, 2 * Image.MAX_IMAGE_PIXELS
 GROUND = "white"
-DEEP = "its values have more than 8 bits: give --data.range [0,65535] or what black and white are, or convert it"
+OTHER = "it has more than 8 bits or other channels than RGB: give --data.range, such as [0,65535], or convert it"
+ARRAY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # markers that hold the size: baseline, extended, progressive
 JPEG_TABLES = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # markers that may come first: tables, metadata, comments
 PILLOW_SLOWER = 1.7  # times torchcodec's decoding time on photographs, for the same pixels
@@ -74,7 +76,8 @@ def open_picture(data: bytes, formats: list[str]) -> Image.Image:
             warnings.simplefilter("ignore")  # odd EXIF data, or half of the pixels allowed
             return Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        raise ValueError(f"it is no {' '.join(formats)}; convert or remove it") from error
+        other = data.startswith((ARRAY, *TIFF))
+        raise ValueError(OTHER if other else f"it is no {' '.join(formats)}; convert or remove it") from error
 
 
 @contextmanager
@@ -149,9 +152,9 @@ def refuse_deep(picture: Image.Image) -> None:
     """ValueError for values of more than 8 bits, whose black and white only the user knows; Pillow would cut them."""
     for tile in getattr(picture, "tile", ()):  # of a file that is not read yet: how its values are stored
         if re.search("[ABKLXa];16", str(tile.args)) or (tile.codec_name == "ppm" and tile.args[1] > 255):
-            raise ValueError(DEEP)
+            raise ValueError(OTHER)
     if picture.mode[0] in "IF":
-        raise ValueError(DEEP)
+        raise ValueError(OTHER)
 
 
 def _laid_over(image: np.ndarray, ground: str) -> Tensor:

@@ -6,14 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from vitlit.errors import need
-from vitlit.images.decode import MOST_PIXELS, naming, open_picture
+from vitlit.images.decode import ARRAY, DECODERS, MOST_PIXELS, TIFF, WHY_NOT, naming, open_picture
 
 FORMATS = ["PNG", "JPEG", "WEBP"]  # besides TIFF and npy
-ARRAY = b"\x93NUMPY"
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 MOST_CHANNELS = 16
 
 
@@ -31,10 +28,11 @@ def read(data: bytes, path: str | Path) -> np.ndarray:
                 remedy = ": pip install imagecodecs" if "imagecodecs" in str(error) else ""
                 raise ValueError(f"{error}{remedy}") from error
         else:
-            open_picture(data, FORMATS)
-            content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = decode_image(content, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-            image = image.permute(1, 2, 0).numpy()
+            format = str(open_picture(data, FORMATS).format)
+            if format not in DECODERS:
+                raise ValueError(f"data.range needs torchcodec, which does not load: {WHY_NOT}")
+            depth = {"output_dtype": "auto"} if format == "PNG" else {}
+            image = DECODERS[format](data, mode="UNCHANGED", **depth).movedim(-3, -1).numpy()
         return checked(image)
 
 

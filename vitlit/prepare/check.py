@@ -222,7 +222,8 @@ def _decode_images(
                 read.append(row)
             if seen.digest and seen.kind != "uniform":  # which may be equal for that reason
                 places[seen.digest].append((split, row))
-        report.splits[split] = describe(layout.counts, sides, channels)
+        # The options of a training are measured on train alone.
+        report.splits[split] = describe(layout.counts, sides, channels if split == next(iter(layouts)) else ())
         if read:
             readable[split] = replace(layout, index=layout.index.take(np.array(read)))
     for kind, reasons in found.items():

@@ -185,7 +185,8 @@ class Stage(LightningModule):
         else:
             self.vit.preprocess = preprocess(self.weights.preprocess, self.vit)
             # The rest is a guess; and a new run may be of images of another range.
-            fixed = self.weights.preprocess.keys() - {"range"} if "preprocess" in self.weights.stated else ()
+            new = {"range"} if self.init_from else set[str]()
+            fixed = self.weights.preprocess.keys() - new if "preprocess" in self.weights.stated else ()
             told = self.weights.origins.get("preprocess")
             data.follow(self.vit, f"{self.weights.path} ({told})" if told else self.weights.path, fixed)
 
