@@ -15,13 +15,13 @@ from vitlit.errors import UserError
 from vitlit.files import read_csv, whole_file, write_csv
 from vitlit.images.preprocess import Preprocess
 from vitlit.images.raw import as_picture
-from vitlit.inspection.sheet import Cell, draw_sheet
+from vitlit.inspection.sheet import Cell, draw_sheet, thumbnail
 from vitlit.loggers import Wandb
 from vitlit.run.checkpoints import BEST, Best
 from vitlit.run.history import VALIDATION, mistakes
 
 COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
-WORST = 32  # mistakes in W&B
+WORST, SIDE = 32, 256  # mistakes in W&B, and the pixels of their images
 SHOWN = 20  # images in the picture
 
 
@@ -90,7 +90,9 @@ class Mistakes(Callback):
             print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
-                logger.log_mistakes(worst[:WORST], counts)
+                shown = readable(worst[:WORST] if logger.pictures else [], data.split("val"), data.preprocess)
+                images = {row["path"]: thumbnail(image, SIDE) for row, image in shown}
+                logger.log_mistakes(worst[:WORST], counts, images)
             elif hasattr(logger, "log_image") and (sheet := folder / "mistakes.png").is_file():
                 logger.log_image("mistakes", [str(sheet)], trainer.global_step - 1)
 
