@@ -17,6 +17,7 @@ from PIL import Image
 
 from vitlit.data import Preprocess
 from vitlit.images import raw
+from vitlit.images.decode import naming
 
 SHAPE = 9, 12
 LEVELS = (0.0, 65535.0)
@@ -48,6 +49,14 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def read(data: bytes) -> np.ndarray:
+    """(H, W, C)"""
+    with naming("x"):
+        values = raw.read(data)
+        assert raw.scaled(values, (0, 1)).ndim == 3
+    return values if values.ndim == 3 else values[..., None]
+
+
 def first(values: np.ndarray) -> np.ndarray:
     """(H, W, C) -> (C, H, W)."""
     return np.ascontiguousarray(values.transpose(2, 0, 1))
@@ -76,7 +85,7 @@ def test_the_values_are_those_that_were_written(
 ) -> None:
     for count in channels:
         values = numbers(count, kind)
-        assert np.array_equal(raw.read(write(values), "x"), values)
+        assert np.array_equal(read(write(values)), values)
 
 
 def test_photographs_are_upright_also_of_sixteen_bits() -> None:
@@ -86,9 +95,9 @@ def test_photographs_are_upright_also_of_sixteen_bits() -> None:
     deep = png16(values)
     chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif
     chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
-    assert np.array_equal(raw.read(deep[:33] + chunk + deep[33:], "x"), np.rot90(values, -1))
+    assert np.array_equal(read(deep[:33] + chunk + deep[33:]), np.rot90(values, -1))
     jpeg = Image.fromarray(numbers(3, "uint8", (16, 24)))
-    assert raw.read(saved(jpeg, "JPEG", exif=turned), "x").shape == (24, 16, 3)
+    assert read(saved(jpeg, "JPEG", exif=turned)).shape == (24, 16, 3)
 
 
 class Harmful:
@@ -127,14 +136,14 @@ def test_what_is_not_read_is_said_in_a_line(
     make: Callable[[], bytes], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    user_error(f"cannot read the image x: .*{words}", raw.read, make(), "x")
+    user_error(f"cannot read the image x: .*{words}", read, make())
     assert not Path("harmed").exists()
 
 
 def test_a_missing_tifffile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiff(numbers(4))
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    user_error("cannot read the image x: this needs tifffile: pip install tifffile", raw.read, data, "x")
+    user_error("cannot read the image x: this needs tifffile: pip install tifffile", read, data)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +155,12 @@ def test_a_missing_tifffile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_black_is_zero_and_white_one(kind: str, black: float, white: float) -> None:
     values = numbers(2, kind)
-    found = raw.scaled(values, black, white)
+    found = raw.scaled(values, (black, white))
     expected = (values.astype(np.float64) - black) / (white - black)
     assert found.dtype == torch.float32
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
     if kind == "uint16":
-        assert len(np.unique(raw.scaled(np.arange(65536, dtype=kind)[None, :, None], black, white))) == 65536
+        assert len(np.unique(raw.scaled(np.arange(65536, dtype=kind)[None, :, None], (black, white)))) == 65536
 
 
 def test_values_that_are_no_numbers_are_refused() -> None:
@@ -159,7 +168,7 @@ def test_values_that_are_no_numbers_are_refused() -> None:
         values = numbers(2, "float32")
         values[3, 4, 1] = value
         with pytest.raises(ValueError, match="infinite or no numbers"):
-            raw.scaled(values, 0, 1)
+            raw.scaled(values, (0, 1))
 
 
 def test_an_image_of_the_models_size_arrives_as_it_is_in_any_form(tmp_path: Path) -> None:
@@ -206,12 +215,12 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], words: str
     ("image", "words"),
     [
         (png16(numbers(2)), "cannot read the image .* bytes: it has 2 channels, but mean and std have 3 numbers"),
-        (numbers(4), "cannot use the image .* it has 4 channels"),
+        (numbers(4), "cannot read the image .* it has 4 channels"),
         (npy(first(numbers(3))), "cannot read the image .* bytes: it has 12 channels"),
-        (torch.zeros(8, 8), "cannot use the image"),
-        (Image.new("L", (8, 8)), "cannot use the image .* it has 1 channel"),
+        (torch.zeros(8, 8), "cannot read the image"),
+        (Image.new("L", (8, 8)), "cannot read the image .* it has 1 channel"),
         ("not there.png", "not there.png"),
-        (None, "cannot use the image"),
+        (None, "cannot read the image"),
     ],
 )
 def test_an_image_of_other_channels_is_refused(image: object, words: str) -> None:

@@ -70,7 +70,7 @@ def matched(
     # Values of which the mean and std of the weights say nothing.
     others = levels != theirs and not (made and "range" in fixed)
     if others and not {"mean", "std"} <= given.keys():
-        measure = "`vitlit data check ROOT --range [{:g},{:g}]` measures them".format(*levels)
+        measure = "`vitlit data check ROOT --range {:g} {:g}` measures them".format(*levels)
         raise UserError(f"data.range needs data.mean and data.std, a number for each channel; {measure}")
     for name, value in given.items():
         if name in ("mean", "std") and len(value) != channels:

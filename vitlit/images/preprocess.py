@@ -87,9 +87,8 @@ class Preprocess:
         """An image file's content: uint8 (3, H, W), with a range float32 (C, H, W). UserError if it cannot be read."""
         if self.range is None:
             return decode_bytes(data, path, self.ground)
-        values = raw.read(data, path)
         with naming(path):
-            return self._scaled(values)
+            return raw.scaled(raw.read(data), self.range, len(self.mean))
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decoded (B, C, H, W) -> normalised (B, C, H, W) of `dtype`, on the images' device."""
@@ -110,13 +109,6 @@ class Preprocess:
             raise UserError("there is no image to preprocess")
         return self.normalise(torch.stack([self.crop(self._pixels(image)) for image in many]))
 
-    def _scaled(self, values: np.ndarray) -> Tensor:
-        """Values (H, W, C) as float32 (C, H, W); ValueError if they do not fit."""
-        assert self.range is not None
-        if values.shape[2] != len(self.mean):
-            raise ValueError(f"it has {values.shape[2]} channels, but mean and std have {len(self.mean)} numbers")
-        return raw.scaled(values, *self.range)
-
     def _pixels(self, image: Any) -> Tensor:
         """An image of any kind as `decode` gives it, else UserError."""
         if isinstance(image, str | PathLike):
@@ -127,11 +119,9 @@ class Preprocess:
             return pixels(image, self.ground)
         if isinstance(image, Image.Image):
             image = np.asarray(ImageOps.exif_transpose(image))
-        try:
+        with naming("that was given"):
             values = image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.asarray(image)
-            return self._scaled(raw.checked(values))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"cannot use the image that was given: {error}") from error
+            return raw.scaled(values, self.range, len(self.mean))
 
 
 def pixels(image: Any, ground: str = GROUND) -> Tensor:

@@ -1,49 +1,36 @@
 """Images of any number of channels and bits: their values as they are in the file."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitlit.errors import need
-from vitlit.images.decode import ARRAY, DECODERS, MOST_PIXELS, TIFF, WHY_NOT, naming, open_picture
+from vitlit.images.decode import ARRAY, DECODERS, MOST_PIXELS, TIFF, WHY_NOT, open_picture
 
 FORMATS = ["PNG", "JPEG", "WEBP"]  # besides TIFF and npy
 MOST_CHANNELS = 16
 
 
-def read(data: bytes, path: str | Path) -> np.ndarray:
-    """The values of an image file's content, (H, W, C), of the file's own type.
+def read(data: bytes) -> np.ndarray:
+    """The values of an image file's content, (H, W, C) or (H, W), of the file's own type.
 
     PNG, JPEG and WebP are upright by their EXIF orientation. A TIFF's channels are its samples, its axis C, or its
-    pages. An array of .npy is (H, W) or (H, W, C). UserError if the file is none of these, or damaged.
+    pages. An array of .npy is (H, W) or (H, W, C). ValueError if the file is none of these, or damaged.
     """
-    with naming(path):
-        if data.startswith((ARRAY, *TIFF)):
-            try:
-                image = np.load(io.BytesIO(data)) if data.startswith(ARRAY) else _read_tiff(data)
-            except Exception as error:  # a damaged file may raise anything
-                remedy = ": pip install imagecodecs" if "imagecodecs" in str(error) else ""
-                raise ValueError(f"{error}{remedy}") from error
-        else:
-            format = str(open_picture(data, FORMATS).format)
-            if format not in DECODERS:
-                raise ValueError(f"data.range needs torchcodec, which does not load: {WHY_NOT}")
-            depth = {"output_dtype": "auto"} if format == "PNG" else {}
-            image = DECODERS[format](data, mode="UNCHANGED", **depth).movedim(-3, -1).numpy()
-        return checked(image)
-
-
-def checked(image: np.ndarray) -> np.ndarray:
-    """An array (H, W) or (H, W, C) as (H, W, C); ValueError if it is neither, or not of numbers."""
-    image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or not image.size or image.shape[2] > MOST_CHANNELS:
-        raise ValueError(f"its shape is {image.shape}, not (H, W) or (H, W, C) of at most {MOST_CHANNELS} channels")
-    if image.dtype.kind not in "iuf":
-        raise ValueError(f"its values are {image.dtype}, not integers or floats")
-    return image
+    if not data.startswith((ARRAY, *TIFF)):
+        format = str(open_picture(data, FORMATS).format)
+        if format not in DECODERS:
+            raise ValueError(f"data.range needs torchcodec, which does not load: {WHY_NOT}")
+        depth = {"output_dtype": "auto"} if format == "PNG" else {}
+        values: np.ndarray = DECODERS[format](data, mode="UNCHANGED", **depth).movedim(-3, -1).numpy()
+        return values
+    try:
+        return np.load(io.BytesIO(data)) if data.startswith(ARRAY) else _read_tiff(data)
+    except Exception as error:  # a damaged file may raise anything
+        remedy = ": pip install imagecodecs" if "imagecodecs" in str(error) else ""
+        raise ValueError(f"{error}{remedy}") from error
 
 
 def _read_tiff(data: bytes) -> np.ndarray:
@@ -66,10 +53,20 @@ def _read_tiff(data: bytes) -> np.ndarray:
         return first.asarray().transpose([axes.index(axis) for axis in f"YX{channels}"])
 
 
-def scaled(image: np.ndarray, black: float, white: float) -> Tensor:
-    """Values (H, W, C) with black at 0 and white at 1, float32 (C, H, W); ValueError unless all are finite."""
+def scaled(image: np.ndarray, levels: tuple[float, float], channels: int | None = None) -> Tensor:
+    """Values (H, W, C) or (H, W) with black at 0 and white at 1, float32 (C, H, W).
+
+    ValueError if they are anything else, not all finite, or not of so many channels.
+    """
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or not image.size or image.shape[2] > MOST_CHANNELS:
+        raise ValueError(f"its shape is {image.shape}, not (H, W) or (H, W, C) of at most {MOST_CHANNELS} channels")
+    if channels not in (None, image.shape[2]):
+        raise ValueError(f"it has {image.shape[2]} channels, but mean and std have {channels} numbers")
+    if image.dtype.kind not in "iuf":
+        raise ValueError(f"its values are {image.dtype}, not integers or floats")
     # In float64 for whole numbers of 32 bits, which float32 would round.
-    values = (image.astype(np.promote_types(image.dtype, np.float32)) - black) / (white - black)
+    values = (image.astype(np.promote_types(image.dtype, np.float32)) - levels[0]) / (levels[1] - levels[0])
     values = values.astype(np.float32, copy=False)
     if image.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("some of its values are infinite or no numbers")

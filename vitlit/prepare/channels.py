@@ -28,7 +28,7 @@ class Channels(NamedTuple):
 
 def measure(values: np.ndarray, levels: tuple[float, float]) -> Channels:
     """Of the values (H, W, C) of an image; ValueError if not all are finite."""
-    found = scaled(values, *levels).double().flatten(1)
+    found = scaled(values, levels).double().flatten(1)
     ends, moments = (float(values.min()), float(values.max())), (found.sum(1).numpy(), found.square().sum(1).numpy())
     return Channels(str(values.dtype), *ends, levels, found.shape[1], *moments)
 

@@ -1,6 +1,5 @@
 """`vitlit data check ROOT`: decode every image, and find what would make training or its numbers wrong."""
 
-import json
 import os
 import re
 from array import array
@@ -64,7 +63,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--holdout", metavar="SHARE", default="0", help="cut val off train, as --data.holdout does")
     parser.add_argument("--ground", metavar="COLOUR", default=GROUND, help="under transparency, as --data.ground")
     about = "read values as they are, as --data.range, and measure the channels' mean and std"
-    parser.add_argument("--range", metavar="[BLACK,WHITE]", type=parse_range, help=about)
+    parser.add_argument("--range", metavar=("BLACK", "WHITE"), type=float, nargs=2, help=about)
     parser.add_argument(
         "--workers", metavar="N", type=int, default=count(1), help="processes; default one a core, 0 for none"
     )
@@ -82,21 +81,13 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
     colour(given.ground)
     weights = given.weights and partial(_suspect, weights=given.weights, size=given.image_size, sheets=given.sheets)
-    each = partial(look, ground=given.ground, levels=given.range)
+    levels = Preprocess((1, 1), range=given.range and tuple(given.range)).range
+    each = partial(look, ground=given.ground, levels=levels)
     report = check(given.root, parse_share(given.holdout), given.workers, each, weights or None)
     if given.json:
         report.write(given.json)
     report.print()
     return 0 if report.ok else 1
-
-
-def parse_range(text: str) -> tuple[float, float]:
-    """Black and white of '[0,65535]'; UserError if it is none."""
-    try:
-        black, white = map(float, json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--range {text} is not black and white, such as [0,65535]") from error
-    return Preprocess((1, 1), range=(black, white)).range or (black, white)
 
 
 def check(

@@ -84,8 +84,8 @@ def look(path: str, ground: str = GROUND, levels: tuple[float, float] | None = N
             if levels is None:
                 image = decode(path, ground).permute(1, 2, 0).contiguous().numpy()
             else:
-                image = np.ascontiguousarray(raw.read(read_file(path), path))
                 with naming(path):
+                    image = np.ascontiguousarray(raw.read(read_file(path)))
                     channels = measure(image, levels)
         except Exception as error:  # a decoder's bug in one file must not end the check
             if isinstance(error.__cause__, Image.DecompressionBombError):
