@@ -202,8 +202,8 @@ def test_resizing_is_that_of_eight_bits(photo: Image.Image, interpolation: Any) 
     [
         ({"range": (1.0, 1.0)}, r"range \(1\.0, 1\.0\) must be two numbers that rise"),
         ({"range": (0.0, float("inf"))}, "two numbers that rise"),
-        ({"range": LEVELS, "mean": (0.5,) * 17, "std": (0.5,) * 17}, "must have 1 to 16 numbers each"),
-        ({"range": LEVELS, "mean": (0.5,) * 4}, "must have 1 to 16 numbers each"),
+        ({"range": LEVELS, "mean": (0.5,) * 17, "std": (0.5,) * 17}, "must have equally many numbers, 1 to 16"),
+        ({"range": LEVELS, "mean": (0.5,) * 4}, "must have equally many numbers, 1 to 16"),
         ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "must have 3 numbers each, or 1 for grey"),
     ],
 )

@@ -67,7 +67,8 @@ class Preprocess:
         channels = len(self.mean)
         fits = channels in (1, 3) if self.range is None else 1 <= channels <= MOST_CHANNELS
         if not fits or len(self.std) != channels:
-            takes = f"1 to {MOST_CHANNELS} numbers each" if self.range else "3 numbers each, or 1 for grey images"
+            takes = "3 numbers each, or 1 for grey images, unless there is a range"
+            takes = f"equally many numbers, 1 to {MOST_CHANNELS}" if self.range else takes
             raise UserError(f"mean {self.mean} and std {self.std} must have {takes}")
         colour(self.ground)
 
@@ -118,7 +119,8 @@ class Preprocess:
         if self.range is None:
             return pixels(image, self.ground)
         if isinstance(image, Image.Image):
-            image = np.asarray(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            image = np.asarray(upright.convert("RGB") if upright.mode == "P" else upright)
         with naming("that was given"):
             values = image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.asarray(image)
             return raw.scaled(values, self.range, len(self.mean))
