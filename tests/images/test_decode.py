@@ -207,7 +207,9 @@ def test_an_animation_of_one_frame_is_an_image(photo: Image.Image, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("decoder")
-@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm", "colour.tif", "colour.ppm", "clear.png", "a.npy"])
+@pytest.mark.parametrize(
+    "name", ["grey.png", "grey.tif", "grey.pgm", "colour.tif", "colour.ppm", "plain.ppm", "clear.png", "a.npy"]
+)
 @pytest.mark.parametrize("kind", ["uint16", "float32"])
 def test_more_than_eight_bits_are_refused_without_a_range(tmp_path: Path, name: str, kind: str) -> None:
     values, path = np.arange(12, dtype=kind).reshape(2, 2, 3), tmp_path / name
@@ -215,6 +217,8 @@ def test_more_than_eight_bits_are_refused_without_a_range(tmp_path: Path, name: 
         tifffile.imwrite(path, values, photometric="rgb")
     elif name == "colour.ppm":
         path.write_bytes(b"P6 2 2 65535 " + values.astype(">u2").tobytes())
+    elif name == "plain.ppm":
+        path.write_text("P3 1 1 65535 60000 5 7\n")
     elif name == "clear.png":
         path.write_bytes(png16(np.dstack([values, values[..., 0]])))
     elif name == "a.npy":

@@ -107,8 +107,8 @@ class Harmful:
 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "it is empty"),
-    "no image": (lambda: b"<html>", "it is no PNG JPEG WEBP; convert"),
-    "gif": (lambda: saved(Image.new("L", (4, 4)), "GIF"), "it is no PNG JPEG WEBP; convert"),
+    "no image": (lambda: b"<html>", "it is no PNG JPEG WEBP TIFF; convert"),
+    "gif": (lambda: saved(Image.new("L", (4, 4)), "GIF"), "it is no PNG JPEG WEBP TIFF; convert"),
     "17 channels": (lambda: npy(numbers(17)), r"its shape is \(9, 12, 17\), not \(H, W\) or .* at most 16 channels"),
     "four axes": (lambda: npy(np.zeros((2, 3, 4, 5))), r"its shape is \(2, 3, 4, 5\)"),
     "bool": (lambda: npy(np.ones(SHAPE, bool)), "its values are bool"),

@@ -151,7 +151,8 @@ def decode_picture(picture: Image.Image, ground: str = GROUND) -> Tensor:
 def refuse_deep(picture: Image.Image) -> None:
     """ValueError for values of more than 8 bits, whose black and white only the user knows; Pillow would cut them."""
     for tile in getattr(picture, "tile", ()):  # of a file that is not read yet: how its values are stored
-        if re.search("[ABKLXa];16", str(tile.args)) or (tile.codec_name == "ppm" and tile.args[1] > 255):
+        largest = tile.args[-1] if tile.codec_name.startswith("ppm") and isinstance(tile.args, tuple) else 0
+        if largest > 255 or re.search("[ABKLXa];16", str(tile.args)):
             raise ValueError(OTHER)
     if picture.mode[0] in "IF":
         raise ValueError(OTHER)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vitlit.errors import need
 from vitlit.images.decode import ARRAY, DECODERS, MOST_PIXELS, TIFF, WHY_NOT, open_picture
 
-FORMATS = ["PNG", "JPEG", "WEBP"]  # besides TIFF and npy
+FORMATS = ["PNG", "JPEG", "WEBP", "TIFF"]  # besides npy
 MOST_CHANNELS = 16
 
 
