@@ -225,7 +225,7 @@ def test_weights_of_photographs_begin_a_network_of_four_channels(
         ({"views": [Views(1, 8, solarise=0.1)]}, "data.photometric, or data.views, with jitter, grey or solarise"),
         ({"views": "dino"}, "data.photometric, or data.views, with jitter"),
         ({"augment": ThreeAugment()}, "data.augment"),
-        ({"augment": TimmRandAugment()}, r"data.augment makes images uint8 \[4, 16, 16\]; they must stay float32"),
+        ({"augment": TimmRandAugment()}, "data.augment"),
         ({"augment": BigVisionRandAugment()}, "data.augment: BigVisionRandAugment .* it is for RGB of 8 bits"),
         ({"augment": v2.ColorJitter(0.4)}, "data.augment: ColorJitter fails on an image"),
         ({"augment": v2.ToDtype(torch.uint8, scale=True)}, r"data.augment makes images uint8 \[4, 16, 16\]"),
