@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -137,6 +141,21 @@ def test_pixels_and_normalised_images_give_the_same(rich: tuple[Any, Path], tmp_
         program.module()(torch.zeros(1, 3, 48, 48))
 
 
+@pytest.mark.skipif(which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+def test_aotinductor_computes_the_same_for_any_batch(tmp_path: Path) -> None:
+    vit, file = ready(registers=1), tmp_path / "a.pt2"
+    vit.temperature = 1.7
+    export(vit, file, softmax=True, aot=True)
+    network: Any = torch._inductor.aoti_load_package(file)
+    about = json.loads(network.get_metadata()["vitlit"])
+    assert (about["classes"], about["temperature"], about["shape"]) == (NAMES, 1.7, ["batch", 32, 32, 3])
+    expected = (logits_of(vit) / 1.7).softmax(-1)
+    for count in (1, 5):
+        torch.testing.assert_close(network(PIXELS[:count]), expected[:count], atol=1e-5, rtol=0)
+    with zipfile.ZipFile(file) as archive:
+        assert any(name.endswith(".so") for name in archive.namelist())
+
+
 @pytest.mark.parametrize(
     ("options", "half"),
     [
@@ -232,11 +251,19 @@ def test_the_command_exports_a_run_and_refuses_in_a_line(vitlit: Command, work: 
         (["b.onnx", "--half", "true", "--int8", "true"], "two precisions"),
         (["b.onnx", "--opset", "9"], "opset is 9; give from 18 to 23"),
         (["b", "--softmax", "true"], "b takes no softmax"),
+        (["b.onnx", "--aot", "true"], "b.onnx takes no aot"),
         (["b.pt2", "--image_size", "30"], "does not divide"),
         (["b.pt2", "--root", "nowhere"], "nowhere"),
     ):
         refused(vitlit(*start, *arguments), words)
     assert sorted(work.iterdir()) == before
+
+
+def test_a_missing_compiler_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-compiler")
+    user_error(
+        r"aot: there is no C\+\+ compiler; apt install g\+\+", partial(export, aot=True), ready(), tmp_path / "a.pt2"
+    )
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ NAMES = [
         "pass recompile_limit to Module.compile, from torch 2.15 on",
     ),
     Name(
+        "export.py",
+        "_inductor",
+        "torch",
+        "aoti_compile_and_package and aoti_load_package, which torch's documentation of AOTInductor names",
+        "look for their public names",
+    ),
+    Name(
         "stages/stage.py",
         "_class_path _instantiator",
         CLI,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitlit.errors import UserError, check_range, need
+from vitlit.errors import UserError, check_range, need, without_compiler
 from vitlit.files import whole_file, whole_folder, write_text, writing
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
@@ -22,7 +22,7 @@ from vitlit.weights.hub import CONFIG
 from vitlit.weights.save import save_weights
 
 PACKAGES = {".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": [], "": ["transformers"]}  # by what is written
-OPTIONS = {".onnx": ["input", "softmax", "half", "int8", "opset"], ".pt2": ["input", "softmax", "half"], "": []}
+OPTIONS = {".onnx": ["input", "softmax", "half", "int8", "opset"], ".pt2": ["input", "softmax", "half", "aot"], "": []}
 TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest output, or of 1 if that is less
 HALF_AGREEMENT = 0.95  # the least share of images whose first class float16 leaves as it is
 INT8_LOSS = 0.01  # the most of the top-1 accuracy that int8 may cost
@@ -90,6 +90,7 @@ def export(
     half: bool = False,
     int8: bool = False,
     opset: int | None = None,
+    aot: bool = False,
 ) -> dict[str, Any]:
     """Write OUT.onnx, OUT.pt2 or a folder for transformers, and a JSON beside or in it, whose content it returns.
 
@@ -107,8 +108,9 @@ def export(
         half: whether the weights are float16.
         int8: whether onnxruntime quantises the weights to 8 bits, and activations as they come.
         opset: of ONNX, 18 to 23; by default torch's.
+        aot: whether AOTInductor compiles a .pt2, which C++ then runs without Python.
     """
-    options = {"input": input, "softmax": softmax, "half": half, "int8": int8, "opset": opset}
+    options = {"input": input, "softmax": softmax, "half": half, "int8": int8, "opset": opset, "aot": aot}
     sides, pixels = vit.config.sides, input == "uint8"
     about: dict[str, Any] = options | {
         "vitlit": version("vitlit"),
@@ -138,7 +140,7 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
         raise UserError(f"{out} ends in neither .onnx nor .pt2; give it one of these, or no ending for a folder")
     need(*PACKAGES[out.suffix])
     check_range("vitlit export", 18, 23, opset=about["opset"])
-    given = {name for name in ("softmax", "half", "int8", "opset") if about[name]}
+    given = {name for name in ("softmax", "half", "int8", "opset", "aot") if about[name]}
     given |= {"input"} if about["input"] == "float" else set()
     classes = vit.config.num_classes if about["activation"] else 0
     size = sum(p.numel() for p in vit.parameters()) * (2 if about["half"] else 4)
@@ -147,6 +149,7 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
         f"{out} takes no {' '.join(sorted(given))}; leave out what is not for it": given - {*OPTIONS[out.suffix]},
         f"{out}: transformers has no pretraining head; finetune the weights first": not out.suffix
         and vit.config.hidden_dim is not None,
+        f"aot: {without_compiler('cpu')}": given >= {"aot"} and without_compiler("cpu"),
         "half and int8 are two precisions; give one of them": given >= {"half", "int8"},
         "int8 is kept for its accuracy; give --root FOLDER to measure it on val": "int8" in given and not measured,
         "softmax and int8 are for classifiers, which these weights are not": given & {"softmax", "int8"}
@@ -194,9 +197,16 @@ def open_onnx(file: Path) -> Any:
 
 
 def pt2(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
-    """Write a program of torch.export, and run it."""
-    torch.export.save(module.program(), file, extra_files={f"{ABOUT}.json": json.dumps(module.about)})
-    return torch.export.load(file).module()
+    """Write a program of torch.export, or what AOTInductor compiles of it, and run it."""
+    program, about = module.program(), json.dumps(module.about)
+    if not module.about["aot"]:
+        torch.export.save(program, file, extra_files={f"{ABOUT}.json": about})
+        return torch.export.load(file).module()
+    # Were inputs checked (AOTI_RUNTIME_CHECK_INPUTS=1), a batch of one would be refused.
+    options = {"aot_inductor.metadata": {ABOUT: about}, "aot_inductor.check_lowerbound": False}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+    network: Callable[[Tensor], Tensor] = torch._inductor.aoti_load_package(str(file))
+    return network
 
 
 def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:

@@ -23,6 +23,7 @@ SWITCHES = {
     "softmax": "give probabilities, at the temperature if there is one; of a run with a sigmoid loss the sigmoid",
     "half": "weights in float16",
     "int8": "weights in 8 bits, kept if top-1 on val falls by at most a point; needs --root",
+    "aot": "compile OUT.pt2 by AOTInductor for this machine's kind of CPU: C++ runs it without Python; needs g++",
 }
 
 
