@@ -72,6 +72,8 @@ def test_onnxruntime_gives_the_probabilities_of_any_batch(rich: tuple[Any, Path]
     session = onnxruntime.InferenceSession(file)
     expected = (logits_of(vit) / 1.7).softmax(-1).numpy()
     assert expected.max() - expected.min() > 0.2
+    ends = session.get_inputs() + session.get_outputs()
+    assert [(each.name, each.shape) for each in ends] == [("images", ["batch", 32, 32, 3]), ("outputs", ["batch", 10])]
     for count in (1, 5):
         (found,) = session.run(["outputs"], {"images": PIXELS[:count].numpy()})
         np.testing.assert_allclose(found, expected[:count], atol=1e-5)

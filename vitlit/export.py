@@ -165,6 +165,7 @@ def onnx(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
     """Write ONNX, and run it."""
     about = module.about
     ends: dict[str, Any] = {"input_names": ["images"], "output_names": ["outputs"]}
+    ends["dynamic_shapes"] = ({0: "batch"},)  # a program of torch.export calls it s34
     program = torch.onnx.export(module.program(), (), **ends, opset_version=about["opset"], verbose=False)
     assert program is not None
     about["opset"] = program.model.opset_imports[""]
