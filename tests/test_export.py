@@ -246,7 +246,9 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     user_error("this needs onnxscript: pip install onnx onnxscript onnxruntime", export, ready(), tmp_path / "a.onnx")
 
 
-def test_a_run_tells_what_makes_its_logits_probabilities(finished: Path) -> None:
+def test_a_run_and_its_copies_tell_what_makes_its_logits_probabilities(
+    finished: Path, vitlit: Command, tmp_path: Path
+) -> None:
     file = finished / "checkpoints" / "best.ckpt"
     assert load(finished)[1] == "softmax"
     for loss in ("sigmoid", "bce"):
@@ -254,6 +256,14 @@ def test_a_run_tells_what_makes_its_logits_probabilities(finished: Path) -> None
         checkpoint["hyper_parameters"]["objective"]["init_args"] = {"loss": loss}
         torch.save(checkpoint, file)
         assert load(finished)[1] == "sigmoid"
+    assert "lost" not in done(vitlit("weights", "convert", finished, "a.safetensors", "--format", "vitlit"))
+    assert load(tmp_path / "a.safetensors")[1] == "sigmoid"
+    vit = ready()
+    vit.activation = "sigmoid"
+    package.save_weights(vit, tmp_path / "b.safetensors")
+    said = done(vitlit("weights", "convert", "b.safetensors", "b.pth", "--format", "timm"))
+    assert "a sigmoid of each logit is lost" in said
+    assert load(tmp_path / "b.pth")[1] == "softmax"
     logits = torch.tensor([[1.0, -2.0]])
     about = {"activation": "sigmoid", "temperature": 2.0}
     torch.testing.assert_close(probabilities(logits, about), 1 / (1 + torch.exp(-logits / 2)))

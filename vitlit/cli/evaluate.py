@@ -155,6 +155,8 @@ def check(source: str, splits: Splits, given: Namespace) -> list[int]:
         raise UserError(f"{source} on {given.root}: {error}") from error
     if given.calibrate:
         check_storable(source)
+        if vit.activation != "softmax":
+            raise UserError(f"{source} predicts by a sigmoid for each class; a temperature is of a softmax")
     if len(head) < count and given.calibrate:
         raise UserError(f"--calibrate needs all {count} classes of {source}; {given.root} has {len(head)}")
     rank, _ = ranks()

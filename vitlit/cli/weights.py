@@ -102,5 +102,7 @@ def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[s
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
     print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
-    if again.temperature != vit.temperature:
-        print(f"the temperature {vit.temperature:.4g} is lost, since the format {format} has none")
+    lost = [f"the temperature {vit.temperature:.4g}"] if again.temperature != vit.temperature else []
+    lost += ["that probabilities are a sigmoid of each logit"] if again.activation != vit.activation else []
+    if lost:
+        print(f"{' and '.join(lost)} is lost, since the format {format} has no place for it")
