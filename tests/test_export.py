@@ -117,6 +117,7 @@ def test_predict_reads_it_and_writes_what_the_run_would(
     for row, values, classes in zip(rows, *(part.tolist() for part in found), strict=True):
         assert row["class"] == NAMES[classes[0]]
         assert float(row["probability_5"]) == pytest.approx(values[4], abs=2e-5)
+    refused(vitlit(*given), "out/found.csv exists: name another")
     (tmp_path / "bad.onnx").write_bytes(b"none")
     refused(vitlit("predict", "bad.onnx", few / "val", "--out", "a.csv"), "bad.onnx", "onnxruntime")
 
@@ -236,6 +237,7 @@ def test_the_command_exports_a_run_and_refuses_in_a_line(vitlit: Command, work: 
         (["b", "--softmax", "true"], "b takes no softmax"),
         (["b.pt2", "--image_size", "30"], "does not divide"),
         (["b.pt2", "--root", "nowhere"], "nowhere"),
+        (["a.pt2"], "a.pt2 exists: name another"),
     ):
         refused(vitlit(*start, *arguments), words)
     assert sorted(work.iterdir()) == before

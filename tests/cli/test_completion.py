@@ -12,6 +12,8 @@ from test_arguments import shipped
 from test_predict import measured
 
 from vitlit import load
+from vitlit.cli.completion import small_images
+from vitlit.data.splits import Splits
 
 Command = Callable[..., Result]
 FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
@@ -21,6 +23,13 @@ FINETUNE += " --model.schedule.warmup 1 --trainer.logger false --data.root"
 def test_what_a_flag_switches_off_may_keep_the_configs_settings(vitlit: Command, few: Path, tmp_path: Path) -> None:
     config = shipped(tmp_path, "  batch_size: 32", "  erasing: {prob: 0.5, fill: mean}\n  batch_size: 32")
     done(vitlit("fit", "--config", config, *SMALL[2:], "--data.root", few, "--data.erasing.prob", 0))
+
+
+def test_images_that_are_enlarged_much_are_told(few: Path) -> None:
+    index = Splits(str(few), 0.0, None)["train"]
+    assert small_images(index, (32, 32)) == []
+    (warning,) = small_images(index, (48, 64))
+    assert "of 8 pixels, enlarged to data.image_size 48" in warning
 
 
 def junk(folder: Path) -> str:

@@ -59,8 +59,8 @@ def read(contents: Contents) -> Weights | None:
     objective = contents.rest.get("hyper_parameters", {}).get("objective") or {}
     loss = (objective.get("init_args") or {}).get("loss") or about.get("activation")
     said = about["vit"], about["classes"], about["preprocess"]
-    how = {"temperature": temperature, "activation": "sigmoid" if loss in ("sigmoid", "bce") else "softmax"}
-    return Weights(contents.path, "vitlit", state, *said, unused, known, **how)
+    activation = "sigmoid" if loss in ("sigmoid", "bce") else "softmax"
+    return Weights(contents.path, "vitlit", state, *said, unused, known, {}, temperature, activation)
 
 
 def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:
