@@ -15,7 +15,7 @@ MOST = 8  # of a folder's images
 def run(arguments: list[str]) -> int:
     parser = CommandParser("vitlit inspect", ABOUT)
     parser.add_argument("weights", metavar="WEIGHTS", help="a run's folder, a weight file, or hf:OWNER/NAME")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help=f"a file, or a folder, of which {MOST} are drawn")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=f"a file, or a folder: at most {MOST} of its images")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     given = parser.parse_args(arguments or ["--help"])
     from vitlit.data.folder import scan_photos
