@@ -12,8 +12,6 @@ from test_arguments import shipped
 from test_predict import measured
 
 from vitlit import load
-from vitlit.cli.completion import small_images
-from vitlit.data.splits import Splits
 
 Command = Callable[..., Result]
 FINETUNE = "fit --config finetune --data.batch_size 16 --data.num_workers 0 --data.image_size 24 --trainer.max_steps 2"
@@ -25,11 +23,11 @@ def test_what_a_flag_switches_off_may_keep_the_configs_settings(vitlit: Command,
     done(vitlit("fit", "--config", config, *SMALL[2:], "--data.root", few, "--data.erasing.prob", 0))
 
 
-def test_images_that_are_enlarged_much_are_told(few: Path) -> None:
-    index = Splits(str(few), 0.0, None)["train"]
-    assert small_images(index, (32, 32)) == []
-    (warning,) = small_images(index, (48, 64))
-    assert "of 8 pixels, enlarged to data.image_size 48" in warning
+def test_images_that_are_enlarged_much_are_told(vitlit: Command, few: Path) -> None:
+    flags = ("--data.root", few, "--trainer.max_steps", 1, "--model.schedule.warmup", 0, "--run.report", "false")
+    assert "enlarged" not in done(vitlit("fit", *SMALL, *flags, "--data.image_size", 32, "--run.name", "a"))
+    said = done(vitlit("fit", *SMALL, *flags, "--data.image_size", "[64,48]", "--run.name", "b"))
+    assert "vitlit: warning: training images are enlarged from 8 pixels to data.image_size 48" in said
 
 
 def junk(folder: Path) -> str:

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from PIL import Image
 
 from vitlit.data.erasing import Erasing
-from vitlit.data.index import Index
 from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
@@ -129,8 +128,8 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
         objective.multi_label = objective.multi_label or several
 
 
-def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
-    """Likely mistakes in a filled config, a line each; `source` is the config file's content, before flags."""
+def config_warnings(config: Namespace, source: dict[str, Any], data: Any) -> list[str]:
+    """Likely mistakes in a filled config and its data module; `source` is the config file's content, before flags."""
     found, written = [], flatten(source)
     batch = config.data.batch_size
     made_for = int(written.get("data.batch_size") or batch)
@@ -150,18 +149,13 @@ def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
         )
     if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
         found.append("data.balanced and class_weights both favour rare classes; give one")
-    return found
-
-
-def small_images(index: Index, size: tuple[int, int]) -> list[str]:
-    """A warning if a few images, by their headers, are much smaller than what they are resized to."""
-    sides = []
-    for row in range(0, len(index), -(-len(index) // 10)):
-        with suppress(Exception):  # their decoding will name it
+    index, sides, size = data.split("train"), [], min(data.preprocess.image_size)
+    for row in range(0, len(index), -(-len(index) // 10)):  # a few headers
+        with suppress(Exception):  # what is no image is named when it is decoded
             sides.append(min(Image.open(BytesIO(index.read(row))).size))
-    side, wanted = median_low(sides or size), min(size)
-    small = f"the training images are of {side} pixels, enlarged to data.image_size {wanted}; a smaller one is faster"
-    return [small] if 4 * side < wanted else []
+    if 4 * (side := median_low(sides or [size])) < size:
+        found.append(f"training images are enlarged from {side} pixels to data.image_size {size}; a smaller is faster")
+    return found
 
 
 def check_idle(data: Namespace, source: dict[str, Any]) -> None:

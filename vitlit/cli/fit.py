@@ -255,9 +255,7 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
-            warnings = completion.config_warnings(self.config.fit, self.line.content)
-            warnings += completion.small_images(self.datamodule.split("train"), self.datamodule.preprocess.image_size)
-            for warning in warnings:
+            for warning in completion.config_warnings(self.config.fit, self.line.content, self.datamodule):
                 rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def after_fit(self) -> None:

@@ -23,15 +23,12 @@ def outputs(folders: Sequence[str], names: Sequence[str], count: int, file: Path
         try:
             told = {folder: name.strip() for folder, name in csv.reader(file.read_text("utf-8-sig").splitlines())}
         except (OSError, ValueError, csv.Error) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"{file} is not a CSV file of rows folder,class ({why})") from error
+            raise UserError(f"{file} is not a CSV file of rows folder,class ({error})") from error
         numbers = {str(number): number for number in range(count)} | numbers
     found = {numbers[told[folder]]: folder for folder in folders if told.get(folder) in numbers}
     if wrong := next((folder for folder in folders if folder not in found.values()), None):
-        why = "none by its name; --classes FILE tells which"
-        if file:
-            which = "another folder's" if told.get(wrong) in numbers else f"none of 0 to {count - 1}"
-            why = f"{file} gives it {told[wrong]!r}, {which}" if wrong in told else f"{file} has no row of it"
+        said = f"{file} gives it {told.get(wrong, 'nothing')}; give it one of its own, by name or from 0 to {count - 1}"
+        why = said if file else "none by its name; --classes FILE tells which"
         raise UserError(f"the class {wrong!r} has no output of its own of the head's {count}: {why}")
     return list(found)
 
