@@ -16,8 +16,6 @@ from vitlit.files import whole_file, whole_folder, write_text, writing
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import door
-from vitlit.weights.checkpoint import loss_of
-from vitlit.weights.files import locate
 from vitlit.weights.hub import CONFIG
 from vitlit.weights.save import save_weights
 
@@ -34,11 +32,9 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # pixels, uint8 (B, H, W, 3), and lab
 
 def load(source: str | Path, image_size: int | None = None) -> tuple[ViT, Activation]:
     """The ViT of a run or file at the size of its preprocessing or another, and what makes its logits probabilities."""
-    vit, path = door.load_prepared(source, image_size), locate(source)
+    vit = door.load_prepared(source, image_size)
     bake(vit, vit.preprocess.image_size)
-    if vit.config.num_classes < 2:
-        return vit, None
-    return vit, "sigmoid" if loss_of(path) in ("sigmoid", "bce") else "softmax"
+    return vit, vit.activation if vit.config.num_classes > 1 else None
 
 
 def bake(vit: ViT, size: tuple[int, int]) -> None:
@@ -168,6 +164,7 @@ def onnx(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
     """Write ONNX, and run it."""
     about = module.about
     ends: dict[str, Any] = {"input_names": ["images"], "output_names": ["outputs"]}
+    ends["dynamic_shapes"] = ({0: "batch"},)  # a program of torch.export calls it s34
     program = torch.onnx.export(module.program(), (), **ends, opset_version=about["opset"], verbose=False)
     assert program is not None
     about["opset"] = program.model.opset_imports[""]

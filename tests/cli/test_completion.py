@@ -23,6 +23,13 @@ def test_what_a_flag_switches_off_may_keep_the_configs_settings(vitlit: Command,
     done(vitlit("fit", "--config", config, *SMALL[2:], "--data.root", few, "--data.erasing.prob", 0))
 
 
+def test_images_that_are_enlarged_much_are_told(vitlit: Command, few: Path) -> None:
+    flags = ("--data.root", few, "--trainer.max_steps", 1, "--model.schedule.warmup", 0, "--run.report", "false")
+    assert "enlarged" not in done(vitlit("fit", *SMALL, *flags, "--data.image_size", 32, "--run.name", "a"))
+    said = done(vitlit("fit", *SMALL, *flags, "--data.image_size", "[64,48]", "--run.name", "b"))
+    assert "vitlit: warning: training images are enlarged from 8 pixels to data.image_size 48" in said
+
+
 def junk(folder: Path) -> str:
     (folder / "junk.ckpt").write_text("not a checkpoint" * 100)
     return "junk.ckpt"

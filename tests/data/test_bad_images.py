@@ -172,6 +172,7 @@ def test_a_run_skips_and_lists_and_a_run_without_stops(
     assert (stopped.code, stopped.err.count("\n")) == (2, 1)
     assert "; --data.on_bad_image skip trains and predicts without it" in stopped.err
     for _ in range(2):  # the list is that of the last
+        (tmp_path / "out.csv").unlink(missing_ok=True)
         told = vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "skip", "--out", "out.csv")
         assert told.code == 0, told.err
         assert "8 images; 2 could not be read, see out-bad.csv" in told.out

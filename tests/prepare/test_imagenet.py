@@ -128,7 +128,7 @@ def test_existing_folder(tars: Tars, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     unpack(tars.folder, tmp_path / "mine")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"mine exists and is not empty: name another folder"):
+    with pytest.raises(UserError, match=r"mine exists and is not empty: name another"):
         unpack(tars.folder, tmp_path / "mine")
     photo = next((tmp_path / "mine").glob("*/*/*"))
     with pytest.raises(UserError, match=r"JPEG exists"):

@@ -1,13 +1,17 @@
 """Fill in what follows from the data or the weights, and refuse contradictions."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from PIL import Image
 
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
@@ -124,8 +128,8 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
         objective.multi_label = objective.multi_label or several
 
 
-def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
-    """Likely mistakes in a filled config, a line each; `source` is the config file's content, before flags."""
+def config_warnings(config: Namespace, source: dict[str, Any], data: Any) -> list[str]:
+    """Likely mistakes in a filled config and its data module; `source` is the config file's content, before flags."""
     found, written = [], flatten(source)
     batch = config.data.batch_size
     made_for = int(written.get("data.batch_size") or batch)
@@ -145,6 +149,12 @@ def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
         )
     if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
         found.append("data.balanced and class_weights both favour rare classes; give one")
+    index, sides, size = data.split("train"), [], min(data.preprocess.image_size)
+    for row in range(0, len(index), -(-len(index) // 10)):  # a few headers
+        with suppress(Exception):  # what is no image is named when it is decoded
+            sides.append(min(Image.open(BytesIO(index.read(row))).size))
+    if 4 * (side := median_low(sides or [size])) < size:
+        found.append(f"training images are enlarged from {side} pixels to data.image_size {size}; a smaller is faster")
     return found
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import REMOVE, Images
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits, other_classes
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser
 from vitlit.export import Batches, export, load
-from vitlit.files import expand
+from vitlit.files import check_new, expand
 
 HELP = """\
 Write weights (a file, a run, hf:OWNER/NAME) for use without vitlit: OUT.onnx for onnxruntime, OUT.pt2 for torch.export,
@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments or ["--help"])
     if given.holdout != "0" and not given.root:
         parser.error("--holdout is about --root; give that too")
+    check_new(given.out)
     vit, activation = load(given.weights, given.image_size)
     options = {name: getattr(given, name) == "true" for name in SWITCHES} | {"input": given.input, "opset": given.opset}
     if given.root:
@@ -65,5 +66,5 @@ def images(vit: Any, splits: Splits, labelled: bool) -> Batches:
         raise other_classes(splits.root, splits.classes, vit.classes)
     if not labelled:
         index = index.take(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).astype(int))
-    dataset = Images(index, vit.preprocess.crop, ground=vit.preprocess.ground)
+    dataset = Images(index, vit.preprocess.crop, ground=vit.preprocess.ground, remedy=REMOVE)
     return ((batch[0], batch[1]) for batch in loader(dataset, range(len(index)), 32, count(1)))

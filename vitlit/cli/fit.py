@@ -34,6 +34,7 @@ from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
+from vitlit.files import check_new
 from vitlit.loggers import CSV
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
@@ -228,6 +229,7 @@ class CLI(LightningCLI):
         elif self.subcommand == "predict":
             out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
             writer = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
+            check_new(self.config.predict.out)
             self.datamodule.bad_photos = writer.bad
             if rank() == 0 and writer.bad.is_file():  # left by an earlier prediction
                 writer.bad.unlink()
@@ -253,7 +255,7 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
-            for warning in completion.config_warnings(self.config.fit, self.line.content):
+            for warning in completion.config_warnings(self.config.fit, self.line.content, self.datamodule):
                 rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def after_fit(self) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import select
 import signal
 import sys
@@ -38,7 +39,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit report RUN                                 one HTML page of a run, which `fit` writes at its end too
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
-validate, test and predict take --config CONFIG in RUN's place.
+validate, test and predict take --config CONFIG in RUN's place. What a command is told to write must not exist yet.
 
   vitlit fit --help                     every key
   vitlit fit --model.help Finetune      the keys of a stage: Pretrain, Finetune
@@ -49,6 +50,8 @@ may be in the current folder.
 """
 
 LIGHTNING = ("MisconfigurationException", "TrainingSpikeException")  # its errors that are one line
+# What is data.root elsewhere: messages about data are worded for training.
+ROOTS = {"evaluate": "--root", "export": "--root", "tune": "--root", "embed": "ROOT", "benchmark": "ROOT"}
 STAGES = ("fit", "validate", "test", "predict")
 # The modules whose `run` is each other command, imported when it is asked for.
 COMMANDS = {
@@ -114,6 +117,9 @@ def run_command(argv: list[str]) -> int:
         raise
     except Exception as error:
         message = explain(error)
+        if message and (root := ROOTS.get(argv[0])):
+            message = re.sub(r"(--)?data\.root\b", root, message)
+            message = re.sub(r"(--)?data\.(holdout|manifest)\b", r"--\2", message)
         if message is None or os.environ.get("VITLIT_DEBUG") == "1":
             raise
         print(f"vitlit: error: {message}", file=sys.stderr)

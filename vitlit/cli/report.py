@@ -18,7 +18,7 @@ from vitlit.errors import CommandParser, UserError
 from vitlit.evaluation import interval
 from vitlit.evaluation.calibration import binned, calibration_error
 from vitlit.evaluation.classify import balanced
-from vitlit.files import expand, from_here, read_csv
+from vitlit.files import check_new, expand, from_here, read_csv
 from vitlit.inspection.figures import draw_images, draw_reliability
 from vitlit.inspection.report import Picture, Section, curves, encode, write_page
 from vitlit.inspection.sheet import thumbnail
@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=expand, help="the folder of a run, whether or not it has ended")
     parser.add_argument("--out", metavar="FILE", type=Path, help="by default report.html in the run's folder")
     given = parser.parse_args(arguments or ["--help"])
+    check_new(given.out)
     out = given.out or Path(given.run, "report.html")
     with redirect_stdout(sys.stderr):  # what is said of the data's folder
         Report(History(Path(given.run))).write(out)

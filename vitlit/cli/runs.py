@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import expand, from_here, read_csv
+from vitlit.files import check_new, expand, from_here, read_csv
 from vitlit.run.folder import RunOptions
 from vitlit.run.history import VALIDATION, History, differing, duration, in_words
 
@@ -62,6 +62,7 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=expand, help="the folder of a run")
     parser.add_argument("--out", metavar="FILE.html", type=Path, help="write a page, with curves over each other")
     given = parser.parse_args(arguments or ["--help"])
+    check_new(given.out)
     runs = [History(Path(path)) for path in dict.fromkeys(given.runs)]
     if len(runs) < 2:
         parser.error("one run has none to be compared with; name another")

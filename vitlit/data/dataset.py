@@ -19,7 +19,8 @@ from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
 from vitlit.images.resample import cut_all
 from vitlit.seeds import PHOTOMETRIC, REPLACE, mix, mix_one, seeded_sample
 
-REMEDY = "--data.on_bad_image skip trains and predicts without it, but evaluates on every image"
+REMOVE = "remove or replace it; `vitlit data check` names all such images"
+SKIP = "--data.on_bad_image skip trains and predicts without it, but evaluates on every image"
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class Images(Dataset[tuple[Any, ...]]):
     keyed: bool = False
     ground: str = GROUND
     kept: Decoded | None = None
+    remedy: str = SKIP
     _told: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool).share_memory_(), init=False)
 
     def __len__(self) -> int:
@@ -87,7 +89,7 @@ class Images(Dataset[tuple[Any, ...]]):
             raise
         except UserError as error:
             if self.bad is None:
-                raise UserError(f"{error}; {REMEDY}") from error
+                raise UserError(f"{error}; {self.remedy}") from error
             self.bad.note(path, reason(error, path))
             return None
 

@@ -38,6 +38,7 @@ class ViT(nn.Module):
         positioned: how many of these have a learned position.
         classes: class names in the order of the logits; `vitlit.load` sets them.
         temperature: what the logits are to be divided by before a softmax (1706.04599); `vitlit.load` sets it.
+        activation: what makes probabilities of the logits, softmax or sigmoid; an objective and `vitlit.load` set it.
         preprocess: turns image files into input; `vitlit.load` sets it.
     """
 
@@ -47,7 +48,7 @@ class ViT(nn.Module):
         self.patch_size, self.width, self.position = config.patch_size, config.width, config.position
         self.grid = self.grid_of(*config.sides)
         self.classes: list[str] = []
-        self.temperature = 1.0
+        self.temperature, self.activation = 1.0, "softmax"
         self.preprocess: Callable[..., Tensor] | None = None
 
         def tokens(count: int) -> Tensor | None:
@@ -226,7 +227,7 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden = (self.width if hidden_dim is None else hidden_dim) if kind == "pretrain" else None
         self.config = replace(self.config, num_classes=num_classes, hidden_dim=hidden)
-        self.classes, self.temperature = [], 1.0
+        self.classes, self.temperature, self.activation = [], 1.0, "softmax"
         sizes, like = (self.width, hidden, num_classes), self.patch_embed.proj.weight  # for device and dtype
         self.head = new_head(*sizes).to(like)
         self.head_dist = new_head(*sizes).to(like) if self.dist_token is not None else None

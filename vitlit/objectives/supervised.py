@@ -61,6 +61,7 @@ class Supervised(Objective):
             raise UserError(f"{wrong} needs one label an image, but the data has several; {remedy}")
         if vit.config.num_classes != num_classes or head is not None:
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
+        vit.activation = "softmax" if loss == "softmax" else "sigmoid"
         if hidden_dim not in (None, vit.config.hidden_dim):
             raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
         for name, output in vit.named_modules():

@@ -21,7 +21,7 @@ from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import writing
+from vitlit.files import check_new, writing
 from vitlit.images.decode import GROUND, colour, decode
 from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.prepare.report import SMALL, WARNINGS, Look, Paths, Report, describe, look
@@ -70,6 +70,7 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments or ["--help"])
     if (given.sheets or given.image_size) and not given.weights:
         parser.error("--sheets and --image_size are about what --weights finds; give it too")
+    check_new(given.json, given.sheets)
     if given.json and not given.json.parent.is_dir():
         raise UserError(f"{given.json.parent} is not a folder: give --json another file")
     if is_shards(str(given.root)):

@@ -66,7 +66,7 @@ def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     config, used = found.config, found.state
     if found.skipped and not any(name.startswith("head.") for name in found.state):
         config |= {"num_classes": 0, "hidden_dim": None}
-        found.classes, found.temperature = [], 1.0
+        found.classes, found.temperature, found.activation = [], 1.0, "softmax"
     if found.format != "vitlit":  # before `fuse` makes float32 of a layer with one part of integers
         left = [*found.unused, *(f"*{pattern}" for pattern in contents.skip)]
         used = {name: tensor for name, tensor in contents.tensors.items() if not skips(left, name)}
@@ -166,7 +166,7 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     """The ViT of a run (its best checkpoint), of a file of any known format or of hf:OWNER/NAME, in evaluation mode.
 
     `vit.classes` are the class names in the order of the logits, and `vit(vit.preprocess(paths))` the logits of images,
-    to be divided by `vit.temperature` (1 unless one was fitted) before a softmax.
+    to be divided by `vit.temperature` (1 unless one was fitted) before `vit.activation`, softmax or sigmoid.
 
     `weights` are the averaged ones (an EMA, a teacher) or the raw ones, where the file has both; `skip` has shell
     patterns, one or several, of the names of tensors to leave out: those that are not the ViT's, or `head*`. UserError
@@ -176,7 +176,8 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     vit = empty(found)
     vit.to_empty(device="cpu")
     load_weights(vit, found)
-    vit.classes, vit.temperature, vit.preprocess = found.classes, found.temperature, preprocess(found.preprocess, vit)
+    vit.classes, vit.preprocess = found.classes, preprocess(found.preprocess, vit)
+    vit.temperature, vit.activation = found.temperature, found.activation
     return vit.eval()
 
 

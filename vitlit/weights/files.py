@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, damaged, expand
+from vitlit.files import check_archive, damaged, expand, from_here
 from vitlit.weights import hub
 from vitlit.weights.averaged import RAW, Choice, pick_key, pick_names
 
@@ -60,6 +62,8 @@ def locate(source: str | Path) -> Path:
         return source
     for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", *hub.FILES, "pytorch_model.bin"):
         if (source / name).is_file():
+            if name.endswith("last.ckpt"):
+                tell_last(source / name)
             return source / name
     remedy = "name the folder of a run, or a checkpoint file"
     if source.is_dir():
@@ -67,6 +71,15 @@ def locate(source: str | Path) -> Path:
     if re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir():
         remedy += f"; for a model of the hub write hf:{source}"
     raise UserError(f"{source} does not exist; {remedy}")
+
+
+@cache  # a command may locate its weights twice
+def tell_last(path: Path) -> None:
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        step = load_torch(path)["global_step"]
+        print(
+            f"{from_here(path.parent.parent)} has no best.ckpt: its last.ckpt is used, after step {step:,}", flush=True
+        )
 
 
 def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()) -> Contents:
