@@ -1,7 +1,7 @@
 """Stops training when numbers overflow, before they reach a checkpoint."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class NonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
-        finite = math.isfinite(norm(pl_module.parameters()).item())
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+        wrong = bool(nonfinite([p.detach() for p in pl_module.parameters()], torch.ones((), device=pl_module.device)))
+        if trainer.strategy.reduce_boolean_decision(wrong, all=False):
             raise nonfinite_error(trainer, f"a weight is not finite after step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,22 +100,15 @@ def first_step(values: list[tuple[int, Tensor]], wrong: Callable[[float], bool])
     return next((step for step, number in zip(steps, numbers, strict=True) if wrong(number)), NEVER)
 
 
-def nonfinite(gradients: list[Tensor], one: Tensor) -> Tensor:
+def nonfinite(values: list[Tensor], one: Tensor) -> Tensor:
     """1 if an element is not finite, else 0, on their device: by the gradient scaler's kernel, which divides by one."""
     # Of a plain tensor, to look for what it lacks would take as long as the rest.
-    parts: list[Tensor] = [each if type(each) is Tensor else getattr(each, "_local_tensor", each) for each in gradients]
+    parts: list[Tensor] = [each if type(each) is Tensor else getattr(each, "_local_tensor", each) for each in values]
     found = torch.zeros_like(one)
     for dtype in {part.dtype for part in parts}:
         of_type = [part for part in parts if part.dtype == dtype]
         torch._amp_foreach_non_finite_check_and_unscale_(of_type, found, one)
     return found
-
-
-def norm(values: Iterable[Tensor]) -> Tensor:
-    """The norm of the tensors, of sharded ones this rank's: finite if all elements are, unless they are huge."""
-    parts: list[Tensor] = [getattr(value, "_local_tensor", value).detach() for value in values]
-    norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> UserError:

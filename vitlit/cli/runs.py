@@ -68,9 +68,15 @@ def compare(arguments: list[str]) -> int:
     if len({each.name for each in runs}) < len(runs):
         for each in runs:
             each.name = str(each.path)
+    settings: list[Row] = [(name, *values) for name, values in differing(runs).items()]
+    results: list[Row] = [
+        (metric, run, in_words(metric, best), in_words(metric, last))
+        for metric, by_run in validated(runs).items()
+        for run, (best, last) in by_run.items()
+    ]
     tables = [
-        ("Settings", "Those that differ.", ("setting", *(each.name for each in runs)), list(settings(runs))),
-        ("Results", "Best: at the validation after which best.ckpt was saved.", RESULTS, list(results(runs))),
+        ("Settings", "Those that differ.", ("setting", *(each.name for each in runs)), settings),
+        ("Results", "Best: at the validation after which best.ckpt was saved.", RESULTS, results),
         ("Seeds", "Mean and standard deviation of runs that differ in their seed alone.", SPREAD, list(seeds(runs))),
         ("Paired", "How much better on the same validation images; paired bootstrap.", PAIRED, list(paired(runs))),
     ]
@@ -86,15 +92,6 @@ def compare(arguments: list[str]) -> int:
         write_page(given.out, "Compared runs", ", ".join(str(run.path) for run in runs), sections)
         print(from_here(given.out))
     return 0
-
-
-def settings(runs: list[History]) -> Iterator[Row]:
-    yield from ((name, *values) for name, values in differing(runs).items())
-
-
-def results(runs: Sequence[History]) -> Iterator[Row]:
-    for metric, by_run in validated(runs).items():
-        yield from ((metric, run, *(in_words(metric, value) for value in pair)) for run, pair in by_run.items())
 
 
 def validated(runs: Sequence[History]) -> dict[str, dict[str, tuple[float, float]]]:
