@@ -13,7 +13,7 @@ from rich.table import Table
 from vitlit.errors import CommandParser, UserError
 from vitlit.files import expand, from_here, read_csv
 from vitlit.run.folder import RunOptions
-from vitlit.run.history import VALIDATION, History, differing, duration, in_words
+from vitlit.run.history import VALIDATION, History, differing, in_words
 
 ABOUT = """\
 List the runs in a folder: their state, best metric, epochs and time, and the settings in which they differ. vitlit runs
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
         pairs = zip(names, settings.values(), strict=True)
         cells = [f"{name}={values[number]}" for name, values in pairs if values[number] != "-"]
         cells[SHOWN:] = ["..."] if len(cells) > SHOWN else []
-        rows.append([each.name, each.state, *value, str(each.epoch), duration(each.seconds), "  ".join(cells)])
+        rows.append([each.name, each.state, *value, str(each.epoch), str(each.time), "  ".join(cells)])
     show("", ("run", "state", "metric", "best", "in epoch", "epochs", "time", "settings"), rows)
     return 0
 
