@@ -11,10 +11,9 @@ from test_decode import pixels
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from vitlit.data import Preprocess
 from vitlit.data.transforms import train_transform
 from vitlit.images.decode import decode
-from vitlit.images.preprocess import Interpolation
+from vitlit.images.preprocess import Interpolation, Preprocess
 
 
 def torchvisions(image: Tensor, size: int, ratio: float, interpolation: Interpolation) -> Tensor:

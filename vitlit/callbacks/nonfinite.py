@@ -69,9 +69,8 @@ class NonFinite(Callback):
             return
         first, last = float(self._first_loss), float(trainer.callback_metrics["train/loss"])
         if last > 1.5 * max(first, 0.5):  # a small loss may double by chance
-            rose = f"train/loss rose from {first:,.4g} to {last:,.4g}"
-            remedy = "lower the learning rate (--model.optimizer.init_args.lr)"
-            rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
+            rose = f"train/loss rose from {first:,.4g} to {last:,.4g}; lower the learning rate"
+            rank_zero_only(print)(f"vitlit: warning: {rose}", flush=True)
 
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
@@ -118,7 +117,5 @@ def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> Use
     good = f"; the last good checkpoint is {last}" if last.is_file() else ""
     shown = step is not None and (run / "config.yaml").is_file()
     show = f"; vitlit data show {run} --step {step} lists the images" if shown else ""
-    return UserError(
-        f"{what}{show}; lower the learning rate, clip gradients (trainer.gradient_clip_val) or use more precision, and "
-        f"begin again (--run.overwrite true){good}"
-    )
+    remedy = "lower the learning rate, give trainer.gradient_clip_val or more precision, and begin again"
+    return UserError(f"{what}{show}; {remedy} (--run.overwrite true){good}")

@@ -108,8 +108,7 @@ class Search:
         if self.file.is_file():
             self.found = json.loads(self.file.read_text())
             if apart := set(self.found["settings"]) ^ set(search):
-                differing = ", ".join(sorted(apart))
-                raise UserError(f"{given.out} holds a search with other settings ({differing}); give another --out")
+                raise UserError(f"{given.out} holds a search with other {', '.join(sorted(apart))}; give another --out")
 
     def __iter__(self) -> Any:
         """Each trial, and for how many epochs it is to train, as long as the budget holds."""
@@ -173,7 +172,6 @@ class Search:
 
     @property
     def longest(self) -> int:
-        """The epochs of the trials that trained longest."""
         return max(int(epochs) for trial in self.trials for epochs in self.found["trials"].get(trial.name, {}))
 
     def ranked(self, epochs: int) -> list[Trial]:

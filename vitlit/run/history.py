@@ -43,8 +43,7 @@ class History:
         try:
             self.config: dict[str, Any] = yaml.load((path / "config.yaml").read_text(), Loader)
         except (OSError, yaml.YAMLError) as error:
-            hint = "`vitlit runs ROOT` lists the runs in ROOT"
-            raise UserError(f"{path} is not the folder of a run: it holds no readable config.yaml; {hint}") from error
+            raise UserError(f"{path} is not the folder of a run; `vitlit runs ROOT` lists those in ROOT") from error
         self.settings = settings(self.config)
         kept = read_csv(path / "metrics.csv")
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept]
@@ -81,7 +80,6 @@ class History:
         return timedelta(seconds=round(seconds))
 
     def last(self, metric: str) -> float:
-        """The last value of a metric that was measured."""
         return next(row[metric] for row in reversed(self.rows) if metric in row)
 
 

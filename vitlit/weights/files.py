@@ -32,8 +32,6 @@ def skips(patterns: Iterable[str], name: str) -> bool:
 
 
 class Contents(NamedTuple):
-    """What is in a weight file."""
-
     path: Path
     kind: str  # of container: torch, safetensors or npz
     tensors: dict[str, Tensor]
