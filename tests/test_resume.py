@@ -193,7 +193,7 @@ def test_another_stream_of_samples_cannot_continue_a_run(
     options: dict[str, Any], pattern: str, few: Path, tmp_path: Path
 ) -> None:
     run(few, 2, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=f"{pattern} continue it, or begin another$"):
+    with pytest.raises(UserError, match=f"{pattern}, or start another with --model.init_from$"):
         run(few, source=tmp_path / "a.ckpt", **options)
 
 

@@ -281,7 +281,7 @@ def test_training_starts_from_weights_and_hands_on_the_teachers(name: str, few: 
     assert torch.equal(tuned.vit.state_dict()["cls_token"], loaded["cls_token"])
 
 
-ALONE = "compares images, but a batch has 1 on all devices; raise its size, or drop the last"
+ALONE = "compares images, but a batch has 1 on all devices; raise its size, or drop"
 
 
 def test_what_would_change_the_objective_is_refused(few: Path) -> None:

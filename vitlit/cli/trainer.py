@@ -179,9 +179,8 @@ def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any
         return "step", "max"  # which Lightning knows besides what is logged
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
-        why = ": vitlit.callbacks.Probes in trainer.callbacks measures it where each image has one of several classes"
-        because = why if name in ("val/knn", "val/probe") else ""
-        raise UserError(f"run.monitor {name} is not among {' '.join(known)}{because}")
+        probes = "; vitlit.callbacks.Probes measures it" if name in ("val/knn", "val/probe") else ""
+        raise UserError(f"run.monitor {name} is not among {' '.join(known)}{probes}")
     return name, known.get(name, direction(name))
 
 

@@ -147,8 +147,7 @@ class Search:
         where = [f"--data.root={self.given.root}", f"--run.root={self.given.out}", f"--run.name={name}"]
         where.append(f"--trainer.max_epochs={epochs}")
         log, out = self.given.out / f"{name}.log", self.given.out / name
-        length = "1 epoch" if epochs == 1 else f"{epochs} epochs"
-        print(f"{name}: {length}; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
+        print(f"{name}, epochs: {epochs}; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
         page = f"--run.report={'true' if name == BEST else 'false'}"
         code = fit(["--config", self.given.config, page, *self.fit, *flags, *where], log)
         errors = re.findall(r"^vitlit: error: (.*)", log.read_text(), re.MULTILINE)

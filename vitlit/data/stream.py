@@ -133,7 +133,7 @@ class TrainStream(DistributedSampler[Any]):
                 continue
             remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
             difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
-            raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, or begin another")
+            raise UserError(f"the checkpoint's run had {difference}: {remedy}, or start another with --model.init_from")
 
 
 class EvalShare(DistributedSampler[Any]):

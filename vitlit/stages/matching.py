@@ -43,9 +43,7 @@ def check_batch(objective: Objective, views: int, images: int = 2) -> None:
     if views < wanted:
         raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
     if images < 2 and objective.whole_batch:
-        raise UserError(
-            f"{name} compares images, but a batch has {images} on all devices; raise its size, or drop the last"
-        )
+        raise UserError(f"{name} compares images, but a batch has {images} on all devices; raise its size, or drop it")
 
 
 def no_classes(name: str, numbers: bool = False) -> UserError:
