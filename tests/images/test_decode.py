@@ -16,12 +16,12 @@ from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vitlit.data import Preprocess
 from vitlit.data.dataset import Images
 from vitlit.data.folder import scan_train
 from vitlit.errors import UserError
 from vitlit.images import decode as decoding
 from vitlit.images.decode import decode
-from vitlit.images.preprocess import Preprocess
 
 
 def with_alpha(image: Image.Image) -> Image.Image:

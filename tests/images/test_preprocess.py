@@ -11,9 +11,10 @@ from test_decode import pixels
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from vitlit.data import Preprocess
 from vitlit.data.transforms import train_transform
 from vitlit.images.decode import decode
-from vitlit.images.preprocess import Interpolation, Preprocess
+from vitlit.images.preprocess import Interpolation
 
 
 def torchvisions(image: Tensor, size: int, ratio: float, interpolation: Interpolation) -> Tensor:

@@ -11,8 +11,8 @@ from test_supervised import CLASSES, TINY, batch, step_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitlit.data import Preprocess
 from vitlit.errors import UserError
-from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.objectives import Distillation
 from vitlit.weights import load, save_weights

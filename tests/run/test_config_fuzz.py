@@ -19,7 +19,7 @@ import yaml
 from conftest import REPOSITORY, Result, refused
 from test_recipes import MEAN, STD, TINY, shrunken, small_weights
 
-from vitlit.images.preprocess import Preprocess
+from vitlit.data import Preprocess
 from vitlit.model import ViT
 from vitlit.stages import Stage
 from vitlit.weights import save_weights

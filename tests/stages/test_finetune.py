@@ -16,7 +16,6 @@ from vitlit.callbacks import EMA
 from vitlit.data import ImageFolderData
 from vitlit.data.mixing import Mixing
 from vitlit.errors import UserError
-from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.model.lora import LoRA
 from vitlit.objectives import Batch, Distillation, Objective, Step, Supervised
@@ -32,7 +31,7 @@ def weights(tmp_path: Path) -> str:
     torch.manual_seed(0)
     vit = randomized(ViT(**SIZE, num_classes=4), 0.2)
     vit.classes = list("0123")
-    vit.preprocess = Preprocess((16, 16))
+    vit.preprocess = vitlit.data.Preprocess((16, 16))
     save_weights(vit, tmp_path / "weights.safetensors")
     return str(tmp_path / "weights.safetensors")
 

@@ -14,7 +14,7 @@ from small_stage import TINY, data, distance, finetune, fit, pretrain, state_of,
 from torch._dynamo.utils import counters
 
 import vitlit
-from vitlit.images.preprocess import Preprocess
+from vitlit.data import Preprocess
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.stages import Finetune, Pretrain

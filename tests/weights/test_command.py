@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vitlit as package
-from vitlit.images.preprocess import Preprocess
+from vitlit.data import Preprocess
 from vitlit.model import ViT
 
 Command = Callable[..., Result]

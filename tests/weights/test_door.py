@@ -15,8 +15,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 import vitlit
+from vitlit.data import Preprocess
 from vitlit.errors import UserError
-from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.objectives import Supervised
 from vitlit.stages import Pretrain

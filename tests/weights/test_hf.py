@@ -16,8 +16,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import vitlit
+from vitlit.data import Preprocess
 from vitlit.errors import UserError
-from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
 transformers.utils.logging.disable_progress_bar()

@@ -9,8 +9,8 @@ import torch
 from peers import assert_same, images_of, shaken, vit_of
 
 import vitlit
+from vitlit.data import Preprocess
 from vitlit.errors import UserError
-from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
 

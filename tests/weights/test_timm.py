@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
 import vitlit
-from vitlit.images.preprocess import Preprocess
+from vitlit.data import Preprocess
 
 State = dict[str, Any]
 

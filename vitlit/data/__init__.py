@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitlit.data.module import ImageFolderData
+    from vitlit.images.preprocess import Preprocess
 
-__all__ = ["ImageFolderData"]
+__all__ = ["ImageFolderData", "Preprocess"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("vitlit.data.module"), name)
+    if name == "ImageFolderData":
+        return import_module("vitlit.data.module").ImageFolderData
+    if name == "Preprocess":
+        return import_module("vitlit.images.preprocess").Preprocess
     raise AttributeError(f"module 'vitlit.data' has no attribute {name!r}")
