@@ -83,9 +83,9 @@ NAMES = [
     ),
     Name(
         "callbacks/nonfinite.py",
-        "_amp_foreach_non_finite_check_and_unscale_ _foreach_norm",
+        "_amp_foreach_non_finite_check_and_unscale_",
         "torch",
-        "one kernel for all gradients",
+        "one kernel for all gradients, or weights",
         "a loop over the gradients",
     ),
     Name(

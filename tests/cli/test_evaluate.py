@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(evaluate: Command, vitlit: Command, tmp_path: Pat
     refused(evaluate("--seeds", 0), "seeds is 0")
     refused(evaluate("--shots", "1,x"), "'1,x'", "1,5,10,25")
     refused(evaluate("--image_size", 17), "17", "16")
-    refused(evaluate("--folds", 500), "500 folds of 40 images", "10")
+    refused(evaluate("--folds", 500), "500 folds: ", "10")
     refused(evaluate("--root", few / "val"), "--root", "--holdout")
     refused(evaluate("--with", "classify", "--classes", "none.csv"), "none.csv", "No such file")
     shutil.copytree(few, tmp_path / "bad")

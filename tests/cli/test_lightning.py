@@ -172,7 +172,7 @@ def test_a_model_checkpoint_leaves_the_runs_own_alone(vitlit: Callable[..., Resu
     more = ("fit", *SMALL, "--data.root", few, "--trainer.max_steps", "5", "--trainer.callbacks")
     assert "complete" in done(vitlit(*more, keep))
     into = keep.replace("save_last", "dirpath: runs/pretrain/checkpoints, save_last")
-    refused(vitlit(*more, into, "--run.overwrite", "true"), "is for best.ckpt and last.ckpt; leave dirpath out")
+    refused(vitlit(*more, into, "--run.overwrite", "true"), "is for best.ckpt and last.ckpt; give another")
 
 
 @pytest.mark.parametrize(

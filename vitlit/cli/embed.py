@@ -55,7 +55,6 @@ def run(arguments: list[str]) -> int:
 
 
 def write_table(out: Path, table: Table) -> None:
-    """Write a table in the format of OUT's ending."""
     columns = {"path": table.path, "split": table.split, "class": table.label}
     if out.suffix == ".npz":
         save_arrays(out, {name: np.array(column) for name, column in columns.items()} | {"features": table.features})

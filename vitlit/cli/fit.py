@@ -187,10 +187,8 @@ class CLI(LightningCLI):
             raise
         decision = share_decision(decided, self.folder.path, recorded)
         if decision.action == "finished":
-            rank_zero_only(print)(
-                f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
-                "--trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true starts it over"
-            )
+            about = "more --trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true starts it over"
+            rank_zero_only(print)(f"{self.folder.path} is complete at step {self.folder.finished_at()}; {about}")
             raise SystemExit(0)
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
         if config.ckpt_path:

@@ -3,7 +3,6 @@
 import gc
 import os
 import re
-import select
 import signal
 import sys
 from difflib import get_close_matches
@@ -83,20 +82,16 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not stdout_is_closed():
-            raise
-    except SystemExit as stop:  # rich turns a broken pipe into this
-        if not isinstance(stop.__context__, BrokenPipeError):
-            raise
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
-    return 141
-
-
-def stdout_is_closed() -> bool:
-    """Whether stdout's reader has gone. Another broken pipe, such as W&B's or a data worker's, is a bug to show."""
-    watch = select.poll()
-    watch.register(sys.stdout, 0)  # POLLERR is always reported
-    return any(event & select.POLLERR for _, event in watch.poll(0))
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+            return 141
+        raise  # another pipe, such as W&B's or a data worker's, is a bug to show
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # of rich, which has done the same
+            return 141
+        raise
 
 
 def run_command(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from vitlit.inspection.figures import draw_images, draw_reliability
 from vitlit.inspection.report import Picture, Section, curves, encode, write_page
 from vitlit.inspection.sheet import thumbnail
 from vitlit.model import ViT
-from vitlit.run.history import VALIDATION, History, duration, in_words, mistakes
+from vitlit.run.history import VALIDATION, History, in_words, mistakes
 from vitlit.weights import load
 
 ABOUT = """\
@@ -61,7 +61,7 @@ class Report:
                 sections.append(make(self, title))
             except (UserError, OSError) as why:
                 sections.append(Section(title, f"Left out: {why}."))
-        said = [run.state, f"epoch {run.epoch}", duration(run.seconds), str(self.last.get("date", ""))[:10]]
+        said = [run.state, f"epoch {run.epoch}", str(run.time), str(self.last.get("date", ""))[:10]]
         if best := run.best:
             said.insert(1, f"best {best.metric} {in_words(best.metric, best.value)}")
         write_page(out, run.name, " · ".join(said), sections)

@@ -39,10 +39,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?")
     parser.add_argument("--format", choices=get_args(Format))
-    about = "which to read of a file with both, such as state_dict_ema and state_dict; averaged by default"
-    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help=about)
-    about = "leave out the tensors of these names, such as 'criterion.*'; may be given several times"
-    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help=about)
+    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help="of a file that has both sets")
+    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help="leave tensors out; repeatable")
     given = parser.parse_intermixed_args(arguments or ["--help"])
     if {given.out is not None, given.format is not None} != {given.what == "convert"}:
         parser.error("give show FILE, or convert FILE OUT --format FORMAT")
@@ -86,7 +84,6 @@ def describe(weights: Weights) -> dict[str, str]:
 
 
 def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[str]) -> None:
-    """Write weights in another format, read them back, and print the largest difference of the outputs."""
     check_new(out)
     vit = load(source, choice, skip)
     images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))

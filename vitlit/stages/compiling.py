@@ -28,8 +28,7 @@ class Compiling:
 
     def __init__(self, mode: Compile) -> None:
         if mode not in MODES:
-            modes = "auto, false, default, reduce-overhead or max-autotune"
-            raise UserError(f"model.compile {'true' if mode is True else mode} is no mode; give {modes}")
+            raise UserError(f"model.compile is {mode}; give auto, false, default, reduce-overhead or max-autotune")
         self.mode = mode
         self._chosen: Compile | None = None  # by the first batch
         self._shapes: dict[bool, list[torch.Size]] = {}
@@ -38,8 +37,7 @@ class Compiling:
         """Before training: UserError if this machine or this training cannot be compiled as asked."""
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if self.mode in CUDA_GRAPHS and (sharded or trainer.accumulate_grad_batches > 1):
-            neither = "works with neither trainer.strategy fsdp2 nor micro-batches (data.micro_batch)"
-            raise UserError(f"model.compile {self.mode} {neither}; give model.compile default")
+            raise UserError(f"model.compile {self.mode} excludes fsdp2 and micro-batches; give model.compile default")
         if self.mode not in ("auto", False) and (lacking := without_compiler(trainer.strategy.root_device.type)):
             raise UserError(f"model.compile {self.mode}: {lacking}, or give model.compile false")
 

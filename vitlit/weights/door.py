@@ -72,8 +72,7 @@ def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
         used = {name: tensor for name, tensor in contents.tensors.items() if not skips(left, name)}
     for name, tensor in used.items():
         if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{path} holds {kind} numbers in {name}, unlike a ViT; {how_to_skip(name, used)}")
+            raise UserError(f"{path} holds {tensor.dtype} in {name}, unlike a ViT; {how_to_skip(name, used)}")
     if "heads" not in config and (heads := usual_heads(config)) is not None:
         config["heads"], found.origins["heads"] = heads, f"{heads} (usual for its width); {NOT_SAID}"
     if config.get("position", "learned") == "learned" and "image_size" not in found.stated:
