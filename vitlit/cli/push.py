@@ -74,19 +74,20 @@ def publish(path: Path, folder: Path, name: str, license: str) -> None:
     if not best.is_file():
         raise UserError(f"{path} has no checkpoints/best.ckpt: nothing was validated, so there is nothing to say of it")
     vit, activation = load(best)
+    temperature, vit = vit.temperature, calibrated(vit)
     try:
         config = timm.config(vit)
     except UserError as error:
         raise UserError(f"{path} is no model of timm's: {error}; finetune it, or convert the weights") from error
     config |= {"problem_type": TASKS[activation]} if vit.config.num_classes else {}  # for transformers' pipeline
     write(folder / CONFIG, config)
-    save_weights(calibrated(vit), folder / FILES[0], "timm")
+    save_weights(vit, folder / FILES[0], "timm")
     network = create_model(f"local-dir:{folder}", pretrained=True).eval()
-    about = dict.fromkeys(("softmax", "half", "int8")) | {"input": "float", "temperature": vit.temperature}
-    found = check(vit, network, photographs(vit.preprocess), about | {"activation": activation}, folder)
-    notes = "In timm, outputs up to {largest_output:.1f} are the run's to {largest_difference:.1e}.".format(**found)
-    if vit.temperature != 1:
-        notes += f" The head is divided by the temperature {vit.temperature:.4g}, which calibrates the probabilities."
+    about = dict.fromkeys(("softmax", "half", "int8")) | {"input": "float", "activation": activation, "temperature": 1}
+    found = check(vit, network, photographs(vit.preprocess), about, folder)
+    notes = "timm's outputs, of up to {largest_output:.1f}, are the run's to {largest_difference:.1e}.".format(**found)
+    if temperature != 1:
+        notes += f" The head is divided by the temperature {temperature:.4g}, which calibrates the probabilities."
     if vit.config.in_channels == 1:
         notes += " Its images are grey, and neither timm nor transformers makes them so."
     text = card(Report(run), name, license, bool(vit.config.num_classes), PROBABILITIES[activation], notes)
