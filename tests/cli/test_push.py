@@ -110,8 +110,9 @@ def test_an_upload_is_read_by_timm_and_vitlit(
     assert found == (0, f"https://huggingface.co/{NAME}\n", "")
     assert asked == [(NAME, True)] * 2
     assert sorted(path.name for path in snapshot.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    run, back = vitlit.load(place / "runs" / "classes"), vitlit.load(f"hf:{NAME}")
-    theirs = timm.create_model(f"hf_hub:{NAME}", pretrained=True).eval()
+    run: Any = vitlit.load(place / "runs" / "classes")
+    back: Any = vitlit.load(f"hf:{NAME}")
+    theirs: Any = timm.create_model(f"hf_hub:{NAME}", pretrained=True).eval()
     assert (back.classes, back.preprocess) == (run.classes, run.preprocess) != ([], None)
     with torch.no_grad():
         images = run.preprocess(photos)
