@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -177,6 +178,8 @@ def fast() -> None:
     probe.STEPS = 5
     evaluation: Any = import_module("vitlit.cli.evaluate")
     evaluation.temperature = lambda *_: 1.5  # a network that has learned from a few images has none
+    hub: Any = import_module("huggingface_hub")
+    hub.get_token, hub.HfApi = lambda: "token", MagicMock
     tune: Any = import_module("vitlit.cli.tune")
     tune.fit = trial
     export.INT8_LOSS = 1.0  # of a run that has learned nothing

@@ -24,13 +24,14 @@ OPTIONS = {".onnx": ["input", "softmax", "half", "int8", "opset"], ".pt2": ["inp
 TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest output, or of 1 if that is less
 HALF_AGREEMENT = 0.95  # the least share of images whose first class float16 leaves as it is
 INT8_LOSS = 0.01  # the most of the top-1 accuracy that int8 may cost
+TASKS = {"softmax": "single_label_classification", "sigmoid": "multi_label_classification", None: "regression"}
 ABOUT = "vitlit"  # the key of what is known of a network in ONNX's metadata, and with .json in a .pt2
 
 Activation = Literal["softmax", "sigmoid"] | None
 Batches = Iterable[tuple[Tensor, Tensor]]  # pixels, uint8 (B, H, W, 3), and labels (B,), -1 where there are none
 
 
-def load(source: str | Path, image_size: int | None = None) -> tuple[ViT, Activation]:
+def load(source: str | Path, image_size: int | None = None) -> tuple[Any, Activation]:
     """The ViT of a run or file at the size of its preprocessing or another, and what makes its logits probabilities."""
     vit = door.load_prepared(source, image_size)
     bake(vit, vit.preprocess.image_size)
@@ -206,17 +207,23 @@ def pt2(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
     return network
 
 
+def calibrated(vit: Any) -> Any:
+    """A copy that has its temperature in the head, for formats without one."""
+    vit = deepcopy(vit)
+    for name, parameter in vit.named_parameters():
+        if name.startswith("head"):
+            parameter.data /= vit.temperature
+    vit.temperature = 1.0
+    return vit
+
+
 def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:
     """Write a folder for transformers, which has no temperature, with that in the head; and run it."""
     from transformers import AutoModelForImageClassification
     from transformers.utils.logging import disable_progress_bar
 
-    for name, parameter in module.vit.named_parameters():
-        if name.startswith("head"):
-            parameter.data /= module.about["temperature"]
-    save_weights(module.vit, folder, "hf")
-    kind = "multi" if module.about["activation"] == "sigmoid" else "single"  # what its pipeline makes of the logits
-    config = json.loads((folder / CONFIG).read_text()) | {"problem_type": f"{kind}_label_classification"}
+    save_weights(calibrated(module.vit), folder, "hf")
+    config = json.loads((folder / CONFIG).read_text()) | {"problem_type": TASKS[module.about["activation"]]}
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     disable_progress_bar()
     model = AutoModelForImageClassification.from_pretrained(folder).eval()

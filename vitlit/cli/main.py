@@ -29,6 +29,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit export WEIGHTS OUT.onnx|OUT.pt2|OUT_DIR    ONNX, torch.export, transformers, checked against the ViT
+  vitlit push RUN OWNER/NAME --license NAME         publish a run on the Hugging Face hub, with a model card
   vitlit predict FILE.onnx PHOTOS... --out FILE.csv by such a file, with onnxruntime
   vitlit embed WEIGHTS ROOT OUT.parquet|.npz        features as a table; --neighbours K finds copies and wrong labels
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
@@ -66,6 +67,7 @@ COMMANDS = {
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
     "export": "vitlit.cli.export",
+    "push": "vitlit.cli.push",
     "embed": "vitlit.cli.embed",
     "inspect": "vitlit.cli.inspect",
     "tune": "vitlit.cli.tune",
