@@ -13,9 +13,11 @@ import gc
 import math
 import shutil
 import signal
+import struct
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from functools import cache, partial
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 # First, as in the command: typing keeps one order of int and float for all that ask later, and with the other order
 # --trainer.limit_val_batches 1 would be taken for 1.0, all batches.
 import lightning.pytorch  # noqa: F401
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,6 +78,18 @@ def stranger(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
     torch.manual_seed(0)
     small = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 3}
     return randomized(timm.create_model(name, **{**small, **options}))
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits and 1 to 4 channels, uint16 (H, W, C), which Pillow writes for one channel alone."""
+    height, width, channels = values.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0))]
+    parts += [(b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def paint(*paths: Path) -> None:

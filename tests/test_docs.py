@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+import tifffile
 import yaml
 from conftest import HEADS, REPOSITORY, SMALL, Result, stranger
 from safetensors.torch import save_file
@@ -90,7 +92,7 @@ def shrunken(arguments: list[str], cwd: Path) -> list[str]:
 
 def small(command: str, folder: Path, photos: Path, cwd: Path) -> list[str]:
     """The command's arguments with real folders, and flags that make its run small."""
-    real = {"FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
+    real = {"TILES": "tiles", "FOLDER": str(folder), "PHOTOS": str(photos), "FILE": "timm.safetensors"}
     arguments = [real.get(part, part) for part in shlex.split(command)[1:]]
     if arguments[0] == "benchmark":
         network = ["--model", "Ti/16"] if "data" in arguments else ["--preset", "Ti/16"]
@@ -135,6 +137,19 @@ def write_labels(root: Path, cwd: Path) -> None:
         (cwd / name).write_text("\n".join(["path,label", *lines]))
     lines = [f"{path},{path.parent.name},{i // 2}" for i, path in enumerate(paths)]
     (cwd / "groups.csv").write_text("\n".join(["path,label,group", *lines]))
+
+
+def write_tiles(root: Path) -> None:
+    """Images of four channels of 16 bits."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for name in ("field", "water"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                values = random.integers(0, 65536, (32, 32, 4), np.uint16)
+                tifffile.imwrite(
+                    root / split / name / f"{i}.tif", values, photometric="minisblack", planarconfig="contig"
+                )
 
 
 def named(command: str) -> set[str]:
@@ -198,6 +213,7 @@ def reader(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(stranger().state_dict(), folder / "timm.safetensors")
     shutil.copy(next((few / "val" / "0").iterdir()), folder / "photo.png")
     write_labels(few, folder)
+    write_tiles(folder / "tiles")
     return folder
 
 

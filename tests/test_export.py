@@ -159,6 +159,23 @@ def test_aotinductor_computes_the_same_for_any_batch(tmp_path: Path) -> None:
         assert any(name.endswith(".so") for name in archive.namelist())
 
 
+def test_values_of_a_range_come_in_as_floats(vitlit: Command, tmp_path: Path) -> None:
+    vit, file, colours = ready(in_channels=4), tmp_path / "four.onnx", (0.1, 0.2, 0.3, 0.4)
+    vit.preprocess = Preprocess(vit.config.sides, mean=colours, std=colours, range=(0, 4095))
+    for made in (partial(export, vit, file), partial(export, vit, tmp_path / "folder", input="float")):
+        user_error(r"of data\.range, .*; export to \.onnx or \.pt2 with --input float", made)
+    assert export(vit, file, input="float")["shape"] == ["batch", 4, 32, 32]
+    (tmp_path / "images").mkdir()
+    paths = [tmp_path / "images" / f"{i}.npy" for i in range(3)]
+    for path in paths:
+        np.save(path, np.random.default_rng(len(path.name)).integers(0, 4096, (40, 50, 4), np.uint16))
+    done(vitlit("predict", file, tmp_path / "images", "--out", "found.csv"))
+    with torch.no_grad():
+        expected = vit(vit.preprocess(paths)).softmax(-1).max(-1).values.tolist()
+    rows = csv.DictReader((tmp_path / "found.csv").open())
+    assert [float(row["probability"]) for row in rows] == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "half"),
     [

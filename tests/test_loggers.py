@@ -146,7 +146,7 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run.experiment.log({"loss": 1.0})
     run.log_metrics({"loss": 1.0}, 0)
     run.log_config({})
-    run.log_mistakes([], Counter())
+    run.log_mistakes([], Counter(), {})
     run.close()
     assert run.closing_line() is None
     assert list(tmp_path.iterdir()) == []
@@ -201,11 +201,11 @@ def test_a_continued_offline_run_keeps_its_id_and_both_parts_are_named() -> None
 
 @pytest.mark.parametrize("pictures", [True, False])
 def test_mistakes_and_confusion(pictures: bool) -> None:
-    Image.new("L", (900, 300)).save("big.png")
     rows = [("gone.png", "dog", "cat", "0.9"), ("big.png", "cat", "dog", "0.8")]
     worst = [dict(zip(("path", "label", "prediction", "probability"), row, strict=True)) for row in rows]
     run = Wandb(save_dir="runs/x", mode="offline", pictures=pictures)
-    run.log_mistakes(worst, Counter({("dog", "cat"): 1, ("cat", "dog"): 1, ("dog", "dog"): 3}))
+    counts = Counter({("dog", "cat"): 1, ("cat", "dog"): 1, ("dog", "dog"): 3})
+    run.log_mistakes(worst, counts, {"big.png": Image.new("RGB", (256, 85))} if pictures else {})
     run.close()
 
     assert run.folder is not None

@@ -28,7 +28,7 @@ TASKS = {"softmax": "single_label_classification", "sigmoid": "multi_label_class
 ABOUT = "vitlit"  # the key of what is known of a network in ONNX's metadata, and with .json in a .pt2
 
 Activation = Literal["softmax", "sigmoid"] | None
-Batches = Iterable[tuple[Tensor, Tensor]]  # pixels, uint8 (B, H, W, 3), and labels (B,), -1 where there are none
+Batches = Iterable[tuple[Tensor, Tensor]]  # cropped images (B, H, W, C), and labels (B,), -1 where there are none
 
 
 def load(source: str | Path, image_size: int | None = None) -> tuple[Any, Activation]:
@@ -143,6 +143,10 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
     size = sum(p.numel() for p in vit.parameters()) * (2 if about["half"] else 4)
     refusals = {
         f"{out} has no name before its ending; give it one": out.name in OPTIONS,
+        "the weights are of data.range, not of pixels of 8 bits; export to .onnx or .pt2 with --input float": bool(
+            vit.preprocess.range
+        )
+        and (not out.suffix or about["input"] == "uint8"),
         f"{out} takes no {' '.join(sorted(given))}; leave out what is not for it": given - {*OPTIONS[out.suffix]},
         f"{out}: transformers has no pretraining head; finetune the weights first": not out.suffix
         and vit.config.hidden_dim is not None,
@@ -235,6 +239,8 @@ def photographs(preprocess: Preprocess) -> Batches:
     from sklearn.datasets import load_sample_images
 
     photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+    if preprocess.range:  # its channels, repeated
+        photos = [photo[[i % 3 for i in range(len(preprocess.mean))]] / 255 for photo in photos]
     images = [part for photo in photos for part in (photo, photo.flip(-1), *photo.chunk(2, -1))]
     yield torch.stack([preprocess.crop(image).permute(1, 2, 0) for image in images]), torch.full((len(images),), -1)
 

@@ -19,12 +19,13 @@ from test_loaders import Recorder, assert_same, folder_data, trainer
 from torch import Tensor
 from torchvision.transforms import v2
 
-from vitlit.data import dataset, decoded
+from vitlit.data import decoded
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.decoded import Decoded
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
 from vitlit.data.views import Views
+from vitlit.images import preprocess
 from vitlit.objectives import Batch
 from vitlit.stages import Stage
 
@@ -221,7 +222,7 @@ def metrics(folder: Path) -> list[list[str]]:
 def test_two_ranks_share_what_one_of_them_has_decoded(few: Path, tmp_path: Path) -> None:
     def decode_on_one() -> None:
         if os.environ["RANK"] == "1":
-            dataset.decode_bytes = None  # type: ignore[assignment]
+            setattr(preprocess, "decode_bytes", None)  # noqa: B010
 
     flags = ("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1)
     (tmp_path / "cached").mkdir()

@@ -245,8 +245,8 @@ def test_evaluation_batches_are_left_as_they_are(few: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"augment": [v2.ToDtype(torch.float32, scale=True)]}, r"data\.augment makes images .* of float32"),
-        ({"augment": [v2.Resize((8, 8))]}, r"data\.augment makes images \[3, 8, 8\] of uint8"),
+        ({"augment": [v2.ToDtype(torch.float32, scale=True)]}, r"data\.augment makes images float32 .* stay uint8"),
+        ({"augment": [v2.Resize((8, 8))]}, r"data\.augment makes images uint8 \[3, 8, 8\]"),
         ({"repeats": 9}, "too small for 9 repeats"),
     ],
 )

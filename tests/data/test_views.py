@@ -17,13 +17,15 @@ from small_stage import TINY
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from vitlit.data import ImageFolderData, dataset
+from vitlit.data import ImageFolderData
 from vitlit.data.augment import TimmRandAugment
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
 from vitlit.data.views import Views
 from vitlit.errors import UserError
+from vitlit.images import preprocess
 from vitlit.images.crops import RandomResizedCrop
+from vitlit.images.decode import decode_bytes
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Objective, Step, Supervised
 from vitlit.seeds import mix_one
@@ -119,19 +121,18 @@ def test_a_view_is_a_random_resized_crop_drawn_from_its_own_seed(few: Path) -> N
     for number, crop in enumerate(crops, start=1):
         for row, item in enumerate(batch.indices.tolist()):
             torch.manual_seed(mix_one(7, 3, 0, item, 0, number))
-            expected = crop(InterpolationMode.BICUBIC)(dataset.decode_bytes(index.read(item), ""))
+            expected = crop(InterpolationMode.BICUBIC)(decode_bytes(index.read(item), ""))
             assert torch.equal(batch.views[number][row], data.preprocess.normalise(expected[None])[0])
 
 
 def test_an_image_is_decoded_once(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    decode = dataset.decode_bytes
 
     def counted(data: bytes, path: str, ground: str) -> Tensor:
         calls.append(path)
-        return decode(data, path, ground)
+        return decode_bytes(data, path, ground)
 
-    monkeypatch.setattr(dataset, "decode_bytes", counted)
+    monkeypatch.setattr(preprocess, "decode_bytes", counted)
     assert len(list(folder_data(few).train_dataloader())) == 5
     assert len(calls) == len(set(calls)) == 40
 

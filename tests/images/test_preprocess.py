@@ -144,7 +144,7 @@ def test_an_image_is_taken_in_any_form_one_or_many(photo: Image.Image, tmp_path:
         (np.zeros((3, 8, 8), np.uint8), r"an array of pixels must be \(H, W, 3\), .* not \[3, 8, 8\]"),
         (np.zeros((8, 8, 3)), r"pixels must be uint8, 0 to 255, not float64"),
         (b"no image", r"cannot read the image that was given as bytes"),
-        (Image.new("F", (8, 8)), r"cannot read the PIL image: numbers of 32 bits"),
+        (Image.new("F", (8, 8)), r"cannot read the PIL image: it has more than 8 bits"),
     ],
 )
 def test_what_is_no_image_is_said(image: object, words: str) -> None:

@@ -82,6 +82,9 @@ def test_the_figures_show_their_numbers() -> None:
     shown = figures.draw_images(vit, images).axes
     assert len(shown) == 8
     torch.testing.assert_close(torch.tensor(shown[1].images[0].get_array()), (images[1].permute(1, 2, 0) + 1) / 2)
+    deep = Preprocess((16, 16), mean=(0.1, 0.2, 0.3, 0.4), std=(0.5,) * 4, range=(0, 4095))
+    found = figures.coloured(torch.zeros(1, 4, 2, 2), deep)  # the first three of four channels
+    torch.testing.assert_close(found, torch.tensor([0.1, 0.2, 0.3]).expand(1, 2, 2, 3))
     heads = figures.draw_heads(vit, images).axes
     assert [axes.get_xlabel() for axes in heads] == ["", "", "head 1", "head 2"]
     assert [axes.get_ylabel() for axes in heads] == ["block 1", "", "block 2", ""]

@@ -13,14 +13,15 @@ from vitlit.callbacks.predictions import gather
 from vitlit.data.index import Index
 from vitlit.errors import UserError
 from vitlit.files import read_csv, whole_file, write_csv
-from vitlit.images.decode import decode_bytes
-from vitlit.inspection.sheet import Cell, draw_sheet
+from vitlit.images.preprocess import Preprocess
+from vitlit.images.raw import as_picture
+from vitlit.inspection.sheet import Cell, draw_sheet, thumbnail
 from vitlit.loggers import Wandb
 from vitlit.run.checkpoints import BEST, Best
 from vitlit.run.history import VALIDATION, mistakes
 
 COLUMNS = ("path", "label", "prediction", "probability", "label_probability", "above")
-WORST = 32  # mistakes in W&B
+WORST, SIDE = 32, 256  # mistakes in W&B, and the pixels of their images
 SHOWN = 20  # images in the picture
 
 
@@ -89,25 +90,29 @@ class Mistakes(Callback):
             print(f"vitlit: warning: cannot write the mistakes into {folder}: {error.strerror}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
-                logger.log_mistakes(worst[:WORST], counts)
+                shown = readable(worst[:WORST] if logger.pictures else [], data.split("val"), data.preprocess)
+                images = {row["path"]: thumbnail(image, SIDE) for row, image in shown}
+                logger.log_mistakes(worst[:WORST], counts, images)
             elif hasattr(logger, "log_image") and (sheet := folder / "mistakes.png").is_file():
                 logger.log_image("mistakes", [str(sheet)], trainer.global_step - 1)
 
 
 def cells(rows: list[dict[str, str]], data: Any) -> Iterator[Cell]:
     """Validation images with their predictions, and the truth where that differs."""
-    for row, image in readable(rows, data.split("val"), data.preprocess.ground):
+    for row, image in readable(rows, data.split("val"), data.preprocess):
         wrong = row["label"] != row["prediction"]
         caption = f"{row['prediction']}  {100 * float(row['probability']):.0f} %", f"({row['label']})" if wrong else ""
         yield image, caption, "firebrick" if wrong else "black"
 
 
-def readable(rows: list[dict[str, str]], index: Index, ground: str) -> Iterator[tuple[dict[str, str], Tensor]]:
+def readable(
+    rows: list[dict[str, str]], index: Index, preprocess: Preprocess
+) -> Iterator[tuple[dict[str, str], Tensor]]:
     """Rows of validation.csv and their images, uint8 (3, H, W), without those that cannot be read any more."""
     number = {index.path(i): i for i in range(len(index))}
     for row in rows:
         try:
-            image = decode_bytes(index.read(number[row["path"]]), row["path"], ground)
+            image = as_picture(preprocess.decode(index.read(number[row["path"]]), row["path"]))
         except (UserError, KeyError):  # its storage fails, or it is gone
             continue
         yield row, image

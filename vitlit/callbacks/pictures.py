@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 from vitlit.data.stream import spread
 from vitlit.errors import check_range
 from vitlit.files import whole_file
+from vitlit.images import raw
 from vitlit.stages.stage import on_device
 
 
@@ -70,7 +71,7 @@ def draw(title: str, shown: dict[str, Tensor], preprocess: Any) -> Figure:
     figure.suptitle(title)
     for place, (name, row) in enumerate(shown.items(), start=1):
         flat = row.ndim == 3
-        pixels = row[:, None] if flat else (row * std + mean)[:, [0, row.shape[1] // 2, -1]]
+        pixels = row[:, None] if flat else raw.shown(row * std + mean)
         pixels = F.interpolate(pixels, size, mode="bilinear" if flat else "nearest").clamp(0, 1)
         strip = make_grid(pixels, count, size[0] // 28, pad_value=torch.nan if flat else 1).permute(1, 2, 0).numpy()
         axes = figure.add_subplot(len(shown), 1, place, title=name, frame_on=False, xticks=[], yticks=[])

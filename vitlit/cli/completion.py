@@ -102,7 +102,7 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
     new = not config.ckpt_path
     if data.seed is None:
         data.seed = int(config.seed_everything)
-    fill_vit(model, data.image_size, weights, new)
+    fill_vit(model, data, weights, new)
     for part in (model.objective, model.optimizer):
         if "init_args" not in part:  # a class without arguments
             part.init_args = Namespace()
@@ -169,14 +169,14 @@ FREE = {"num_classes", "hidden_dim", *TRAINING}
 NEW = {"image_size", "in_channels", "class_position", "pool", "pool_prefix", "norm", "partial_patches"}
 
 
-def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bool) -> None:
-    """Give the ViT what the config leaves at its default from the weights."""
+def fill_vit(model: Namespace, data: Namespace, weights: Weights | None, new: bool) -> None:
+    """Give the ViT what the config leaves at its default from the weights, and the channels from the data."""
     if model.get("image_size") is not None:
         raise UserError("model.image_size follows from data.image_size; leave it out")
     if model.vit is None:
         if weights is None:
             raise UserError("model.vit null is the network of weights: give --model.init_from too, or a model.vit")
-        size = as_lists(image_size)
+        size = as_lists(data.image_size)
         config = network(weights, num_classes=0, hidden_dim=None, image_size=size, **(TRAINING if new else {}))
         model.vit = Namespace(class_path="vitlit.ViT", init_args=Namespace(**config))
     vit = model.vit.init_args
@@ -188,6 +188,9 @@ def fill_vit(model: Namespace, image_size: Any, weights: Weights | None, new: bo
         for name, value in weights.config.items():
             if name not in kept and vit.get(name) in (None, getattr(ViTConfig, name)):
                 vit[name] = value
+    theirs = ViTConfig.in_channels if weights is None else weights.config["in_channels"]
+    if data.range and data.mean and vit.get("in_channels") in (None, ViTConfig.in_channels, theirs):
+        vit.in_channels = len(data.mean)
     with torch.device("meta"):
         built = (ViT.from_preset if preset else ViT)(**vit.as_dict()).config
     if built.drop_path_subset and not built.drop_path:

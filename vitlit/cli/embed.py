@@ -41,8 +41,8 @@ def run(arguments: list[str]) -> int:
     present = splits.present()
     indices = {name: splits[name] for name in ([given.split] if given.split else present)}
     vit = ready(given.weights, given.image_size)
-    table, ground = embed(vit, indices, splits.classes, splits.root), vit.preprocess.ground
-    found = suspects(table, indices, splits.classes, ground, given.neighbours) if lists else {}
+    table = embed(vit, indices, splits.classes, splits.root)
+    found = suspects(table, indices, splits.classes, vit.preprocess, given.neighbours) if lists else {}
     with writing(given.out, "name another file"):
         write_table(given.out, table)
         print(f"{given.out}: {len(table.path):,} images, {table.features.shape[1]:,} features")

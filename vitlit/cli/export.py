@@ -66,5 +66,5 @@ def images(vit: Any, splits: Splits, labelled: bool) -> Batches:
         raise other_classes(splits.root, splits.classes, vit.classes)
     if not labelled:
         index = index.take(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).astype(int))
-    dataset = Images(index, vit.preprocess.crop, ground=vit.preprocess.ground, remedy=REMOVE)
+    dataset = Images(index, vit.preprocess.crop, preprocess=vit.preprocess, remedy=REMOVE)
     return ((batch[0], batch[1]) for batch in loader(dataset, range(len(index)), 32, count(1)))

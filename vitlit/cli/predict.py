@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     writer.on_predict_start(alone, SimpleNamespace(vit=SimpleNamespace(temperature=about["temperature"])))
     writer.bad.unlink(missing_ok=True)
     bad = BadImages(writer.bad, len(index)) if given.bad == "skip" else None
-    images = Images(index, preprocess.crop, bad=bad, ground=preprocess.ground)
+    images = Images(index, preprocess.crop, bad=bad, preprocess=preprocess)
     for pixels, _, indices in loader(images, range(len(index)), given.batch, count(1)):
         inputs = pixels if about["input"] == "uint8" else preprocess.normalise(pixels.permute(0, 3, 1, 2)).contiguous()
         outputs: Any = torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])

@@ -181,13 +181,14 @@ class Report:
         return Section(title, text, ("label", "prediction", "images", "of the label's"), rows, matrix=matrix)
 
     def mistakes(self, title: str) -> Section:
+        vit: Any
         worst, found = mistakes(self.images), []
         text = f"{len(worst):,} of {len(self.images):,} validation images are wrong, the most confident first."
         try:
-            index = self.index
+            index, vit = self.index, self.vit
         except (UserError, OSError) as why:
             return Section(title, f"{text} Without pictures: {why}.")
-        for row, image in readable(worst[:WORST], index, self.run.config["data"]["ground"]):
+        for row, image in readable(worst[:WORST], index, vit.preprocess):
             caption = f"{row['prediction']} {100 * float(row['probability']):.0f} %, is {row['label']}"
             alt = f"{Path(row['path']).name}, an image of {row['label']}"
             found.append(Picture(encode(thumbnail(image)), alt, caption))

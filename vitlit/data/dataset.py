@@ -15,22 +15,24 @@ from vitlit.data.index import Index, StorageUserError
 from vitlit.data.stream import Sample
 from vitlit.data.transforms import Transform
 from vitlit.errors import UserError
-from vitlit.images.decode import GROUND, captured_stderr, decode_bytes, reason
+from vitlit.images.decode import captured_stderr, reason
+from vitlit.images.preprocess import Preprocess
 from vitlit.images.resample import cut_all
 from vitlit.seeds import PHOTOMETRIC, REPLACE, mix, mix_one, seeded_sample
 
 REMOVE = "remove or replace it; `vitlit data check` names all such images"
 SKIP = "--data.on_bad_image skip trains and predicts without it, but evaluates on every image"
+AS_RGB = Preprocess((224, 224))
 
 
 @dataclass(eq=False)
 class Images(Dataset[tuple[Any, ...]]):
-    """Images of an index, transformed: (uint8 (H, W, 3), label, index), in training (..., position, *further views).
+    """Images of an index, transformed: (pixels (H, W, C), label, index), in training (..., position, *further views).
 
     Channels come last, as decoding leaves them, so that a batch is stacked by plain copies. `bad` lists images that
     cannot be read, which are an error without it: in training another of the same class, always the same one, replaces
-    each; else it is black, with the index -1. `kept` images are not decoded again. `keyed` samples end with what their
-    colours are drawn from.
+    each; else it is black, with the index -1. `preprocess` decodes files. `kept` images are not decoded again. `keyed`
+    samples end with what their colours are drawn from.
     """
 
     index: Index
@@ -39,7 +41,7 @@ class Images(Dataset[tuple[Any, ...]]):
     bad: BadImages | None = None
     further: Sequence[Transform] = ()
     keyed: bool = False
-    ground: str = GROUND
+    preprocess: Preprocess = AS_RGB
     kept: Decoded | None = None
     remedy: str = SKIP
     _told: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool).share_memory_(), init=False)
@@ -57,7 +59,7 @@ class Images(Dataset[tuple[Any, ...]]):
     def __getitem__(self, item: int | Sample) -> tuple[Any, ...]:
         if isinstance(item, int):
             image = self._image(item)
-            pixels = torch.zeros(3, 8, 8, dtype=torch.uint8) if image is None else image
+            pixels = self.preprocess.blank((8, 8)) if image is None else image
             return channels_last(self.transform(pixels)), self.label(item), -1 if image is None else item
         pairs = ((index, self._image(index)) for index in self.candidates(item))
         index, image = next((index, image) for index, image in pairs if image is not None)
@@ -77,9 +79,9 @@ class Images(Dataset[tuple[Any, ...]]):
         try:
             data = self.index.read(index)
             if not data.startswith(b"\xff\xd8"):
-                return decode_bytes(data, path, self.ground)
+                return self.preprocess.decode(data, path)
             with captured_stderr() as said:  # libjpeg's words, without a name
-                image = decode_bytes(data, path, self.ground)
+                image = self.preprocess.decode(data, path)
             if said and not self._told:
                 self._told.fill_(True)  # for all workers
                 name_all = "`vitlit data check` names all such images"
@@ -111,7 +113,7 @@ class Images(Dataset[tuple[Any, ...]]):
 
 
 def channels_last(image: Tensor) -> Tensor:
-    """(3, H, W) -> (H, W, 3), dense."""
+    """(C, H, W) -> (H, W, C), dense."""
     return image.permute(1, 2, 0).contiguous()
 
 

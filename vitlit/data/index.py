@@ -12,7 +12,7 @@ from vitlit.errors import UserError
 from vitlit.files import read_file
 
 EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp")
-EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".jpx")
+EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".npy")
 ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)  # of paths as bytes
 
 

@@ -24,7 +24,7 @@ from vitlit.data.splits import Splits
 from vitlit.data.standalone import BatchLoader, NoTrainer
 from vitlit.data.stream import EvalShare, Sample, TrainStream, eval_batch, paired_rows, set_accumulation, split_batch
 from vitlit.data.transforms import PIXELS, CropName, check_augment, check_scale, matched, train_transform
-from vitlit.data.views import Photometric, Preset, Views, all_views, change_colours
+from vitlit.data.views import Photometric, Preset, Views, all_views, change_colours, check_raw
 from vitlit.errors import UserError, check_range, check_types
 from vitlit.images.decode import DECODER, PILLOW_SLOWER
 from vitlit.images.preprocess import Interpolation, Preprocess
@@ -75,6 +75,8 @@ class ImageFolderData(LightningDataModule):
         mean: by channel, of images in [0, 1]; 0.5 unless given here or by the weights. One number: grey images.
         std: by channel, likewise.
         ground: the colour under transparency, a CSS name or '#rrggbb'; white unless given here or by the weights.
+        range: the values of black and white, for images of 1 to 16 channels, of 8, 16 or 32 bits, as they are; needs
+            mean and std, a number for each channel. Without it, or the weights', every image is RGB of 8 bits.
         num_workers: processes that load images for each device; by default the cores are shared among the devices.
         prefetch: batches that a worker prepares ahead.
         cache: keep decoded images, if they fit: in memory, once for all processes of a machine, or on the device, which
@@ -113,6 +115,7 @@ class ImageFolderData(LightningDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         ground: str | None = None,
+        range: tuple[float, float] | None = None,
         num_workers: int | None = None,
         prefetch: int = 2,
         cache: Cache = "none",
@@ -132,14 +135,15 @@ class ImageFolderData(LightningDataModule):
         self.splits = Splits(root, parse_share(holdout), manifest, labels)
         given: dict[str, Any] = {"crop_ratio": crop_ratio, "squash": squash, "interpolation": interpolation}
         given |= {"mean": mean and tuple(mean), "std": std and tuple(std), "ground": ground}
+        given["range"] = range and (float(range[0]), float(range[1]))
         self._given = {name: value for name, value in given.items() if value is not None}
         self._train_options = crop, flip, (augment,) if callable(augment) else tuple(augment or ())
         self._view_options = Views(1, image_size, crop_scale, **vars(photometric)), views, local_views
+        self.on_bad_image, self.cache = on_bad_image, cache
         self._use(Preprocess(self._view_options[0].pixels, **self._given))
         self.batch_size, self.micro_batch, self._seed = batch_size, micro_batch, seed
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.erasing, self.mixing, self.repeats, self.balanced = erasing, mixing, repeats, balanced
-        self.on_bad_image, self.cache = on_bad_image, cache
         self.bad_photos: Path | None = None  # lists photos that prediction skips; bad_photos.csv of the trainer's root
         self._trainer_done = False  # Lightning leaves it attached
 
@@ -150,6 +154,7 @@ class ImageFolderData(LightningDataModule):
         crop, flip, augment = self._train_options
         self.transform = train_transform(preprocess, crop, first.scale, flip, augment)
         self._further = [kind.transform(preprocess, flip, augment) for kind in self.views]
+        check_raw(preprocess, self._given, self.kinds, self.cache)
 
     def follow(self, vit: ViT, source: object = "the ViT", fixed: Iterable[str] = PIXELS) -> None:
         """Take what a ViT's weights were made with: mean, std, interpolation, crop ratio, and the classes of its head.
@@ -232,7 +237,7 @@ class ImageFolderData(LightningDataModule):
             if self.cache == "device" and self.transform.augment:
                 raise UserError("data.cache device makes batches without data.augment; give memory, or leave it out")
             for size in {self.preprocess.image_size, *(kind.pixels for kind in self.views)}:
-                check_augment(self.transform.augment, size)
+                check_augment(self.transform.augment, self.preprocess, size)
         name = "val" if stage in ("fit", "validate") else stage
         if len(self.split(name)) < world_size:
             has = f"needs an image for each device, but has {len(self.split(name))} for {world_size}"
@@ -265,7 +270,7 @@ class ImageFolderData(LightningDataModule):
         position = partial(next, starts) if trainer is NoTrainer else lambda: int(trainer.global_step)
         stream = self._stream(position, trainer.global_rank, trainer.world_size)
         keyed, bad = any(kind.on for kind in self.kinds), self._bad_images(index)
-        images = Images(index, self.transform, self.seed, bad, self._further, keyed, ground=self.preprocess.ground)
+        images = Images(index, self.transform, self.seed, bad, self._further, keyed, self.preprocess)
         return self._loader(images, stream, micro, "train")
 
     def _stream(self, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> TrainStream:
@@ -289,7 +294,7 @@ class ImageFolderData(LightningDataModule):
         share = EvalShare(len(index), trainer.global_rank, trainer.world_size, most)
         size = min(-(-self.batch_size // trainer.world_size), self.micro_batch or self.batch_size, share.count)
         bad = self._bad_images(index, photos) if photos or split == "train" else None
-        images = Images(index, self.preprocess.crop, bad=bad, ground=self.preprocess.ground)
+        images = Images(index, self.preprocess.crop, bad=bad, preprocess=self.preprocess)
         return self._loader(images, share, eval_batch(share.count, trainer.world_size, size), split)
 
     def _bad_images(self, index: Index, photos: bool = False) -> BadImages | None:

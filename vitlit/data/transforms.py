@@ -1,4 +1,4 @@
-"""Transforms of training images on the host, as uint8."""
+"""Transforms of training images on the host, before they are normalised."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 
 Transform = Callable[[Tensor], Tensor]
-PIXELS = ("mean", "std")  # what a network was trained with, and must be evaluated with
+PIXELS = ("range", "mean", "std")  # what a network was trained with, and must be evaluated with
 CropName = Literal["random_resized", "inception", "simple", "pad", "resmall", "center"]
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Crop, flip with a probability, augment: uint8 (3, H, W) -> uint8 (3, height, width)."""
+    """Crop, flip with a probability, augment: (C, H, W) -> (C, height, width), of the same type."""
 
     crop: BoxCrop | PadCrop
     flip: float
@@ -62,15 +62,23 @@ def matched(
 ) -> Preprocess:
     """The preprocessing of a ViT's weights, with what is given; UserError if that contradicts what is `fixed`."""
     channels, made = vit.config.in_channels, vit.preprocess
-    if channels not in (1, 3):
-        raise UserError(f"model.vit.in_channels is {channels}, but image folders give 3 channels, or 1 (grey)")
+    theirs = getattr(made, "range", None)
+    levels = given.get("range", theirs)
+    if channels not in (1, 3) and levels is None:
+        needs = "image folders give 3 channels, or 1 (grey); data.range takes more"
+        raise UserError(f"model.vit.in_channels is {channels}, but {needs}")
+    # Values of which the mean and std of the weights say nothing.
+    others = levels != theirs and not (made and "range" in fixed)
+    if others and not {"mean", "std"} <= given.keys():
+        measure = "`vitlit data check ROOT --range {:g} {:g}` measures them".format(*levels)
+        raise UserError(f"data.range needs data.mean and data.std, a number for each channel; {measure}")
     for name, value in given.items():
         if name in ("mean", "std") and len(value) != channels:
             raise UserError(f"data.{name} has {len(value)} numbers, but model.vit.in_channels is {channels}")
-        if name in fixed and name in PIXELS and value != (theirs := getattr(made, name, value)):
+        if name in fixed and name in PIXELS and not others and value != (theirs := getattr(made, name, value)):
             raise UserError(f"data.{name} is {value}, but {source} was made with {theirs}; leave it out")
     if not isinstance(made, Preprocess):
-        made = Preprocess(size, mean=(0.5,) * channels, std=(0.5,) * channels)
+        made = Preprocess(size, mean=(0.5,) * channels, std=(0.5,) * channels, range=levels)
     return replace(made, image_size=size, **given)
 
 
@@ -79,9 +87,9 @@ def check_scale(name: str, scale: tuple[float, float]) -> None:
         raise UserError(f"{name} {list(scale)} is not a range of shares between 0 and 1")
 
 
-def check_augment(augment: Sequence[Transform], image_size: tuple[int, int]) -> None:
-    """Try transforms on a grey image; UserError if one fails, or if the result is not uint8 (3, height, width)."""
-    image = torch.full((3, *image_size), 128, dtype=torch.uint8)
+def check_augment(augment: Sequence[Transform], preprocess: Preprocess, size: tuple[int, int]) -> None:
+    """Try transforms on a grey image; UserError if one fails, or if the result is not of the same type and shape."""
+    image = grey = preprocess.blank(size, 0.5)
     with torch.random.fork_rng(devices=[]):
         for transform in augment:
             try:
@@ -89,6 +97,6 @@ def check_augment(augment: Sequence[Transform], image_size: tuple[int, int]) -> 
             except Exception as error:  # a config can name any class, with any values
                 why = str(error) or type(error).__name__
                 raise UserError(f"data.augment: {type(transform).__name__} fails on an image: {why}") from error
-    if image.dtype != torch.uint8 or image.shape != (3, *image_size):
-        got = f"{list(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
-        raise UserError(f"data.augment makes images {got}; they must stay uint8 {[3, *image_size]}, not yet normalised")
+    if image.dtype != grey.dtype or image.shape != grey.shape:
+        got, wanted = (f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in (image, grey))
+        raise UserError(f"data.augment makes images {got}; they must stay {wanted}, not yet normalised")

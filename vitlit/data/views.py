@@ -1,6 +1,6 @@
 """Views of a training image, cropped on the host; their colours change on the device, by numbers drawn on the host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -124,8 +124,21 @@ def all_views(first: Views, given: Preset | Sequence[Views], local: int | None, 
     return [*kinds[:2], *kinds[2:] * (count if local is None else local)]
 
 
+def check_raw(preprocess: Preprocess, given: Mapping[str, object], kinds: Sequence[Photometric], cache: str) -> None:
+    """UserError for options that are for RGB of 8 bits, where images are read as they are."""
+    wrong = {
+        "ground": "ground" in given,
+        "cache": cache != "none",
+        "photometric, or data.views, with jitter, grey or solarise": any(
+            max(kind.jitter, kind.grey, kind.solarise) > 0 for kind in kinds
+        ),
+    }
+    if preprocess.range and (found := [name for name, there in wrong.items() if there]):
+        raise UserError(f"data.{found[0]} is for RGB of 8 bits, not for data.range; leave it out")
+
+
 def change_colours(views: list[Tensor], kinds: Sequence[Photometric], keys: np.ndarray | None = None) -> list[Tensor]:
-    """Views, uint8 (B, 3, H, W), changed as their kinds ask: float32 from 0 to 255. The others stay as they are."""
+    """Views, (B, C, H, W), changed as their kinds ask: float32 of the same scale. The others stay as they are."""
     changed = list(views)
     for (_, on), same in groupby(range(len(views)), lambda view: (views[view].shape, kinds[view].on)):
         if keys is None or not on:

@@ -109,7 +109,7 @@ def _search_tar(opened: IO[bytes], size: int, number: int) -> list[_Sample]:
             if match is None or not member.isreg() or member.issparse():
                 continue
             key, ending = match[1], match[2].lower()
-            if f".{ending}" in EXTENSIONS:
+            if f".{ending}" in EXTENSIONS and ending != "npy":  # which may be anything here
                 if key in images:
                     raise ValueError(f"{member.name} and {images[key][0]} are two images of one sample")
                 opened.seek(start - BLOCK)

@@ -25,6 +25,9 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"]
 FORMATS += [name for name, part in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(part)]
 MOST_PIXELS = 178_956_970  # of an image; Pillow's own limit, 2 * Image.MAX_IMAGE_PIXELS
 GROUND = "white"
+OTHER = "it has more than 8 bits or other channels than RGB: give --data.range, such as [0,65535], or convert it"
+ARRAY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # markers that hold the size: baseline, extended, progressive
 JPEG_TABLES = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # markers that may come first: tables, metadata, comments
 PILLOW_SLOWER = 1.7  # times torchcodec's decoding time on photographs, for the same pixels
@@ -48,25 +51,40 @@ def decode_bytes(data: bytes, path: str | Path, ground: str = GROUND) -> Tensor:
     """Decode an image file's content as RGB, upright by its EXIF orientation: (3, H, W), uint8, memory (H, W, 3).
 
     torchcodec decodes JPEG, PNG and WebP; Pillow the other formats, the first frame of animations, and everything if
-    torchcodec is missing. 16 bits are scaled to 8, 32 bits are refused. What is transparent shows the `ground`.
+    torchcodec is missing. What is transparent shows the `ground`. UserError for more than 8 bits: see `raw`.
     """
-    try:
-        if not data:
-            raise ValueError("it is empty")
+    with naming(path):
         if decoder := DECODERS.get(_format_of_opaque_header(data)):
             return decoder(data, mode="RGB")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF data, or half of the pixels allowed
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = open_picture(data, FORMATS)
         decoder = DECODERS.get(str(picture.format))
         if not decoder or getattr(picture, "is_animated", False):
             return decode_picture(picture, ground)
+        refuse_deep(picture)
         clear = picture.has_transparency_data
         image: Tensor = decoder(data, mode="RGB_ALPHA" if clear else "RGB")
         image = image if image.ndim == 3 else image[0]  # the only frame of an animation
         return _laid_over(image.permute(1, 2, 0).numpy(), ground) if clear else image
+
+
+def open_picture(data: bytes, formats: list[str]) -> Image.Image:
+    """An image file of one of these formats, of which only the header is read; of too many pixels none is."""
+    if not data:
+        raise ValueError("it is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data, or half of the pixels allowed
+            return Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read the image {path}: it is no {' '.join(FORMATS)}; convert or remove it") from error
+        other = data.startswith((ARRAY, *TIFF))
+        raise ValueError(OTHER if other else f"it is no {' '.join(formats)}; convert or remove it") from error
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Turn whatever decoders raise in the block into a UserError that names the image."""
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise UserError(f"cannot read the image {path}: more than {MOST_PIXELS:,} pixels; scale it down") from error
     except (OSError, RuntimeError, ValueError, SyntaxError) as error:
@@ -104,11 +122,11 @@ def _scratch(process: int) -> int:
 
 
 def _format_of_opaque_header(data: bytes) -> str:
-    """JPEG, or opaque PNG, if a simple header says so and allows the size, else "". Pillow takes longer to tell."""
+    """JPEG, or opaque PNG of 8 bits, if a simple header says so and allows the size, else "". Pillow takes longer."""
     if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) >= 26:
-        width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
+        width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
         # The chunk tRNS, which makes a colour transparent, comes before the pixels.
-        opaque = colour in (0, 2, 3) and data.find(b"tRNS", 0, data.find(b"IDAT")) < 0
+        opaque = colour in (0, 2, 3) and bits <= 8 and data.find(b"tRNS", 0, data.find(b"IDAT")) < 0
         return "PNG" if opaque and width * height <= MOST_PIXELS else ""
     place = 2
     while data.startswith(b"\xff\xd8") and len(data) >= place + 9:
@@ -122,20 +140,22 @@ def _format_of_opaque_header(data: bytes) -> str:
 
 
 def decode_picture(picture: Image.Image, ground: str = GROUND) -> Tensor:
-    """A PIL image, or the first frame of a file, as `decode_bytes` gives it; ValueError for 32 bits."""
-    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
-        raise ValueError("numbers of 32 bits, whose white is unknown; convert it to 8 or 16 bits")
+    """A PIL image, or the first frame of a file, as `decode_bytes` gives it."""
+    refuse_deep(picture)
     picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data and not picture.mode.startswith("I"):
+    if picture.has_transparency_data:
         return _laid_over(np.array(picture.convert("RGBA")), ground)
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip to 255
-        values, clear = np.asarray(picture, np.int64).clip(0, 65535), picture.info.get("transparency")
-        grey = ((values + 128) // 257).astype(np.uint8)
-        if clear is not None:
-            alpha = np.where(values == clear, 0, 255).astype(np.uint8)
-            return _laid_over(np.stack([grey, grey, grey, alpha], axis=-1), ground)
-        picture = Image.fromarray(grey)
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def refuse_deep(picture: Image.Image) -> None:
+    """ValueError for values of more than 8 bits, whose black and white only the user knows; Pillow would cut them."""
+    for tile in getattr(picture, "tile", ()):  # of a file that is not read yet: how its values are stored
+        largest = tile.args[-1] if tile.codec_name.startswith("ppm") and isinstance(tile.args, tuple) else 0
+        if largest > 255 or re.search("[ABKLXa];16", str(tile.args)):
+            raise ValueError(OTHER)
+    if picture.mode[0] in "IF":
+        raise ValueError(OTHER)
 
 
 def _laid_over(image: np.ndarray, ground: str) -> Tensor:

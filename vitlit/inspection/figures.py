@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vitlit.evaluation.calibration import Reliability
 from vitlit.images.preprocess import Preprocess
+from vitlit.images.raw import shown
 from vitlit.inspection.attention import as_map, attention, attention_distance, attentions, pooled, rollout
 from vitlit.inspection.patches import filter_components, occlusion, patch_components, position_similarity
 from vitlit.model import ViT
@@ -23,7 +24,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # 
 def draw_filters(vit: ViT, images: Tensor | None = None) -> Figure:
     """2010.11929, figure 7, left. Each component is scaled by its largest value, and grey is 0."""
     found = filter_components(vit)
-    rows = coloured(found / found.abs().amax((1, 2, 3), keepdim=True), Preprocess((1, 1))).split(7)
+    rows = coloured(shown(found / found.abs().amax((1, 2, 3), keepdim=True)), Preprocess((1, 1))).split(7)
     return draw_grid(f"First {len(found)} principal components of the patch filters", rows)
 
 
@@ -31,8 +32,8 @@ def draw_positions(vit: ViT, images: Tensor | None = None) -> Figure:
     """2010.11929, figure 7, centre. Each map shows how similar the position of one patch is to those of all."""
     rows, columns = (torch.linspace(0, side - 1, min(side, POSITIONS)).round().long() for side in vit.grid)
     labels = [f"row {row + 1}" for row in rows], [f"col. {column + 1}" for column in columns]
-    shown = position_similarity(vit).cpu()[rows][:, columns]
-    return draw_grid("Position embeddings", shown, *labels, bar="Cosine similarity", vmin=-1, vmax=1)
+    similarity = position_similarity(vit).cpu()[rows][:, columns]
+    return draw_grid("Position embeddings", similarity, *labels, bar="Cosine similarity", vmin=-1, vmax=1)
 
 
 def draw_distance(vit: ViT, images: Tensor) -> Figure:
@@ -103,8 +104,8 @@ def draw_grid(
     blank = {"xticks": [], "yticks": [], "frame_on": False}
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, subplot_kw=blank)
     for line, row, label in zip(grid, rows, left or repeat(""), strict=False):
-        for axes, shown, caption in zip(line, row, below or repeat(""), strict=False):
-            drawn = axes.imshow(shown.numpy(), "viridis", **scale)
+        for axes, picture, caption in zip(line, row, below or repeat(""), strict=False):
+            drawn = axes.imshow(picture.numpy(), "viridis", **scale)
             axes.set(xlabel=caption, ylabel=label)
             axes.label_outer()
     if bar:
@@ -115,4 +116,4 @@ def draw_grid(
 def coloured(images: Tensor, preprocess: Any) -> Tensor:
     """Normalised images (B, C, H, W) as red, green and blue from 0 to 1, (B, H, W, 3)."""
     mean, std = (torch.tensor(moment).view(-1, 1, 1) for moment in (preprocess.mean, preprocess.std))
-    return (images[:, [0, images.shape[1] // 2, -1]].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return shown(images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)

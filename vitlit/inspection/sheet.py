@@ -10,11 +10,11 @@ TEXT = 16  # pixels of a line
 Cell = tuple[Tensor, Sequence[str], str]  # an image uint8 (3, H, W), two lines above it, and their colour
 
 
-def thumbnail(pixels: Tensor) -> Image.Image:
-    """An image uint8 (3, H, W) whose longer side is SIDE pixels."""
+def thumbnail(pixels: Tensor, side: int = SIDE) -> Image.Image:
+    """An image uint8 (3, H, W) whose longer side is `side` pixels."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    resampling = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.LANCZOS
-    return ImageOps.contain(image, (SIDE, SIDE), resampling)
+    resampling = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
+    return ImageOps.contain(image, (side, side), resampling)
 
 
 def draw_sheet(title: str, cells: Sequence[Cell]) -> Image.Image:

@@ -6,22 +6,17 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, ImageOps
 
 from vitlit.files import expand, from_here
 from vitlit.loggers.wandb_mode import Mode, decide
 
-if TYPE_CHECKING:
-    import wandb
-
 ONLINE_WITHIN = 15  # seconds until a run without an answer from the server continues offline
 UPLOAD_WITHIN = 300  # seconds that the end of a run may wait for uploads
-PICTURE_SIDE = 256
 MOST_PAIRS = 2500  # of label and prediction: the whole matrix of 50 classes, else the most frequent
 
 
@@ -143,8 +138,11 @@ class Wandb(WandbLogger):
         self.experiment.config.update({"classes": classes}, allow_val_change=True)
 
     @rank_zero_only
-    def log_mistakes(self, worst: Sequence[Mapping[str, str]], counts: Counter[tuple[str, str]]) -> None:
-        """Log the tables `mistakes`, rows of validation.csv, and `confusion`, images by label and prediction."""
+    def log_mistakes(
+        self, worst: Sequence[Mapping[str, str]], counts: Counter[tuple[str, str]], images: Mapping[str, Any]
+    ) -> None:
+        """Log the tables `mistakes`, rows of validation.csv with their images, where there are any by their paths, and
+        `confusion`, images by label and prediction."""
         import wandb
 
         columns: list[str | int] = ["path", "label", "prediction", "probability"]
@@ -152,7 +150,8 @@ class Wandb(WandbLogger):
             [row["path"], row["label"], row["prediction"], float(row["probability"])] for row in worst
         ]
         if self.pictures:
-            columns, rows = ["image", *columns], [[_picture(row[0]), *row] for row in rows]
+            found = {path: wandb.Image(image, file_type="jpg") for path, image in images.items()}
+            columns, rows = ["image", *columns], [[found.get(row[0]), *row] for row in rows]
         pairs = [[*pair, count] for pair, count in counts.most_common(MOST_PAIRS)]
         confusion = wandb.Table(columns=["label", "prediction", "count"], data=pairs)
         self.experiment.log({"mistakes": wandb.Table(columns=columns, data=rows), "confusion": confusion})
@@ -160,14 +159,3 @@ class Wandb(WandbLogger):
 
 def _sync(*folders: Path) -> str:
     return shlex.join(["wandb", "sync", *map(from_here, folders)])
-
-
-def _picture(path: str) -> "wandb.Image | None":
-    import wandb
-
-    try:
-        with Image.open(path) as picture:
-            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-            return wandb.Image(ImageOps.exif_transpose(picture).convert("RGB"), file_type="jpg")
-    except OSError:  # in a shard, or damaged: a row without an image
-        return None

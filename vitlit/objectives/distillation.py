@@ -74,6 +74,8 @@ class Distillation(Supervised):
             except UserError as error:
                 raise UserError(f"the teacher {self.teacher} cannot see the student's images: {error}") from error
         if ours is not None and theirs is not None:
+            if (ours.range, len(ours.mean)) != (theirs.range, len(theirs.mean)):
+                raise UserError(f"the teacher {self.teacher} sees other channels, or another data.range, than the data")
             std = torch.tensor(theirs.std)
             scale, shift = torch.tensor(ours.std) / std, (torch.tensor(ours.mean) - torch.tensor(theirs.mean)) / std
         self.to_teacher.copy_(torch.stack([scale, shift]).view(2, 1, -1, 1, 1))

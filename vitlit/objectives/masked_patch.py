@@ -16,6 +16,7 @@ from vitlit.seeds import image_noise, uniform
 
 MASKED, OTHER = 0.8, 0.1  # shares of the corrupted patches; the rest is kept
 LEVELS = 8  # of a channel: 3 bits
+MOST_CHANNELS = 4  # whose colours are 4,096 classes
 
 
 class MaskedPatch(Objective):
@@ -36,6 +37,8 @@ class MaskedPatch(Objective):
             raise UserError("MaskedPatch does not train with model.vit.pool map; set it when you finetune")
         if vit.config.patch_dropout:
             raise UserError("MaskedPatch predicts patches from all others; leave model.vit.patch_dropout out")
+        if vit.config.in_channels > MOST_CHANNELS:
+            raise UserError(f"MaskedPatch tells colours of at most {MOST_CHANNELS} channels; give another objective")
         vit.set_head("finetune", 0)
         vit.add_mask_token()
         self.head = nn.Linear(vit.width, LEVELS**vit.config.in_channels)

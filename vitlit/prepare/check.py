@@ -21,9 +21,12 @@ from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import check_new, writing
-from vitlit.images.decode import GROUND, colour, decode
+from vitlit.files import check_new, read_file, writing
+from vitlit.images.decode import GROUND, colour
+from vitlit.images.preprocess import Preprocess
+from vitlit.images.raw import as_picture
 from vitlit.inspection.sheet import Cell, draw_sheet
+from vitlit.prepare.channels import Channels
 from vitlit.prepare.report import SMALL, WARNINGS, Look, Paths, Report, describe, look
 
 HELP = """\
@@ -59,6 +62,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report here, with every path")
     parser.add_argument("--holdout", metavar="SHARE", default="0", help="cut val off train, as --data.holdout does")
     parser.add_argument("--ground", metavar="COLOUR", default=GROUND, help="under transparency, as --data.ground")
+    about = "read values as they are, as --data.range, and measure the channels' mean and std"
+    parser.add_argument("--range", metavar=("BLACK", "WHITE"), type=float, nargs=2, help=about)
     parser.add_argument(
         "--workers", metavar="N", type=int, default=count(1), help="processes; default one a core, 0 for none"
     )
@@ -77,7 +82,9 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
     colour(given.ground)
     weights = given.weights and partial(_suspect, weights=given.weights, size=given.image_size, sheets=given.sheets)
-    report = check(given.root, parse_share(given.holdout), given.workers, given.ground, weights or None)
+    levels = Preprocess((1, 1), range=given.range and tuple(given.range)).range
+    each = partial(look, ground=given.ground, levels=levels)
+    report = check(given.root, parse_share(given.holdout), given.workers, each, weights or None)
     if given.json:
         report.write(given.json)
     report.print()
@@ -88,12 +95,12 @@ def check(
     root: Path,
     holdout: float = 0.0,
     workers: int = 1,
-    ground: str = GROUND,
+    look: Callable[[str], Look] = look,
     further: Callable[[Report, dict[str, Layout]], object] | None = None,
 ) -> Report:
     """Decode every image of a folder and compare its splits; with a holdout, a val folder is ignored.
 
-    A `further` check gets the report and the images of each split that can be read.
+    `look` looks at an image file. A `further` check gets the report and the images of each split that can be read.
     """
     report = Report(root)
     try:
@@ -109,7 +116,7 @@ def check(
         train, val = hold_out(whole.index, holdout, whole.classes)
         layouts = {"train": replace(whole, index=train), "val": replace(whole, index=val), **layouts}
     _compare_classes(report, layouts)
-    layouts = _decode_images(report, layouts, workers, ground)
+    layouts = _decode_images(report, layouts, workers, look)
     if further and layouts:
         further(report, layouts)
     return report
@@ -183,14 +190,23 @@ def _compare_classes(report: Report, layouts: dict[str, Layout]) -> None:
         report.add("imbalance", [join(layouts["train"].folder, rarest)], detail)
 
 
-def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, ground: str) -> dict[str, Layout]:
+def _decode_images(
+    report: Report, layouts: dict[str, Layout], workers: int, look: Callable[[str], Look]
+) -> dict[str, Layout]:
     """Decode all images; report the facts about each split, damaged files, and copies. Returns what can be read."""
     readable: dict[str, Layout] = {}
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)  # splits and rows of the images with these pixels
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
+    count = 0  # channels of the first image
     for split, layout in layouts.items():
-        sides, read = array("l"), array("l")
-        for row, seen in enumerate(_look_all(layout.index, workers, split, ground)):
+        sides, read, channels = array("l"), array("l"), list[Channels]()
+        for row, seen in enumerate(_look_all(layout.index, workers, split, look)):
+            if seen.channels:
+                count = count or len(seen.channels.sums)
+                if len(seen.channels.sums) != count:
+                    found["channels"][layout.image(row)] = f"{len(seen.channels.sums)} instead of {count}"
+                    continue
+                channels.append(seen.channels)
             if seen.kind or seen.side < SMALL:
                 found[seen.kind or "small"][layout.image(row)] = seen.reason
             if seen.digest:
@@ -198,7 +214,8 @@ def _decode_images(report: Report, layouts: dict[str, Layout], workers: int, gro
                 read.append(row)
             if seen.digest and seen.kind != "uniform":  # which may be equal for that reason
                 places[seen.digest].append((split, row))
-        report.splits[split] = describe(layout.counts, sides)
+        # The options of a training are measured on train alone.
+        report.splits[split] = describe(layout.counts, sides, channels if split == next(iter(layouts)) else ())
         if read:
             readable[split] = replace(layout, index=layout.index.take(np.array(read)))
     for kind, reasons in found.items():
@@ -219,8 +236,8 @@ def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int
         split: replace(each.index, labels=np.array([numbers[name] for name in each.classes])[each.index.labels])
         for split, each in layouts.items()
     }
-    table, ground = embed(vit, splits, classes, str(root)), vit.preprocess.ground
-    found, shown = suspects(table, splits, classes, ground), defaultdict[str, list[Any]](list)
+    table = embed(vit, splits, classes, str(root))
+    found, shown = suspects(table, splits, classes, vit.preprocess), defaultdict[str, list[Any]](list)
     for one, split, other, other_split, _ in found["near_duplicates"]:
         where = f"of {split} and {other_split}" if split != other_split else f"within {split}"
         report.add("near_duplicate", [[one, other]], where)
@@ -231,7 +248,8 @@ def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int
         shown["label_error"].append((path, (rather, f"({label})")))
     for kind, images in shown.items():
         if sheets:
-            cells: list[Cell] = [(decode(root / path), lines, "black") for path, lines in images[:DRAWN]]
+            pictures = (as_picture(vit.preprocess.decode(read_file(root / path), path)) for path, _ in images[:DRAWN])
+            cells: list[Cell] = [(each, lines, "black") for each, (_, lines) in zip(pictures, images, strict=False)]
             title = WARNINGS[kind].partition(":")[0].replace(" {}", "")
             with writing(sheets, "give --sheets another folder"):
                 sheets.mkdir(parents=True, exist_ok=True)
@@ -241,16 +259,16 @@ def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int
 @dataclass(eq=False)
 class _Looks(Dataset[Any]):
     index: Index
-    ground: str
+    look: Callable[[str], Look]
 
     def __getitems__(self, rows: list[int]) -> list[Look]:
-        return [look(self.index.path(row), self.ground) for row in rows]
+        return [self.look(self.index.path(row)) for row in rows]
 
 
-def _look_all(index: Index, workers: int, split: str, ground: str) -> Iterator[Look]:
+def _look_all(index: Index, workers: int, split: str, look: Callable[[str], Look]) -> Iterator[Look]:
     done, show = 0, Progress()
     try:
-        for looks in loader(_Looks(index, ground), range(len(index)), 16, workers):
+        for looks in loader(_Looks(index, look), range(len(index)), 16, workers):
             done += len(looks)
             yield from looks
             show(f"{split}: {done:,} of {len(index):,} images")

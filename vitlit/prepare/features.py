@@ -55,7 +55,7 @@ def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array) for name, array in cached[0].items()}
     share = -(-len(index) // (BLOCK * processes)) * BLOCK
     rows = range(rank * share, len(index))[:share]
-    images = Images(index, preprocess.crop, ground=preprocess.ground, remedy=REMOVE)
+    images = Images(index, preprocess.crop, preprocess=preprocess, remedy=REMOVE)
     batches = loader(images, rows, BLOCK, count(max(torch.cuda.device_count(), processes)))
     inputs = (preprocess.normalise(batch[0].to(device).permute(0, 3, 1, 2)) for batch in batches)
     found = features(vit, inputs, names) if rows else {}

@@ -18,16 +18,18 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from vitlit.files import writing
-from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode
+from vitlit.files import read_file, writing
+from vitlit.images import raw
+from vitlit.images.decode import FORMATS, GROUND, MOST_PIXELS, captured_stderr, decode, naming
 from vitlit.images.decode import reason as why_unread
+from vitlit.prepare.channels import Channels, in_words, measure, summary
 
 Paths: TypeAlias = "list[str | list[str]]"  # files, or sets of files with the same pixels
 
 SHOWN = 10  # paths of a finding on the screen
 SMALL = 16  # pixels
 UNIFORM = 3  # levels of 255 that all pixels of an image lie within
-DARK = 16  # likewise, of an image of 16 bits, or with transparency; 12 bits in 16 have as many
+DARK = 16  # likewise, of an image with transparency
 
 # What is wrong, with the remedy. The number of paths comes before it.
 FAULTS = {
@@ -41,6 +43,7 @@ FAULTS = {
     "unread_class": "class folders without an image that is read: convert or unpack what they hold, or remove them",
     "unknown_class": "classes that train lacks: add training images, or rename or remove them",
     "unreadable": "files that cannot be read as images: restore or remove them",
+    "channels": "images with another number of channels than the first: convert or remove them",
     "truncated": "images cut short, which decoders fill up with grey: restore or remove them",
     "too_large": f"images of more than {MOST_PIXELS:,} pixels, which are not decoded: scale them down",
     "leakage": "images of another split with the same pixels as one of train: remove one of each pair",
@@ -53,6 +56,7 @@ WARNINGS = {
     "ignored_file": "other files are ignored ({}): convert them if they are images",
     "small": f"images with a side under {SMALL} pixels: remove them unless all of yours are so small",
     "uniform": "images are nearly of one colour once decoded, for the reason given: mend those that should not be",
+    "beyond": "images with values beyond the range, which become less than 0 or more than 1: widen it if they matter",
     "corrupt": "images of damaged JPEG data, which still decode: look at them",
     "overlap": "images of test with the same pixels as one of val: remove one of each pair",
     "near_duplicate": "pairs {} that show one picture, perhaps resized, compressed or mirrored: keep one of each",
@@ -68,14 +72,21 @@ class Look(NamedTuple):
     reason: str = ""  # why it is unreadable
     digest: bytes = b""  # of shape and pixels, if it can be decoded
     side: int = 0  # the shorter one, pixels
+    channels: Channels | None = None  # where it is read with a range
 
 
-def look(path: str, ground: str = GROUND) -> Look:
-    """Decode an image file. Never raises: whatever is wrong is in the Look."""
+def look(path: str, ground: str = GROUND, levels: tuple[float, float] | None = None) -> Look:
+    """Decode an image file, with `levels` as a range reads it. Never raises: whatever is wrong is in the Look."""
+    channels = None
     with warnings.catch_warnings(), captured_stderr() as said:
         warnings.simplefilter("ignore")  # Pillow's, about what is found here anyway
         try:
-            image = decode(path, ground).permute(1, 2, 0).contiguous()
+            if levels is None:
+                image = decode(path, ground).permute(1, 2, 0).contiguous().numpy()
+            else:
+                with naming(path):
+                    image = np.ascontiguousarray(raw.read(read_file(path)))
+                    channels = measure(image, levels)
         except Exception as error:  # a decoder's bug in one file must not end the check
             if isinstance(error.__cause__, Image.DecompressionBombError):
                 return Look("too_large")
@@ -83,10 +94,14 @@ def look(path: str, ground: str = GROUND) -> Look:
             return Look("unreadable", reason.split(";")[0].rstrip("."))  # without the remedy
     complaint = " ".join(said).lower()
     kind = "truncated" if "premature end of" in complaint else "corrupt" if "corrupt jpeg data" in complaint else ""
-    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
-    digest.update(image.numpy().data)
-    why = "" if kind else _why_uniform(path, image, ground)
-    return Look(kind or ("uniform" if why else ""), why, digest.digest(), min(image.shape[:2]))
+    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    digest.update(image.data)
+    why = ""
+    if channels and not kind:
+        kind, why = channels.finding, f"{channels.least:,g} to {channels.most:,g}"
+    elif not kind and (why := _why_uniform(path, torch.from_numpy(image), ground)):
+        kind = "uniform"
+    return Look(kind, why, digest.digest(), min(image.shape[:2]), channels)
 
 
 def _why_uniform(path: str, image: Tensor, ground: str) -> str:
@@ -97,16 +112,13 @@ def _why_uniform(path: str, image: Tensor, ground: str) -> str:
         if (levels := max(map(sub, high, low))) > DARK:
             return ""
     with suppress(OSError), Image.open(path, formats=FORMATS) as picture:
-        if picture.mode.startswith("I"):
-            least, most = picture.getextrema()
-            return f"its 16 bits hold {least:,} to {most:,} of 65,535; scale them to the full range"
         if picture.has_transparency_data:
             return f"it is drawn in the colour of the ground, {ground}; give another data.ground"
     return f"every pixel is nearly {low}" if levels <= UNIFORM else ""
 
 
-def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
-    """The facts about a split as JSON values, from its images by class and their shorter sides in pixels."""
+def describe(counts: dict[str, int], sides: "array[int]", seen: Sequence[Channels] = ()) -> dict[str, Any]:
+    """The facts about a split as JSON values, from its images by class, their shorter sides in pixels and channels."""
     images = sum(counts.values())
     counts = {name: number for name, number in counts.items() if name}  # "" is no label
     facts: dict[str, Any] = {"images": images, "classes": len(counts)}
@@ -116,6 +128,8 @@ def describe(counts: dict[str, int], sides: "array[int]") -> dict[str, Any]:
         facts["class_sizes"]["median"] = float(np.median(list(counts.values())))
     if sides:
         facts["shorter_side"] = {"min": min(sides), "median": float(np.median(sides)), "max": max(sides)}
+    if seen:
+        facts["channels"] = summary(seen)
     return facts
 
 
@@ -196,4 +210,4 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         rows["a class has"] = f"{ends[0]} to {ends[1]}, median {sizes['median']:,.0f}"
     if sides := facts.get("shorter_side"):
         rows["shorter side"] = f"{sides['min']:,} to {sides['max']:,} pixels, median {sides['median']:,.0f}"
-    return rows
+    return rows | (in_words(facts["channels"]) if "channels" in facts else {})

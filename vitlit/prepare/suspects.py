@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import Compose, InterpolationMode
 
 from vitlit.data.dataset import REMOVE, Images
 from vitlit.data.index import Index
@@ -14,6 +14,8 @@ from vitlit.data.workers import count, loader
 from vitlit.evaluation import duplicates, label_errors
 from vitlit.evaluation.duplicates import SIDE
 from vitlit.images.crops import CenterCrop
+from vitlit.images.preprocess import Preprocess
+from vitlit.images.raw import as_picture
 from vitlit.prepare.features import extract
 
 COLUMNS = {
@@ -39,11 +41,12 @@ def embed(vit: Any, splits: dict[str, Index], classes: list[str], root: str) -> 
 
 
 def suspects(
-    table: Table, splits: dict[str, Index], classes: list[str], ground: str, k: int = 10
+    table: Table, splits: dict[str, Index], classes: list[str], preprocess: Preprocess, k: int = 10
 ) -> dict[str, list[Any]]:
     """Rows of `COLUMNS`, the likeliest first; no label_errors unless each image has one of several classes."""
     whole = CenterCrop((SIDE, SIDE), InterpolationMode.BILINEAR, crop_ratio=1.0, squash=True)
-    images = [Images(index, whole, ground=ground, remedy=REMOVE) for index in splits.values()]
+    small = Compose([as_picture, whole])
+    images = [Images(index, small, preprocess=preprocess, remedy=REMOVE) for index in splits.values()]
     batches = chain.from_iterable(loader(each, range(len(each)), 64, count(1)) for each in images)
     pairs, apart = duplicates(torch.cat([batch[0] for batch in batches]).permute(0, 3, 1, 2), k)
     place, each = list(zip(table.path, table.split, strict=True)), zip(pairs.tolist(), apart.tolist(), strict=True)

@@ -184,7 +184,9 @@ class Stage(LightningModule):
             data.follow(self.vit)
         else:
             self.vit.preprocess = preprocess(self.weights.preprocess, self.vit)
-            fixed = self.weights.preprocess if "preprocess" in self.weights.stated else ()  # the rest is a guess
+            # The rest is a guess; and a new run may be of images of another range.
+            new = {"range"} if self.init_from else set[str]()
+            fixed = self.weights.preprocess.keys() - new if "preprocess" in self.weights.stated else ()
             told = self.weights.origins.get("preprocess")
             data.follow(self.vit, f"{self.weights.path} ({told})" if told else self.weights.path, fixed)
 

@@ -222,10 +222,10 @@ def network(weights: Weights, **changes: Any) -> dict[str, Any]:
 def preprocess(made_with: Mapping[str, Any], vit: ViT) -> Preprocess | None:
     """The preprocessing that weights were made with, for a ViT's channels and by default its size; None if unknown."""
     known, channels = {"image_size": vit.config.sides, **made_with}, vit.config.in_channels
-    for name in ("mean", "std"):
+    for name in () if known.get("range") else ("mean", "std"):
         if len(known.get(name) or ()) not in (0, channels):
             known[name] = [sum(known[name]) / len(known[name])] * channels
-    if channels not in (1, 3) or not known.get("mean"):
+    if not known.get("mean") or len(known["mean"]) != channels or not (channels in (1, 3) or known.get("range")):
         return None
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
     return Preprocess(**options)

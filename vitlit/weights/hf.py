@@ -294,6 +294,8 @@ def config(vit: ViT) -> dict[str, Any]:
 
 def processor(preprocess: Preprocess) -> dict[str, Any]:
     """The preprocessor_config.json of a preprocessing, as ViTImageProcessor reads it."""
+    if preprocess.range:
+        raise UserError("transformers' image processors read RGB of 8 bits, but the weights are of data.range")
     height, width = preprocess.image_size
     tall, broad = (math.floor(side / preprocess.crop_ratio + 1e-6) for side in (height, width))
     return {

@@ -42,12 +42,13 @@ def save_weights(vit: ViT, path: str | Path, format: Format = "vitlit") -> Path:
         raise UserError(f"{path} ends in none of {' '.join(endings)}, which the format {format} has")
     try:
         state = WRITERS.get(format, tensors)(vit)
+        known = hf.processor(vit.preprocess) if format == "hf" and isinstance(vit.preprocess, Preprocess) else None
     except UserError as error:
         raise UserError(f"{path} was not written: {error}") from error
     if format == "hf":
         write(path / CONFIG, hf.config(vit))
-        if isinstance(vit.preprocess, Preprocess):
-            write(path / PREPROCESSOR, hf.processor(vit.preprocess))
+        if known:
+            write(path / PREPROCESSOR, known)
         path = path / "model.safetensors"
     # Contiguous copies on the CPU that share no memory, which safetensors demands.
     state = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}

@@ -60,6 +60,8 @@ class BigVisionRandAugment(v2.Transform):
         return {"ops": ops}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        if inpt.dtype != torch.uint8:
+            raise ValueError("it is for RGB of 8 bits")
         for name, draw in params["ops"]:
             inpt = OPS[name](inpt, draw)
         return inpt
