@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
                 HfApi().create_repo(given.name, exist_ok=True)
                 HfApi().upload_folder(repo_id=given.name, folder_path=folder, commit_message="vitlit push")
             except (OSError, ValueError, errors.HTTPError) as error:
-                raise UserError(f"{given.name} was not uploaded: {error}; see `hf auth whoami`") from error
+                raise UserError(f"{given.name} was not uploaded: {error}; see --to, and `hf upload`") from error
     print(from_here(given.to) if given.to else f"https://huggingface.co/{given.name}")
     return 0
 
