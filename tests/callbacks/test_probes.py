@@ -290,7 +290,7 @@ def test_without_classes_only_steps_that_log_are_looked_at_and_whole(few: Path, 
         assert step is not None
         features = torch.cat([seen for seen, _ in counted.steps[2 * step : 2 * step + 2]])
         assert value == pytest.approx(effective_rank(features).item(), rel=1e-5)
-    assert [step for step, _ in logs.rows["train/rank"]] == [2, 5, 8]
+    assert [step for step, _ in logs.rows["train/rank"]] == [2, 4, 5, 8, 9]
 
 
 def test_plain_loaders_and_a_plain_trainer(few: Path) -> None:

@@ -48,7 +48,7 @@ def test_testing_a_run_reads_its_test_folder(vitlit: Command, few: Path, work: P
 def test_what_is_no_run_cannot_be_evaluated(vitlit: Command, work: Path) -> None:
     refused(vitlit("validate", "nowhere"), "nowhere is not the folder of a run")
     refused(vitlit("predict", "runs", "a.png"), "runs is not the folder of a run")
-    photo, said = work / "a.png", "runs/pretrain has no best.ckpt: its last.ckpt is used, after step 6\n"
+    photo, said = work / "a.png", "runs/pretrain has no best.ckpt: its last.ckpt is used\n"
     Image.new("RGB", (16, 16)).save(photo)
     assert "best.ckpt" not in done(vitlit("predict", "runs/pretrain", photo))
     (work / "runs" / "pretrain" / "checkpoints" / "best.ckpt").unlink()

@@ -191,4 +191,8 @@ def test_full_disk(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(tarfile.TarFile, "extractall", full)
-    not_unpacked(tars.folder, tmp_path / "out", r"tars could not be unpacked .*No space left.* same command again")
+    not_unpacked(
+        tars.folder,
+        tmp_path / "out",
+        r"tars could not be unpacked .*No space left.*; correct that, and the same command continues",
+    )

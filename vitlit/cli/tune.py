@@ -108,7 +108,8 @@ class Search:
         if self.file.is_file():
             self.found = json.loads(self.file.read_text())
             if apart := set(self.found["settings"]) ^ set(search):
-                raise UserError(f"{given.out} holds a search with other {', '.join(sorted(apart))}; give another --out")
+                others = ", ".join(sorted(apart))
+                raise UserError(f"{given.out} holds a search with other settings ({others}); give another --out")
 
     def __iter__(self) -> Any:
         """Each trial, and for how many epochs it is to train, as long as the budget holds."""

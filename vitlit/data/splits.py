@@ -111,7 +111,8 @@ class Splits:
         index = scan_split(folder, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):
-            rank_zero_only(print)(f"{folder} lacks {len(missing)} classes, such as {self.classes[missing[0]]!r}")
+            some = f"{len(missing)} of {len(self.classes)} classes, such as {self.classes[missing[0]]!r}"
+            rank_zero_only(print)(f"{folder} lacks {some}")
         return index
 
     @property

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vitlit.errors import UserError
-from vitlit.files import read_csv, whole_file, writing
+from vitlit.files import whole_file, writing
 
 Row = dict[str, str]
 MAKE_ROOM = "the checkpoints are whole: make room, and the same command continues from them"
@@ -73,10 +73,13 @@ class CSV(Logger):
 
     def _read(self) -> tuple[list[str], list[Row]]:
         try:
-            rows = [{**row, "step": str(int(row["step"]))} for row in read_csv(self.path)]
+            text = self.path.read_text() if self.path.exists() else ""
+            complete = text[: text.rfind("\n") + 1]  # a killed process may leave half a row
+            reader = csv.DictReader(io.StringIO(complete, newline=""))
+            rows = [{**row, "step": str(int(row["step"]))} for row in reader]
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{self.path} is damaged; move it away, and the same command continues the run") from error
-        return list(rows[0] if rows else ["step"]), rows
+        return list(reader.fieldnames or ["step"]), rows
 
     def _write(self, columns: list[str], rows: list[Row]) -> None:
         lines = [_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)]

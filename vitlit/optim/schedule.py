@@ -84,7 +84,8 @@ class Schedule:
         warmup = length("model.schedule.warmup", self.warmup, total, epoch)
         cooldown = length("model.schedule.cooldown", self.cooldown, total, epoch)
         if warmup >= total:
-            raise UserError(f"model.schedule.warmup is {warmup} steps but training has only {total}; shorten it")
+            remedy = "give less, or more trainer.max_epochs or trainer.max_steps"
+            raise UserError(f"model.schedule.warmup is {warmup} steps but training has only {total}; {remedy}")
         if warmup + cooldown > total:
             raise UserError(f"model.schedule.warmup and cooldown are {warmup} and {cooldown} of only {total} steps")
 

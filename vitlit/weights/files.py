@@ -74,10 +74,7 @@ def locate(source: str | Path) -> Path:
 @cache  # a command may locate its weights twice
 def tell_last(path: Path) -> None:
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-        step = load_torch(path)["global_step"]
-        print(
-            f"{from_here(path.parent.parent)} has no best.ckpt: its last.ckpt is used, after step {step:,}", flush=True
-        )
+        print(f"{from_here(path.parent.parent)} has no best.ckpt: its last.ckpt is used", flush=True)
 
 
 def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()) -> Contents:
