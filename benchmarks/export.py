@@ -111,6 +111,7 @@ def main() -> None:
     ours = torch.cat([vit(image[None]) for image in images])
     export(vit, work / "s14.onnx", input="float")
     export(vit, work / "s14.pt2", input="float")
+    export(vit, work / "s14-aot.pt2", input="float", aot=True)
     export(vit, work / "s14")
     eight = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
     quantize_dynamic(work / "s14.onnx", work / "s14-int8.onnx", **eight)  # as export does, whose accuracy is below
@@ -118,6 +119,7 @@ def main() -> None:
         "torch": vit,
         "ONNX": one_core(work / "s14.onnx"),
         "pt2": torch.export.load(work / "s14.pt2").module(),
+        "pt2, AOTInductor": torch._inductor.aoti_load_package(str(work / "s14-aot.pt2")),
         "ONNX, int8": one_core(work / "s14-int8.onnx"),
     }
     folder = AutoModelForImageClassification.from_pretrained(work / "s14").eval()

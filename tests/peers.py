@@ -30,7 +30,7 @@ def images_of(size: int | tuple[int, int], channels: int = 3) -> Tensor:
 
 
 def assert_same(ours: Tensor, theirs: Tensor, atol: float = 1e-5) -> None:
-    assert theirs.std() > 0.05  # nothing vanished, so that a difference would show
+    assert theirs.std() > 0.02  # nothing vanished, so that a difference would show
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 

@@ -1,4 +1,4 @@
-"""Many machines: the shipped scripts, and two node groups that train one run, one of whose processes is killed."""
+"""Many machines: the shipped scripts and sweep; two node groups that train one run though a process is killed."""
 
 import csv
 import os
@@ -10,16 +10,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, SMALL, Result, command, finish, start
+from conftest import REPOSITORY, SMALL, Result, command, finish, start, stranger
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 from torch.distributed import TCPStore
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
+from wandb import wandb_agent
 
 from vitlit.cli.main import main
 
@@ -208,3 +211,43 @@ def test_config_prints_and_lists_the_scripts(vitlit: Command) -> None:
     assert vitlit("config", "cluster/slurm").out == (CLUSTER / "slurm.sh").read_text()
     listed = vitlit("config").out.split()
     assert {f"cluster/{path.stem}" for path in CLUSTER.iterdir()} <= set(listed)
+
+
+def test_a_trial_of_the_sweep_is_a_run_of_its_own(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own agent makes the command."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # which the agent sets
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    save_file(stranger().state_dict(), tmp_path / "timm.safetensors")
+    sweep = yaml.safe_load((CLUSTER / "sweep.yaml").read_text())
+    rate, decays = sweep["parameters"]["model.optimizer.lr"], sweep["parameters"]["model.groups.layer_decay"]
+    assert all(isinstance(value, float) for value in (rate["min"], rate["max"], *decays["values"]))
+    assert sweep["early_terminate"]["min_iter"] < 10  # epochs of the recipe, each of which is validated
+    started: list[dict[str, Any]] = []
+
+    def process(**given: Any) -> Any:
+        started.append(given)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(wandb_agent, "AgentProcess", process)
+    wandb: Any = wandb_agent.Agent(None, None, sweep_id="sweep")
+    wandb._sweep_command = sweep["command"]
+    real = {"FOLDER": str(few), "FILE": "timm.safetensors"}
+    small = ["--data.image_size=32", "--data.batch_size=8", "--data.num_workers=0", "--trainer.max_steps=2"]
+    small += ["--model.schedule.warmup=1", "--trainer.accelerator=cpu", "--run.report=false"]
+    values = (rate["min"], decays["values"][-1])  # Python prints the first as 3e-05
+    drawn = {key: {"value": value} for key, value in zip(sweep["parameters"], values, strict=True)}
+    told = {"type": "run", "run_id": "trial", "program": sweep["program"], "args": drawn}
+    assert "exception" not in wandb._process_command(told)
+    program, *words = [real.get(word, word) for word in started[0]["command"]]
+    assert program == "vitlit"
+    environment = {name: value for name, value in started[0]["env"].items() if name.startswith("WANDB_")}
+    result = command(*words, *small, cwd=tmp_path, before=partial(os.environ.update, environment))
+    assert result.code == 0, result.err
+    run = tmp_path / "runs" / "finetune_folder-trial"
+    options = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    assert (options["optimizer"]["init_args"]["lr"], options["groups"]["layer_decay"]) == values
+    assert sweep["metric"]["name"] in (run / "metrics.csv").read_text().partition("\n")[0].split(",")
+    assert list(run.glob("wandb/offline-run-*-trial"))

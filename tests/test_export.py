@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -73,6 +76,8 @@ def test_onnxruntime_gives_the_probabilities_of_any_batch(rich: tuple[Any, Path]
     session = onnxruntime.InferenceSession(file)
     expected = (logits_of(vit) / 1.7).softmax(-1).numpy()
     assert expected.max() - expected.min() > 0.2
+    ends = session.get_inputs() + session.get_outputs()
+    assert [(each.name, each.shape) for each in ends] == [("images", ["batch", 32, 32, 3]), ("outputs", ["batch", 10])]
     for count in (1, 5):
         (found,) = session.run(["outputs"], {"images": PIXELS[:count].numpy()})
         np.testing.assert_allclose(found, expected[:count], atol=1e-5)
@@ -116,6 +121,7 @@ def test_predict_reads_it_and_writes_what_the_run_would(
     for row, values, classes in zip(rows, *(part.tolist() for part in found), strict=True):
         assert row["class"] == NAMES[classes[0]]
         assert float(row["probability_5"]) == pytest.approx(values[4], abs=2e-5)
+    refused(vitlit(*given), "out/found.csv exists: name another")
     (tmp_path / "bad.onnx").write_bytes(b"none")
     refused(vitlit("predict", "bad.onnx", few / "val", "--out", "a.csv"), "bad.onnx", "onnxruntime")
 
@@ -136,6 +142,21 @@ def test_pixels_and_normalised_images_give_the_same(rich: tuple[Any, Path], tmp_
     torch.testing.assert_close(program.module()(images[:1]), logits[:1], atol=1e-5, rtol=0)
     with pytest.raises(AssertionError, match=r"images.*32"):
         program.module()(torch.zeros(1, 3, 48, 48))
+
+
+@pytest.mark.skipif(which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+def test_aotinductor_computes_the_same_for_any_batch(tmp_path: Path) -> None:
+    vit, file = ready(registers=1), tmp_path / "a.pt2"
+    vit.temperature = 1.7
+    export(vit, file, softmax=True, aot=True)
+    network: Any = torch._inductor.aoti_load_package(file)
+    about = json.loads(network.get_metadata()["vitlit"])
+    assert (about["classes"], about["temperature"], about["shape"]) == (NAMES, 1.7, ["batch", 32, 32, 3])
+    expected = (logits_of(vit) / 1.7).softmax(-1)
+    for count in (1, 5):
+        torch.testing.assert_close(network(PIXELS[:count]), expected[:count], atol=1e-5, rtol=0)
+    with zipfile.ZipFile(file) as archive:
+        assert any(name.endswith(".so") for name in archive.namelist())
 
 
 def test_values_of_a_range_come_in_as_floats(vitlit: Command, tmp_path: Path) -> None:
@@ -250,11 +271,20 @@ def test_the_command_exports_a_run_and_refuses_in_a_line(vitlit: Command, work: 
         (["b.onnx", "--half", "true", "--int8", "true"], "two precisions"),
         (["b.onnx", "--opset", "9"], "opset is 9; give from 18 to 23"),
         (["b", "--softmax", "true"], "b takes no softmax"),
+        (["b.onnx", "--aot", "true"], "b.onnx takes no aot"),
         (["b.pt2", "--image_size", "30"], "does not divide"),
         (["b.pt2", "--root", "nowhere"], "nowhere"),
+        (["a.pt2"], "a.pt2 exists: name another"),
     ):
         refused(vitlit(*start, *arguments), words)
     assert sorted(work.iterdir()) == before
+
+
+def test_a_missing_compiler_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-compiler")
+    user_error(
+        r"aot: there is no C\+\+ compiler; apt install g\+\+", partial(export, aot=True), ready(), tmp_path / "a.pt2"
+    )
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -262,7 +292,9 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     user_error("this needs onnxscript: pip install onnx onnxscript onnxruntime", export, ready(), tmp_path / "a.onnx")
 
 
-def test_a_run_tells_what_makes_its_logits_probabilities(finished: Path) -> None:
+def test_a_run_and_its_copies_tell_what_makes_its_logits_probabilities(
+    finished: Path, vitlit: Command, tmp_path: Path
+) -> None:
     file = finished / "checkpoints" / "best.ckpt"
     assert load(finished)[1] == "softmax"
     for loss in ("sigmoid", "bce"):
@@ -270,6 +302,14 @@ def test_a_run_tells_what_makes_its_logits_probabilities(finished: Path) -> None
         checkpoint["hyper_parameters"]["objective"]["init_args"] = {"loss": loss}
         torch.save(checkpoint, file)
         assert load(finished)[1] == "sigmoid"
+    assert "lost" not in done(vitlit("weights", "convert", finished, "a.safetensors", "--format", "vitlit"))
+    assert load(tmp_path / "a.safetensors")[1] == "sigmoid"
+    vit = ready()
+    vit.activation = "sigmoid"
+    package.save_weights(vit, tmp_path / "b.safetensors")
+    said = done(vitlit("weights", "convert", "b.safetensors", "b.pth", "--format", "timm"))
+    assert "a sigmoid of each logit is lost" in said
+    assert load(tmp_path / "b.pth")[1] == "softmax"
     logits = torch.tensor([[1.0, -2.0]])
     about = {"activation": "sigmoid", "temperature": 2.0}
     torch.testing.assert_close(probabilities(logits, about), 1 / (1 + torch.exp(-logits / 2)))

@@ -31,7 +31,7 @@ LIGHT = ("objectives", "model", "optim")  # load, by whatever path, torch and nu
 WITHOUT_LIGHTNING = ("images", "weights", "evaluation")
 VAGUE = ("utils", "util", "common", "misc", "helpers", "helper")
 CORE = ("model", "objectives", "optim", "stages")
-LOOSE, LONGEST_FILE, LONGEST_FUNCTION, LARGEST_CORE, LARGEST = 7, 350, 60, 3300, 16_800
+LOOSE, LONGEST_FILE, LONGEST_FUNCTION, LARGEST_CORE, LARGEST = 7, 350, 60, 3300, 17_250
 
 
 def imports(source: str) -> Iterator[tuple[str, ...]]:
@@ -259,4 +259,4 @@ def test_the_checks_over_the_package_see_what_is_forbidden() -> None:
     assert too_large({f"{name}.py": "" for name in "abcdefg"} | {"__init__.py": ""}) == []
     assert too_large({f"{name}.py": "" for name in "abcdefgh"}) == ["loose modules: 8 of 7"]
     assert too_large({"optim/a.py": "\n" * 3301}) == ["core: 3301 of 3300"]
-    assert too_large({"data/a.py": "\n" * 16_801}) == ["package: 16801 of 16800"]
+    assert too_large({"data/a.py": "\n" * 17_251}) == ["package: 17251 of 17250"]

@@ -155,7 +155,6 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("mode", ["auto", "online"])
 def test_without_a_key_a_run_is_kept_on_disk(mode: Any, capfd: pytest.CaptureFixture[str]) -> None:
     run = Wandb(save_dir="runs/my run", mode=mode, name="first", tags=["a"], group="g")
-    run.log_hyperparams({"litter": 1})
     run.log_config({"model": {"lr": 0.1}, "data": None})
     run.log_config({"model": {"lr": 0.2}, "data": None})
     run.log_classes(["cat", "dog"])

@@ -83,9 +83,9 @@ NAMES = [
     ),
     Name(
         "callbacks/nonfinite.py",
-        "_amp_foreach_non_finite_check_and_unscale_ _foreach_norm",
+        "_amp_foreach_non_finite_check_and_unscale_",
         "torch",
-        "one kernel for all gradients",
+        "one kernel for all gradients, or weights",
         "a loop over the gradients",
     ),
     Name(
@@ -122,6 +122,13 @@ NAMES = [
         "torch",
         "config.recompile_limit: deep networks have more blocks than it allows graphs",
         "pass recompile_limit to Module.compile, from torch 2.15 on",
+    ),
+    Name(
+        "export.py",
+        "_inductor",
+        "torch",
+        "aoti_compile_and_package and aoti_load_package, which torch's documentation of AOTInductor names",
+        "look for their public names",
     ),
     Name(
         "stages/stage.py",

@@ -281,12 +281,12 @@ def test_training_starts_from_weights_and_hands_on_the_teachers(name: str, few: 
     assert torch.equal(tuned.vit.state_dict()["cls_token"], loaded["cls_token"])
 
 
-ALONE = "compares the images of a batch, but this one has 1 on all devices; raise data.batch_size, or let a loader drop"
+ALONE = "compares images, but a batch has 1 on all devices; raise its size, or drop"
 
 
 def test_what_would_change_the_objective_is_refused(few: Path) -> None:
     stage, of_data = made(OBJECTIVES["dino"])
-    message = "DINO compares the images of a batch: 2 micro-batches .* raise data.micro_batch, or take more devices"
+    message = "DINO compares the images of a whole batch; raise data.micro_batch, or take more devices"
     user_error(message, trainer(max_steps=1).fit, stage, data(few, micro_batch=4, **of_data))
     for name in ("dinov2", "lejepa"):
         stage, of_data = made(OBJECTIVES[name])

@@ -20,7 +20,7 @@ import torch
 import vitlit
 from vitlit.data import workers
 from vitlit.errors import CommandParser, UserError
-from vitlit.images.decode import DECODER, PILLOW_SLOWER, WHY_NOT
+from vitlit.images.decode import DECODER, WHY_NOT
 from vitlit.loggers import wandb_mode
 
 HELP = """\
@@ -120,13 +120,10 @@ def disk(folder: Path) -> dict[str, Any]:
 def warnings(facts: dict[str, Any]) -> Iterator[str]:
     """What would harm a run, each with its remedy."""
     if facts["decoder"]["name"] == "Pillow":
-        why = f"torchcodec does not load ({facts['decoder']['why']}), and Pillow is {PILLOW_SLOWER} times slower"
-        yield f"{why}: pip install torchcodec, in the version that fits torch's"
+        yield f"torchcodec does not load ({facts['decoder']['why']}), and Pillow is slower: pip install torchcodec"
     if not facts["gpus"] and facts["nvidia_driver"]:
-        yield (
-            f"there is an NVIDIA driver, but torch finds no GPU (built for CUDA {facts['versions']['cuda']}): unset "
-            "CUDA_VISIBLE_DEVICES, or install the torch from pytorch.org for the CUDA version that `nvidia-smi` shows"
-        )
+        lacks = f"there is an NVIDIA driver, but torch finds no GPU (built for CUDA {facts['versions']['cuda']})"
+        yield f"{lacks}: unset CUDA_VISIBLE_DEVICES, or install pytorch.org's torch for the CUDA of `nvidia-smi`"
     for name in (f"cuda:{number} ({gpu['name']})" for number, gpu in enumerate(facts["gpus"]) if not gpu["bf16"]):
         yield f"{name} does not compute in bf16, only in fp16: if the loss becomes nan, --trainer.precision 32-true"
     cores, threads = facts["cpu"]["cores"], facts["cpu"]["threads"]
@@ -134,11 +131,8 @@ def warnings(facts: dict[str, Any]) -> Iterator[str]:
         yield f"torch has {threads} threads on {cores} core(s): export OMP_NUM_THREADS={cores}"
     shared, needed = facts["shared_memory"], cores * WORKER_BATCHES
     if shared is not None and shared < needed:
-        yield (
-            f"{SHARED} has {shared / 2**20:,.0f} MiB, but a data worker on each core may fill {needed / 2**20:,.0f} "
-            "and die of a bus error: docker run --shm-size 8g, in Kubernetes an emptyDir of medium Memory, or "
-            "--data.num_workers 0"
-        )
+        lacks = f"{SHARED} has {shared / 2**20:,.0f} MiB, but data workers may fill {needed / 2**20:,.0f}, and then die"
+        yield f"{lacks}: docker run --shm-size 8g, in Kubernetes a Memory emptyDir, or --data.num_workers 0"
     soft, wanted = facts["open_files"]["soft"], FILES + WORKER_FILES * cores
     if 0 <= soft < wanted:  # -1 is no limit
         yield f"{soft} files may be open, training may need {wanted}: ulimit -n, or docker run --ulimit nofile={wanted}"

@@ -1,11 +1,14 @@
 """The errors a user sees as one line."""
 
+import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import formatannotation
 from math import inf
 from os import PathLike
+from shutil import which
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -67,6 +70,15 @@ def need(*packages: str) -> None:
             import_module(package)
         except ImportError as error:
             raise UserError(f"this needs {package}: pip install {' '.join(packages)}") from error
+
+
+def without_compiler(device: str) -> str:
+    """What torch's compilers lack on this machine, with the remedy; else nothing. The device is cpu or cuda."""
+    gpu = device == "cuda"
+    if gpu and find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    compilers = [os.environ.get("CC"), "gcc", "clang"] if gpu else [os.environ.get("CXX", "g++")]  # as they look
+    return "" if any(map(which, filter(None, compilers))) else "there is no C++ compiler; apt install g++"
 
 
 def first_difference(theirs: list[str], ours: list[str]) -> str:

@@ -11,34 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitlit.errors import UserError, check_range, need
+from vitlit.errors import UserError, check_range, need, without_compiler
 from vitlit.files import whole_file, whole_folder, write_text, writing
 from vitlit.images.preprocess import Preprocess
 from vitlit.model import ViT
 from vitlit.weights import door
-from vitlit.weights.checkpoint import loss_of
-from vitlit.weights.files import locate
 from vitlit.weights.hub import CONFIG
 from vitlit.weights.save import save_weights
 
 PACKAGES = {".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": [], "": ["transformers"]}  # by what is written
-OPTIONS = {".onnx": ["input", "softmax", "half", "int8", "opset"], ".pt2": ["input", "softmax", "half"], "": []}
+OPTIONS = {".onnx": ["input", "softmax", "half", "int8", "opset"], ".pt2": ["input", "softmax", "half", "aot"], "": []}
 TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest output, or of 1 if that is less
 HALF_AGREEMENT = 0.95  # the least share of images whose first class float16 leaves as it is
 INT8_LOSS = 0.01  # the most of the top-1 accuracy that int8 may cost
+TASKS = {"softmax": "single_label_classification", "sigmoid": "multi_label_classification", None: "regression"}
 ABOUT = "vitlit"  # the key of what is known of a network in ONNX's metadata, and with .json in a .pt2
 
 Activation = Literal["softmax", "sigmoid"] | None
 Batches = Iterable[tuple[Tensor, Tensor]]  # cropped images (B, H, W, C), and labels (B,), -1 where there are none
 
 
-def load(source: str | Path, image_size: int | None = None) -> tuple[ViT, Activation]:
+def load(source: str | Path, image_size: int | None = None) -> tuple[Any, Activation]:
     """The ViT of a run or file at the size of its preprocessing or another, and what makes its logits probabilities."""
-    vit, path = door.load_prepared(source, image_size), locate(source)
+    vit = door.load_prepared(source, image_size)
     bake(vit, vit.preprocess.image_size)
-    if vit.config.num_classes < 2:
-        return vit, None
-    return vit, "sigmoid" if loss_of(path) in ("sigmoid", "bce") else "softmax"
+    return vit, vit.activation if vit.config.num_classes > 1 else None
 
 
 def bake(vit: ViT, size: tuple[int, int]) -> None:
@@ -90,6 +87,7 @@ def export(
     half: bool = False,
     int8: bool = False,
     opset: int | None = None,
+    aot: bool = False,
 ) -> dict[str, Any]:
     """Write OUT.onnx, OUT.pt2 or a folder for transformers, and a JSON beside or in it, whose content it returns.
 
@@ -107,8 +105,9 @@ def export(
         half: whether the weights are float16.
         int8: whether onnxruntime quantises the weights to 8 bits, and activations as they come.
         opset: of ONNX, 18 to 23; by default torch's.
+        aot: whether AOTInductor compiles a .pt2, which C++ then runs without Python.
     """
-    options = {"input": input, "softmax": softmax, "half": half, "int8": int8, "opset": opset}
+    options = {"input": input, "softmax": softmax, "half": half, "int8": int8, "opset": opset, "aot": aot}
     sides, pixels = vit.config.sides, input == "uint8"
     about: dict[str, Any] = options | {
         "vitlit": version("vitlit"),
@@ -138,7 +137,7 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
         raise UserError(f"{out} ends in neither .onnx nor .pt2; give it one of these, or no ending for a folder")
     need(*PACKAGES[out.suffix])
     check_range("vitlit export", 18, 23, opset=about["opset"])
-    given = {name for name in ("softmax", "half", "int8", "opset") if about[name]}
+    given = {name for name in ("softmax", "half", "int8", "opset", "aot") if about[name]}
     given |= {"input"} if about["input"] == "float" else set()
     classes = vit.config.num_classes if about["activation"] else 0
     size = sum(p.numel() for p in vit.parameters()) * (2 if about["half"] else 4)
@@ -151,6 +150,7 @@ def check_options(vit: Any, out: Path, about: dict[str, Any], measured: bool) ->
         f"{out} takes no {' '.join(sorted(given))}; leave out what is not for it": given - {*OPTIONS[out.suffix]},
         f"{out}: transformers has no pretraining head; finetune the weights first": not out.suffix
         and vit.config.hidden_dim is not None,
+        f"aot: {without_compiler('cpu')}": given >= {"aot"} and without_compiler("cpu"),
         "half and int8 are two precisions; give one of them": given >= {"half", "int8"},
         "int8 is kept for its accuracy; give --root FOLDER to measure it on val": "int8" in given and not measured,
         "softmax and int8 are for classifiers, which these weights are not": given & {"softmax", "int8"}
@@ -169,6 +169,7 @@ def onnx(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
     """Write ONNX, and run it."""
     about = module.about
     ends: dict[str, Any] = {"input_names": ["images"], "output_names": ["outputs"]}
+    ends["dynamic_shapes"] = ({0: "batch"},)  # a program of torch.export calls it s34
     program = torch.onnx.export(module.program(), (), **ends, opset_version=about["opset"], verbose=False)
     assert program is not None
     about["opset"] = program.model.opset_imports[""]
@@ -198,9 +199,26 @@ def open_onnx(file: Path) -> Any:
 
 
 def pt2(module: Exported, file: Path) -> Callable[[Tensor], Tensor]:
-    """Write a program of torch.export, and run it."""
-    torch.export.save(module.program(), file, extra_files={f"{ABOUT}.json": json.dumps(module.about)})
-    return torch.export.load(file).module()
+    """Write a program of torch.export, or what AOTInductor compiles of it, and run it."""
+    program, about = module.program(), json.dumps(module.about)
+    if not module.about["aot"]:
+        torch.export.save(program, file, extra_files={f"{ABOUT}.json": about})
+        return torch.export.load(file).module()
+    # Were inputs checked (AOTI_RUNTIME_CHECK_INPUTS=1), a batch of one would be refused.
+    options = {"aot_inductor.metadata": {ABOUT: about}, "aot_inductor.check_lowerbound": False}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+    network: Callable[[Tensor], Tensor] = torch._inductor.aoti_load_package(str(file))
+    return network
+
+
+def calibrated(vit: Any) -> Any:
+    """A copy that has its temperature in the head, for formats without one."""
+    vit = deepcopy(vit)
+    for name, parameter in vit.named_parameters():
+        if name.startswith("head"):
+            parameter.data /= vit.temperature
+    vit.temperature = 1.0
+    return vit
 
 
 def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:
@@ -208,12 +226,8 @@ def folder(module: Exported, folder: Path) -> Callable[[Tensor], Tensor]:
     from transformers import AutoModelForImageClassification
     from transformers.utils.logging import disable_progress_bar
 
-    for name, parameter in module.vit.named_parameters():
-        if name.startswith("head"):
-            parameter.data /= module.about["temperature"]
-    save_weights(module.vit, folder, "hf")
-    kind = "multi" if module.about["activation"] == "sigmoid" else "single"  # what its pipeline makes of the logits
-    config = json.loads((folder / CONFIG).read_text()) | {"problem_type": f"{kind}_label_classification"}
+    save_weights(calibrated(module.vit), folder, "hf")
+    config = json.loads((folder / CONFIG).read_text()) | {"problem_type": TASKS[module.about["activation"]]}
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     disable_progress_bar()
     model = AutoModelForImageClassification.from_pretrained(folder).eval()

@@ -57,6 +57,14 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_new(*paths: str | Path | None) -> None:
+    """UserError for the first path that exists, but for empty folders: what a command is told to write is new."""
+    for path in paths:
+        if path and os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+            filled = " and is not empty" if os.path.isdir(path) else ""
+            raise UserError(f"{path} exists{filled}: name another, or remove it first")
+
+
 @contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
     """UserError with a remedy where the block fails to write a path."""
@@ -91,8 +99,7 @@ def whole_folder(out: Path, resume: bool = False) -> Iterator[Path]:
 
     To `resume` is to keep the content of `OUT.partial`, both from before the block and when the block fails.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
+    check_new(out)
     target = out.resolve()
     partial = target.with_name(f"{target.name}.partial")
     if not resume:

@@ -42,7 +42,7 @@ def test_its_text_says_the_same(vitlit: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--batch_size", "0"], "must be at least 1"),
+        (["--batch_size", "0"], "batch_size is 0; give at least 1"),
         (["--preset", "X/16"], "X/16"),
         (["--image_size", "100"], "patch size 16 does not divide"),
         (["--precision", "8"], "--precision"),

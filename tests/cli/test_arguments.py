@@ -43,8 +43,8 @@ MISTAKES = {
     "--model.vit.preset S/16": ["model.vit: no key width, which follows from preset"],  # SMALL has a width
     "--model.schedule.warmupp 8": ["no key schedule.warmupp; did you mean schedule.warmup?"],
     "--data.mixing.prob 0.5": ["data.mixing.prob does nothing without data.mixing.mixup or data.mixing.cutmix; give"],
-    "--data.erasing.area [0.1,0.2]": ["data.erasing.area does nothing without data.erasing.prob; give it, or leave it"],
-    "--data.repeats 20": ["data.batch_size 16", "give at least 40, or fewer --data.repeats"],
+    "--data.erasing.area [0.1,0.2]": ["data.erasing.area does nothing without data.erasing.prob; give it, or"],
+    "--data.repeats 20": ["data.batch_size is 16; give at least 40, or fewer --data.repeats"],
     "--lr 3": ["no key lr; did you mean model.optimizer.lr?"],
     "--weight-decay 3": ["no key weight-decay; did you mean model.optimizer.weight_decay?"],
     "--model.objective Foo": [
@@ -301,7 +301,7 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
         ("--model.objective.head_std", "-1", "head_std is -1.0"),
         ("--trainer.limit_train_batches", "0", "nothing to train with trainer.limit_train_batches 0"),
         ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0 is not above 0"),
-        ("--trainer.val_check_interval", "1000", "more than the 2 batches of an epoch"),
+        ("--trainer.val_check_interval", "1000", "val_check_interval is 1000; give at most an epoch's 2 batches"),
         ("--trainer.callbacks", "[LearningRateFinder]", "LearningRateFinder would change what the config says"),
         ("--trainer.callbacks", "[EMA, EMA]", "more than one stateful callback"),
         (

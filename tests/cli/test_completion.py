@@ -23,6 +23,13 @@ def test_what_a_flag_switches_off_may_keep_the_configs_settings(vitlit: Command,
     done(vitlit("fit", "--config", config, *SMALL[2:], "--data.root", few, "--data.erasing.prob", 0))
 
 
+def test_images_that_are_enlarged_much_are_told(vitlit: Command, few: Path) -> None:
+    flags = ("--data.root", few, "--trainer.max_steps", 1, "--model.schedule.warmup", 0, "--run.report", "false")
+    assert "enlarged" not in done(vitlit("fit", *SMALL, *flags, "--data.image_size", 32, "--run.name", "a"))
+    said = done(vitlit("fit", *SMALL, *flags, "--data.image_size", "[64,48]", "--run.name", "b"))
+    assert "vitlit: warning: training images are enlarged from 8 pixels to data.image_size 48" in said
+
+
 def junk(folder: Path) -> str:
     (folder / "junk.ckpt").write_text("not a checkpoint" * 100)
     return "junk.ckpt"
@@ -72,9 +79,9 @@ def test_a_checkpoint_that_the_config_contradicts_is_refused(
 
 def test_a_checkpoint_beyond_the_end_of_training_is_refused(vitlit: Command, few: Path, work: Path) -> None:
     command = ("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, "--run.name", "b", "--ckpt_path", LAST)
-    more = "more --trainer.max_epochs or --trainer.max_steps"
-    refused(vitlit(*command), f"{LAST} is at step 6, and this training ends at step 6; give {more}")
-    refused(vitlit(*command, "--trainer.max_epochs", 2), f"{LAST} is at step 6, and this training ends at step 4")
+    more = "more --trainer.max_epochs"
+    refused(vitlit(*command), f"{LAST} is at step 6, this training ends at step 6; give {more}")
+    refused(vitlit(*command, "--trainer.max_epochs", 2), f"{LAST} is at step 6, this training ends at step 4")
     assert not (work / "runs" / "b").exists()
     done(vitlit(*command, "--trainer.max_steps", 7))
 
@@ -148,14 +155,14 @@ def test_a_learning_rate_for_another_batch_is_warned_of(
     flags += ' --trainer.logger false --model.groups.lr {"nothing":2}'
     result = vitlit("fit", "--config", *name.split(), "--data.root", few, *flags.split(), *answer.split())
     assert "nothing" in result.err  # is refused when the optimizer is made
-    doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; in proportion"
+    doubt = f"vitlit: warning: data.batch_size is 8, but the config's learning rate {lr} is for {batch}; "
     assert (doubt in result.out) == (not answer)
 
 
 def test_adapters_under_layer_decay_are_warned_of(vitlit: Command, few: Path, work: Path) -> None:
     command = (*FINETUNE.split(), few, "--model.init_from", "runs/pretrain", "--model.lora.rank", 2)
-    doubt = "layer_decay 0.5 hardly trains LoRA's adapters near the image; give --model.groups.layer_decay 1"
-    assert f"vitlit: warning: model.groups.{doubt}" in done(vitlit(*command, "--model.groups.layer_decay", 0.5))
+    doubt = "layer decay hardly trains LoRA's first adapters; give --model.groups.layer_decay 1"
+    assert f"vitlit: warning: {doubt}" in done(vitlit(*command, "--model.groups.layer_decay", 0.5))
     assert "layer_decay" not in done(vitlit(*command, "--run.name", "b"))
 
 
@@ -206,7 +213,7 @@ def test_an_averaged_run_is_not_continued_without_its_average(vitlit: Command, f
     done(vitlit("fit", *SMALL, "--data.root", few, "--trainer.callbacks", ema))
     last = "runs/pretrain/checkpoints/last.ckpt"
     other = ["--run.name", "other", "--trainer.max_steps", 8, "--ckpt_path", last]
-    refused(vitlit("fit", *SMALL, "--data.root", few, *other), "averages its weights (EMA), this one does not")
+    refused(vitlit("fit", *SMALL, "--data.root", few, *other), "averages weights (EMA), this one does not")
 
 
 def test_a_preset_may_be_given_beside_weights_of_the_same_sizes(vitlit: Callable[..., Result], few: Path) -> None:

@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(work_: Command, few: Path, tmp_path: Path) -> Non
     refused(work_("embed", "a.safetensors", few, "out.csv"), "out.csv", ".parquet or .npz")
     refused(work_("embed", "a.safetensors", few, "out.npz", "--split", "test"), "no folder test")
     refused(work_("embed", "a.safetensors", few, "out.npz", "--neighbours", 0), "neighbours is 0")
-    refused(work_("embed", "a.safetensors", "none", "out.npz"), "none is not a folder")
+    refused(work_("embed", "a.safetensors", "none", "out.npz"), "ROOT none is not a folder; give ROOT a folder")
     (tmp_path / "out-label_errors.csv").touch()
     refused(work_("embed", "a.safetensors", few, "out.npz", "--neighbours", 5), "out-label_errors.csv exists")
     refused(work_("data", "check", few, "--sheets", "sheets"), "--weights")

@@ -149,8 +149,8 @@ def test_the_mode_follows_from_the_metric_and_a_contradiction_is_refused(
     assert all(values[i] > max(values[:i]) for i in range(1, epoch - 1))
     assert re.search(rf"ended +early, in epoch {epoch}: .*val/top1 did not improve", out)
     another = ("fit", *SMALL, "--data.root", few, "--run.name", "another")
-    refused(vitlit(*another, *stop("val/top1", mode="min")), "the highest val/top1 is best")
-    refused(vitlit(*another, *stop("train/loss", mode="max")), "the lowest train/loss is best")
+    refused(vitlit(*another, *stop("val/top1", mode="min")), "mode for val/top1 is min; give mode max")
+    refused(vitlit(*another, *stop("train/loss", mode="max")), "mode for train/loss is max; give mode min")
     keep = ModelCheckpoint(monitor="val/top1_macro_raw")
     user_error("give mode max", trainer(callbacks=[keep], enable_checkpointing=True).fit, pretrain(), data(few))
 
@@ -172,7 +172,7 @@ def test_a_model_checkpoint_leaves_the_runs_own_alone(vitlit: Callable[..., Resu
     more = ("fit", *SMALL, "--data.root", few, "--trainer.max_steps", "5", "--trainer.callbacks")
     assert "complete" in done(vitlit(*more, keep))
     into = keep.replace("save_last", "dirpath: runs/pretrain/checkpoints, save_last")
-    refused(vitlit(*more, into, "--run.overwrite", "true"), "is for best.ckpt and last.ckpt; leave dirpath out")
+    refused(vitlit(*more, into, "--run.overwrite", "true"), "is for best.ckpt and last.ckpt; give another")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_help_version_and_unknown_commands_answer_without_torch() -> None:
     assert result.stderr.splitlines() == [
         "vitlit: error: no command 'fti'; did you mean fit?",
         "vitlit: error: no command 'frobnicate'; vitlit --help lists them",
-        "vitlit: error: nowhere is not a run's folder: it has no config.yaml",
+        "vitlit: error: nowhere is not the folder of a run; `vitlit runs ROOT` lists those in ROOT",
     ]
 
 

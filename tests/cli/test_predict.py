@@ -48,6 +48,12 @@ def test_testing_a_run_reads_its_test_folder(vitlit: Command, few: Path, work: P
 def test_what_is_no_run_cannot_be_evaluated(vitlit: Command, work: Path) -> None:
     refused(vitlit("validate", "nowhere"), "nowhere is not the folder of a run")
     refused(vitlit("predict", "runs", "a.png"), "runs is not the folder of a run")
+    photo, said = work / "a.png", "runs/pretrain has no best.ckpt: its last.ckpt is used\n"
+    Image.new("RGB", (16, 16)).save(photo)
+    assert "best.ckpt" not in done(vitlit("predict", "runs/pretrain", photo))
+    (work / "runs" / "pretrain" / "checkpoints" / "best.ckpt").unlink()
+    assert done(vitlit("predict", "runs/pretrain", photo)).count(said) == 1
+    assert done(vitlit("weights", "show", "runs/pretrain")).count(said) == 1
     shutil.rmtree(work / "runs" / "pretrain" / "checkpoints")
     refused(vitlit("validate", "runs/pretrain"), "holds no checkpoints/best.ckpt")
 
@@ -139,6 +145,7 @@ def test_predictions_that_cannot_be_written_are_refused_before_any_is_made(
 ) -> None:
     (work / "notes.txt").write_text("text")
     refused(vitlit("predict", "runs/pretrain", few / "val", "--out", out), f"cannot write {out}: ", "another --out")
+    refused(vitlit("predict", "runs/pretrain", few / "val", "--out", "notes.txt"), "notes.txt exists: name another")
     assert not list(work.glob("*.partial"))
 
 

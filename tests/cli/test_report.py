@@ -190,3 +190,4 @@ def test_a_training_ends_by_writing_it_unless_that_fails(vitlit: Command, few: P
 def test_mistakes_are_one_line(vitlit: Command, tmp_path: Path, copy: Path) -> None:
     refused(vitlit("report", tmp_path), "is not the folder of a run")
     refused(vitlit("report", copy, "--out", tmp_path / "no" / "page.html"), "cannot write", "give another --out")
+    refused(vitlit("report", copy, "--out", copy / "config.yaml"), "config.yaml exists: name another")

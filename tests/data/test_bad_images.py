@@ -146,7 +146,7 @@ def test_a_hundredth_may_be_bad_and_ten_in_any_case(tmp_path: Path, images: int,
     for number in range(most):
         lists[number % 2].note(f"{number}.png", "no image")
         lists[number % 2].note(f"{number}.png", "no image")
-    with pytest.raises(UserError, match=rf"{most + 1} images cannot be read, more than the {most} that may be skipped"):
+    with pytest.raises(UserError, match=rf"{most + 1} images cannot be read, {most} may be skipped"):
         lists[0].note("one more, ü.png", "no image")
     assert rows(tmp_path / "bad.csv")[1:] == [[f"{n}.png", "no image"] for n in range(most)] + [
         ["one more, ü.png", "no image"]
@@ -172,6 +172,7 @@ def test_a_run_skips_and_lists_and_a_run_without_stops(
     assert (stopped.code, stopped.err.count("\n")) == (2, 1)
     assert "; --data.on_bad_image skip trains and predicts without it" in stopped.err
     for _ in range(2):  # the list is that of the last
+        (tmp_path / "out.csv").unlink(missing_ok=True)
         told = vitlit("predict", tmp_path / "runs" / "skips", photos, "--data.on_bad_image", "skip", "--out", "out.csv")
         assert told.code == 0, told.err
         assert "8 images; 2 could not be read, see out-bad.csv" in told.out

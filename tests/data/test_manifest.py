@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlit.data import Preprocess
 from vitlit.data.dataset import Images
 from vitlit.data.folder import hold_out, scan_train
 from vitlit.data.index import Index
 from vitlit.data.manifest import read_manifest
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
+from vitlit.images.preprocess import Preprocess
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def test_names_are_read_as_any_program_writes_them(root: Path, tmp_path: Path, e
         ("path,label,label\n1.png,a,b\n", ": the column 'label' must be 'label', once"),
         (
             "path,label\n1.png,a\na, b.png,a\n",
-            ", line 3: it does not have the header's 2 fields; quote a field that contains a comma",
+            ", line 3: not 2 fields; quote commas",
         ),
-        ("path,label\n1.png\n", ", line 2: it does not have the header's 2 fields"),
+        ("path,label\n1.png\n", ", line 2: not 2 fields"),
         ('path,label\n1.png,a\n"2.png,a\n', ", line 3: not valid CSV"),
         ("path,label\n1.png,a\n,a\n", ", line 3: there is no file "),
         ("path,label\n1.png,a\n2.png, \n", ", line 3: the label of 2.png is empty"),
@@ -237,7 +237,7 @@ def test_fractions_are_numbers_and_integers_are_what_is_said(
     assert read_manifest(file, root).classes == ["10", "3"]
     assert read_manifest(file, root, "numbers").splits["train"].labels.tolist() == [3.0, 10.0, 3.0]
     assert Splits(str(root), 0.0, str(file)).numbers is False
-    said = f"{file}: the labels, which are integers, are taken as 2 classes; --data.labels numbers, with the objective"
+    said = f"{file}: its integers are 2 classes; --data.labels numbers, with the objective"
     assert capsys.readouterr().out.startswith(said)
     assert Splits(str(root), 0.0, str(file), "numbers").numbers is True
     assert Splits(str(root), 0.0, str(file), "classes").numbers is False

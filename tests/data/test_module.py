@@ -127,7 +127,7 @@ def test_a_val_folder_without_some_class_is_said_in_a_line(tmp_path: Path, capsy
     paint(*(tmp_path / "train" / name / "1.png" for name in "abcd"), tmp_path / "val" / "b" / "1.png")
     data = small_data(tmp_path)
     assert data.split("val").labels.tolist() == [1]
-    assert capsys.readouterr().out == f"{tmp_path / 'val'} has no image of 3 of the 4 classes, such as 'a'\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'val'} lacks 3 of 4 classes, such as 'a'\n"
     data.split("val")
     assert capsys.readouterr().out == ""
 
@@ -247,7 +247,7 @@ def test_evaluation_batches_are_left_as_they_are(few: Path) -> None:
     [
         ({"augment": [v2.ToDtype(torch.float32, scale=True)]}, r"data\.augment makes images float32 .* stay uint8"),
         ({"augment": [v2.Resize((8, 8))]}, r"data\.augment makes images uint8 \[3, 8, 8\]"),
-        ({"repeats": 9}, "too small for 9 repeats"),
+        ({"repeats": 9}, "batch_size is 8; give at least 18, or fewer --data.repeats"),
     ],
 )
 def test_what_training_would_trip_over_is_refused_before(options: dict[str, Any], words: str, few: Path) -> None:

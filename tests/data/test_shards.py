@@ -209,7 +209,7 @@ def test_a_server_that_ignores_ranges_is_asked_once(packed: Path, serve: Callabl
     index = read_shards(server.url).splits["train"]
     row = int(index.files.parts[:, 1].argmax())  # type: ignore[attr-defined]
     asked = len(server.requests())
-    with pytest.raises(UserError, match=r"tar: the server ignores Range .*: use one that serves parts of files$"):
+    with pytest.raises(UserError, match=r"tar: the server ignores Range; use one that serves parts of files$"):
         index.read(row)
     assert len(server.requests()) == asked + 1
 
@@ -222,7 +222,7 @@ def test_a_missing_shard_and_a_missing_set_are_told(own: Path, serve: Callable[.
         index.read(0)
     with pytest.raises(UserError, match=r"val-000000\.tar has no bytes"):
         read_shards(str(own))
-    with pytest.raises(UserError, match=f"nothing has no {INDEX}"):
+    with pytest.raises(UserError, match="nothing cannot be searched for tars"):
         read_shards(f"{server.url}/nothing")
 
 

@@ -119,7 +119,7 @@ def test_an_objective_without_labels_learns_from_it(loose: Path) -> None:
 
 
 def test_what_needs_labels_refuses_it(loose: Path) -> None:
-    with pytest.raises(UserError, match="the data has no classes, which Supervised needs; sort the images"):
+    with pytest.raises(UserError, match="the data has no classes, which Supervised needs; sort it into folders"):
         fit(loose, partial(Supervised, num_classes=4))
     with pytest.raises(UserError, match=r"data\.balanced needs one label an image, but the data has none"):
         small_stage.data(loose, balanced=True).check("fit", 1)
@@ -131,7 +131,7 @@ def test_fit_refuses_it_before_anything_is_written(
 ) -> None:
     result = vitlit("fit", *SMALL, "--data.root", loose, *holdout)
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "the data has no classes, which Supervised needs; sort the images into class folders" in result.err
+    assert "the data has no classes, which Supervised needs; sort it into folders" in result.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -178,7 +178,7 @@ def test_every_objective_learns_from_it(name: str, loose: Path, vitlit: Callable
 def test_shards_of_it_are_refused(loose: Path, vitlit: Callable[..., Result]) -> None:
     result = vitlit("data", "shard", loose, "shards")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "train holds no class folders, but shards are of images with labels" in result.err
+    assert "holds no classes, as shards need; train on it as it is" in result.err
 
 
 @pytest.mark.parametrize("holdout", [[], ["--holdout", "20%"]])

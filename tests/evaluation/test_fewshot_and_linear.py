@@ -52,7 +52,14 @@ def test_other_shots_are_other_classes() -> None:
     right = [(fewshot(train, labels, images, shots) == truth).mean() for shots in (1, 25)]
     assert 1 / 7 < right[0] < right[1]
     assert not np.array_equal(fewshot(train, labels, images, 5, 0), fewshot(train, labels, images, 5, 1))
-    user_error("more than 100 training images.*fewer", fewshot, train, labels, images, 100)
+    user_error(
+        "shots are 100, but no class has more than 70 training images.*; give fewer",
+        fewshot,
+        train,
+        labels,
+        images,
+        100,
+    )
 
 
 @pytest.mark.parametrize("grouped", [False, True])

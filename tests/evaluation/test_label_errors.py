@@ -59,4 +59,4 @@ def test_a_class_of_one_image_is_an_error_of_no_fold() -> None:
     found = label_errors(features, labels)
     assert found.probabilities[list(found.rows).index(20), 0] == 0  # no model knows it
     assert len(label_errors(features[:11], [*labels[:10], 1]).rows) == 1  # no fold has two classes to learn
-    user_error("folds of 2 images", label_errors, features[:2], np.array([0, 1]))
+    user_error("2 folds: give from 2 to 1", label_errors, features[:2], np.array([0, 1]))

@@ -27,8 +27,9 @@ def test_a_file_says_which_class_a_folder_is(tmp_path: Path) -> None:
     assert outputs(["7", "odd"], [], 1000, file) == [0, 3]
     user_error("'n02'.*classes.csv", outputs, ["7", "n02"], NAMES, 5, file)
     file.write_text("a,bee\nb,1\nc,5\n")
-    user_error("'a'.*another folder's", outputs, ["a", "b"], NAMES, 5, file)
-    user_error("'c'.*none", outputs, ["a", "c"], NAMES, 5, file)
+    user_error("'a'.*gives it bee; give it one of its own", outputs, ["a", "b"], NAMES, 5, file)
+    user_error("'c'.*classes.csv gives it 5; give .* from 0 to 4", outputs, ["a", "c"], NAMES, 5, file)
+    user_error("'d'.*classes.csv gives it nothing", outputs, ["a", "d"], NAMES, 5, file)
     for text in ("a\n", "a,b,c\n"):
         file.write_text(text)
         user_error("rows folder,class", outputs, ["a"], NAMES, 5, file)

@@ -40,6 +40,12 @@ def test_every_figure_of_a_classifier_is_written(vitlit: Command, tmp_path: Path
             assert min(picture.size) > 300
             assert picture.convert("L").getextrema() == (0, 255)
     refused(vitlit("inspect", file, "1.png", "--out", "looks"), "looks exists and is not empty")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    paint(*(photos / f"{number:02}.png" for number in range(20)))
+    done(vitlit("inspect", file, photos, "--out", "folder"))
+    with Image.open(tmp_path / "folder" / "images.png") as drawn, Image.open(tmp_path / "looks" / "images.png") as two:
+        assert two.width < drawn.width  # 7 of 20, evenly
 
 
 def test_what_does_not_apply_to_a_vit_is_said(vitlit: Command, tmp_path: Path) -> None:
@@ -61,7 +67,8 @@ def test_mistakes_are_one_line_and_leave_nothing(vitlit: Command, tmp_path: Path
     refused(vitlit("inspect", file, "--out", "looks"), "IMAGE")
     refused(vitlit("inspect", "nowhere", "1.png", "--out", "looks"), "nowhere does not exist")
     refused(vitlit("inspect", file, "1.png", "2.png", "--out", "looks"), "cannot read the image 2.png")
-    refused(vitlit("inspect", file, tmp_path, "--out", "looks"), "Is a directory")
+    (tmp_path / "none").mkdir()
+    refused(vitlit("inspect", file, "none", "--out", "looks"), "no image under none")
     four = ViT(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=32, in_channels=4)
     package.save_weights(four, tmp_path / "four.safetensors", format="vitlit")
     refused(vitlit("inspect", "four.safetensors", "1.png", "--out", "looks"), "set vit.preprocess")

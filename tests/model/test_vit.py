@@ -162,6 +162,9 @@ def test_equals_timm(image_size: int | tuple[int, int]) -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.features(images), theirs.forward_features(images), rtol=0, atol=1e-5)
+    between = theirs.forward_intermediates(images, [2, 11], return_prefix_tokens=True, norm=True, output_fmt="NLC")[1]
+    for tokens, (patches, prefix) in zip(ours.features(images, layers=[2, -1]), between, strict=True):
+        torch.testing.assert_close(tokens, torch.cat([prefix, patches], dim=1), rtol=0, atol=1e-5)
 
     theirs.load_state_dict(randomized(ours).state_dict(), strict=True)
     torch.testing.assert_close(theirs(images), ours(images), rtol=0, atol=1e-5)

@@ -134,9 +134,9 @@ def test_numbers_are_finetuned_from_weights_of_classes(few: Path, work: Path, br
 
 def test_numbers_never_become_classes_in_silence(vitlit: Command, few: Path, bright: Path) -> None:
     command = ("fit", *SMALL, "--data.root", few, "--data.manifest", bright)
-    refused(vitlit(*command), "the manifest's labels are numbers", "--model.objective Regression")
+    refused(vitlit(*command), "learns no numbers", "--model.objective Regression")
     classifier = Pretrain(ViT(**TINY), partial(Supervised, num_classes=4), partial(torch.optim.AdamW, lr=1e-3))
-    words = "Supervised learns classes, but the manifest's labels are numbers; --model.objective Regression"
+    words = "Supervised learns no numbers; give --model.objective Regression"
     user_error(words, fit, classifier, few, {"manifest": str(bright)})
 
 

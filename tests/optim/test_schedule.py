@@ -121,13 +121,13 @@ def test_epochs_need_a_known_epoch() -> None:
 
 @pytest.mark.parametrize("total", [10, 3])
 def test_a_warm_up_that_outlasts_the_training_is_refused_with_both_numbers(total: int) -> None:
-    with pytest.raises(UserError, match=rf"warmup is 10 steps but training has only {total}; give a shorter"):
+    with pytest.raises(UserError, match=rf"warmup is 10 steps but training has only {total}; shorten it"):
         Schedule(warmup=10).over(total)
     Schedule(warmup=10).over(11)
 
 
 def test_a_cool_down_that_begins_before_the_warm_up_ends_is_refused() -> None:
-    with pytest.raises(UserError, match="warmup and cooldown are 6 and 5 steps but training has only 10"):
+    with pytest.raises(UserError, match="warmup and cooldown are 6 and 5 of only 10 steps"):
         Schedule(6, "constant", cooldown=5).over(10)
 
 

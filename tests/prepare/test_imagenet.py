@@ -128,7 +128,7 @@ def test_existing_folder(tars: Tars, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     unpack(tars.folder, tmp_path / "mine")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"mine exists and is not empty: name another folder"):
+    with pytest.raises(UserError, match=r"mine exists and is not empty: name another"):
         unpack(tars.folder, tmp_path / "mine")
     photo = next((tmp_path / "mine").glob("*/*/*"))
     with pytest.raises(UserError, match=r"JPEG exists"):
@@ -191,4 +191,8 @@ def test_full_disk(tars: Tars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(tarfile.TarFile, "extractall", full)
-    not_unpacked(tars.folder, tmp_path / "out", r"tars could not be unpacked .*No space left.* same command again")
+    not_unpacked(
+        tars.folder,
+        tmp_path / "out",
+        r"tars could not be unpacked .*No space left.*; correct that, and the same command continues",
+    )

@@ -18,6 +18,6 @@ def test_the_images_of_any_step_of_a_run_are_shown(vitlit: Command, few: Path, w
     for row in rows:
         assert Path(row["path"]).parent == few / "train" / row["label"]
         assert Path(row["path"]).is_file()
-    refused(vitlit("data", "show", "runs/pretrain", "--step", -1), "step -1 is less than 0")
-    refused(vitlit("data", "show", "runs", "--step", 1), "runs is not a run's folder")
+    refused(vitlit("data", "show", "runs/pretrain", "--step", -1), "step is -1; give at least 0")
+    refused(vitlit("data", "show", "runs", "--step", 1), "runs is not the folder of a run")
     refused(vitlit("data", "show", "runs/pretrain"), "--step")

@@ -115,7 +115,7 @@ def test_prints_a_line_for_each_split(
 def test_existing_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.jpg").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"mine exists and is not empty: name another folder"):
+    with pytest.raises(UserError, match=r"mine exists and is not empty: name another"):
         sources.write("digits", tmp_path / "mine")
     assert contents(tmp_path) == {"mine/photo.jpg": b"mine"}
     with pytest.raises(UserError, match=r"photo\.jpg exists"):

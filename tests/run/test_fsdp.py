@@ -252,16 +252,16 @@ def test_an_optimizer_of_whole_weights_is_refused_before_training(
         return main([*fit, "--trainer.strategy", "fsdp2", "--model.optimizer", "vitlit.optim.Muon"])
 
     assert ranks(run) == [2, 2]
-    assert "vitlit: error: trainer.strategy fsdp2 does not work with Muon" in capfd.readouterr().err
+    assert "vitlit: error: Muon needs full weights, which fsdp2 shards; use ddp" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"strategy": ModelParallelStrategy()}, "strategy ModelParallelStrategy is not supported; give ddp, or fsdp2"),
+        ({"strategy": ModelParallelStrategy()}, "strategy ModelParallelStrategy is not supported; give ddp or fsdp2"),
         (
             {"strategy": FSDPStrategy(), "accelerator": "gpu", "precision": "32-true"},
-            "FSDPStrategy is not supported; give ddp, or fsdp2",
+            "FSDPStrategy is not supported; give ddp or fsdp2",
         ),
         (
             {"strategy": "fsdp2", "callbacks": EMAWeightAveraging()},

@@ -253,6 +253,8 @@ def test_an_empty_or_missing_folder_is_begun(tmp_path: Path) -> None:
     assert folder(tmp_path).decide({}) == Decision("begin", "")
     (tmp_path / "mine").mkdir()
     assert folder(tmp_path).decide({}) == Decision("begin", "")
+    (tmp_path / "mine" / "tensorboard").mkdir()  # of a run that was refused before it began
+    assert folder(tmp_path).decide({}) == Decision("begin", "")
 
 
 def test_a_run_is_continued_until_it_is_finished(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from conftest import user_error
 from peers import assert_same, images_of, shaken, ti16, timm_model, vit_of
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
 import vitlit
 from vitlit.data import Preprocess
+from vitlit.weights.timm import config
 
 State = dict[str, Any]
 
@@ -118,6 +119,51 @@ def test_fixed_positions_are_written_out_for_timm(position: Any, tmp_path: Path)
     vit, images = vit_of(patch_size=16, image_size=64, mlp_dim=768, position=position), images_of(64)
     file = vitlit.save_weights(vit, tmp_path / "ours.safetensors", "timm")
     assert_same(timm_model("vit_tiny_patch16_224", checkpoint_path=str(file))(images), vit(images))
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"width": 384, "heads": 6, "mlp_dim": 1000},
+    {"image_size": (48, 32), "mlp_dim": 717},
+    {"pool": "gap", "class_token": True, "pool_prefix": True, "norm": "pooled", "class_position": False},
+    {"pool": "map", "mlp": "gelu_tanh", "in_channels": 1},
+    {"registers": 3, "mlp": "swiglu", "layer_scale": 0.1},
+    {"distilled": True, "mlp": "quick_gelu"},
+    {"distilled": True, "num_classes": 0},
+    {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5, "qk_norm": True},  # on which a wrong epsilon shows
+    {"sub_norm": True, "norm_kind": "rmsnorm", "qkv_bias": False, "proj_bias": False},
+    {"image_size": (36, 20), "partial_patches": "drop", "final_norm": False, "position": "sincos2d"},
+]
+
+
+@pytest.mark.parametrize("options", CONFIGS, ids=str)
+def test_the_config_builds_the_same_network_in_timm(options: dict[str, Any], tmp_path: Path) -> None:
+    vit: Any = vit_of(**options)
+    channels, sides = vit.config.in_channels, vit.config.sides
+    vit.preprocess = Preprocess(sides, 0.8, "bilinear", (0.4,) * channels, (0.3,) * channels, squash=True)
+    (tmp_path / "config.json").write_text(json.dumps(config(vit)))
+    vitlit.save_weights(vit, tmp_path / "model.safetensors", "timm")
+    theirs, images = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), images_of(sides, channels)
+    assert_same(theirs(images), vit(images))
+    assert_same(vitlit.load(tmp_path)(images), vit(images))
+    known = resolve_data_config(model=theirs)
+    assert (known["input_size"], known["interpolation"]) == ((channels, *sides), "bilinear")
+    assert (known["crop_pct"], known["crop_mode"], known["std"]) == (0.8, "squash", [0.3] * channels)
+    if vit.config.num_classes:  # another head is made, as for any model of timm's
+        assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2)(images).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"hidden_dim": 20}, "hidden_dim 20"),
+        ({"position": "rope"}, "position rope"),
+        ({"norm_eps": 1e-3}, "norm_eps 0.001"),
+        ({"norm_eps": 1e-5, "mlp": "swiglu"}, "norm_eps 1e-05"),
+        ({"distilled": True, "registers": 1}, "registers 1"),
+    ],
+)
+def test_a_network_that_timm_lacks_has_no_config(options: dict[str, Any], what: str) -> None:
+    user_error(f"timm's .*{what}", config, vit_of(**options))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module._orig_mod.", "backbone."])

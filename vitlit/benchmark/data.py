@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from vitlit.benchmark.model import automatic, now, seconds_of, training_step
-from vitlit.data.dataset import Images, channels_last
+from vitlit.data.dataset import REMOVE, Images, channels_last
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.data.stream import TrainStream
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"{given.root} has {len(index)} training images; give a smaller --batch_size")
 
     preprocess = Preprocess((given.image_size, given.image_size))
-    data = Images(index, train_transform(preprocess, "random_resized", (0.05, 1.0), 0.5))
+    data = Images(index, train_transform(preprocess, "random_resized", (0.05, 1.0), 0.5), remedy=REMOVE)
     workers = count(torch.cuda.device_count())
     try:
         seconds, size = time_stages(data, given.images, given.batch_size, preprocess, device)

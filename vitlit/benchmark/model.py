@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from vitlit.benchmark.mfu import flop_of_step, peak_memory, peak_tflops
-from vitlit.errors import CommandParser
+from vitlit.errors import CommandParser, check_range
 from vitlit.model import ViT
 from vitlit.objectives import Batch, Supervised
 
@@ -38,8 +38,7 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = (8 if device.type == "cpu" else 64) if given.batch_size is None else given.batch_size
-    if min(given.image_size, size) < 1:
-        parser.error("--image_size and --batch_size must be at least 1")
+    check_range("vitlit benchmark model", 1, image_size=given.image_size, batch_size=size)
     vit = ViT.from_preset(given.preset, image_size=given.image_size, num_classes=CLASSES)
     precision = automatic(device) if given.precision == "auto" else given.precision
     found = {"preset": given.preset, "image_size": given.image_size, "compile": given.compile}

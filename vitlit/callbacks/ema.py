@@ -69,11 +69,8 @@ class EMA(WeightAveraging):
         if 5 / (1 - self.decay) > steps:
             # A tenth of the training, rounded; fewer than 50 steps are too few for an average.
             remedy = "leave EMA out" if steps < 50 else f"{1 - float(f'{10 / steps:.1g}'):g} would fit"
-            rank_zero_only(print)(
-                f"vitlit: warning: an EMA with decay {self.decay:g} averages over {1 / (1 - self.decay):,.0f} steps, "
-                f"much of a training of {steps:,.0f}, so that it lags behind; {remedy}",
-                flush=True,
-            )
+            lags = f"an EMA with decay {self.decay:g} lags behind in a training of {steps:,.0f} steps; {remedy}"
+            rank_zero_only(print)(f"vitlit: warning: {lags}", flush=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_validation_epoch_start(trainer, pl_module)  # swaps the two

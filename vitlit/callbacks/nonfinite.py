@@ -1,7 +1,7 @@
 """Stops training when numbers overflow, before they reach a checkpoint."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class NonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
-        finite = math.isfinite(norm(pl_module.parameters()).item())
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+        wrong = bool(nonfinite([p.detach() for p in pl_module.parameters()], torch.ones((), device=pl_module.device)))
+        if trainer.strategy.reduce_boolean_decision(wrong, all=False):
             raise nonfinite_error(trainer, f"a weight is not finite after step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,9 +69,8 @@ class NonFinite(Callback):
             return
         first, last = float(self._first_loss), float(trainer.callback_metrics["train/loss"])
         if last > 1.5 * max(first, 0.5):  # a small loss may double by chance
-            rose = f"train/loss rose from {first:,.4g} to {last:,.4g}"
-            remedy = "lower the learning rate (--model.optimizer.init_args.lr)"
-            rank_zero_only(print)(f"vitlit: warning: {rose}; {remedy}", flush=True)
+            rose = f"train/loss rose from {first:,.4g} to {last:,.4g}; lower the learning rate"
+            rank_zero_only(print)(f"vitlit: warning: {rose}", flush=True)
 
     def _check(self, trainer: Trainer) -> None:
         """Raise UserError if a loss or a gradient was not finite on any rank."""
@@ -100,22 +99,15 @@ def first_step(values: list[tuple[int, Tensor]], wrong: Callable[[float], bool])
     return next((step for step, number in zip(steps, numbers, strict=True) if wrong(number)), NEVER)
 
 
-def nonfinite(gradients: list[Tensor], one: Tensor) -> Tensor:
+def nonfinite(values: list[Tensor], one: Tensor) -> Tensor:
     """1 if an element is not finite, else 0, on their device: by the gradient scaler's kernel, which divides by one."""
     # Of a plain tensor, to look for what it lacks would take as long as the rest.
-    parts: list[Tensor] = [each if type(each) is Tensor else getattr(each, "_local_tensor", each) for each in gradients]
+    parts: list[Tensor] = [each if type(each) is Tensor else getattr(each, "_local_tensor", each) for each in values]
     found = torch.zeros_like(one)
     for dtype in {part.dtype for part in parts}:
         of_type = [part for part in parts if part.dtype == dtype]
         torch._amp_foreach_non_finite_check_and_unscale_(of_type, found, one)
     return found
-
-
-def norm(values: Iterable[Tensor]) -> Tensor:
-    """The norm of the tensors, of sharded ones this rank's: finite if all elements are, unless they are huge."""
-    parts: list[Tensor] = [getattr(value, "_local_tensor", value).detach() for value in values]
-    norms = torch._foreach_norm([part.float() if part.dtype == torch.float16 else part for part in parts])
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> UserError:
@@ -125,7 +117,5 @@ def nonfinite_error(trainer: Trainer, what: str, step: int | None = None) -> Use
     good = f"; the last good checkpoint is {last}" if last.is_file() else ""
     shown = step is not None and (run / "config.yaml").is_file()
     show = f"; vitlit data show {run} --step {step} lists the images" if shown else ""
-    return UserError(
-        f"{what}{show}; lower the learning rate, clip gradients (trainer.gradient_clip_val) or use more precision, and "
-        f"begin again (--run.overwrite true){good}"
-    )
+    remedy = "lower the learning rate, give trainer.gradient_clip_val or more precision, and begin again"
+    return UserError(f"{what}{show}; {remedy} (--run.overwrite true){good}")

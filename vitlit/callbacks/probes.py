@@ -61,8 +61,7 @@ class Probes(Callback):
         names = getattr(data, "classes", None)
         found = len(names) * one_each if isinstance(names, list | tuple) else self.classes
         if self.classes and self.classes != found:
-            has = f"{found} classes" if found else "no class for each image"
-            raise UserError(f"Probes' classes is {self.classes}, but the data has {has}; leave it out")
+            raise UserError(f"Probes' classes is {self.classes}, but the data has {found or 'none'}; leave it out")
         return 0 if found == 1 or self.classes == 0 else found
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -1,13 +1,17 @@
 """Fill in what follows from the data or the weights, and refuse contradictions."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from PIL import Image
 
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
@@ -35,8 +39,7 @@ def starting_weights(config: Namespace, fitting: bool) -> Weights | None:
         made_by = checkpoint.get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
         wanted = config.model.class_path.rsplit(".", 1)[-1]
         if made_by != wanted:
-            remedy = "give --model.init_from to start from its weights"
-            raise UserError(f"{path} holds a {made_by}, but the config asks for a {wanted}; {remedy}")
+            raise UserError(f"{path} holds a {made_by}, not a {wanted}; start from its weights with --model.init_from")
         if fitting and "optimizer_states" not in checkpoint:
             raise UserError(f"{path} holds only weights; continue from last.ckpt, or start from it (model.init_from)")
         if fitting:
@@ -67,10 +70,8 @@ def check_resumed_settings(arguments: Namespace, before: dict[str, Any], path: P
         if values[0] != values[1]:
             differing.append(f"model.{key.replace('.init_args', '')} {values[0]} -> {values[1]}")
     if differing:
-        raise UserError(
-            f"{path} was trained with other settings ({', '.join(differing)}), and its optimizer state's would win; "
-            "restore them, or start from its weights (model.init_from)"
-        )
+        others = f"{path} was trained with other settings ({', '.join(differing)}), and its optimizer state's would win"
+        raise UserError(f"{others}; restore them, or start from its weights (model.init_from)")
 
 
 def as_lists(value: Any) -> Any:
@@ -124,8 +125,8 @@ def fill_config(config: Namespace, weights: Weights | None, splits: Splits) -> N
         objective.multi_label = objective.multi_label or several
 
 
-def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
-    """Likely mistakes in a filled config, a line each; `source` is the config file's content, before flags."""
+def config_warnings(config: Namespace, source: dict[str, Any], data: Any) -> list[str]:
+    """Likely mistakes in a filled config and its data module; `source` is the config file's content, before flags."""
     found, written = [], flatten(source)
     batch = config.data.batch_size
     made_for = int(written.get("data.batch_size") or batch)
@@ -133,18 +134,19 @@ def config_warnings(config: Namespace, source: dict[str, Any]) -> list[str]:
     now = config.model.init_args.optimizer.init_args.get("lr")
     kept = before is not None and float(before) == now  # YAML reads 1e-3 as text
     if made_for != batch and kept and config.model.init_args.schedule.lr_per is None:
-        found.append(
-            f"data.batch_size is {batch}, but the config's learning rate {now:g} is for {made_for}; in proportion it "
-            f"would be {now * batch / made_for:.3g} (--model.schedule.lr_per {made_for})"
-        )
+        fits = f"{now * batch / made_for:.3g} fits it (--model.schedule.lr_per {made_for})"
+        found.append(f"data.batch_size is {batch}, but the config's learning rate {now:g} is for {made_for}; {fits}")
     decay = config.model.init_args.groups.layer_decay
     if config.model.init_args.get("lora") is not None and decay < 1:
-        found.append(
-            f"model.groups.layer_decay {decay:g} hardly trains LoRA's adapters near the image; give "
-            "--model.groups.layer_decay 1, with which 1e-3 is a learning rate to begin with"
-        )
+        found.append("layer decay hardly trains LoRA's first adapters; give --model.groups.layer_decay 1 and lr 1e-3")
     if config.data.balanced and config.model.init_args.objective.init_args.get("class_weights"):
         found.append("data.balanced and class_weights both favour rare classes; give one")
+    index, sides, size = data.split("train"), [], min(data.preprocess.image_size)
+    for row in range(0, len(index), -(-len(index) // 10)):  # a few headers
+        with suppress(Exception):  # what is no image is named when it is decoded
+            sides.append(min(Image.open(BytesIO(index.read(row))).size))
+    if 4 * (side := median_low(sides or [size])) < size:
+        found.append(f"training images are enlarged from {side} pixels to data.image_size {size}; a smaller is faster")
     return found
 
 
@@ -157,9 +159,7 @@ def check_idle(data: Namespace, source: dict[str, Any]) -> None:
             continue
         for key, value in data[group].as_dict().items():
             if as_lists(value) != as_lists(getattr(kind, key)):
-                raise UserError(
-                    f"data.{group}.{key} does nothing without {' or '.join(names)}; give it, or leave it out"
-                )
+                raise UserError(f"data.{group}.{key} does nothing without {' or '.join(names)}; give it, or drop both")
 
 
 # Options of the ViT that follow from the data and the head.
@@ -211,9 +211,7 @@ def check_vit(built: ViTConfig, weights: Weights, free: set[str]) -> None:
             continue
         if config.get(name) != value:
             key = "data.image_size" if name == "image_size" else f"model.vit.{name}"
-            raise UserError(
-                f"{key} is {config.get(name)}, but {weights.path} was made with {value}; leave it out or give {value}"
-            )
+            raise UserError(f"{key} is {config.get(name)}, but {weights.path} was made with {value}; leave it out")
 
 
 def fill_loggers(config: Namespace, folder: RunFolder) -> None:
@@ -222,17 +220,12 @@ def fill_loggers(config: Namespace, folder: RunFolder) -> None:
     if given in (None, True):
         given = Namespace(class_path="vitlit.loggers.Wandb", init_args=Namespace())
     config.trainer.logger = given if isinstance(given, list) else [given] if given else []
+    name, path = folder.name, str(folder.path)
+    wandb = {"save_dir": path, "name": name, "id": folder.wandb_id() if config.ckpt_path else None}
+    of_run: dict[str, dict[str, Any]] = {"Wandb": wandb, "WandbLogger": wandb, "TensorBoard": {"save_dir": path}}
+    of_run |= {"MLflow": {"run_name": name}, "Trackio": {"name": name}}
     for logger in config.trainer.logger:
-        name, options = logger.class_path.rpartition(".")[2], logger.get("init_args") or Namespace()
-        if name in ("Wandb", "WandbLogger"):
-            if options.get("save_dir") in (None, "."):
-                options.save_dir = str(folder.path)
-            options.name = options.get("name") or folder.name
-            options.id = options.get("id") or (folder.wandb_id() if config.ckpt_path else None)
-        elif name == "TensorBoard":
-            options.save_dir = options.get("save_dir") or str(folder.path)
-        elif name == "MLflow":
-            options.run_name = options.get("run_name") or folder.name
-        elif name == "Trackio":
-            options.name = options.get("name") or folder.name
-        logger.init_args = options
+        logger.init_args = logger.get("init_args") or Namespace()
+        for key, value in of_run.get(logger.class_path.rpartition(".")[2], {}).items():
+            if logger.init_args.get(key) in (None, "."):  # the working folder, where Lightning's would log
+                logger.init_args[key] = value

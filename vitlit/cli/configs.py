@@ -14,7 +14,7 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         about = "vitlit config NAME prints a shipped config; --config NAME uses it. NAME is one of\n"
         print(about, *shipped(), sep="\n  ")
-        print("\nor of a script that starts a run on many machines\n", *scripts(), sep="\n  ")
+        print("\nor of a script for many machines\n", *scripts(), sep="\n  ")
         return 0
     path = scripts().get(arguments[0]) or find_config(arguments[0])
     print(path.read_text(), end="")

@@ -7,7 +7,7 @@ import numpy as np
 from vitlit.data.folder import SPELLINGS
 from vitlit.data.splits import Splits
 from vitlit.errors import CommandParser, UserError, check_range, need
-from vitlit.files import save_arrays, whole_file, write_csv, writing
+from vitlit.files import check_new, save_arrays, whole_file, write_csv, writing
 from vitlit.prepare.features import ready
 from vitlit.prepare.suspects import COLUMNS, Table, embed, suspects
 
@@ -34,8 +34,7 @@ def run(arguments: list[str]) -> int:
     if given.out.suffix == ".parquet":
         need("pyarrow")
     lists = {name: given.out.with_name(f"{given.out.stem}-{name}.csv") for name in COLUMNS if given.neighbours}
-    if there := next((file for file in (given.out, *lists.values()) if file.exists()), None):
-        raise UserError(f"{there} exists: name another file, or remove it first")
+    check_new(given.out, *lists.values())
     with writing(given.out, "name another file"):  # now, not when all is computed
         given.out.parent.mkdir(parents=True, exist_ok=True)
     splits = Splits(given.root, 0.0, given.manifest)
@@ -56,7 +55,6 @@ def run(arguments: list[str]) -> int:
 
 
 def write_table(out: Path, table: Table) -> None:
-    """Write a table in the format of OUT's ending."""
     columns = {"path": table.path, "split": table.split, "class": table.label}
     if out.suffix == ".npz":
         save_arrays(out, {name: np.array(column) for name, column in columns.items()} | {"features": table.features})

@@ -3,6 +3,7 @@
 import json
 import re
 from argparse import Namespace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.evaluation import compare, fewshot, folds, interval, linear, logistic, probe_inputs, temperature
 from vitlit.evaluation.calibration import binned
 from vitlit.evaluation.classify import balanced, measures, per_class, precisions
+from vitlit.evaluation.fewshot import check_shots
 from vitlit.evaluation.knn import nearest, normalised
 from vitlit.evaluation.variants import outputs, read_real
-from vitlit.files import write_csv, write_text, writing
+from vitlit.files import check_new, write_csv, write_text, writing
 from vitlit.inspection.figures import draw_reliability
 from vitlit.prepare.features import extract, ranks, ready
 from vitlit.weights.calibrated import check_storable, store_temperature
@@ -66,8 +68,7 @@ def parse(arguments: list[str]) -> Namespace:
         parser.error(f"--shots is {given.shots!r}; give numbers such as 1,5,10,25")
     given.shots = [int(number) for number in given.shots.split(",")]
     check_range("vitlit evaluate", 1, seeds=given.seeds)
-    if given.out and (given.out / "table.csv").exists():
-        raise UserError(f"{given.out} has a table.csv; give another --out, or remove it")
+    check_new(given.out)
     if given.out:
         with writing(given.out, "give --out a folder"):  # now, not when all is measured
             given.out.mkdir(parents=True, exist_ok=True)
@@ -76,13 +77,11 @@ def parse(arguments: list[str]) -> Namespace:
 
 def run(arguments: list[str]) -> int:
     given = parse(arguments)
-    try:
-        splits, indices = scan(given)
-    except UserError as error:  # worded for training
-        raise UserError(re.sub(r"(--)?data\.(root|holdout|manifest)\b", r"--\2", str(error))) from error
+    splits, indices = scan(given)
     paths = (indices[-1].path(row) for row in range(len(indices[-1])))
     real = read_real(given.real, list(paths), splits.classes) if given.real else None
-    heads = [check(source, splits, given) for source in given.weights]  # all, before the first is measured
+    load = lru_cache(1)(partial(ready, image_size=given.image_size))  # one at a time; the only one, once
+    heads = [check(source, load(source), splits, given) for source in given.weights]  # before the first is measured
     names, first = sorted({name for method in given.methods for name in NEEDS[method]}), Found()
     widest = max(map(len, given.weights))
     line, rows, every = (f"{{:<{widest}}} {{:<12}} {{:<8}}" + " {:>10}" * 7).format, [], {}
@@ -90,7 +89,7 @@ def run(arguments: list[str]) -> int:
     if rank == 0:
         print(line(*ROW))
     for source, head in zip(given.weights, heads, strict=True):
-        vit, found = ready(source, given.image_size), Found()
+        vit, found = load(source), Found()
         parts = [(extract(vit, index, names), index.labels) for index in indices]
         if rank:
             continue
@@ -134,16 +133,17 @@ def scan(given: Namespace) -> tuple[Splits, list[Index]]:
     if splits.multi_label and (not alone or given.calibrate or given.real):
         raise UserError(f"{given.root} has several classes an image, of which classify alone measures the map")
     if "fewshot" in given.methods:  # now, not after other methods
-        most = int(np.bincount(splits["train"].labels).max())
-        if max(given.shots) >= most:
-            further = f"no class has more than {most} training images, and l2 is chosen on further ones"
-            raise UserError(f"--shots is {max(given.shots)}, but {further}; give fewer")
+        check_shots(splits["train"].labels, max(given.shots))
+    if "knn" in given.methods:
+        images = len(splits["train"]) * max(1, given.folds - 1) // max(1, given.folds)
+        given.neighbours = [k for k in NEIGHBOURS if k <= images] or [images]
+        if len(given.neighbours) < len(NEIGHBOURS) and ranks()[0] == 0:
+            print(f"knn: k of at most {given.neighbours[-1]}, as there are {images} images to learn from")
     return splits, [splits[name] for name in wanted]
 
 
-def check(source: str, splits: Splits, given: Namespace) -> list[int]:
+def check(source: str, vit: Any, splits: Splits, given: Namespace) -> list[int]:
     """The outputs of a head for the folder's classes; UserError unless all that is asked of the weights can be done."""
-    vit = ready(source, given.image_size)
     if "classify" not in given.methods:
         return []
     count, metric = vit.config.num_classes, "map" if splits.multi_label else "top1"
@@ -155,6 +155,8 @@ def check(source: str, splits: Splits, given: Namespace) -> list[int]:
         raise UserError(f"{source} on {given.root}: {error}") from error
     if given.calibrate:
         check_storable(source)
+        if vit.activation != "softmax":
+            raise UserError(f"{source} predicts by a sigmoid for each class; a temperature is of a softmax")
     if len(head) < count and given.calibrate:
         raise UserError(f"--calibrate needs all {count} classes of {source}; {given.root} has {len(head)}")
     rank, _ = ranks()
@@ -196,7 +198,7 @@ def probed(method: str, parts: list[Any], groups: Any, given: Namespace) -> Foun
         for test in (fold == part for part in range(fold.max() + 1)):
             bank, seen = ({name: each[rows] for name, each in both.items()} for rows in (~test, test))
             own = groups if groups is None else groups[~test[: len(groups)]]
-            for name, found in classes_by(method, bank, labels[~test], seen, seed, own, given.shots).items():
+            for name, found in classes_by(method, bank, labels[~test], seen, seed, own, given).items():
                 of_seeds = right.setdefault(name, np.zeros((given.seeds, len(labels))))
                 of_seeds[seed if draws else slice(None), test] = found == labels[test]
     worth, truth = Found(), labels[fold >= 0]
@@ -209,7 +211,7 @@ def probed(method: str, parts: list[Any], groups: Any, given: Namespace) -> Foun
 
 
 def classes_by(
-    method: str, bank: Any, labels: np.ndarray, seen: Any, seed: int, groups: Any, shots: list[int]
+    method: str, bank: Any, labels: np.ndarray, seen: Any, seed: int, groups: Any, given: Namespace
 ) -> dict[str, np.ndarray]:
     """The classes (M,) that each probe of a method gives to features, by name."""
     if method == "linear":
@@ -218,10 +220,10 @@ def classes_by(
     if method == "logistic":
         return {method: logistic(train, labels, test, seed, groups)}
     if method == "fewshot":
-        return {f"{number}-shot": fewshot(train, labels, test, number, seed) for number in shots}
+        return {f"{number}-shot": fewshot(train, labels, test, number, seed) for number in given.shots}
     # Features of a ViT that has learned nothing are alike to seven digits: float32 would draw lots among them.
-    found = nearest(normalised(train.double()), torch.from_numpy(labels), test.double(), NEIGHBOURS)
-    return {f"knn {k}": each.numpy() for k, each in zip(NEIGHBOURS, found, strict=True)}
+    found = nearest(normalised(train.double()), torch.from_numpy(labels), test.double(), given.neighbours)
+    return {f"knn {k}": each.numpy() for k, each in zip(given.neighbours, found, strict=True)}
 
 
 def write(given: Namespace, rows: list[Any], every: dict[Any, Any], classes: list[str]) -> None:

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import REMOVE, Images
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits, other_classes
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser
 from vitlit.export import Batches, export, load
-from vitlit.files import expand
+from vitlit.files import check_new, expand
 
 HELP = """\
 Write weights (a file, a run, hf:OWNER/NAME) for use without vitlit: OUT.onnx for onnxruntime, OUT.pt2 for torch.export,
@@ -23,6 +23,7 @@ SWITCHES = {
     "softmax": "give probabilities, at the temperature if there is one; of a run with a sigmoid loss the sigmoid",
     "half": "weights in float16",
     "int8": "weights in 8 bits, kept if top-1 on val falls by at most a point; needs --root",
+    "aot": "compile OUT.pt2 by AOTInductor for this machine's kind of CPU: C++ runs it without Python; needs g++",
 }
 
 
@@ -42,6 +43,7 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments or ["--help"])
     if given.holdout != "0" and not given.root:
         parser.error("--holdout is about --root; give that too")
+    check_new(given.out)
     vit, activation = load(given.weights, given.image_size)
     options = {name: getattr(given, name) == "true" for name in SWITCHES} | {"input": given.input, "opset": given.opset}
     if given.root:
@@ -64,5 +66,5 @@ def images(vit: Any, splits: Splits, labelled: bool) -> Batches:
         raise other_classes(splits.root, splits.classes, vit.classes)
     if not labelled:
         index = index.take(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).astype(int))
-    dataset = Images(index, vit.preprocess.crop, preprocess=vit.preprocess)
+    dataset = Images(index, vit.preprocess.crop, preprocess=vit.preprocess, remedy=REMOVE)
     return ((batch[0], batch[1]) for batch in loader(dataset, range(len(index)), 32, count(1)))

@@ -34,6 +34,7 @@ from vitlit.data import ImageFolderData
 from vitlit.data.folder import parse_share
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
+from vitlit.files import check_new
 from vitlit.loggers import CSV
 from vitlit.prepare.sources import DIGITS, write
 from vitlit.run.checkpoints import Best, Last
@@ -186,10 +187,8 @@ class CLI(LightningCLI):
             raise
         decision = share_decision(decided, self.folder.path, recorded)
         if decision.action == "finished":
-            rank_zero_only(print)(
-                f"the run {self.folder.path} is complete at step {self.folder.finished_at()}; more "
-                "--trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true starts it over"
-            )
+            about = "more --trainer.max_epochs or --trainer.max_steps continue it, --run.overwrite true starts it over"
+            rank_zero_only(print)(f"{self.folder.path} is complete at step {self.folder.finished_at()}; {about}")
             raise SystemExit(0)
         config.ckpt_path = config.ckpt_path or decision.checkpoint or None
         if config.ckpt_path:
@@ -228,6 +227,7 @@ class CLI(LightningCLI):
         elif self.subcommand == "predict":
             out = Path(self.config.predict.out or self.folder.path / "predictions.csv")
             writer = callbacks.Predictions(out, self.datamodule.split("predict"), self.splits.classes)
+            check_new(self.config.predict.out)
             self.datamodule.bad_photos = writer.bad
             if rank() == 0 and writer.bad.is_file():  # left by an earlier prediction
                 writer.bad.unlink()
@@ -253,7 +253,7 @@ class CLI(LightningCLI):
             another = start if start.parent != self.folder.last.parent else None
             check_length(self.trainer, self.model, self.datamodule.steps_per_epoch, another)
             self.model.check_data(self.datamodule)
-            for warning in completion.config_warnings(self.config.fit, self.line.content):
+            for warning in completion.config_warnings(self.config.fit, self.line.content, self.datamodule):
                 rank_zero_only(print)(f"vitlit: warning: {warning}", flush=True)
 
     def after_fit(self) -> None:

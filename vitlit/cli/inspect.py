@@ -9,22 +9,26 @@ Draw what a ViT attends to in images, and what it has learned, as PNG files in a
 positions (their similarity), distance (of attention, by depth), images (their attention and features), occlusion (what
 the class loses where a grey square is) and heads (of each block, in the first image). What does not apply is said.
 """
+MOST = 8  # of a folder's images
 
 
 def run(arguments: list[str]) -> int:
     parser = CommandParser("vitlit inspect", ABOUT)
     parser.add_argument("weights", metavar="WEIGHTS", help="a run's folder, a weight file, or hf:OWNER/NAME")
-    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=f"a file, or a folder: at most {MOST} of its images")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     given = parser.parse_args(arguments or ["--help"])
+    from vitlit.data.folder import scan_photos
     from vitlit.files import whole_folder
     from vitlit.inspection.attention import pooled  # loads torch, which a mistake need not wait for
     from vitlit.inspection.figures import FIGURES
     from vitlit.weights.door import load_prepared
 
+    index = scan_photos(list(map(Path, given.images)))
+    step = -(-len(index) // max(MOST, len(given.images)))
     with whole_folder(given.out) as folder:
         vit = load_prepared(given.weights)
-        images = vit.preprocess(given.images)
+        images = vit.preprocess([index.path(row) for row in range(0, len(index), step)])
         print(f"images and heads: attention of the {pooled(vit)[0]} (pool: {vit.config.pool})")
         for draw in FIGURES:
             name = draw.__name__.removeprefix("draw_")

@@ -2,7 +2,7 @@
 
 import gc
 import os
-import select
+import re
 import signal
 import sys
 from difflib import get_close_matches
@@ -29,6 +29,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit weights convert FILE OUT --format FORMAT   write it for another tool, and compare the outputs
   vitlit evaluate WEIGHTS... --root ROOT            what weights are worth on a folder, and how sure that is
   vitlit export WEIGHTS OUT.onnx|OUT.pt2|OUT_DIR    ONNX, torch.export, transformers, checked against the ViT
+  vitlit push RUN OWNER/NAME --license NAME         publish a run on the Hugging Face hub, with a model card
   vitlit predict FILE.onnx PHOTOS... --out FILE.csv by such a file, with onnxruntime
   vitlit embed WEIGHTS ROOT OUT.parquet|.npz        features as a table; --neighbours K finds copies and wrong labels
   vitlit inspect WEIGHTS IMAGE... --out DIR         draw what a ViT attends to, and what it has learned
@@ -38,7 +39,7 @@ vitlit {vitlit.__version__}: pretrain and finetune Vision Transformers
   vitlit report RUN                                 one HTML page of a run, which `fit` writes at its end too
   vitlit config [NAME]                              print a shipped config or cluster script, or list them
 
-validate, test and predict take --config CONFIG in RUN's place.
+validate, test and predict take --config CONFIG in RUN's place. What a command is told to write must not exist yet.
 
   vitlit fit --help                     every key
   vitlit fit --model.help Finetune      the keys of a stage: Pretrain, Finetune
@@ -49,6 +50,8 @@ may be in the current folder.
 """
 
 LIGHTNING = ("MisconfigurationException", "TrainingSpikeException")  # its errors that are one line
+# What is data.root elsewhere: messages about data are worded for training.
+ROOTS = {"evaluate": "--root", "export": "--root", "tune": "--root", "embed": "ROOT", "benchmark": "ROOT"}
 STAGES = ("fit", "validate", "test", "predict")
 # The modules whose `run` is each other command, imported when it is asked for.
 COMMANDS = {
@@ -64,6 +67,7 @@ COMMANDS = {
     "weights": "vitlit.cli.weights",
     "evaluate": "vitlit.cli.evaluate",
     "export": "vitlit.cli.export",
+    "push": "vitlit.cli.push",
     "embed": "vitlit.cli.embed",
     "inspect": "vitlit.cli.inspect",
     "tune": "vitlit.cli.tune",
@@ -80,20 +84,16 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not stdout_is_closed():
-            raise
-    except SystemExit as stop:  # rich turns a broken pipe into this
-        if not isinstance(stop.__context__, BrokenPipeError):
-            raise
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
-    return 141
-
-
-def stdout_is_closed() -> bool:
-    """Whether stdout's reader has gone. Another broken pipe, such as W&B's or a data worker's, is a bug to show."""
-    watch = select.poll()
-    watch.register(sys.stdout, 0)  # POLLERR is always reported
-    return any(event & select.POLLERR for _, event in watch.poll(0))
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+            return 141
+        raise  # another pipe, such as W&B's or a data worker's, is a bug to show
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # of rich, which has done the same
+            return 141
+        raise
 
 
 def run_command(argv: list[str]) -> int:
@@ -114,6 +114,9 @@ def run_command(argv: list[str]) -> int:
         raise
     except Exception as error:
         message = explain(error)
+        if message and (root := ROOTS.get(argv[0])):
+            message = re.sub(r"(--)?data\.root\b", root, message)
+            message = re.sub(r"(--)?data\.(holdout|manifest)\b", r"--\2", message)
         if message is None or os.environ.get("VITLIT_DEBUG") == "1":
             raise
         print(f"vitlit: error: {message}", file=sys.stderr)

@@ -15,7 +15,7 @@ from vitlit.data.standalone import NoTrainer
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError, check_range
 from vitlit.export import ABOUT, open_onnx, probabilities
-from vitlit.files import expand
+from vitlit.files import check_new, expand
 from vitlit.images.preprocess import Preprocess
 
 
@@ -28,6 +28,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--data.on_bad_image", dest="bad", choices=("error", "skip"), default="error")
     given = parser.parse_args(arguments)
     check_range("vitlit predict", 1, batch_size=given.batch)
+    check_new(given.out)
     session = open_onnx(Path(given.file))
     known = session.get_modelmeta().custom_metadata_map.get(ABOUT)
     about = json.loads(known) if known else {}

@@ -18,12 +18,12 @@ from vitlit.errors import CommandParser, UserError
 from vitlit.evaluation import interval
 from vitlit.evaluation.calibration import binned, calibration_error
 from vitlit.evaluation.classify import balanced
-from vitlit.files import expand, from_here, read_csv
+from vitlit.files import check_new, expand, from_here, read_csv
 from vitlit.inspection.figures import draw_images, draw_reliability
 from vitlit.inspection.report import Picture, Section, curves, encode, write_page
 from vitlit.inspection.sheet import thumbnail
 from vitlit.model import ViT
-from vitlit.run.history import VALIDATION, History, duration, in_words, mistakes
+from vitlit.run.history import VALIDATION, History, in_words, mistakes
 from vitlit.weights import load
 
 ABOUT = """\
@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=expand, help="the folder of a run, whether or not it has ended")
     parser.add_argument("--out", metavar="FILE", type=Path, help="by default report.html in the run's folder")
     given = parser.parse_args(arguments or ["--help"])
+    check_new(given.out)
     out = given.out or Path(given.run, "report.html")
     with redirect_stdout(sys.stderr):  # what is said of the data's folder
         Report(History(Path(given.run))).write(out)
@@ -53,14 +54,15 @@ class Report:
         self.run, self._splits = run, splits
         self.last = run.commands[-1] if run.commands else {}
 
+    def section(self, title: str) -> Section:
+        try:
+            return SECTIONS[title](self, title)
+        except (UserError, OSError) as why:
+            return Section(title, f"Left out: {why}.")
+
     def write(self, out: Path) -> None:
-        run, sections = self.run, []
-        for title, make in SECTIONS.items():
-            try:
-                sections.append(make(self, title))
-            except (UserError, OSError) as why:
-                sections.append(Section(title, f"Left out: {why}."))
-        said = [run.state, f"epoch {run.epoch}", duration(run.seconds), str(self.last.get("date", ""))[:10]]
+        run, sections = self.run, [self.section(title) for title in SECTIONS]
+        said = [run.state, f"epoch {run.epoch}", str(run.time), str(self.last.get("date", ""))[:10]]
         if best := run.best:
             said.insert(1, f"best {best.metric} {in_words(best.metric, best.value)}")
         write_page(out, run.name, " · ".join(said), sections)
@@ -99,10 +101,11 @@ class Report:
 
     def trained(self, title: str) -> Section:
         stage, data, trainer = (self.run.config[part] for part in ("model", "data", "trainer"))
-        options = stage["init_args"]
+        options, best = stage["init_args"], self.run.best
         optimizer, objective = options["optimizer"], options.get("objective") or {"class_path": "Supervised"}
         with_lr = f"{name_of(optimizer)}, learning rate {optimizer['init_args'].get('lr')}"
         images = ", ".join(f"{count:,} {split}" for split, count in self.last.get("images", {}).items())
+        images += f" (held out, {data['holdout']} of train)" if images and data["holdout"] else ""
         rows = {
             "Stage": f"{name_of(stage)}, {name_of(objective)}",
             "Network": f"ViT with {self.last['parameters']:,} parameters" if "parameters" in self.last else None,
@@ -113,6 +116,7 @@ class Report:
             "Batch": f"{data['batch_size']} images",
             "Optimizer": f"{with_lr}, weight decay {optimizer['init_args'].get('weight_decay')}",
             "Length": f"{trainer['max_epochs']} epochs" if trainer["max_epochs"] else f"{trainer['max_steps']} steps",
+            "Seen": f"{best.step * data['batch_size']:,} images up to the best weights" if best else None,
             "Seed": self.run.config.get("seed_everything"),
             "Command": self.last.get("command"),
             "In": self.last.get("folder"),
@@ -127,8 +131,10 @@ class Report:
         text = f"best.ckpt has the weights after step {best.step:,}, in epoch {best.row['epoch'] + 1:.0f}, {why}."
         limits = self.limits(best.row)
         if limits:
-            text += f" Intervals are those of the bootstrap over {len(self.right):,} validation images: how a number "
-            text += "varies with other images of this kind, not with other trainings."
+            text += (
+                f" Intervals are those of the bootstrap over {len(self.right):,} validation images, which chose the "
+            )
+            text += "weights: how a number varies with other images of this kind, not with other trainings."
         rows = [
             (name, in_words(name, best.row[name]), limits.get(name, "-"), in_words(name, self.run.last(name)))
             for name in best.row

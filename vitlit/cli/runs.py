@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import expand, from_here, read_csv
+from vitlit.files import check_new, expand, from_here, read_csv
 from vitlit.run.folder import RunOptions
-from vitlit.run.history import VALIDATION, History, differing, duration, in_words
+from vitlit.run.history import VALIDATION, History, differing, in_words
 
 ABOUT = """\
 List the runs in a folder: their state, best metric, epochs and time, and the settings in which they differ. vitlit runs
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
         pairs = zip(names, settings.values(), strict=True)
         cells = [f"{name}={values[number]}" for name, values in pairs if values[number] != "-"]
         cells[SHOWN:] = ["..."] if len(cells) > SHOWN else []
-        rows.append([each.name, each.state, *value, str(each.epoch), duration(each.seconds), "  ".join(cells)])
+        rows.append([each.name, each.state, *value, str(each.epoch), str(each.time), "  ".join(cells)])
     show("", ("run", "state", "metric", "best", "in epoch", "epochs", "time", "settings"), rows)
     return 0
 
@@ -62,15 +62,22 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=expand, help="the folder of a run")
     parser.add_argument("--out", metavar="FILE.html", type=Path, help="write a page, with curves over each other")
     given = parser.parse_args(arguments or ["--help"])
+    check_new(given.out)
     runs = [History(Path(path)) for path in dict.fromkeys(given.runs)]
     if len(runs) < 2:
         parser.error("one run has none to be compared with; name another")
     if len({each.name for each in runs}) < len(runs):
         for each in runs:
             each.name = str(each.path)
+    settings: list[Row] = [(name, *values) for name, values in differing(runs).items()]
+    results: list[Row] = [
+        (metric, run, in_words(metric, best), in_words(metric, last))
+        for metric, by_run in validated(runs).items()
+        for run, (best, last) in by_run.items()
+    ]
     tables = [
-        ("Settings", "Those that differ.", ("setting", *(each.name for each in runs)), list(settings(runs))),
-        ("Results", "Best: at the validation after which best.ckpt was saved.", RESULTS, list(results(runs))),
+        ("Settings", "Those that differ.", ("setting", *(each.name for each in runs)), settings),
+        ("Results", "Best: at the validation after which best.ckpt was saved.", RESULTS, results),
         ("Seeds", "Mean and standard deviation of runs that differ in their seed alone.", SPREAD, list(seeds(runs))),
         ("Paired", "How much better on the same validation images; paired bootstrap.", PAIRED, list(paired(runs))),
     ]
@@ -86,15 +93,6 @@ def compare(arguments: list[str]) -> int:
         write_page(given.out, "Compared runs", ", ".join(str(run.path) for run in runs), sections)
         print(from_here(given.out))
     return 0
-
-
-def settings(runs: list[History]) -> Iterator[Row]:
-    yield from ((name, *values) for name, values in differing(runs).items())
-
-
-def results(runs: Sequence[History]) -> Iterator[Row]:
-    for metric, by_run in validated(runs).items():
-        yield from ((metric, run, *(in_words(metric, value) for value in pair)) for run, pair in by_run.items())
 
 
 def validated(runs: Sequence[History]) -> dict[str, dict[str, tuple[float, float]]]:

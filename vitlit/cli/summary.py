@@ -45,16 +45,13 @@ class Begin(Callback):
             return
         labels = f"{len(data.classes)} classes" if data.classes else "numbers" if data.numbers else "no labels"
         parameters = sum(p.numel() for p in vit.parameters())
-        print(
-            f"ViT with {parameters:,} parameters, {vit.grid[0]} x {vit.grid[1]} patches; "
-            f"{len(data.split('train')):,} training and {len(data.split('val')):,} validation images, "
-            f"{labels}; {data.epoch}",
-            flush=True,
-        )
+        images = {split: len(data.split(split)) for split in ("train", "val")}
+        network = f"ViT with {parameters:,} parameters, {vit.grid[0]} x {vit.grid[1]} patches"
+        counts = "{train:,} training and {val:,} validation images".format(**images)
+        print(f"{network}; {counts}, {labels}; {data.epoch}", flush=True)
         if self.folder is not None:
             self.folder.begin(self.config)
             kept = next(each for each in trainer.checkpoint_callbacks if isinstance(each, Best))
-            images = {split: len(data.split(split)) for split in ("train", "val")}
             about = {"images": images, "labels": labels, "parameters": parameters}
             device = pl_module.device
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
@@ -116,7 +113,6 @@ COMPLETE = "complete"
 
 
 def ending(trainer: Trainer) -> str:
-    """Why a training ended: it is complete, or was stopped early."""
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     for stop in callbacks:
         # A run that was made longer remembers the early stop before.
@@ -187,10 +183,8 @@ class Evaluated(Callback):
             write_text(self.out, json.dumps(self.about, indent=2) + "\n")
         except OSError as error:
             print(f"vitlit: warning: cannot write {self.out}: {error.strerror}", flush=True)
-        print(
-            f"{from_here(self.about['checkpoint'])} (step {self.about['step']:,}) on the {self.split} split of "
-            f"{data.splits.root}, {images:,} images; the numbers are in {from_here(self.out)}",
-            flush=True,
-        )
+        measured = f"{from_here(self.about['checkpoint'])} (step {self.about['step']:,}) on the {self.split} split of"
+        where = f"{data.splits.root}, {images:,} images; the numbers are in {from_here(self.out)}"
+        print(f"{measured} {where}", flush=True)
 
     on_test_end = on_validation_end

@@ -74,16 +74,13 @@ class Trainer(LightningTrainer):
         sharded = isinstance(self.strategy, FSDP2)
         for callback in callbacks:
             if sharded and isinstance(callback, WeightAveraging) and not isinstance(callback, EMA):
-                name = type(callback).__name__
-                raise UserError(f"trainer.strategy fsdp2 does not work with {name}; use vitlit.callbacks.EMA")
+                raise UserError(f"fsdp2 does not work with {type(callback).__name__}; use vitlit.callbacks.EMA")
             if isinstance(callback, Timer) and callback.time_remaining() is not None:
                 raise UserError("Timer's duration would end the run as if it were complete; use run.time_limit")
         if sharded and self.precision in ("16-mixed", "16-true"):
-            remedy = "use bf16-mixed, or 32-true where the GPU has no bf16"
-            raise UserError(f"trainer.strategy fsdp2 does not work with precision {self.precision}; {remedy}")
+            raise UserError(f"trainer.strategy fsdp2 does not work with {self.precision}; use bf16-mixed or 32-true")
         if isinstance(self.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy) and not sharded:
-            remedy = "give ddp, or fsdp2 where the model is too large for one device"
-            raise UserError(f"trainer.strategy {type(self.strategy).__name__} is not supported; {remedy}")
+            raise UserError(f"trainer.strategy {type(self.strategy).__name__} is not supported; give ddp or fsdp2")
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's, which a kill may leave half written
             self.strategy.checkpoint_io = Files()
 
@@ -128,8 +125,7 @@ def fill_folders(trainer: Namespace, folder: RunFolder) -> None:
             options = callback.init_args
             options.dirpath = options.get("dirpath") or str(folder.path / "kept")
             if Path(options.dirpath).resolve() == folder.last.parent.resolve():
-                remedy = f"leave dirpath out, or give another; without one it is {folder.path / 'kept'}"
-                raise UserError(f"ModelCheckpoint: {options.dirpath} is for best.ckpt and last.ckpt; {remedy}")
+                raise UserError(f"ModelCheckpoint: {options.dirpath} is for best.ckpt and last.ckpt; give another")
 
 
 def measured(stage: Stage, callbacks: Iterable[Any], data: Any) -> dict[str, str]:
@@ -183,9 +179,8 @@ def monitor(stage: Stage, given: str | None, callbacks: Iterable[Any], data: Any
         return "step", "max"  # which Lightning knows besides what is logged
     own = type(stage.objective).__module__.partition(".")[0] != "vitlit"  # what it logs is known when it has validated
     if name not in known and not (own and name.startswith("val/")):
-        why = ": vitlit.callbacks.Probes in trainer.callbacks measures it where each image has one of several classes"
-        because = why if name in ("val/knn", "val/probe") else ""
-        raise UserError(f"run.monitor {name} is not among {' '.join(known)}{because}")
+        probes = "; vitlit.callbacks.Probes measures it" if name in ("val/knn", "val/probe") else ""
+        raise UserError(f"run.monitor {name} is not among {' '.join(known)}{probes}")
     return name, known.get(name, direction(name))
 
 
@@ -195,8 +190,7 @@ def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, 
     end = min(limit for limit in limits if limit > 0)
     stage.schedule.over(end, steps_per_epoch)
     if start is not None and (step := open_checkpoint(start)["global_step"]) >= end:
-        more = "give more --trainer.max_epochs or --trainer.max_steps"
-        raise UserError(f"{start} is at step {step}, and this training ends at step {end}; {more}")
+        raise UserError(f"{start} is at step {step}, this training ends at step {end}; give more --trainer.max_epochs")
 
 
 METHODS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")

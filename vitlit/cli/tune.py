@@ -108,8 +108,8 @@ class Search:
         if self.file.is_file():
             self.found = json.loads(self.file.read_text())
             if apart := set(self.found["settings"]) ^ set(search):
-                differing = ", ".join(sorted(apart))
-                raise UserError(f"{given.out} holds a search with other settings ({differing}); give another --out")
+                others = ", ".join(sorted(apart))
+                raise UserError(f"{given.out} holds a search with other settings ({others}); give another --out")
 
     def __iter__(self) -> Any:
         """Each trial, and for how many epochs it is to train, as long as the budget holds."""
@@ -148,8 +148,7 @@ class Search:
         where = [f"--data.root={self.given.root}", f"--run.root={self.given.out}", f"--run.name={name}"]
         where.append(f"--trainer.max_epochs={epochs}")
         log, out = self.given.out / f"{name}.log", self.given.out / name
-        length = "1 epoch" if epochs == 1 else f"{epochs} epochs"
-        print(f"{name}: {length}; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
+        print(f"{name}, epochs: {epochs}; {self.spent:.0f} of {self.budget:.0f} minutes are spent", flush=True)
         page = f"--run.report={'true' if name == BEST else 'false'}"
         code = fit(["--config", self.given.config, page, *self.fit, *flags, *where], log)
         errors = re.findall(r"^vitlit: error: (.*)", log.read_text(), re.MULTILINE)
@@ -173,7 +172,6 @@ class Search:
 
     @property
     def longest(self) -> int:
-        """The epochs of the trials that trained longest."""
         return max(int(epochs) for trial in self.trials for epochs in self.found["trials"].get(trial.name, {}))
 
     def ranked(self, epochs: int) -> list[Trial]:

@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 
 from vitlit.errors import CommandParser, UserError
+from vitlit.files import check_new
 from vitlit.model import SIZES, ViTConfig
 from vitlit.weights.averaged import Choice
 from vitlit.weights.door import empty, load, read
@@ -38,10 +39,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?")
     parser.add_argument("--format", choices=get_args(Format))
-    about = "which to read of a file with both, such as state_dict_ema and state_dict; averaged by default"
-    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help=about)
-    about = "leave out the tensors of these names, such as 'criterion.*'; may be given several times"
-    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help=about)
+    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help="of a file that has both sets")
+    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help="leave tensors out; repeatable")
     given = parser.parse_intermixed_args(arguments or ["--help"])
     if {given.out is not None, given.format is not None} != {given.what == "convert"}:
         parser.error("give show FILE, or convert FILE OUT --format FORMAT")
@@ -85,9 +84,7 @@ def describe(weights: Weights) -> dict[str, str]:
 
 
 def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[str]) -> None:
-    """Write weights in another format, read them back, and print the largest difference of the outputs."""
-    if out.exists():
-        raise UserError(f"{out} exists; give another name")
+    check_new(out)
     vit = load(source, choice, skip)
     images = torch.randn(2, vit.config.in_channels, *vit.config.sides, generator=torch.Generator().manual_seed(0))
     what = "logits" if vit.config.num_classes else "features"
@@ -102,5 +99,7 @@ def convert(source: str, out: Path, format: Format, choice: Choice, skip: list[s
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
     print(f"{written}: {format}, largest difference of the {what} on a seeded batch: {difference:.1e}")
-    if again.temperature != vit.temperature:
-        print(f"the temperature {vit.temperature:.4g} is lost, since the format {format} has none")
+    lost = [f"the temperature {vit.temperature:.4g}"] if again.temperature != vit.temperature else []
+    lost += ["that probabilities are a sigmoid of each logit"] if again.activation != vit.activation else []
+    if lost:
+        print(f"{' and '.join(lost)} is lost, since the format {format} has no place for it")

@@ -33,5 +33,4 @@ class BadImages:
         except OSError as error:
             raise UserError(f"cannot write {self.file}: {error.strerror}") from error
         if len(self._known) > self.most:
-            bad = f"{len(self._known)} images cannot be read, more than the {self.most} that may be skipped"
-            raise UserError(f"{bad}; see {self.file}, or `vitlit data check` for all of them")
+            raise UserError(f"{len(self._known)} images cannot be read, {self.most} may be skipped; see {self.file}")

@@ -60,6 +60,5 @@ def _key(classes: list[str]) -> bytes:
 
 
 def _times(folder: Path, folders: Iterable[bytes]) -> np.ndarray:
-    """Modification times, nanoseconds."""
     root = os.fsencode(folder)
     return np.array([os.stat(os.path.join(root, below)).st_mtime_ns for below in folders], np.int64)

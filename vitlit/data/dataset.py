@@ -20,7 +20,8 @@ from vitlit.images.preprocess import Preprocess
 from vitlit.images.resample import cut_all
 from vitlit.seeds import PHOTOMETRIC, REPLACE, mix, mix_one, seeded_sample
 
-REMEDY = "--data.on_bad_image skip trains and predicts without it, but evaluates on every image"
+REMOVE = "remove or replace it; `vitlit data check` names all such images"
+SKIP = "--data.on_bad_image skip trains and predicts without it, but evaluates on every image"
 AS_RGB = Preprocess((224, 224))
 
 
@@ -42,6 +43,7 @@ class Images(Dataset[tuple[Any, ...]]):
     keyed: bool = False
     preprocess: Preprocess = AS_RGB
     kept: Decoded | None = None
+    remedy: str = SKIP
     _told: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool).share_memory_(), init=False)
 
     def __len__(self) -> int:
@@ -89,7 +91,7 @@ class Images(Dataset[tuple[Any, ...]]):
             raise
         except UserError as error:
             if self.bad is None:
-                raise UserError(f"{error}; {REMEDY}") from error
+                raise UserError(f"{error}; {self.remedy}") from error
             self.bad.note(path, reason(error, path))
             return None
 

@@ -110,8 +110,7 @@ def _read(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             _check_header(file, header)
             for row in reader:
                 if None in row or None in row.values():
-                    wrong = f"{file}, line {reader.line_num}: it does not have the header's {len(header)} fields"
-                    raise UserError(f'{wrong}; quote a field that contains a comma: "a, b"')
+                    raise UserError(f'{file}, line {reader.line_num}: not {len(header)} fields; quote commas: "a, b"')
                 yield reader.line_num, row
     except OSError as error:
         raise UserError(f"cannot read data.manifest {file}: {error.strerror}; give a CSV file") from error

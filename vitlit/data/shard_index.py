@@ -84,5 +84,4 @@ def load_index(data: bytes, root: str, place: str) -> ShardIndex:
         several = any(index.labels.ndim == 2 for index in splits.values())
         return ShardIndex(Manifest(classes, splits, several), tuple(shards), arrays["sizes"], arrays["key"].tobytes())
     except (ValueError, KeyError) as error:
-        remedy = "copy it again, or remove it to search the tars anew, in an order of their own"
-        raise UserError(f"{place} is damaged, or no index of shards ({error}): {remedy}") from error
+        raise UserError(f"{place} is damaged, or no index of shards ({error}): copy or make it again") from error

@@ -53,13 +53,11 @@ class Splits:
             raise UserError(f"data.manifest is for folders, but {self.root} holds labels itself; leave it out")
         found = read_manifest(Path(self.manifest), Path(self.root), self.labels)
         if self.labels is None and found.classes and all(map(NUMBER.fullmatch, found.classes)):
-            taken = f"the labels, which are integers, are taken as {len(found.classes)} classes"
-            rank_zero_only(print)(f"{self.manifest}: {taken}; {AS_NUMBERS}")
+            rank_zero_only(print)(f"{self.manifest}: its integers are {len(found.classes)} classes; {AS_NUMBERS}")
         return found
 
     @property
     def numbers(self) -> bool:
-        """Whether labels are numbers, not classes."""
         return self.manifest is not None and self["train"].labels.dtype.kind == "f"
 
     def expect(self, classes: list[str]) -> None:
@@ -106,16 +104,15 @@ class Splits:
     def _scan_folder(self, name: str) -> Index:
         remedy = "--data.holdout 10% takes it from train" if name == "val" else "`vitlit validate` evaluates on val"
         if self._listed is not None:
-            lacks = f"{self.manifest or self.root} has no image"
-            raise UserError(f"{lacks} of split {name}; {remedy}")
+            raise UserError(f"{self.manifest or self.root} has no image of split {name}; {remedy}")
         folder = Path(self.root, name)
         if not folder.is_dir():
             raise no_folder(Path(self.root), name, remedy)
         index = scan_split(folder, self.classes)
         missing = np.setdiff1d(np.arange(len(self.classes)), index.labels)
         if len(missing):
-            lacks = f"{len(missing)} of the {len(self.classes)} classes, such as {self.classes[missing[0]]!r}"
-            rank_zero_only(print)(f"{folder} has no image of {lacks}")
+            some = f"{len(missing)} of {len(self.classes)} classes, such as {self.classes[missing[0]]!r}"
+            rank_zero_only(print)(f"{folder} lacks {some}")
         return index
 
     @property

@@ -51,8 +51,7 @@ def read_range(root: str, name: str, start: int, end: int) -> bytes:
         if len(data) == end - start:
             return data
         if len(data) > end - start:
-            whole = "the server ignores Range and sends the whole file: use one that serves parts of files"
-            raise StorageUserError(f"{place}: {whole}")
+            raise StorageUserError(f"{place}: the server ignores Range; use one that serves parts of files")
         failure = EOFError(f"the file is cut short before byte {end}")
     tried = f"{place}, tried {1 + len(PAUSES)} times ({reason(failure)})"
     raise StorageUserError(f"{tried}; once they can be read, the same command continues the run") from failure

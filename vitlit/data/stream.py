@@ -71,8 +71,7 @@ def paired_rows(batch_size: int, repeats: int) -> np.ndarray:
     if repeats == 1:
         return np.arange(batch_size)
     if batch_size < 2 * repeats:
-        small = f"data.batch_size {batch_size} is too small for {repeats} repeats of a pair"
-        raise UserError(f"{small}; give at least {2 * repeats}, or fewer --data.repeats")
+        raise UserError(f"data.batch_size is {batch_size}; give at least {2 * repeats}, or fewer --data.repeats")
     half = -(-batch_size // 2)
     rows = np.empty(batch_size, np.int64)
     rows[0::2] = np.arange(half)
@@ -134,8 +133,7 @@ class TrainStream(DistributedSampler[Any]):
                 continue
             remedy = "restore the data" if name in ("images", "names") else f"give --data.{name} {had}"
             difference = "images of other names or labels" if name == "names" else f"{name} {had}, this one has {value}"
-            other = "or start another from its weights with --model.init_from RUN --run.name NEW"
-            raise UserError(f"the checkpoint's run had {difference}: {remedy} to continue it, {other}")
+            raise UserError(f"the checkpoint's run had {difference}: {remedy}, or start another with --model.init_from")
 
 
 class EvalShare(DistributedSampler[Any]):
@@ -182,8 +180,7 @@ def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
         raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
     interval = trainer.val_check_interval
     if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
-        most = f"is more than the {batches} batches of an epoch; give less, or trainer.check_val_every_n_epoch null"
-        raise UserError(f"trainer.val_check_interval {interval} {most}")
+        raise UserError(f"trainer.val_check_interval is {interval}; give at most an epoch's {batches} batches")
     if batches % micro_batches:
         raise UserError(f"trainer.limit_train_batches must be a multiple of a step's {micro_batches} micro-batches")
     # Lightning does not know that the loader starts at the run's position.

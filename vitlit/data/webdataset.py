@@ -41,8 +41,7 @@ def list_tars(folder: Folder) -> tuple[dict[str, str], list[str] | None, bytes]:
             sizes = filesystem.sizes([entry["name"] for entry in tars.values()])
         texts = [os.fsdecode(filesystem.cat_file(top[name]["name"])) for name in CLASSES if name in top]
     except Exception as error:  # each filesystem raises its own
-        why = f"{root} has no {INDEX}, and cannot be searched for tars ({reason(error)})"
-        raise UserError(f"{why}; give a folder or URL of shards") from error
+        raise UserError(f"{root} cannot be searched for tars ({reason(error)}); give a folder of shards") from error
     if not tars:
         raise UserError(f"{root} holds neither {INDEX} nor *.tar, nor does its folder train; give a folder of shards")
     lines = sorted(f"{name} {size}" for name, size in zip(tars, sizes, strict=True))
@@ -130,8 +129,7 @@ def _search_tar(opened: IO[bytes], size: int, number: int) -> list[_Sample]:
     for key in images.keys() - labels.keys():
         folder = key.rpartition("/")[0].rpartition("/")[2]
         if folder in ("", "."):
-            name = images[key][0]
-            raise ValueError(f'{name} has no label: neither KEY.cls, nor "label" in KEY.json, nor a class folder')
+            raise ValueError(f'{images[key][0]} has no label: no KEY.cls, no "label" in KEY.json, no class folder')
         labels[key] = (folder,), "folder"
     return [_Sample(name, part, *labels[key]) for key, (name, part) in images.items()]
 
@@ -171,7 +169,6 @@ def _number(
         rows = [[number.get(read(value), -1) for value in sample.labels] for sample in own]
         if unknown := [sample for sample, row in zip(own, rows, strict=True) if -1 in row]:
             where = CLASSES[0] if named else "the training images"
-            label = ", ".join(unknown[0].labels)
-            raise UserError(f"{root}: {unknown[0].name} has the label {label}, not found in {where}")
+            raise UserError(f"{root}: {unknown[0].name} has the label {', '.join(unknown[0].labels)}, not in {where}")
         labels[split] = label_array(rows, len(known), "several" in kinds)
     return list(map(str, named or known)), labels

@@ -35,7 +35,6 @@ def features(vit: Any, batches: Iterable[Tensor], names: Sequence[str] = ("poole
 
 
 def forward(vit: Any, images: Tensor) -> dict[str, Tensor]:
-    """All features of one block of images."""
     after: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, tokens: after.append(tokens)) for block in vit.blocks[-4:]]
     try:

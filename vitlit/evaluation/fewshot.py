@@ -10,6 +10,13 @@ BIAS = 100.0  # the constant feature: so large that its weight is hardly regular
 L2 = 2.0 ** np.arange(-10, 20)
 
 
+def check_shots(train_labels: Any, shots: int) -> None:
+    """UserError unless a class has training images besides the few."""
+    if shots >= (most := int(np.bincount(train_labels).max())):
+        further = f"no class has more than {most} training images, and l2 is chosen on further ones"
+        raise UserError(f"few-shot: shots are {shots}, but {further}; give fewer")
+
+
 def fewshot(train_features: Any, train_labels: Any, features: Any, shots: int = 5, seed: int = 0) -> np.ndarray:
     """The classes (M,) that ridge regression on a few of the training images (N, D) gives to features (M, D).
 
@@ -18,6 +25,7 @@ def fewshot(train_features: Any, train_labels: Any, features: Any, shots: int = 
     best on the test images; here it is the best on further training images, as many again and at least ten of a class.
     UserError if there are none.
     """
+    check_shots(train_labels, shots)
     from sklearn.linear_model import Ridge
 
     bank, features = (np.asarray(each, np.float64) for each in (train_features, features))
@@ -25,8 +33,6 @@ def fewshot(train_features: Any, train_labels: Any, features: Any, shots: int = 
     order, counts = drawn[np.argsort(labels[drawn], kind="stable")], np.bincount(labels)
     place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class, as drawn
     few, further = order[place < shots], order[(place >= shots) & (place < shots + max(shots, 10))]
-    if not len(further):
-        raise UserError(f"few-shot: no class has more than {shots} training images, to choose l2 on; give fewer shots")
     mean, std, targets = bank[few].mean(0), bank[few].std(0) + 1e-5, 2.0 * np.eye(len(counts))[labels[few]] - 1
     whitened = ((part - mean) / std for part in (bank[few], bank[further], features))
     train, held, test = (np.pad(part, ((0, 0), (0, 1)), constant_values=BIAS) for part in whitened)

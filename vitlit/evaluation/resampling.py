@@ -20,8 +20,7 @@ def folds(labels: Any, count: int, groups: Any = None, seed: int = 0) -> np.ndar
 
     labels, found, most = np.asarray(labels), np.empty(len(labels), np.int64), most_folds(labels, groups)
     if not 2 <= count <= most:
-        limit = f"{most}, the images of the largest class or the groups"
-        raise UserError(f"{count} folds of {len(labels)} images: give from 2 to {limit}")
+        raise UserError(f"{count} folds: give from 2 to {most}, the images of the largest class or the groups")
     kind = (StratifiedKFold if groups is None else StratifiedGroupKFold)(count, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # which some folds then lack

@@ -27,7 +27,8 @@ def outputs(folders: Sequence[str], names: Sequence[str], count: int, file: Path
         numbers = {str(number): number for number in range(count)} | numbers
     found = {numbers[told[folder]]: folder for folder in folders if told.get(folder) in numbers}
     if wrong := next((folder for folder in folders if folder not in found.values()), None):
-        why = f"none, or another folder's, in {file}" if file else "none by its name; --classes FILE tells which"
+        said = f"{file} gives it {told.get(wrong, 'nothing')}; give it one of its own, by name or from 0 to {count - 1}"
+        why = said if file else "none by its name; --classes FILE tells which"
         raise UserError(f"the class {wrong!r} has no output of its own of the head's {count}: {why}")
     return list(found)
 

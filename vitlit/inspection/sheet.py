@@ -18,7 +18,6 @@ def thumbnail(pixels: Tensor, side: int = SIDE) -> Image.Image:
 
 
 def draw_sheet(title: str, cells: Sequence[Cell]) -> Image.Image:
-    """Images under their captions."""
     cell, tall, font = SIDE + MARGIN, SIDE + 2 * TEXT + MARGIN, ImageFont.load_default(TEXT - 4)
     lines = -(-len(cells) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * cell + MARGIN, lines * tall + 2 * TEXT), "white")

@@ -9,9 +9,6 @@ from lightning.pytorch.utilities import rank_zero_only
 class MLflow(MLFlowLogger):
     """Lightning's logger, whose run also gets the config and pictures, as artifacts; `pip install mlflow`."""
 
-    def log_hyperparams(self, params: Any) -> None:
-        """Does nothing: `log_config` stores the whole config, also of a run whose settings a continuation changes."""
-
     @rank_zero_only
     def log_config(self, config: dict[str, Any]) -> None:
         self.experiment.log_dict(self.run_id, config, "config.json")

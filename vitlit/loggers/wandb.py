@@ -3,7 +3,6 @@
 import os
 import secrets
 import shlex
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,9 +126,6 @@ class Wandb(WandbLogger):
             import wandb
 
             wandb.teardown()  # `finish` returns before an offline run's last rows are on disk
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `log_config` stores the whole config."""
 
     @rank_zero_only
     def log_config(self, config: dict[str, Any]) -> None:

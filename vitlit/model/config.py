@@ -138,8 +138,6 @@ COUNTS = ("patch_size", "width", "depth", "heads", "mlp_dim", "in_channels", "hi
 
 
 class Size(NamedTuple):
-    """A row of the size table."""
-
     width: int
     depth: int
     mlp_dim: int

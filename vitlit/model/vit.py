@@ -6,7 +6,7 @@ Parameter names are timm's.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class ViT(nn.Module):
         positioned: how many of these have a learned position.
         classes: class names in the order of the logits; `vitlit.load` sets them.
         temperature: what the logits are to be divided by before a softmax (1706.04599); `vitlit.load` sets it.
+        activation: what makes probabilities of the logits, softmax or sigmoid; an objective and `vitlit.load` set it.
         preprocess: turns image files into input; `vitlit.load` sets it.
     """
 
@@ -47,7 +48,7 @@ class ViT(nn.Module):
         self.patch_size, self.width, self.position = config.patch_size, config.width, config.position
         self.grid = self.grid_of(*config.sides)
         self.classes: list[str] = []
-        self.temperature = 1.0
+        self.temperature, self.activation = 1.0, "softmax"
         self.preprocess: Callable[..., Tensor] | None = None
 
         def tokens(count: int) -> Tensor | None:
@@ -102,17 +103,18 @@ class ViT(nn.Module):
         logits, distilled, features = self.heads(self.features(images, pooled))
         return logits if distilled is None else (logits + distilled) / 2, features
 
-    def features(self, images: Tensor, pooled: bool = False) -> Tensor:
+    def features(self, images: Tensor, pooled: bool = False, layers: Sequence[int] | None = None) -> Tensor:
         """The encoded tokens of images, (B, C, H, W) -> (B, S + N, D); not normalised with `norm: pooled`.
 
-        Those of K patches, (B, S + K, D), in training with patch dropout. With `pooled`, what `encode` then gives.
+        Those of K patches, (B, S + K, D), in training with patch dropout. With `pooled` or `layers`, what `encode` then
+        gives.
         """
         grid, keep = self.grid_of(*images.shape[-2:]), None
         if self.config.patch_dropout and self.pos_drop.training:
             patches = math.prod(grid)
             kept = max(1, int(patches * (1 - self.config.patch_dropout)))
             keep = torch.rand(images.shape[0], patches, device=images.device).argsort(dim=1)[:, :kept]
-        return self.encode(self.embed(images, keep=keep), grid, keep, pooled)
+        return self.encode(self.embed(images, keep=keep), grid, keep, pooled, layers)
 
     def embed(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Prefix tokens and patches with positions (equation 1): (B, C, H, W) -> (B, S + N, D).
@@ -141,13 +143,19 @@ class ViT(nn.Module):
         return self.pos_drop(torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1))
 
     def encode(
-        self, tokens: Tensor, grid: Grid | None = None, keep: Tensor | None = None, pooled: bool = False
+        self,
+        tokens: Tensor,
+        grid: Grid | None = None,
+        keep: Tensor | None = None,
+        pooled: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> Tensor:
         """The norm before the blocks if there is one, the blocks, the final norm: (B, S + N, D) -> (B, S + N, D).
 
         Position rope needs the images' patch `grid`, by default the model's own, and the `keep` that `embed` was given.
         With `pooled`, only the tokens that `pool` and `heads` look at come out. If these are the class token and the
-        distillation token, the last block computes no others, which saves most of its work.
+        distillation token, the last block computes no others, which saves most of its work. With `layers`, numbers of
+        blocks from 0, or from -1 backwards, what comes out of each, through the final norm: (layers, B, S + N, D).
         """
         first = 1 + self.config.distilled if pooled and self.config.pool == "cls" else None
         rotary = None
@@ -156,13 +164,17 @@ class ViT(nn.Module):
             rotary = rotary2d(grid or self.grid, head_width, self.prefix, like=tokens, keep=keep)
         tokens = self.norm_pre(tokens)
         every = int(self.config.activation_checkpointing)
+        asked_for = [range(len(self.blocks))[layer] for layer in layers or ()]
+        after = {}
         for i, block in enumerate(self.blocks):
             asked = (rotary, first if i + 1 == len(self.blocks) else None)
             if every and i % every == 0 and self.training:
                 tokens = checkpoint(block, tokens, *asked, use_reentrant=False)
             else:
                 tokens = block(tokens, *asked)
-        return self.norm(tokens)
+            if i in asked_for:
+                after[i] = tokens
+        return self.norm(tokens if layers is None else torch.stack([after[layer] for layer in asked_for]))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The class token (equation 4), the mean of the patches or attention over them: (B, S + N, D) -> (B, D)."""
@@ -215,7 +227,7 @@ class ViT(nn.Module):
             raise UserError(f"head {kind!r} is neither 'pretrain' nor 'finetune'")
         hidden = (self.width if hidden_dim is None else hidden_dim) if kind == "pretrain" else None
         self.config = replace(self.config, num_classes=num_classes, hidden_dim=hidden)
-        self.classes, self.temperature = [], 1.0
+        self.classes, self.temperature, self.activation = [], 1.0, "softmax"
         sizes, like = (self.width, hidden, num_classes), self.patch_embed.proj.weight  # for device and dtype
         self.head = new_head(*sizes).to(like)
         self.head_dist = new_head(*sizes).to(like) if self.dist_token is not None else None

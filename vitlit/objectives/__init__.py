@@ -9,15 +9,5 @@ from vitlit.objectives.objective import Batch, Objective, Step
 from vitlit.objectives.regression import Regression
 from vitlit.objectives.supervised import Supervised
 
-__all__ = [
-    "DINO",
-    "MAE",
-    "Batch",
-    "Distillation",
-    "LeJEPA",
-    "MaskedPatch",
-    "Objective",
-    "Regression",
-    "Step",
-    "Supervised",
-]
+__all__ = ["DINO", "MAE", "Batch", "Distillation", "LeJEPA", "MaskedPatch", "Objective", "Regression", "Step"]
+__all__ += ["Supervised"]

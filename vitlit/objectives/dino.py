@@ -195,7 +195,6 @@ class Head(nn.Module):
 
 
 def log_softmax(outputs: Tensor) -> Tensor:
-    """The student's log-probabilities."""
     return F.log_softmax(at_least_float32(outputs) / STUDENT_TEMPERATURE, dim=-1)
 
 

@@ -61,6 +61,7 @@ class Supervised(Objective):
             raise UserError(f"{wrong} needs one label an image, but the data has several; {remedy}")
         if vit.config.num_classes != num_classes or head is not None:
             vit.set_head(head or "pretrain", num_classes, hidden_dim)
+        vit.activation = "softmax" if loss == "softmax" else "sigmoid"
         if hidden_dim not in (None, vit.config.hidden_dim):
             raise UserError(f"hidden_dim {hidden_dim} is the pretraining head's, but the head is one linear layer")
         for name, output in vit.named_modules():
@@ -79,8 +80,7 @@ class Supervised(Objective):
         if found != self.num_classes:
             raise UserError(f"num_classes is {self.num_classes}, but the data has {found} classes; leave it out")
         if data is not None and bool(several) != self.multi_label:
-            how = "several labels" if several else "one label"
-            raise UserError(f"the data has {how} an image; give the objective multi_label={bool(several)}")
+            raise UserError(f"multi_label is {self.multi_label}, but the data's is {bool(several)}; give that")
         if self.class_weights is None:
             return
         counts = getattr(data, "class_counts", None)

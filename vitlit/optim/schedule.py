@@ -84,11 +84,10 @@ class Schedule:
         warmup = length("model.schedule.warmup", self.warmup, total, epoch)
         cooldown = length("model.schedule.cooldown", self.cooldown, total, epoch)
         if warmup >= total:
-            remedy = "give a shorter one, such as 0, or more trainer.max_epochs or trainer.max_steps"
+            remedy = "give less, or more trainer.max_epochs or trainer.max_steps"
             raise UserError(f"model.schedule.warmup is {warmup} steps but training has only {total}; {remedy}")
         if warmup + cooldown > total:
-            both = f"{warmup} and {cooldown}"
-            raise UserError(f"model.schedule.warmup and cooldown are {both} steps but training has only {total}")
+            raise UserError(f"model.schedule.warmup and cooldown are {warmup} and {cooldown} of only {total} steps")
 
         def factor(step: int) -> float:
             if by_epoch:

@@ -21,7 +21,7 @@ from vitlit.data.progress import Progress
 from vitlit.data.shards import is_shards
 from vitlit.data.workers import count, loader
 from vitlit.errors import CommandParser, UserError
-from vitlit.files import read_file, writing
+from vitlit.files import check_new, read_file, writing
 from vitlit.images.decode import GROUND, colour
 from vitlit.images.preprocess import Preprocess
 from vitlit.images.raw import as_picture
@@ -75,6 +75,7 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments or ["--help"])
     if (given.sheets or given.image_size) and not given.weights:
         parser.error("--sheets and --image_size are about what --weights finds; give it too")
+    check_new(given.json, given.sheets)
     if given.json and not given.json.parent.is_dir():
         raise UserError(f"{given.json.parent} is not a folder: give --json another file")
     if is_shards(str(given.root)):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, distributed
 
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import REMOVE, Images
 from vitlit.data.index import Index
 from vitlit.data.workers import count, loader
 from vitlit.evaluation.features import BLOCK, features
@@ -55,7 +55,7 @@ def extract(vit: Any, index: Index, names: list[str]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array) for name, array in cached[0].items()}
     share = -(-len(index) // (BLOCK * processes)) * BLOCK
     rows = range(rank * share, len(index))[:share]
-    images = Images(index, preprocess.crop, preprocess=preprocess)
+    images = Images(index, preprocess.crop, preprocess=preprocess, remedy=REMOVE)
     batches = loader(images, rows, BLOCK, count(max(torch.cuda.device_count(), processes)))
     inputs = (preprocess.normalise(batch[0].to(device).permute(0, 3, 1, 2)) for batch in batches)
     found = features(vit, inputs, names) if rows else {}

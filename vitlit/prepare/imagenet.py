@@ -42,8 +42,8 @@ def unpack(tars: Path, out: Path) -> None:
                     imagenet.parse_val_archive(tars, wnids=imagenet.load_meta_file(kit)[1], folder=str(val.absolute()))
             _unpack_train(archives["train"][0], partial / "train")
         except OSError as error:
-            again = "correct that, and give the same command again, which keeps what is complete"
-            raise UserError(f"{tars} could not be unpacked ({error}): {again}") from error
+            again = "correct that, and the same command continues"
+            raise UserError(f"{tars} could not be unpacked ({error}); {again}") from error
     print_counts(out, ("train", "val"))
 
 

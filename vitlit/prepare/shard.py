@@ -14,11 +14,11 @@ from typing import IO, TypeAlias
 import numpy as np
 from PIL import Image
 
-from vitlit.data.folder import scan_classes, scan_split, train_folder
 from vitlit.data.index import Index, Names
-from vitlit.data.manifest import SPLITS, Manifest, read_manifest
+from vitlit.data.manifest import Manifest
 from vitlit.data.progress import Progress
 from vitlit.data.shard_index import BLOCK, INDEX, ShardFiles, ShardIndex, save_index
+from vitlit.data.splits import Splits
 from vitlit.data.webdataset import CLASSES
 from vitlit.data.workers import count
 from vitlit.errors import CommandParser, UserError
@@ -59,20 +59,11 @@ def run(arguments: list[str]) -> int:
 
 def _splits(root: Path, manifest: Path | None) -> Manifest:
     """The images of a manifest, of ROOT/{train,val,test}/CLASS/*, or of ROOT/CLASS/*, by split."""
-    if manifest:
-        found = read_manifest(manifest, root)
-        if not found.classes:
-            raise UserError(f"the labels of {manifest} are numbers, but shards hold classes; train on the manifest")
-        return found
-    folder = train_folder(root, holdout=1.0)  # with a holdout the root will do
-    classes, train = scan_classes(folder)
-    if not classes:
-        raise UserError(f"{folder} holds no class folders, but shards are of images with labels; train on the folder")
-    splits = {"train": train}
-    for split in SPLITS[1:] if folder != root else ():
-        if (root / split).is_dir():
-            splits[split] = scan_split(root / split, classes)
-    return Manifest(classes, splits, False)
+    splits = Splits(str(root), 0.0, str(manifest) if manifest else None)
+    found = {name or "train": splits[name] for name in splits.present()}
+    if not splits.classes:
+        raise UserError(f"{manifest or root} holds no classes, as shards need; train on it as it is")
+    return Manifest(splits.classes, found, splits.multi_label)
 
 
 def write(found: Manifest, out: Path, shard_size: int, shrink: Shrink = None) -> None:

@@ -5,8 +5,8 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from vitlit.errors import CommandParser, UserError
-from vitlit.run.config import read_config
+from vitlit.errors import CommandParser, check_range
+from vitlit.run.history import History
 
 ABOUT = """\
 Print the images of an optimiser step as CSV: row of the global batch, index, path, label, and repeat, which tells the
@@ -20,12 +20,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, required=True, help="counted from 0, as in metrics.csv")
     given = parser.parse_args(arguments)
-    if given.step < 0:
-        raise UserError(f"step {given.step} is less than 0")
-    file = given.run / "config.yaml"
-    config = read_config(file) if file.is_file() else {}
-    if "data" not in config:
-        raise UserError(f"{given.run} is not a run's folder: it has no config.yaml")
+    check_range("vitlit data show", 0, step=given.step)
+    config = History(given.run).config
     stored = config["data"]
     if stored.get("seed") is None:
         stored["seed"] = config.get("seed_everything", 0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision.transforms import Compose, InterpolationMode
 
-from vitlit.data.dataset import Images
+from vitlit.data.dataset import REMOVE, Images
 from vitlit.data.index import Index
 from vitlit.data.workers import count, loader
 from vitlit.evaluation import duplicates, label_errors
@@ -46,7 +46,7 @@ def suspects(
     """Rows of `COLUMNS`, the likeliest first; no label_errors unless each image has one of several classes."""
     whole = CenterCrop((SIDE, SIDE), InterpolationMode.BILINEAR, crop_ratio=1.0, squash=True)
     small = Compose([as_picture, whole])
-    images = [Images(index, small, preprocess=preprocess) for index in splits.values()]
+    images = [Images(index, small, preprocess=preprocess, remedy=REMOVE) for index in splits.values()]
     batches = chain.from_iterable(loader(each, range(len(each)), 64, count(1)) for each in images)
     pairs, apart = duplicates(torch.cat([batch[0] for batch in batches]).permute(0, 3, 1, 2), k)
     place, each = list(zip(table.path, table.split, strict=True)), zip(pairs.tolist(), apart.tolist(), strict=True)

@@ -38,8 +38,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
         if isinstance(callback, EarlyStopping | ModelCheckpoint):
             best = best_mode(callback.monitor)
             if best not in (None, callback.mode):
-                words = f"the {'highest' if best == 'max' else 'lowest'} {callback.monitor} is best"
-                raise UserError(f"{name}'s mode is {callback.mode}, but {words}; give mode {best}")
+                raise UserError(f"{name}'s mode for {callback.monitor} is {callback.mode}; give mode {best}")
         if isinstance(callback, ModelCheckpoint) and callback.filename:
             name_files(callback, callback.filename)
 

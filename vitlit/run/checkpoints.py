@@ -34,8 +34,7 @@ class Files(TorchCheckpointIO):
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            remedy = "make room, and the same command continues from an earlier checkpoint"
-            raise UserError(f"cannot write {path}: {cause.strerror}; {remedy}") from error
+            raise UserError(f"cannot write {path}: {cause.strerror}; make room, the same command continues") from error
 
 
 def link(path: Path, other: Path) -> None:

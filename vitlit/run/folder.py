@@ -25,6 +25,7 @@ FREE = (
 )
 MAX_NAME_BYTES = 200  # a file's name may have 255 bytes, and W&B's are longer than the run's
 LOCK = ".lock"
+LOGS = {"tensorboard", "wandb"}  # what loggers leave of a run that is refused before it begins
 LONGER = ("trainer.max_epochs", "trainer.max_steps")
 
 
@@ -96,7 +97,7 @@ class RunFolder:
         self, config: dict[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before
     ) -> Decision:
         """Compare a config with the folder's, `completed` if it is an old one; UserError if they differ."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self._content())):
+        if not self.path.exists() or (self.path.is_dir() and {each.name for each in self._content()} <= LOGS):
             return Decision("begin")
         if not self.config.is_file():
             raise UserError(f"{self.path} has no config.yaml, so it is no run: restore it, or give another --run.name")

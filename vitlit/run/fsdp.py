@@ -34,8 +34,7 @@ class FSDP2(ModelParallelStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Adafactor | LBFGS | Muon):
-                name = type(optimizer).__name__
-                raise UserError(f"trainer.strategy fsdp2 does not work with {name}, which needs full weights; use ddp")
+                raise UserError(f"{type(optimizer).__name__} needs full weights, which fsdp2 shards; use ddp")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return gather_full(optimizer.state_dict(), keep=self.is_global_zero)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +43,7 @@ class History:
         try:
             self.config: dict[str, Any] = yaml.load((path / "config.yaml").read_text(), Loader)
         except (OSError, yaml.YAMLError) as error:
-            hint = "`vitlit runs ROOT` lists the runs in ROOT"
-            raise UserError(f"{path} is not the folder of a run: it holds no readable config.yaml; {hint}") from error
+            raise UserError(f"{path} is not the folder of a run; `vitlit runs ROOT` lists those in ROOT") from error
         self.settings = settings(self.config)
         kept = read_csv(path / "metrics.csv")
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept]
@@ -72,16 +71,15 @@ class History:
         return int(self.rows[-1]["epoch"]) + 1 if self.rows else 0
 
     @property
-    def seconds(self) -> float:
+    def time(self) -> timedelta:
         """How long commands have worked on it; one that is killed counts until its last row of metrics.csv."""
-        ended = sum(each.get("seconds", 0) for each in self.commands)
-        if not self.rows or not self.commands or "seconds" in self.commands[-1]:
-            return float(ended)
-        began = datetime.fromisoformat(self.commands[-1]["date"]).timestamp()
-        return float(ended + max(0, self.rows[-1]["unix_seconds"] - began))
+        seconds = sum(each.get("seconds", 0) for each in self.commands)
+        if self.rows and self.commands and "seconds" not in self.commands[-1]:
+            began = datetime.fromisoformat(self.commands[-1]["date"]).timestamp()
+            seconds += max(0, self.rows[-1]["unix_seconds"] - began)
+        return timedelta(seconds=round(seconds))
 
     def last(self, metric: str) -> float:
-        """The last value of a metric that was measured."""
         return next(row[metric] for row in reversed(self.rows) if metric in row)
 
 
@@ -114,8 +112,3 @@ def in_words(metric: str, value: float) -> str:
         return "the last"
     is_share = metric.partition("/")[2].startswith(("top", "map", "knn", "probe"))
     return f"{100 * value:.2f} %" if is_share else f"{value:.4f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -6,17 +6,14 @@ For CUDA graphs, the whole step is compiled.
 """
 
 import math
-import os
 from contextlib import nullcontext
-from importlib.util import find_spec
-from shutil import which
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from vitlit.errors import UserError
+from vitlit.errors import UserError, without_compiler
 from vitlit.model import ViT
 from vitlit.model.block import Block
 from vitlit.objectives import Batch, Step
@@ -31,8 +28,7 @@ class Compiling:
 
     def __init__(self, mode: Compile) -> None:
         if mode not in MODES:
-            modes = "auto, false, default, reduce-overhead or max-autotune"
-            raise UserError(f"model.compile {'true' if mode is True else mode} is no mode; give {modes}")
+            raise UserError(f"model.compile is {mode}; give auto, false, default, reduce-overhead or max-autotune")
         self.mode = mode
         self._chosen: Compile | None = None  # by the first batch
         self._shapes: dict[bool, list[torch.Size]] = {}
@@ -41,9 +37,8 @@ class Compiling:
         """Before training: UserError if this machine or this training cannot be compiled as asked."""
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if self.mode in CUDA_GRAPHS and (sharded or trainer.accumulate_grad_batches > 1):
-            neither = "works with neither trainer.strategy fsdp2 nor micro-batches (data.micro_batch)"
-            raise UserError(f"model.compile {self.mode} {neither}; give model.compile default")
-        if self.mode not in ("auto", False) and (lacking := lacks(trainer.strategy.root_device)):
+            raise UserError(f"model.compile {self.mode} excludes fsdp2 and micro-batches; give model.compile default")
+        if self.mode not in ("auto", False) and (lacking := without_compiler(trainer.strategy.root_device.type)):
             raise UserError(f"model.compile {self.mode}: {lacking}, or give model.compile false")
 
     def begin(self, stage: Any, batch: Any) -> None:
@@ -53,7 +48,7 @@ class Compiling:
         self._chosen = self.mode
         if self.mode == "auto":
             self._chosen = stage.device.type == "cuda" and worthwhile(stage.trainer, stage.vit, Batch.of(batch))
-            if self._chosen and (lacking := lacks(stage.device)):
+            if self._chosen and (lacking := without_compiler(stage.device.type)):
                 rank_zero_only(print)(f"vitlit: warning: model.compile auto compiles nothing: {lacking}", flush=True)
                 self._chosen = False
         if self._chosen:
@@ -102,12 +97,3 @@ def worthwhile(trainer: Any, vit: ViT, batch: Batch) -> Compile:
         return False
     alone = micro == trainer.world_size == 1 and not isinstance(trainer.strategy, ModelParallelStrategy)
     return "reduce-overhead" if alone and launching > computing else "default"
-
-
-def lacks(device: torch.device) -> str:
-    """What torch.compile lacks on this machine, with the remedy; else nothing."""
-    gpu = device.type == "cuda"
-    if gpu and find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
-    compilers = [os.environ.get("CC"), "gcc", "clang"] if gpu else [os.environ.get("CXX", "g++")]  # as they look
-    return "" if any(map(which, filter(None, compilers))) else "there is no C++ compiler; apt install g++"

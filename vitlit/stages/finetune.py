@@ -121,8 +121,7 @@ def freeze_matching(vit: ViT, freeze: bool | Sequence[str] | str) -> None:
     patterns = [freeze] if isinstance(freeze, str) else [] if isinstance(freeze, bool) else list(freeze)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in parameters):
-            example = next(iter(parameters))
-            raise UserError(f"model.freeze {pattern!r} matches no parameter of the ViT, such as {example}")
+            raise UserError(f"model.freeze {pattern!r} matches no parameter, such as {next(iter(parameters))}")
     for name, parameter in parameters.items():
         trained = not any(fnmatchcase(name, p) for p in patterns) if patterns else name.startswith("head")
         parameter.requires_grad_(trained)

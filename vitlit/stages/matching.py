@@ -25,16 +25,14 @@ def check_match(objective: Objective, vit: ViT, data: Any) -> None:
         except UserError as error:
             raise UserError(f"data.views: {error}") from error
     if preprocess is not None and tuple(preprocess.image_size) != vit.config.sides:
-        made_for = vit.config.image_size
-        raise UserError(f"the ViT is made for images of {made_for}, but the data gives {preprocess.image_size}")
+        raise UserError(f"the ViT is for images of {vit.config.image_size}, the data gives {preprocess.image_size}")
 
 
 def check_accumulation(objective: Objective, micro_batches: int) -> None:
     """UserError if the objective needs the whole batch at once, and a step has several micro-batches."""
     if objective.whole_batch and micro_batches > 1:
-        remedy = "raise data.micro_batch, or take more devices"
-        several = f"{micro_batches} micro-batches would change what it learns; {remedy}"
-        raise UserError(f"{type(objective).__name__} compares the images of a batch: {several}")
+        name = type(objective).__name__
+        raise UserError(f"{name} compares the images of a whole batch; raise data.micro_batch, or take more devices")
 
 
 def check_batch(objective: Objective, views: int, images: int = 2) -> None:
@@ -45,14 +43,11 @@ def check_batch(objective: Objective, views: int, images: int = 2) -> None:
     if views < wanted:
         raise UserError(f"{name} needs at least {wanted} views of an image, the data has {views}; give data.views")
     if images < 2 and objective.whole_batch:
-        remedy = "raise data.batch_size, or let a loader drop its last batch"
-        raise UserError(f"{name} compares the images of a batch, but this one has {images} on all devices; {remedy}")
+        raise UserError(f"{name} compares images, but a batch has {images} on all devices; raise its size, or drop it")
 
 
 def no_classes(name: str, numbers: bool = False) -> UserError:
     """The error of an objective that needs classes, on data without: without labels, or with numbers."""
     if numbers:
-        instead = "--model.objective Regression learns numbers, --data.labels classes makes each a class"
-        return UserError(f"{name} learns classes, but the manifest's labels are numbers; {instead}")
-    remedy = "sort the images into class folders, or give data.manifest"
-    return UserError(f"the data has no classes, which {name} needs; {remedy}")
+        return UserError(f"{name} learns no numbers; give --model.objective Regression, or --data.labels classes")
+    return UserError(f"the data has no classes, which {name} needs; sort it into folders, or give data.manifest")

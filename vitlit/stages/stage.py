@@ -263,8 +263,7 @@ class Stage(LightningModule):
                 self.log_step(f"train/{name}", mean, prog_bar=name == "loss")
             self.log_step("train/lr", torch.tensor(self._now.lr))
             row, self._row = self._row, {}
-            every_few = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # bars also show an epoch's last
-            for logger in self.trainer.loggers if every_few else ():
+            for logger in self.trainer.loggers:
                 logger.log_metrics({**row, "epoch": self.trainer.current_epoch}, self.trainer.global_step - 1)
                 logger.save()
 
@@ -342,6 +341,6 @@ def step_ends(trainer: Any, batch_idx: int) -> bool:
 
 
 def logs_now(trainer: Any) -> bool:
-    """Whether to log the optimiser step that just ended: every log_every_n_steps steps, and the last of an epoch."""
-    every = trainer.log_every_n_steps
-    return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)
+    """Whether to log the optimiser step that just ended: one in log_every_n_steps, and the last of an epoch or run."""
+    step, every = trainer.global_step, trainer.log_every_n_steps
+    return bool(every) and (step % every == 0 or trainer.is_last_batch or step == trainer.max_steps)

@@ -25,8 +25,7 @@ def starting_vit(vit: ViT | None, init_from: str | None, image_size: int | tuple
     if vit is not None:
         return vit
     if init_from is None:
-        remedy = "give model.init_from (a run folder or a file of weights) or model.vit"
-        raise UserError(f"there is no architecture: {remedy}")
+        raise UserError("there is no architecture: give model.init_from (a run folder or a weight file) or model.vit")
     size = {} if image_size is None else {"image_size": image_size}
     return ViT(**network(read(init_from), num_classes=0, hidden_dim=None, **TRAINING, **size))
 
@@ -70,8 +69,7 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
     trainer = stage.trainer
     stage.lead(stage.data)
     if trainer.state.fn == TrainerFn.FITTING and "averaging_state" in checkpoint and averaging_of(trainer) is None:
-        remedy = "give its trainer.callbacks, or start from the averaged weights (model.init_from)"
-        raise UserError(f"the checkpoint's run averages its weights (EMA), this one does not: {remedy}")
+        raise UserError("the checkpoint's run averages weights (EMA), this one does not; give its trainer.callbacks")
     if not checkpoint["global_step"]:
         return
     # Lightning counts the micro-batches of a device; a step may now have another number of them.

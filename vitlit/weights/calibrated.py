@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from vitlit.errors import UserError
-from vitlit.weights.checkpoint import checksum, loss_of, open_checkpoint
+from vitlit.weights.checkpoint import checksum, open_checkpoint
 from vitlit.weights.files import locate, open_file
 from vitlit.weights.save import write
 
 
 def check_storable(source: str) -> None:
-    """UserError unless the weights at `source` are in a file that can hold a temperature, and predict by a softmax."""
+    """UserError unless the weights at `source` are in a file that can hold a temperature."""
     path = locate(source)
     contents = open_file(path)
     remedy = f"`vitlit weights convert {source} FILE.safetensors --format vitlit` makes a file that can"
@@ -18,8 +18,6 @@ def check_storable(source: str) -> None:
         raise UserError(f"{source} is no file of vitlit's, and cannot hold a temperature; {remedy}")
     if "optimizer_states" in contents.rest:
         raise UserError(f"{path} is to continue a training, and does not hold a temperature; {remedy}")
-    if loss_of(path) != "softmax":
-        raise UserError(f"{path} predicts by a sigmoid for each class; a temperature is of a softmax")
 
 
 def store_temperature(source: str, temperature: float) -> Path:

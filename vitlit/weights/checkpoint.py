@@ -55,8 +55,12 @@ def read(contents: Contents) -> Weights | None:
     temperature = float(about.get("temperature", 1.0))
     if not 0 < temperature < math.inf:
         raise UserError(f"the temperature {temperature} is not above 0")
+    # A run's file tells the loss, since older ones do not tell the activation.
+    objective = contents.rest.get("hyper_parameters", {}).get("objective") or {}
+    loss = (objective.get("init_args") or {}).get("loss") or about.get("activation")
     said = about["vit"], about["classes"], about["preprocess"]
-    return Weights(contents.path, "vitlit", state, *said, unused, known, temperature=temperature)
+    activation = "sigmoid" if loss in ("sigmoid", "bce") else "softmax"
+    return Weights(contents.path, "vitlit", state, *said, unused, known, {}, temperature, activation)
 
 
 def in_units_of_labels(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,7 +81,7 @@ def about(vit: ViT, classes: list[str], preprocess: Any) -> dict[str, Any]:
     """What a vitlit file holds besides the tensors, as values that JSON can hold."""
     known = asdict(preprocess) if isinstance(preprocess, Preprocess) else {}
     plain = {"vit": vit.config.plain(), "classes": list(classes), "preprocess": known}
-    return plain | {"temperature": vit.temperature}
+    return plain | {"temperature": vit.temperature, "activation": vit.activation}
 
 
 def metadata(vit: ViT, format: str) -> dict[str, str]:
@@ -105,10 +109,3 @@ def checksum(text: str, state: dict[str, Tensor]) -> int:
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return crc
-
-
-def loss_of(path: Path) -> str:
-    """The loss whose logits a checkpoint's head gives; softmax where it is not told."""
-    made_with = open_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
-    loss: str = ((made_with.get("objective") or {}).get("init_args") or {}).get("loss") or "softmax"
-    return loss

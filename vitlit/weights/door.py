@@ -66,14 +66,13 @@ def read(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     config, used = found.config, found.state
     if found.skipped and not any(name.startswith("head.") for name in found.state):
         config |= {"num_classes": 0, "hidden_dim": None}
-        found.classes, found.temperature = [], 1.0
+        found.classes, found.temperature, found.activation = [], 1.0, "softmax"
     if found.format != "vitlit":  # before `fuse` makes float32 of a layer with one part of integers
         left = [*found.unused, *(f"*{pattern}" for pattern in contents.skip)]
         used = {name: tensor for name, tensor in contents.tensors.items() if not skips(left, name)}
     for name, tensor in used.items():
         if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{path} holds {kind} numbers in {name}, unlike a ViT; {how_to_skip(name, used)}")
+            raise UserError(f"{path} holds {tensor.dtype} in {name}, unlike a ViT; {how_to_skip(name, used)}")
     if "heads" not in config and (heads := usual_heads(config)) is not None:
         config["heads"], found.origins["heads"] = heads, f"{heads} (usual for its width); {NOT_SAID}"
     if config.get("position", "learned") == "learned" and "image_size" not in found.stated:
@@ -166,7 +165,7 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     """The ViT of a run (its best checkpoint), of a file of any known format or of hf:OWNER/NAME, in evaluation mode.
 
     `vit.classes` are the class names in the order of the logits, and `vit(vit.preprocess(paths))` the logits of images,
-    to be divided by `vit.temperature` (1 unless one was fitted) before a softmax.
+    to be divided by `vit.temperature` (1 unless one was fitted) before `vit.activation`, softmax or sigmoid.
 
     `weights` are the averaged ones (an EMA, a teacher) or the raw ones, where the file has both; `skip` has shell
     patterns, one or several, of the names of tensors to leave out: those that are not the ViT's, or `head*`. UserError
@@ -176,7 +175,8 @@ def load(source: str | Path, weights: Choice = "averaged", skip: str | Sequence[
     vit = empty(found)
     vit.to_empty(device="cpu")
     load_weights(vit, found)
-    vit.classes, vit.temperature, vit.preprocess = found.classes, found.temperature, preprocess(found.preprocess, vit)
+    vit.classes, vit.preprocess = found.classes, preprocess(found.preprocess, vit)
+    vit.temperature, vit.activation = found.temperature, found.activation
     return vit.eval()
 
 

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitlit.errors import UserError
-from vitlit.files import check_archive, damaged, expand
+from vitlit.files import check_archive, damaged, expand, from_here, load_arrays
 from vitlit.weights import hub
 from vitlit.weights.averaged import RAW, Choice, pick_key, pick_names
 
@@ -32,8 +34,6 @@ def skips(patterns: Iterable[str], name: str) -> bool:
 
 
 class Contents(NamedTuple):
-    """What is in a weight file."""
-
     path: Path
     kind: str  # of container: torch, safetensors or npz
     tensors: dict[str, Tensor]
@@ -60,6 +60,8 @@ def locate(source: str | Path) -> Path:
         return source
     for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", *hub.FILES, "pytorch_model.bin"):
         if (source / name).is_file():
+            if name.endswith("last.ckpt"):
+                tell_last(source / name)
             return source / name
     remedy = "name the folder of a run, or a checkpoint file"
     if source.is_dir():
@@ -67,6 +69,12 @@ def locate(source: str | Path) -> Path:
     if re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)) and not source.parent.is_dir():
         remedy += f"; for a model of the hub write hf:{source}"
     raise UserError(f"{source} does not exist; {remedy}")
+
+
+@cache  # a command may locate its weights twice
+def tell_last(path: Path) -> None:
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        print(f"{from_here(path.parent.parent)} has no best.ckpt: its last.ckpt is used", flush=True)
 
 
 def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()) -> Contents:
@@ -77,8 +85,7 @@ def open_file(path: Path, weights: Choice = "averaged", skip: Sequence[str] = ()
         tensors = {name: tensor for name, tensor in contents.tensors.items() if not name.startswith(picked[0])}
         contents = contents._replace(tensors=tensors, origin=picked[1])
     if weights == "raw" and not contents.origin:
-        remedy = "name last.ckpt" if path.name == "best.ckpt" else "leave weights='raw' out"
-        raise UserError(f"{path} has no raw weights beside averaged ones; {remedy}")
+        raise UserError(f"{path} has no raw weights beside averaged ones; those of a run are in last.ckpt")
     return contents._replace(skip=skip)
 
 
@@ -155,9 +162,8 @@ def open_shards(path: Path) -> Contents:
 
 def open_npz(path: Path) -> Contents:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            tensors = {name: to_tensor(file[name]) for name in file.files}
-    except Exception as error:  # a damaged header raises anything; pickled objects are a ValueError
+        tensors = {name: to_tensor(array) for name, array in load_arrays(path).items()}
+    except (OSError, ValueError, TypeError) as error:  # of pickled objects, or of arrays that are no numbers
         raise damaged(path, f"numpy refuses it ({error})") from error
     return Contents(path, "npz", tensors, "", {})
 

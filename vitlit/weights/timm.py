@@ -17,6 +17,7 @@ from vitlit.weights.hub import CONFIG
 from vitlit.weights.names import fuse, prefix_of, strip
 from vitlit.weights.weights import HALF, IMAGENET, NOT_SAID, STEM, Weights, architecture, require, square, tensors
 
+POSITIONS = ("learned", "sincos2d", "sincos2d_mae")
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 # What timm's names tell and no tensor shows: the models with gelu_tanh, those with an epsilon of 1e-5, and the heads;
@@ -60,6 +61,13 @@ KNOWN = (
     *("num_heads", "act_layer", "norm_layer", "proj_bias", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix"),
     *("patch_drop_rate", "weight_init", "fix_init", "pos_embed"),
 )
+
+NAMED = {192: "tiny", 384: "small", 1024: "large"}  # by width; the arguments say the rest
+ARGUMENTS = {"in_chans": "in_channels", "embed_dim": "width", "num_heads": "heads", "reg_tokens": "registers"}
+ARGUMENTS |= {"init_values": "layer_scale", "pool_include_prefix": "pool_prefix"}
+ARGUMENTS |= dict.fromkeys(("scale_attn_norm", "scale_mlp_norm"), "sub_norm")
+ARGUMENTS |= {name: name for name in ("patch_size", "depth", "class_token", "qkv_bias", "qk_norm", "proj_bias")}
+ARGUMENTS |= {name: name for name in ("pre_norm", "final_norm")}
 
 
 def read(contents: Contents) -> Weights | None:
@@ -183,7 +191,7 @@ def holds(state: dict[str, Tensor], seen: dict[str, Any], position: str) -> bool
 
 def write(vit: ViT) -> dict[str, Tensor]:
     options = {"patch_bias": not vit.config.pre_norm, "hidden_dim": None}
-    require(vit, "timm's vit", **options, position=("learned", "sincos2d", "sincos2d_mae"))
+    require(vit, "timm's vit", **options, position=POSITIONS)
     state, registers = tensors(vit), vit.config.registers
     if vit.position.startswith("sincos2d"):
         assert vit.pos_embed is not None
@@ -195,3 +203,35 @@ def write(vit: ViT) -> dict[str, Tensor]:
         for i, name in enumerate(name for name in ("cls_token", "dist_token") if name in state):
             state[name] = state[name] + table[:, i : i + 1]
     return state
+
+
+def config(vit: Any) -> dict[str, Any]:
+    """The config.json of timm's model, which transformers reads too; UserError if timm has none such."""
+    config, preprocess, swiglu = vit.config, vit.preprocess, vit.config.mlp == "swiglu"
+    name, eps = f"vit_{NAMED.get(config.width, 'base')}_patch16_224", min(config.norm_eps, 1e-6)
+    # What no argument chooses is of a model that has it.
+    if config.distilled:
+        require(vit, "timm's deit", mlp=ACTIVATIONS, registers=0, class_position=True)
+        name = "deit_base_distilled_patch16_224"
+    elif swiglu:
+        name = "vit_giant_patch14_dinov2"
+    elif config.norm_eps == 1e-5 and config.norm_kind == "layernorm":
+        name, eps = "vit_base_patch16_clip_224", 1e-5
+    require(vit, f"timm's {name}", norm_eps=eps, patch_norm=False, hidden_dim=None, position=POSITIONS)
+    hidden = config.mlp_dim * (2 if swiglu else 1)
+    ratio = hidden / config.width
+    arguments = {theirs: getattr(config, ours) for theirs, ours in ARGUMENTS.items()} | {
+        "img_size": list(config.sides),
+        "mlp_ratio": ratio if int(config.width * ratio) == hidden else math.nextafter(ratio, math.inf),
+        "global_pool": next(theirs for theirs, ours in POOLS.items() if ours == config.pool),
+        "no_embed_class": bool(config.registers) or not config.class_position,
+        "fc_norm": config.norm == "pooled",
+        "act_layer": "silu" if swiglu else config.mlp,
+    }
+    arguments |= {"norm_layer": config.norm_kind} if eps != 1e-5 else {}
+    cfg = {"input_size": [config.in_channels, *config.sides], "fixed_input_size": True}
+    cfg |= {"interpolation": preprocess.interpolation, "mean": list(preprocess.mean), "std": list(preprocess.std)}
+    cfg |= {"crop_pct": preprocess.crop_ratio, "crop_mode": "squash" if preprocess.squash else "center"}
+    cfg |= {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if config.distilled else "head"}
+    about = {"architecture": name, "num_classes": config.num_classes, "model_args": arguments, "pretrained_cfg": cfg}
+    return about | ({"label_names": vit.classes} if vit.classes else {})

@@ -43,6 +43,7 @@ class Weights:
     stated: frozenset[str] = frozenset()  # options, and preprocess, that the file or its format states
     origins: dict[str, str] = field(default_factory=dict)  # where settings that no tensor shows come from, by name
     temperature: float = 1.0  # what the logits are to be divided by before a softmax
+    activation: str = "softmax"  # what makes probabilities of the logits; else sigmoid
     skipped: list[str] = field(default_factory=list)  # names by the ViT's parameter names that the user left out
 
 
