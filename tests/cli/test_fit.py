@@ -105,9 +105,7 @@ def test_files_that_are_not_read_and_images_that_do_not_fill_a_batch_are_told_on
 def test_a_class_without_validation_images_is_said_in_one_line(vitlit: Command, data: Path) -> None:
     shutil.rmtree(data / "val" / "3")
     out = done(vitlit("fit", *SMALL, "--data.root", data))
-    assert [line for line in out.splitlines() if " lacks " in line] == [
-        f"{data}/val lacks 1 of 4 classes, such as '3'"
-    ]
+    assert [line for line in out.splitlines() if " lacks " in line] == [f"{data}/val lacks 1 of 4 classes, such as '3'"]
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("text.png", 0), ("cut.png", 0), ("cut.jpg", 2)])

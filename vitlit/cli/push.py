@@ -88,7 +88,9 @@ def publish(path: Path, folder: Path, name: str, license: str) -> None:
     notes = "timm's outputs, of up to {largest_output:.1f}, are the run's to {largest_difference:.1e}.".format(**found)
     if temperature != 1:
         notes += f" The head is divided by the temperature {temperature:.4g}, which calibrates the probabilities."
-    if vit.config.in_channels == 1:
+    if vit.preprocess.range:
+        notes += f" Files are read with data.range {list(vit.preprocess.range)}, which is for vitlit alone."
+    elif vit.config.in_channels == 1:
         notes += " Its images are grey, and neither timm nor transformers makes them so."
     text = card(Report(run), name, license, bool(vit.config.num_classes), PROBABILITIES[activation], notes)
     write_text(folder / "README.md", text.encode(errors="replace").decode())  # a class's name may be no text
