@@ -144,6 +144,7 @@ def test_pixels_and_normalised_images_give_the_same(rich: tuple[Any, Path], tmp_
         program.module()(torch.zeros(1, 3, 48, 48))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 def test_aotinductor_computes_the_same_for_any_batch(tmp_path: Path) -> None:
     vit, file = ready(registers=1), tmp_path / "a.pt2"

@@ -121,7 +121,7 @@ def test_epochs_need_a_known_epoch() -> None:
 
 @pytest.mark.parametrize("total", [10, 3])
 def test_a_warm_up_that_outlasts_the_training_is_refused_with_both_numbers(total: int) -> None:
-    with pytest.raises(UserError, match=rf"warmup is 10 steps but training has only {total}; shorten it"):
+    with pytest.raises(UserError, match=rf"warmup is 10 steps but training has only {total}; give less, or more"):
         Schedule(warmup=10).over(total)
     Schedule(warmup=10).over(11)
 
