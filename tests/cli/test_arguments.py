@@ -301,7 +301,7 @@ def test_a_printed_config_trains(vitlit: Command, few: Path, tmp_path: Path, ski
         ("--model.objective.head_std", "-1", "head_std is -1.0"),
         ("--trainer.limit_train_batches", "0", "nothing to train with trainer.limit_train_batches 0"),
         ("--trainer.val_check_interval", "0", "trainer.val_check_interval 0 is not above 0"),
-        ("--trainer.val_check_interval", "1000", "val_check_interval is 1000; give at most an epoch's 2 batches"),
+        ("--trainer.val_check_interval", "1000", "is 1000; give at most 2, or check_val_every_n_epoch null"),
         ("--trainer.callbacks", "[LearningRateFinder]", "LearningRateFinder would change what the config says"),
         ("--trainer.callbacks", "[EMA, EMA]", "more than one stateful callback"),
         (

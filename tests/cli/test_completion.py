@@ -79,9 +79,9 @@ def test_a_checkpoint_that_the_config_contradicts_is_refused(
 
 def test_a_checkpoint_beyond_the_end_of_training_is_refused(vitlit: Command, few: Path, work: Path) -> None:
     command = ("fit", *SMALL, "--data.root", few, "--model.vit.dropout", 0.1, "--run.name", "b", "--ckpt_path", LAST)
-    more = "more --trainer.max_epochs"
-    refused(vitlit(*command), f"{LAST} is at step 6, this training ends at step 6; give {more}")
-    refused(vitlit(*command, "--trainer.max_epochs", 2), f"{LAST} is at step 6, this training ends at step 4")
+    more = "more trainer.max_epochs or max_steps"
+    refused(vitlit(*command), f"{LAST} is at step 6, training ends at 6; give {more}")
+    refused(vitlit(*command, "--trainer.max_epochs", 2), f"{LAST} is at step 6, training ends at 4")
     assert not (work / "runs" / "b").exists()
     done(vitlit(*command, "--trainer.max_steps", 7))
 

@@ -205,7 +205,7 @@ def test_the_hubs_names_are_metadata(push: Push, run: Path, tmp_path: Path) -> N
     assert push(run, NAME, "--license", "cc-by-nc-4.0", "--to", tmp_path / "out")[0] == 0
     card: Any = ModelCard((tmp_path / "out" / "README.md").read_text())
     assert (card.data.base_model, card.data.datasets) == ("facebook/dinov2-small", "uoft-cs/cifar10")
-    assert "cc-by-nc-4.0; that of hf:facebook/dinov2-small@v1, from which training began" in card.text
+    assert "cc-by-nc-4.0. The license of hf:facebook/dinov2-small@v1, from which training began" in card.text
 
 
 def test_features_are_published_as_such(push: Push, place: Path, photos: list[str], tmp_path: Path) -> None:

@@ -227,7 +227,17 @@ def test_more_than_eight_bits_are_refused_without_a_range(tmp_path: Path, name: 
         Image.fromarray(values[..., 0]).save(path)
     else:
         path.write_bytes(png16(values[..., :1]))
-    with pytest.raises(UserError, match=f"cannot read the image {path}: it has more than 8 bits .*: give --data.range"):
+    with pytest.raises(
+        UserError, match=f"cannot read the image {path}: it .*has more than 8 bits .*: give --data.range"
+    ):
+        decode(path)
+
+
+def test_of_a_tiff_cut_short_it_is_said_that_it_may_be_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (16, 16)).save(path, compression="tiff_lzw")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="it is damaged, or has more than 8 bits"):
         decode(path)
 
 

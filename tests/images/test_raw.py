@@ -98,6 +98,7 @@ def test_photographs_are_upright_also_of_sixteen_bits() -> None:
     assert np.array_equal(read(deep[:33] + chunk + deep[33:]), np.rot90(values, -1))
     jpeg = Image.fromarray(numbers(3, "uint8", (16, 24)))
     assert read(saved(jpeg, "JPEG", exif=turned)).shape == (24, 16, 3)
+    assert read(saved(jpeg, "MPO", save_all=True, append_images=[jpeg])).shape == (16, 24, 3)  # a camera's
 
 
 class Harmful:

@@ -46,6 +46,9 @@ def test_every_figure_of_a_classifier_is_written(vitlit: Command, tmp_path: Path
     done(vitlit("inspect", file, photos, "--out", "folder"))
     with Image.open(tmp_path / "folder" / "images.png") as drawn, Image.open(tmp_path / "looks" / "images.png") as two:
         assert two.width < drawn.width  # 7 of 20, evenly
+    done(vitlit("inspect", file, photos, "1.png", "--out", "both"))  # the file too, whatever the folder holds
+    with Image.open(tmp_path / "both" / "images.png") as both, Image.open(tmp_path / "folder" / "images.png") as drawn:
+        assert both.width > drawn.width
 
 
 def test_what_does_not_apply_to_a_vit_is_said(vitlit: Command, tmp_path: Path) -> None:

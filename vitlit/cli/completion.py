@@ -4,19 +4,18 @@ import json
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from PIL import Image
 
 from vitlit.data.erasing import Erasing
 from vitlit.data.mixing import Mixing
 from vitlit.data.splits import Splits
 from vitlit.errors import UserError
+from vitlit.images.decode import FORMATS, open_picture
 from vitlit.model import Size, ViT, ViTConfig
 from vitlit.model.lora import LoRA
 from vitlit.optim import Groups, Schedule
@@ -144,9 +143,11 @@ def config_warnings(config: Namespace, source: dict[str, Any], data: Any) -> lis
     index, sides, size = data.split("train"), [], min(data.preprocess.image_size)
     for row in range(0, len(index), -(-len(index) // 10)):  # a few headers
         with suppress(Exception):  # what is no image is named when it is decoded
-            sides.append(min(Image.open(BytesIO(index.read(row))).size))
+            sides.append(min(open_picture(index.read(row), FORMATS).size))
     if 4 * (side := median_low(sides or [size])) < size:
-        found.append(f"training images are enlarged from {side} pixels to data.image_size {size}; a smaller is faster")
+        found.append(
+            f"training images are enlarged from {side} pixels to data.image_size {size}; a smaller one is faster"
+        )
     return found
 
 

@@ -24,11 +24,11 @@ def run(arguments: list[str]) -> int:
     from vitlit.inspection.figures import FIGURES
     from vitlit.weights.door import load_prepared
 
-    index = scan_photos(list(map(Path, given.images)))
-    step = -(-len(index) // max(MOST, len(given.images)))
+    found = [scan_photos([Path(image)]) for image in given.images]
+    paths = [each.path(row) for each in found for row in range(0, len(each), -(-len(each) // MOST))]
     with whole_folder(given.out) as folder:
         vit = load_prepared(given.weights)
-        images = vit.preprocess([index.path(row) for row in range(0, len(index), step)])
+        images = vit.preprocess(paths)
         print(f"images and heads: attention of the {pooled(vit)[0]} (pool: {vit.config.pool})")
         for draw in FIGURES:
             name = draw.__name__.removeprefix("draw_")

@@ -112,7 +112,7 @@ def card(report: Report, name: str, license: str, classifies: bool, after: str, 
     rows |= {"Ended": run.state, "vitlit": report.last.get("versions", {}).get("vitlit", "not known")}
     rows |= {f"Commit of {what}": commit for what, commit in report.last.get("commit", {}).items()}
     settings = public(yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=1e9))
-    base = f"that of {public(start)}, from which training began, and " if start else ""
+    base = f"of {public(start)}, from which training began, and " if start else ""
     parts = [
         f"---\n{metadata(run, name, license, task, start, data)}\n---\n\n# {name}",
         f"A [Vision Transformer](https://arxiv.org/abs/2010.11929), trained with vitlit. {notes}",
@@ -121,7 +121,7 @@ def card(report: Report, name: str, license: str, classifies: bool, after: str, 
         *([table("Confusion", "What was confused most.", confusion.head, confusion.rows)] if confusion.rows else []),
         table("Training", "How these weights came about.", ("", ""), rows.items()),
         f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>",
-        f"## License\n\n{license}; {base}that of the data may bind too.\n",
+        f"## License\n\n{license}. The license {base}of the data may apply too.\n",
     ]
     return "\n\n".join(parts)
 

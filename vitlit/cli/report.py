@@ -131,10 +131,8 @@ class Report:
         text = f"best.ckpt has the weights after step {best.step:,}, in epoch {best.row['epoch'] + 1:.0f}, {why}."
         limits = self.limits(best.row)
         if limits:
-            text += (
-                f" Intervals are those of the bootstrap over {len(self.right):,} validation images, which chose the "
-            )
-            text += "weights: how a number varies with other images of this kind, not with other trainings."
+            text += f" Intervals are those of the bootstrap over {len(self.right):,} validation images, which chose the"
+            text += " weights: how a number varies with other images of this kind, not with other trainings."
         rows = [
             (name, in_words(name, best.row[name]), limits.get(name, "-"), in_words(name, self.run.last(name)))
             for name in best.row

@@ -190,7 +190,7 @@ def check_length(trainer: LightningTrainer, stage: Stage, steps_per_epoch: int, 
     end = min(limit for limit in limits if limit > 0)
     stage.schedule.over(end, steps_per_epoch)
     if start is not None and (step := open_checkpoint(start)["global_step"]) >= end:
-        raise UserError(f"{start} is at step {step}, this training ends at step {end}; give more --trainer.max_epochs")
+        raise UserError(f"{start} is at step {step}, training ends at {end}; give more trainer.max_epochs or max_steps")
 
 
 METHODS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")

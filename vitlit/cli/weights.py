@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?")
     parser.add_argument("--format", choices=get_args(Format))
-    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help="of a file that has both sets")
+    parser.add_argument("--weights", choices=get_args(Choice), default="averaged", help="of a file that has both")
     parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help="leave tensors out; repeatable")
     given = parser.parse_intermixed_args(arguments or ["--help"])
     if {given.out is not None, given.format is not None} != {given.what == "convert"}:

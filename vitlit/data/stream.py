@@ -180,7 +180,7 @@ def set_accumulation(trainer: Any, micro_batches: int, steps: int) -> None:
         raise UserError(f"there is nothing to train with trainer.limit_train_batches {limit}; give more")
     interval = trainer.val_check_interval
     if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
-        raise UserError(f"trainer.val_check_interval is {interval}; give at most an epoch's {batches} batches")
+        raise UserError(f"val_check_interval is {interval}; give at most {batches}, or check_val_every_n_epoch null")
     if batches % micro_batches:
         raise UserError(f"trainer.limit_train_batches must be a multiple of a step's {micro_batches} micro-batches")
     # Lightning does not know that the loader starts at the run's position.

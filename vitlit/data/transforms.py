@@ -75,8 +75,8 @@ def matched(
     for name, value in given.items():
         if name in ("mean", "std") and len(value) != channels:
             raise UserError(f"data.{name} has {len(value)} numbers, but model.vit.in_channels is {channels}")
-        if name in fixed and name in PIXELS and not others and value != (theirs := getattr(made, name, value)):
-            raise UserError(f"data.{name} is {value}, but {source} was made with {theirs}; leave it out")
+        if name in fixed and name in PIXELS and not others and value != (had := getattr(made, name, value)):
+            raise UserError(f"data.{name} is {value}, but {source} was made with {had}; leave it out")
     if not isinstance(made, Preprocess):
         made = Preprocess(size, mean=(0.5,) * channels, std=(0.5,) * channels, range=levels)
     return replace(made, image_size=size, **given)

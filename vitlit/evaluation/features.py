@@ -35,17 +35,13 @@ def features(vit: Any, batches: Iterable[Tensor], names: Sequence[str] = ("poole
 
 
 def forward(vit: Any, images: Tensor) -> dict[str, Tensor]:
-    after: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, tokens: after.append(tokens)) for block in vit.blocks[-4:]]
-    try:
-        logits, pooled = vit.outputs(images, pooled=False)  # all tokens come out of the last block
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tokens = [vit.fc_norm(vit.norm(each)) for each in after]  # one is the final norm, the other does nothing
-    means = [each[:, vit.prefix :].mean(1) for each in tokens]
-    of_blocks = means if vit.cls_token is None else [each[:, 0] for each in tokens]
-    return {"pooled": pooled, "logits": logits, "class": torch.stack(of_blocks, 1), "patches": means[-1]}
+    after = vit.features(images, layers=range(-min(4, len(vit.blocks)), 0))
+    logits, distilled, pooled = vit.heads(after[-1])
+    logits = logits if distilled is None else (logits + distilled) / 2
+    tokens = vit.fc_norm(after)  # which does nothing where the final norm is that of `features`
+    means = tokens[:, :, vit.prefix :].mean(2)
+    of_blocks = means if vit.cls_token is None else tokens[:, :, 0]
+    return {"pooled": pooled, "logits": logits, "class": torch.stack([*of_blocks], 1), "patches": means[-1]}
 
 
 def probe_inputs(found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"]
 FORMATS += [name for name, part in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(part)]
 MOST_PIXELS = 178_956_970  # of an image; Pillow's own limit, 2 * Image.MAX_IMAGE_PIXELS
 GROUND = "white"
-OTHER = "it has more than 8 bits or other channels than RGB: give --data.range, such as [0,65535], or convert it"
+OTHER = "has more than 8 bits or other channels than RGB: give --data.range, such as [0,65535], or convert it"
 ARRAY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # markers that hold the size: baseline, extended, progressive
@@ -76,8 +76,8 @@ def open_picture(data: bytes, formats: list[str]) -> Image.Image:
             warnings.simplefilter("ignore")  # odd EXIF data, or half of the pixels allowed
             return Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        other = data.startswith((ARRAY, *TIFF))
-        raise ValueError(OTHER if other else f"it is no {' '.join(formats)}; convert or remove it") from error
+        other = f"it is damaged, or {OTHER}" if data.startswith((ARRAY, *TIFF)) else ""
+        raise ValueError(other or f"it is no {' '.join(formats)}; convert or remove it") from error
 
 
 @contextmanager
@@ -153,9 +153,9 @@ def refuse_deep(picture: Image.Image) -> None:
     for tile in getattr(picture, "tile", ()):  # of a file that is not read yet: how its values are stored
         largest = tile.args[-1] if tile.codec_name.startswith("ppm") and isinstance(tile.args, tuple) else 0
         if largest > 255 or re.search("[ABKLXa];16", str(tile.args)):
-            raise ValueError(OTHER)
+            raise ValueError(f"it {OTHER}")
     if picture.mode[0] in "IF":
-        raise ValueError(OTHER)
+        raise ValueError(f"it {OTHER}")
 
 
 def _laid_over(image: np.ndarray, ground: str) -> Tensor:

@@ -20,7 +20,7 @@ def read(data: bytes) -> np.ndarray:
     pages. An array of .npy is (H, W) or (H, W, C). ValueError if the file is none of these, or damaged.
     """
     if not data.startswith((ARRAY, *TIFF)):
-        format = str(open_picture(data, FORMATS).format)
+        format = str(open_picture(data, FORMATS).format).replace("MPO", "JPEG")  # of several pictures, the first
         if format not in DECODERS:
             raise ValueError(f"data.range needs torchcodec, which does not load: {WHY_NOT}")
         depth = {"output_dtype": "auto"} if format == "PNG" else {}

@@ -141,8 +141,7 @@ class Wandb(WandbLogger):
     def log_mistakes(
         self, worst: Sequence[Mapping[str, str]], counts: Counter[tuple[str, str]], images: Mapping[str, Any]
     ) -> None:
-        """Log the tables `mistakes`, rows of validation.csv with their images, where there are any by their paths, and
-        `confusion`, images by label and prediction."""
+        """Log the tables `mistakes`, rows of validation.csv with `images` by path, and `confusion`, counts by pair."""
         import wandb
 
         columns: list[str | int] = ["path", "label", "prediction", "probability"]

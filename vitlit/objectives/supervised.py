@@ -80,7 +80,8 @@ class Supervised(Objective):
         if found != self.num_classes:
             raise UserError(f"num_classes is {self.num_classes}, but the data has {found} classes; leave it out")
         if data is not None and bool(several) != self.multi_label:
-            raise UserError(f"multi_label is {self.multi_label}, but the data's is {bool(several)}; give that")
+            has = "several labels" if several else "one label"
+            raise UserError(f"the data has {has} an image; give the objective multi_label={bool(several)}")
         if self.class_weights is None:
             return
         counts = getattr(data, "class_counts", None)

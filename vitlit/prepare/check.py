@@ -197,14 +197,14 @@ def _decode_images(
     readable: dict[str, Layout] = {}
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)  # splits and rows of the images with these pixels
     found: dict[str, dict[str, str]] = defaultdict(dict)  # reasons by path, by kind
-    count = 0  # channels of the first image
+    wanted = 0  # channels, of the first image
     for split, layout in layouts.items():
         sides, read, channels = array("l"), array("l"), list[Channels]()
         for row, seen in enumerate(_look_all(layout.index, workers, split, look)):
             if seen.channels:
-                count = count or len(seen.channels.sums)
-                if len(seen.channels.sums) != count:
-                    found["channels"][layout.image(row)] = f"{len(seen.channels.sums)} instead of {count}"
+                wanted = wanted or len(seen.channels.sums)
+                if len(seen.channels.sums) != wanted:
+                    found["channels"][layout.image(row)] = f"{len(seen.channels.sums)} instead of {wanted}"
                     continue
                 channels.append(seen.channels)
             if seen.kind or seen.side < SMALL:

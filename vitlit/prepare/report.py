@@ -84,8 +84,9 @@ def look(path: str, ground: str = GROUND, levels: tuple[float, float] | None = N
             if levels is None:
                 image = decode(path, ground).permute(1, 2, 0).contiguous().numpy()
             else:
+                data = read_file(path)
                 with naming(path):
-                    image = np.ascontiguousarray(raw.read(read_file(path)))
+                    image = np.ascontiguousarray(raw.read(data))
                     channels = measure(image, levels)
         except Exception as error:  # a decoder's bug in one file must not end the check
             if isinstance(error.__cause__, Image.DecompressionBombError):
