@@ -60,7 +60,7 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[Path]:
 def check_new(*paths: str | Path | None) -> None:
     """UserError for the first path that exists, but for empty folders: what a command is told to write is new."""
     for path in paths:
-        if path and os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        if path and (os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))):
             filled = " and is not empty" if os.path.isdir(path) else ""
             raise UserError(f"{path} exists{filled}: name another, or remove it first")
 

@@ -16,6 +16,9 @@ from conftest import png16, user_error
 from PIL import Image
 
 from vitlit.data import Preprocess
+from vitlit.data.bad_images import BadImages
+from vitlit.data.dataset import Images
+from vitlit.data.folder import scan_split
 from vitlit.images import raw
 from vitlit.images.decode import naming
 
@@ -122,10 +125,6 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "it has a palette",
     ),
     "turned": (lambda: tiff(numbers(1)[..., 0], extratags=[(274, "H", 1, 6, True)]), "its tag Orientation turns it"),
-    "LZW": (
-        lambda: saved(Image.fromarray(numbers(1)[..., 0]), "TIFF", compression="tiff_lzw"),
-        "LZW: 5> requires the 'imagecodecs' package: pip install imagecodecs",
-    ),
     "cut TIFF": (lambda: tiff(numbers(3), compression="zlib")[:-40], "."),
     "huge PNG": (lambda: png16(numbers(1)).replace(struct.pack(">II", 12, 9), struct.pack(">II", 50_000, 50_000)), "."),
 }
@@ -141,10 +140,18 @@ def test_what_is_not_read_is_said_in_a_line(
     assert not Path("harmed").exists()
 
 
-def test_a_missing_tifffile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = tiff(numbers(4))
-    monkeypatch.setitem(sys.modules, "tifffile", None)
-    user_error("cannot read the image x: this needs tifffile: pip install tifffile", read, data)
+def test_a_missing_package_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compressed = saved(Image.fromarray(numbers(1)[..., 0]), "TIFF", compression="tiff_lzw")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.tif").write_bytes(compressed)
+    grey = Preprocess(SHAPE, mean=(0.5,), std=(0.5,), range=LEVELS)
+    bad = BadImages(tmp_path / "bad.csv", 1)
+    images = Images(scan_split(tmp_path, ["a"]), grey.crop, bad=bad, preprocess=grey)
+    for package in ("imagecodecs", "tifffile"):
+        monkeypatch.setitem(sys.modules, package, None)
+        said = f"^this needs {package}: pip install {package}$"
+        user_error(said, read, compressed)
+        user_error(said, images.decode, 0)
 
 
 @pytest.mark.parametrize(

@@ -20,4 +20,6 @@ def test_the_images_of_any_step_of_a_run_are_shown(vitlit: Command, few: Path, w
         assert Path(row["path"]).is_file()
     refused(vitlit("data", "show", "runs/pretrain", "--step", -1), "step is -1; give at least 0")
     refused(vitlit("data", "show", "runs", "--step", 1), "runs is not the folder of a run")
+    (work / "runs" / "config.yaml").write_text("optimizer: adam\n")
+    refused(vitlit("data", "show", "runs", "--step", 1), "runs is not the folder of a run")
     refused(vitlit("data", "show", "runs/pretrain"), "--step")

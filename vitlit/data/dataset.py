@@ -90,6 +90,8 @@ class Images(Dataset[tuple[Any, ...]]):
         except StorageUserError:
             raise
         except UserError as error:
+            if isinstance(error.__cause__, ImportError):  # a package is missing, nothing wrong with the image
+                raise
             if self.bad is None:
                 raise UserError(f"{error}; {self.remedy}") from error
             self.bad.note(path, reason(error, path))

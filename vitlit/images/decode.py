@@ -85,6 +85,8 @@ def naming(path: str | Path) -> Iterator[None]:
     """Turn whatever decoders raise in the block into a UserError that names the image."""
     try:
         yield
+    except UserError:  # a package is missing
+        raise
     except Image.DecompressionBombError as error:
         raise UserError(f"cannot read the image {path}: more than {MOST_PIXELS:,} pixels; scale it down") from error
     except (OSError, RuntimeError, ValueError, SyntaxError) as error:

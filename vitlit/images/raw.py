@@ -26,16 +26,18 @@ def read(data: bytes) -> np.ndarray:
         depth = {"output_dtype": "auto"} if format == "PNG" else {}
         values: np.ndarray = DECODERS[format](data, mode="UNCHANGED", **depth).movedim(-3, -1).numpy()
         return values
+    if data.startswith(TIFF):
+        need("tifffile")
     try:
         return np.load(io.BytesIO(data)) if data.startswith(ARRAY) else _read_tiff(data)
     except Exception as error:  # a damaged file may raise anything
-        remedy = ": pip install imagecodecs" if "imagecodecs" in str(error) else ""
-        raise ValueError(f"{error}{remedy}") from error
+        if "imagecodecs" in str(error):
+            need("imagecodecs")
+        raise ValueError(str(error)) from error
 
 
 def _read_tiff(data: bytes) -> np.ndarray:
     """The first image of a TIFF, (H, W) or (H, W, C)."""
-    need("tifffile")
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:

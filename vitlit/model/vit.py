@@ -157,7 +157,7 @@ class ViT(nn.Module):
         distillation token, the last block computes no others, which saves most of its work. With `layers`, numbers of
         blocks from 0, or from -1 backwards, what comes out of each, through the final norm: (layers, B, S + N, D).
         """
-        first = 1 + self.config.distilled if pooled and self.config.pool == "cls" else None
+        first = 1 + self.config.distilled if pooled and layers is None and self.config.pool == "cls" else None
         rotary = None
         if self.position == "rope":
             head_width = self.width // self.config.heads

@@ -42,8 +42,12 @@ class History:
         self.path, self.name = path, path.name
         try:
             self.config: dict[str, Any] = yaml.load((path / "config.yaml").read_text(), Loader)
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{path} is not the folder of a run; `vitlit runs ROOT` lists those in ROOT") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{path / 'config.yaml'} is damaged; restore it") from error
+        except OSError:
+            self.config = {}
+        if not (isinstance(self.config, dict) and {"data", "model"} <= self.config.keys()):
+            raise UserError(f"{path} is not the folder of a run; `vitlit runs ROOT` lists those in ROOT")
         self.settings = settings(self.config)
         kept = read_csv(path / "metrics.csv")
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept]

@@ -73,7 +73,7 @@ def locate(source: str | Path) -> Path:
 
 @cache  # a command may locate its weights twice
 def tell_last(path: Path) -> None:
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if not any(int(os.environ.get(name, 0)) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")):
         print(f"{from_here(path.parent.parent)} has no best.ckpt: its last.ckpt is used", flush=True)
 
 
