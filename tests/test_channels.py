@@ -228,6 +228,7 @@ def test_weights_of_photographs_begin_a_network_of_four_channels(
         ({"augment": TimmRandAugment()}, "data.augment"),
         ({"augment": BigVisionRandAugment()}, "data.augment: BigVisionRandAugment .* it is for RGB of 8 bits"),
         ({"augment": v2.ColorJitter(0.4)}, "data.augment: ColorJitter fails on an image"),
+        ({"augment": v2.RandAugment()}, "data.augment: RandAugment fails on an image"),
         ({"augment": v2.ToDtype(torch.uint8, scale=True)}, r"data.augment makes images uint8 \[4, 16, 16\]"),
     ],
 )

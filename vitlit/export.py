@@ -258,7 +258,7 @@ def check(
         found.append((probabilities(ours, about) if about["softmax"] else ours, theirs, labels))
     ours, theirs, labels = map(torch.cat, zip(*found, strict=True))
     firsts = ours.argmax(1), theirs.argmax(1)
-    difference, largest = (ours - theirs).abs().max().item(), max(1.0, ours.abs().max().item())
+    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
     same = (firsts[0] == firsts[1]).double().mean().item() if about["activation"] else None
     before, after = ((first == labels).double().mean().item() for first in firsts)
     result = {"images": len(ours), "largest_difference": difference, "largest_output": largest, "same_first": same}
@@ -267,9 +267,9 @@ def check(
         result |= {"top1_before": before, "top1_after": after}
         if not before - after <= INT8_LOSS + 1e-9:  # exactly a point is kept
             raise UserError(f"int8 takes top-1 from {100 * before:.2f} to {100 * after:.2f} %; {out} was not written")
-    elif not (difference <= tolerance * largest and (same is None or same >= least)):
+    elif not (difference <= tolerance * max(1.0, largest) and (same is None or same >= least)):
         alike = "features" if same is None else f"the first class is the same for {100 * same:.1f} % of images"
         raise UserError(
-            f"outputs differ from the ViT's by {difference:.1e} of {largest:.1f}, {alike}; {out} was not written"
+            f"outputs differ from the ViT's by {difference:.1e} of {largest:.2g}, {alike}; {out} was not written"
         )
     return result

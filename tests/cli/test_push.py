@@ -234,7 +234,7 @@ def test_what_cannot_be_pushed_is_one_line(
     refused("--license", given=(run, NAME, "--to", out))
     refused("OWNER/NAME", "digits is not", given=(run, "digits", *to))
     refused("`hf auth login`", "--to DIR", given=(run, NAME, "--license", "mit"))
-    refused("hidden_dim 16", "finetune", given=(trained / "runs" / "pretrain", NAME, *to))
+    refused("pretraining head, which timm has not", "finetune", given=(trained / "runs" / "pretrain", NAME, *to))
     refused("not the folder of a run", given=(run / "checkpoints" / "best.ckpt", NAME, *to))
     (run / "finished.json").unlink()
     (run / ".lock").touch()

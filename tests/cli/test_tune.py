@@ -71,15 +71,16 @@ def value(way: str, lr: float, epochs: int) -> float | None:
 def test_a_third_goes_on_and_the_best_trains_on_all(search: Command, tmp_path: Path) -> None:
     out = done(search("--budget", "2h", value=value))
     runs = begun(tmp_path)
-    assert [sum(run[1] == epochs for run in runs) for epochs in ("1", "3", "9")] == [12, 4, 3]
+    assert [sum(run[1] == epochs for run in runs) for epochs in ("1", "3", "9")] == [12, 5, 4]
     assert runs[-1] == ["best", "9", "-"]
+    assert ["all-0.0002", "9", "20%"] in runs  # the config's own, though it was never among the best
     assert {run[2] for run in runs[:-1]} == {"20%"}
     assert "runs/tune/best is lora-0.001" in out
     rows = list(csv.DictReader((tmp_path / "runs/tune/tune.csv").open()))
     assert rows[0]["run"] == "best"
     assert float(rows[0]["value"]) == pytest.approx(0.98)
     assert "diverged" in out
-    assert sum(float(row["minutes"]) for row in rows) == pytest.approx(0.1 * (12 + 4 * 2 + 2 * 6 + 9))
+    assert sum(float(row["minutes"]) for row in rows) == pytest.approx(0.1 * (12 + 5 * 2 + 3 * 6 + 9))
 
 
 def test_a_search_that_is_stopped_anywhere_ends_the_same(search: Command, tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], words: str
         (npy(first(numbers(3))), "cannot read the image .* bytes: it has 12 channels"),
         (torch.zeros(8, 8), "cannot read the image"),
         (Image.new("L", (8, 8)), "cannot read the image .* it has 1 channel"),
+        (numbers(3, "uint8"), "its values are uint8, which never reach the range's white, 65,535"),
         ("not there.png", "not there.png"),
         (None, "cannot read the image"),
     ],

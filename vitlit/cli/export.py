@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
         splits = Splits(given.root, parse_share(given.holdout), None)
         options |= {"of": f"val of {given.root}", "batches": images(vit, splits, options["int8"])}
     checked = export(vit, Path(given.out), activation=activation, **options)["checked"]
-    line = "{}: outputs differ by at most {largest_difference:.1e} of {largest_output:.1f} on {images} images, {of}"
+    line = "{}: outputs differ by at most {largest_difference:.1e} of {largest_output:.2g} on {images} images, {of}"
     print(line.format(given.out, **checked))
     if not vit.config.num_classes:
         print("the outputs are pooled features, as the weights have no head")

@@ -26,11 +26,17 @@ vitlit.load("hf:OWNER/NAME") read, with a model card filled from the run. --to D
 PATH = re.compile(r"(^|[=\s'\"\[{(,])((?:~\w*|\.\.|\$\{?\w+\}?|\w+:/)?/(?=[^\s/])[^'\",\]})\n]*)")
 USE = """\
 ```python
-import timm
 import vitlit
-from transformers import pipeline  # needs timm for these weights
 
 vit = vitlit.load("hf:{name}")  # vit(vit.preprocess(["photo.jpg"])){after}
+```"""
+# Where images are RGB of 8 bits.
+ELSEWHERE = """
+
+```python
+import timm
+from transformers import pipeline  # needs timm for these weights
+
 model = timm.create_model("hf_hub:{name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 network = pipeline("{task}", "{name}")
@@ -75,6 +81,8 @@ def publish(path: Path, folder: Path, name: str, license: str) -> None:
         raise UserError(f"{path} has no checkpoints/best.ckpt: nothing was validated, so there is nothing to say of it")
     vit, activation = load(best)
     temperature, vit = vit.temperature, calibrated(vit)
+    if vit.config.hidden_dim is not None:
+        raise UserError(f"{path} has the pretraining head, which timm has not; finetune it first")
     try:
         config = timm.config(vit)
     except UserError as error:
@@ -85,18 +93,19 @@ def publish(path: Path, folder: Path, name: str, license: str) -> None:
     network = create_model(f"local-dir:{folder}", pretrained=True).eval()
     about = dict.fromkeys(("softmax", "half", "int8")) | {"input": "float", "activation": activation, "temperature": 1}
     found = check(vit, network, photographs(vit.preprocess), about, folder)
-    notes = "timm's outputs, of up to {largest_output:.1f}, are the run's to {largest_difference:.1e}.".format(**found)
+    notes = "timm's outputs, of up to {largest_output:.2g}, are the run's to {largest_difference:.1e}.".format(**found)
     if temperature != 1:
         notes += f" The head is divided by the temperature {temperature:.4g}, which calibrates the probabilities."
     if vit.preprocess.range:
         notes += f" Files are read with data.range {list(vit.preprocess.range)}, which is for vitlit alone."
     elif vit.config.in_channels == 1:
         notes += " Its images are grey, and neither timm nor transformers makes them so."
-    text = card(Report(run), name, license, bool(vit.config.num_classes), PROBABILITIES[activation], notes)
+    use = USE + ("" if vit.preprocess.range or vit.config.in_channels == 1 else ELSEWHERE)
+    text = card(Report(run), name, license, bool(vit.config.num_classes), PROBABILITIES[activation], notes, use)
     write_text(folder / "README.md", text.encode(errors="replace").decode())  # a class's name may be no text
 
 
-def card(report: Report, name: str, license: str, classifies: bool, after: str, notes: str) -> str:
+def card(report: Report, name: str, license: str, classifies: bool, after: str, notes: str, use: str) -> str:
     """The model card of a run, without the folders of the machine that trained it."""
     run, start = report.run, report.run.config["model"]["init_args"].get("init_from") or ""
     root = run.config["data"]["root"]
@@ -116,7 +125,7 @@ def card(report: Report, name: str, license: str, classifies: bool, after: str, 
     parts = [
         f"---\n{metadata(run, name, license, task, start, data)}\n---\n\n# {name}",
         f"A [Vision Transformer](https://arxiv.org/abs/2010.11929), trained with vitlit. {notes}",
-        USE.format(name=name, task=task, after=after),
+        use.format(name=name, task=task, after=after),
         table("Results", results.text.replace("best.ckpt has", "These are"), results.head, results.rows),
         *([table("Confusion", "What was confused most.", confusion.head, confusion.rows)] if confusion.rows else []),
         table("Training", "How these weights came about.", ("", ""), rows.items()),

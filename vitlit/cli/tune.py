@@ -29,8 +29,9 @@ from vitlit.weights import locate
 HELP = """\
 Search, for a config of Finetune, how much of the weights to train and at which learning rate: everything, the last two
 blocks, LoRA or a linear probe, each at three rates. All begin with a ninth of the config's epochs, the best third goes
-on to a third of them, its best third to all. They learn from a part of train and are compared on the rest, --holdout.
-Then the best trains on all of train, as OUT/best. Each is an ordinary run in OUT. Killed, the same command continues.
+on to a third of them, its best third to all, and the config as it is in any case. They learn from a part of train and
+are compared on the rest, --holdout. Then the best trains on all of train, as OUT/best. Each is an ordinary run in OUT.
+Killed, the same command continues.
 
 Further arguments are those of vitlit fit, such as --data.image_size 224 or --trainer.max_epochs 10.
 """
@@ -102,6 +103,7 @@ class Search:
         ways = given.ways.split(",")
         if wrong := set(ways) - WAYS.keys():
             raise UserError(f"--ways has {min(wrong)!r}; give some of {','.join(WAYS)}")
+        self.own = Trial("all", set_by.lr)
         self.trials = [Trial(way, set_by.lr * factor * WAYS[way][1]) for factor, way in itertools.product(RATES, ways)]
         search = [given.config, given.root, given.holdout, given.ways, *fit]
         self.found: dict[str, Any] = {"settings": search, "trials": {}}
@@ -123,7 +125,9 @@ class Search:
                     print(f"the budget ends the search before {trial.name} trains for {epochs} epochs", flush=True)
                     return
                 yield trial, epochs
-            field = self.ranked(epochs)[: math.ceil(len(field) / KEPT)]
+            ranked = self.ranked(epochs)
+            kept = ranked[: math.ceil(len(field) / KEPT)]
+            field = [trial for trial in ranked if trial in kept or trial == self.own]
 
     @property
     def spent(self) -> float:

@@ -90,8 +90,9 @@ def check_scale(name: str, scale: tuple[float, float]) -> None:
 def check_augment(augment: Sequence[Transform], preprocess: Preprocess, size: tuple[int, int]) -> None:
     """Try transforms on a grey image; UserError if one fails, or if the result is not of the same type and shape."""
     image = grey = preprocess.blank(size, 0.5)
+    tries = 30 if preprocess.range else 1  # of those that draw what they do, and are mostly for RGB
     with torch.random.fork_rng(devices=[]):
-        for transform in augment:
+        for transform in [*augment] * tries:
             try:
                 image = transform(image)
             except Exception as error:  # a config can name any class, with any values

@@ -67,6 +67,8 @@ def scaled(image: np.ndarray, levels: tuple[float, float], channels: int | None 
         raise ValueError(f"it has {image.shape[2]} channels, but mean and std have {channels} numbers")
     if image.dtype.kind not in "iuf":
         raise ValueError(f"its values are {image.dtype}, not integers or floats")
+    if image.dtype.kind != "f" and np.iinfo(image.dtype).max + 1 < levels[1]:
+        raise ValueError(f"its values are {image.dtype}, which never reach the range's white, {levels[1]:,g}")
     # In float64 for whole numbers of 32 bits, which float32 would round.
     values = (image.astype(np.promote_types(image.dtype, np.float32)) - levels[0]) / (levels[1] - levels[0])
     values = values.astype(np.float32, copy=False)

@@ -28,6 +28,7 @@ from vitlit.images.raw import as_picture
 from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.prepare.channels import Channels
 from vitlit.prepare.report import SMALL, WARNINGS, Look, Paths, Report, describe, look
+from vitlit.weights import read
 
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:
@@ -82,7 +83,8 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
     colour(given.ground)
     weights = given.weights and partial(_suspect, weights=given.weights, size=given.image_size, sheets=given.sheets)
-    levels = Preprocess((1, 1), range=given.range and tuple(given.range)).range
+    levels = given.range or (read(given.weights).preprocess.get("range") if given.weights else None)
+    levels = Preprocess((1, 1), range=levels and tuple(levels)).range
     each = partial(look, ground=given.ground, levels=levels)
     report = check(given.root, parse_share(given.holdout), given.workers, each, weights or None)
     if given.json:
