@@ -195,7 +195,7 @@ def test_data_check_looks_at_it(loose: Path, vitlit: Callable[..., Result], tmp_
 
 
 def test_data_show_lists_it(loose: Path, vitlit: Callable[..., Result], tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": str(loose), "batch_size": 4}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": str(loose), "batch_size": 4}, "model": {}}))
     result = vitlit("data", "show", ".", "--step", 0)
     assert result.code == 0, result.err
     assert [line.split(",")[3] for line in result.out.splitlines()] == ["label", "", "", "", ""]
