@@ -36,8 +36,7 @@ def features(vit: Any, batches: Iterable[Tensor], names: Sequence[str] = ("poole
 
 def forward(vit: Any, images: Tensor) -> dict[str, Tensor]:
     after = vit.features(images, layers=range(-min(4, len(vit.blocks)), 0))
-    logits, distilled, pooled = vit.heads(after[-1])
-    logits = logits if distilled is None else (logits + distilled) / 2
+    logits, pooled = vit.outputs_of(after[-1])
     tokens = vit.fc_norm(after)  # which does nothing where the final norm is that of `features`
     means = tokens[:, :, vit.prefix :].mean(2)
     of_blocks = means if vit.cls_token is None else tokens[:, :, 0]

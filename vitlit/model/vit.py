@@ -100,7 +100,11 @@ class ViT(nn.Module):
 
     def outputs(self, images: Tensor, pooled: bool = True) -> tuple[Tensor, Tensor]:
         """What `forward` gives, and the pooled features (B, D) that it comes from; `pooled` as in `encode`."""
-        logits, distilled, features = self.heads(self.features(images, pooled))
+        return self.outputs_of(self.features(images, pooled))
+
+    def outputs_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`outputs` of the tokens that `features` gives: the logits, with distillation the mean of both heads'."""
+        logits, distilled, features = self.heads(tokens)
         return logits if distilled is None else (logits + distilled) / 2, features
 
     def features(self, images: Tensor, pooled: bool = False, layers: Sequence[int] | None = None) -> Tensor:

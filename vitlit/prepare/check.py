@@ -28,7 +28,6 @@ from vitlit.images.raw import as_picture
 from vitlit.inspection.sheet import Cell, draw_sheet
 from vitlit.prepare.channels import Channels
 from vitlit.prepare.report import SMALL, WARNINGS, Look, Paths, Report, describe, look
-from vitlit.weights import read
 
 HELP = """\
 Decode every image of ROOT/{train,val[,test]}/CLASS/* and report what would make training, or its numbers, wrong:
@@ -82,11 +81,14 @@ def run(arguments: list[str]) -> int:
     if is_shards(str(given.root)):
         raise UserError(f"{given.root} holds shards; check the folder that they were made of")
     colour(given.ground)
-    weights = given.weights and partial(_suspect, weights=given.weights, size=given.image_size, sheets=given.sheets)
-    levels = given.range or (read(given.weights).preprocess.get("range") if given.weights else None)
-    levels = Preprocess((1, 1), range=levels and tuple(levels)).range
+    levels, further = Preprocess((1, 1), range=given.range and tuple(given.range)).range, None
+    if given.weights:
+        from vitlit.prepare.features import ready  # takes seconds to import, for which other checks need not wait
+
+        vit = ready(given.weights, given.image_size)
+        levels, further = levels or vit.preprocess.range, partial(_suspect, vit=vit, sheets=given.sheets)
     each = partial(look, ground=given.ground, levels=levels)
-    report = check(given.root, parse_share(given.holdout), given.workers, each, weights or None)
+    report = check(given.root, parse_share(given.holdout), given.workers, each, further)
     if given.json:
         report.write(given.json)
     report.print()
@@ -226,12 +228,11 @@ def _decode_images(
     return readable
 
 
-def _suspect(report: Report, layouts: dict[str, Layout], weights: str, size: int, sheets: Path | None) -> None:
+def _suspect(report: Report, layouts: dict[str, Layout], vit: Any, sheets: Path | None) -> None:
     """Report images that show the same picture, and labels that are likely wrong; draw the first of each."""
-    from vitlit.prepare.features import ready  # takes seconds to import, for which other checks need not wait
     from vitlit.prepare.suspects import embed, suspects
 
-    vit, root = ready(weights, size), report.root
+    root = report.root
     classes = sorted({name for layout in layouts.values() for name in layout.classes if name})
     numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
     splits = {
